@@ -1,0 +1,1 @@
+"""The HybridNorm idea: the table of norm schemes and the norm modules."""

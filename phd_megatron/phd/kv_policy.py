@@ -1,0 +1,188 @@
+"""Which keys a query sees, and everything that follows from it.
+
+PHD-Transformer (arXiv 2504.14992) repeats every token ``K`` times inside the decoder. Copy 1 is the *original*
+token: its keys and values are persistent and visible to every later token. Copies ``2..K`` are *hidden decoding
+tokens*: their keys and values live only inside a local window. :class:`KVPolicy` is the one definition of that
+rule. The attention mask, the KV cache, the prefill cone, context-parallel exchange and FLOP counts are all read
+from it; nothing else derives them again.
+
+Positions are 0-based token positions inside a sample, copies are 1-based as in the paper (Eq. 2). The module needs
+torch and the standard library alone, because it also ships inside an exported Hugging Face model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_WINDOW = 16
+DEFAULT_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """Visibility of keys in a PHD decoder (paper, Sec. 2 and Eq. 2).
+
+    Args:
+        repeat: ``K``, how often a token is repeated. 1 is the vanilla transformer.
+        window: ``W``, how many token positions of hidden keys a hidden query sees, its own included. 1 is plain PHD.
+        chunk: ``C``, the window never crosses a multiple of ``C`` positions. ``None`` means no chunks (PHD-SWA).
+
+    Raises:
+        ValueError: if a value is below 1.
+    """
+
+    repeat: int = 1
+    window: int = 1
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (("phd_repeat", self.repeat), ("phd_window", self.window), ("phd_chunk", self.chunk)):
+            if field == "phd_chunk" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                cure = "use 1 or more" + (", or null for no chunks" if field == "phd_chunk" else "")
+                raise ValueError(f"{field}={value!r}: it counts tokens, so it cannot be below 1; {cure}")
+
+    @classmethod
+    def from_options(
+        cls, repeat: int = 1, window: int | None = None, chunk: int | None = None
+    ) -> tuple[KVPolicy, str | None]:
+        """Resolve what a user wrote; the second value says in words what was defaulted, if anything was."""
+        if window is None and repeat > 1:
+            if chunk is None:
+                chunk = DEFAULT_CHUNK
+            policy = cls(repeat, DEFAULT_WINDOW, chunk)
+            return policy, f"phd_repeat={repeat} without phd_window: using {policy.name}"
+        policy = cls(repeat, 1 if window is None else window, chunk)
+        if repeat == 1 and (window is not None or chunk is not None):
+            return policy, f"phd_window={window}, phd_chunk={chunk} have no effect at phd_repeat=1"
+        return policy, None
+
+    # ---------------------------------------------------------------- names and sizes
+
+    @property
+    def name(self) -> str:
+        """The paper's name of the variant, such as ``PHD-CSWA-2-16-32``."""
+        if self.repeat == 1:
+            return "vanilla"
+        if self.window == 1:
+            return f"PHD-{self.repeat}"
+        if self.chunk is None:
+            return f"PHD-SWA-{self.repeat}-{self.window}-inf"
+        return f"PHD-CSWA-{self.repeat}-{self.window}-{self.chunk}"
+
+    @property
+    def span(self) -> int:
+        """Most token positions whose hidden keys one query can see, its own included: ``min(W, C)``."""
+        return self.window if self.chunk is None else min(self.window, self.chunk)
+
+    @property
+    def max_hidden_entries(self) -> int:
+        """Bound on the hidden KV entries a cache holds per layer and sequence: ``(K - 1) * min(W, C)``."""
+        return (self.repeat - 1) * self.span
+
+    # ---------------------------------------------------------------- visibility
+
+    def original_visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Part (a): any copy of the query sees the original key of its own and every earlier token."""
+        return key_position <= query_position
+
+    def hidden_visible(
+        self, query_position: Tensor, query_copy: Tensor, key_position: Tensor, key_copy: Tensor
+    ) -> Tensor:
+        """Part (b): hidden query ``(n, j)`` sees hidden key ``(m, i)`` inside the window and the chunk.
+
+        ``0 <= n - m < W``, same chunk, and ``i <= j`` when ``m = n``. The arguments broadcast; copies are 1-based.
+        """
+        distance = query_position - key_position
+        seen = (distance >= 0) & (distance < self.window) & ((distance > 0) | (key_copy <= query_copy))
+        if self.chunk is not None:
+            seen = seen & (query_position // self.chunk == key_position // self.chunk)
+        return seen & (query_copy > 1) & (key_copy > 1)
+
+    def visible(self, query_position: Tensor, query_copy: Tensor, key_position: Tensor, key_copy: Tensor) -> Tensor:
+        """Eq. 2 in full: what query ``(n, j)`` sees of key ``(m, i)``. Broadcasts; returns bool."""
+        original = (key_copy == 1) & self.original_visible(query_position, key_position)
+        return original | self.hidden_visible(query_position, query_copy, key_position, key_copy)
+
+    def mask(self, length: int, device: torch.device | str | None = None) -> Tensor:
+        """Dense mask ``[K*length, K*length]``, True where the key is visible, copy-major rows and columns."""
+        position = torch.arange(length, device=device).repeat(self.repeat)
+        copy = torch.arange(1, self.repeat + 1, device=device).repeat_interleave(length)
+        return self.visible(position[:, None], copy[:, None], position[None, :], copy[None, :])
+
+    # ---------------------------------------------------------------- decoding
+
+    def chunk_start(self, position: int) -> int:
+        """First position of the chunk that holds ``position`` (0 without chunks)."""
+        return 0 if self.chunk is None else position - position % self.chunk
+
+    def first_hidden_key(self, position: int) -> int:
+        """First position whose hidden keys a query at ``position`` sees."""
+        return max(self.chunk_start(position), position - self.window + 1, 0)
+
+    def retained_from(self, length: int) -> int:
+        """First position whose hidden KV the cache keeps once ``length`` tokens are in it.
+
+        Only queries at position ``length`` or later are still to come, and what they see starts no earlier.
+        """
+        return self.first_hidden_key(length)
+
+    def cone_start(self, wanted: int, layer_number: int, num_layers: int) -> int:
+        """First position whose hidden copies layer ``layer_number`` (1-based) must compute at prefill.
+
+        ``wanted`` is the first position whose logits are asked for. A layer's hidden outputs are needed where the
+        next layer looks, which is ``W - 1`` positions further back per layer and never past the chunk's start.
+        """
+        if not 1 <= layer_number <= num_layers:
+            raise ValueError(f"layer_number={layer_number} is not in 1..{num_layers}")
+        reach = (num_layers - layer_number + 1) * (self.window - 1)
+        return max(self.chunk_start(wanted), wanted - reach, 0)
+
+    # ---------------------------------------------------------------- context parallelism
+
+    def context_parallel_slices(self, length: int, size: int, rank: int) -> tuple[range, ...]:
+        """Token positions of a context-parallel rank: two zigzag slices of ``length / (2 * size)``, as mcore's.
+
+        Raises:
+            ValueError: if the length does not divide, or a window would reach past one neighbouring slice.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"context-parallel rank {rank} is not in 0..{size - 1}")
+        if size == 1:
+            return (range(length),)
+        slice_length, rest = divmod(length, 2 * size)
+        if rest:
+            raise ValueError(
+                f"seq_length={length} is not a multiple of 2 * context_parallel_size = {2 * size}; "
+                f"use {length - rest} or {length - rest + 2 * size}"
+            )
+        slices = tuple(range(i * slice_length, (i + 1) * slice_length) for i in (rank, 2 * size - 1 - rank))
+        if max(self.halo(s.start) for s in slices) > slice_length:
+            raise ValueError(
+                f"phd_window={self.window} reaches further back than one context-parallel slice of {slice_length} "
+                f"tokens; use a smaller window, a chunk that divides {slice_length}, or a smaller context_parallel_size"
+            )
+        return slices
+
+    def halo(self, slice_start: int) -> int:
+        """Hidden positions before ``slice_start`` that queries of the slice see: at most ``W - 1``, in-chunk only."""
+        return 0 if self.repeat == 1 else slice_start - self.first_hidden_key(slice_start)
+
+    # ---------------------------------------------------------------- counting
+
+    def pairs(self, length: int, query_copies: int | None = None) -> tuple[int, int]:
+        """Visible (query, key) pairs of one sequence as ``(part a, part b)``, exactly.
+
+        ``query_copies`` counts only the last so many copies as queries: 1 is the pruned last layer.
+        """
+        copies = self.repeat if query_copies is None else query_copies
+        if not 1 <= copies <= self.repeat:
+            raise ValueError(f"query_copies={query_copies} is not in 1..{self.repeat}")
+        earlier = sum(n - self.first_hidden_key(n) for n in range(length)) if self.repeat > 1 else 0
+        hidden_queries = range(max(2, self.repeat - copies + 1), self.repeat + 1)
+        own = sum(j - 1 for j in hidden_queries) * length
+        return copies * length * (length + 1) // 2, own + len(hidden_queries) * (self.repeat - 1) * earlier
