@@ -20,9 +20,11 @@ SITE = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-pa
 IMPORT = """
 import importlib, importlib.util, pathlib, site, sys
 ours, packages = pathlib.Path(sys.argv[1]).resolve(), sys.argv[2:]
-for entry in packages:
-    sys.path.append(entry)
-site.addsitedir(str(ours)) if (ours / "installed").exists() else sys.path.insert(0, str(ours))
+if (ours / "installed").exists():
+    site.addsitedir(str(ours))  # reads the .pth file of an editable install
+else:
+    sys.path.insert(0, str(ours))
+sys.path += packages
 import phd_megatron
 attention = importlib.import_module("phd_megatron.kernels.phd_attention")
 print(phd_megatron.__file__)
