@@ -1,0 +1,103 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and tests/run.sh: finds or makes the Python environment, then installs this checkout into it.
+#
+#   phd_environment [EXTRA]   e.g. `phd_environment test`; sets PYTHON and ROOT, changes into ROOT
+#
+# Which Python: the active virtual or conda environment; else $PHD_PYTHON's; else .venv in the checkout, made with the
+# newest suitable python found. A torch >= 2.10 that is already importable is kept, whatever its build.
+# PHD_SKIP_INSTALL=1 uses the environment as it is.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PHD_TORCH="torch==2.13.0"
+
+phd_say() { printf '\033[1m== %s\033[0m\n' "$*"; }
+phd_fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+phd_python_ok() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+# Version of torch as its metadata says (importing it would cost seconds), or nothing.
+phd_torch_version() {
+    "$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true
+}
+
+phd_torch_ok() {
+    "$1" - >/dev/null 2>&1 <<'PY'
+import importlib.metadata, re, sys
+major, minor = map(int, re.match(r"(\d+)\.(\d+)", importlib.metadata.version("torch")).groups())
+sys.exit((major, minor) < (2, 10))
+PY
+}
+
+phd_base_python() {
+    local name
+    for name in python3 python python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$name" >/dev/null 2>&1 && phd_python_ok "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+}
+
+phd_too_old() {
+    phd_fail "$1 is Python $("$1" -V 2>&1 | cut -d' ' -f2), but phd-megatron needs 3.10 or later." \
+        "Install a newer Python and name it: PHD_PYTHON=/path/to/python3 bash $0"
+}
+
+phd_make_venv() {
+    local base="$1" options=()
+    # A container whose own Python already has torch keeps it (NGC images, for example).
+    if phd_torch_ok "$base"; then options+=(--system-site-packages); fi
+    phd_say "making .venv with $base"
+    "$base" -m venv "${options[@]}" "$ROOT/.venv" || phd_fail "$base cannot make a virtual environment;" \
+        "on Debian or Ubuntu: apt install python3-venv, or activate an environment of your own and run this again"
+}
+
+phd_environment() {
+    local extra="${1:-}" active="${VIRTUAL_ENV:-}" base
+    if [[ -z "$active" && -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base ]]; then
+        active="$CONDA_PREFIX"
+    fi
+    if [[ -n "$active" ]]; then
+        PYTHON="$active/bin/python"
+        phd_python_ok "$PYTHON" || phd_too_old "$PYTHON"
+    else
+        PYTHON="$ROOT/.venv/bin/python"
+        if ! phd_python_ok "$PYTHON"; then
+            base="${PHD_PYTHON:-$(phd_base_python)}"
+            [[ -n "$base" ]] || base="$(command -v python3 || true)"
+            [[ -n "$base" ]] || phd_fail "no python3 on PATH; install Python 3.10 or later, or set PHD_PYTHON"
+            phd_python_ok "$base" || phd_too_old "$base"
+            phd_make_venv "$base"
+        fi
+    fi
+    PATH="$(dirname "$PYTHON"):$PATH"
+    export PYTHON PATH
+    cd "$ROOT" || exit 2
+    [[ -n "${PHD_SKIP_INSTALL:-}" ]] || phd_install "$extra"
+}
+
+phd_install() {
+    local extra="$1" pip=("$PYTHON" -m pip) constraint
+    "${pip[@]}" --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 ||
+        phd_fail "$PYTHON has no pip; install it (python -m ensurepip), or set PHD_SKIP_INSTALL=1 if all is installed"
+    pip+=(install --quiet --disable-pip-version-check)
+    if ! phd_torch_ok "$PYTHON"; then
+        local found
+        found="$(phd_torch_version "$PYTHON")"
+        [[ -z "$found" ]] || phd_fail "torch $found is installed in $(dirname "$PYTHON")/..," \
+            "but 2.10 or later is needed; upgrade it, or deactivate that environment to get a .venv of its own"
+        phd_say "installing $PHD_TORCH (set up torch yourself before this to choose another build)"
+        # Without an NVIDIA driver the small CPU wheels do; where their index cannot be reached, the usual ones.
+        if command -v nvidia-smi >/dev/null 2>&1 || ! "${pip[@]}" --timeout 15 --retries 1 "$PHD_TORCH" \
+            --extra-index-url https://download.pytorch.org/whl/cpu; then
+            "${pip[@]}" "$PHD_TORCH"
+        fi
+    fi
+    phd_say "installing this checkout and what it needs"
+    # The constraint holds pip to the torch that is there. Without build isolation the build needs no network.
+    constraint="$(mktemp)"
+    printf 'torch==%s\n' "$(phd_torch_version "$PYTHON")" >"$constraint"
+    "${pip[@]}" "setuptools>=77" wheel
+    "${pip[@]}" --no-build-isolation --constraint "$constraint" -e ".${extra:+[$extra]}"
+    rm -f "$constraint"
+}

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Sets the environment up, then lints and tests: bash tests/run.sh [--no-lint] [PYTEST ARGUMENTS]
+#
+#   bash tests/run.sh                          everything
+#   bash tests/run.sh tests/unit -k policy     a part of it
+#   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
+#
+# Exits with 0 only if lint and tests are clean. Environment variables of the set-up: launch_scripts/_env.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
+
+lint=1
+if [[ "${1:-}" == --no-lint ]]; then
+    lint=0
+    shift
+fi
+began=$SECONDS
+invoked_from="$PWD"
+phd_environment test
+set_up=$((SECONDS - began))
+failed=()
+
+if ((lint)); then
+    phd_say "lint"
+    "$PYTHON" -m ruff check . || failed+=("ruff check")
+    "$PYTHON" -m ruff format --check --quiet . || failed+=("ruff format (make format cures it)")
+    "$PYTHON" -m mypy || failed+=("mypy")
+fi
+
+cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+workers="${PHD_TEST_WORKERS:-$((cores / 2))}"
+((workers >= 2)) || workers=2
+((workers <= 8)) || workers=8
+
+phd_say "tests ($workers files at a time)"
+# Distributed tests start 2 to 4 processes each, so every process gets one thread.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# No test may ask the network for anything.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+# Paths among the arguments may be relative to where the caller stood.
+arguments=()
+for argument in "$@"; do
+    if [[ "$argument" != -* && ! -e "${argument%%::*}" && -e "$invoked_from/${argument%%::*}" ]]; then
+        argument="$invoked_from/$argument"
+    fi
+    arguments+=("$argument")
+done
+"$PYTHON" -m pytest -n "$workers" --dist loadfile "${arguments[@]}" || failed+=("pytest")
+
+printf '\nset-up %d s, in all %d s\n' "$set_up" "$((SECONDS - began))"
+if ((${#failed[@]})); then
+    printf 'FAILED: %s\n' "${failed[@]}"
+    exit 1
+fi
+phd_say "all clean"
