@@ -1,0 +1,97 @@
+"""``phd-megatron prepare``: text into training data."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+from types import FrameType
+
+from phd_megatron.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron prepare",
+        description="Turn text into Megatron .bin/.idx data. Each document ends with the end-of-document token.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE_OR_DIR",
+        help="files of kind .txt .md .py .jsonl .jsonl.gz .json.gz .parquet, or directories of them",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin, P.idx, P.tokenizer/, ...")
+    parser.add_argument(
+        "--tokenizer",
+        default="byte",
+        metavar="byte|bpe:N|DIR",
+        help="raw bytes, a BPE tokenizer of N tokens trained here, or a Hugging Face tokenizer directory",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="field or column of the text (%(default)s)")
+    parser.add_argument(
+        "--on-decode-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what to do with text that is not valid UTF-8 (or, for .py, what its coding line says)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress")
+    return parser
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Parse; an unknown flag is a UserError that suggests the nearest one."""
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if name.startswith("--") and name != "--" and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}"
+            raise UserError(f"unknown flag {name}; {hint}")
+    return parser.parse_args(argv)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # unwinds through the clean-up of partial output
+
+
+def run(argv: list[str]) -> int:
+    """Entry of the command; exit code 0, or UserError."""
+    arguments = parse_strictly(build_parser(), argv)
+    from phd_megatron.data.preprocess import prepare
+
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        result = prepare(
+            arguments.input,
+            arguments.output_prefix,
+            arguments.tokenizer,
+            workers=arguments.workers,
+            on_decode_error=arguments.on_decode_error,
+            json_key=arguments.json_key,
+            overwrite=arguments.overwrite,
+            progress=not arguments.no_progress,
+        )
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for item in result.skipped:
+        lines = f"{item['lines']} lines of " if "lines" in item else ""
+        print(f"skipped {lines}{item['file']}: {item['reason']}", file=sys.stderr)
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(
+        f"{result.prefix}.bin/.idx: {result.documents:,} documents, {result.tokens:,} tokens of a vocabulary of "
+        f"{result.vocab_size:,}, from {result.bytes / 1e6:.1f} MB of text in {result.seconds:.1f} s "
+        f"({result.bytes / 1e6 / max(result.seconds, 1e-9):.1f} MB/s); {result.empty_documents} empty documents and "
+        f"{len(result.skipped)} files with undecodable text left out"
+    )
+    return 0

@@ -1,0 +1,184 @@
+"""``prepare``: text files into Megatron ``.bin/.idx`` data, with the tokenizer and a sidecar beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phd_megatron import __version__
+from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
+from phd_megatron.data.encode import batches_of, encode_all
+from phd_megatron.data.indexed import IndexedWriter, dtype_for
+from phd_megatron.data.output import Output
+from phd_megatron.data.progress import Progress
+from phd_megatron.data.readers import OnDecodeError, ReadReport, find_files, read_pieces
+from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from phd_megatron.errors import UserError
+
+
+@dataclass
+class PrepareResult:
+    """What was written. ``bytes`` is the UTF-8 size of the text, ``skipped`` lists file, reason (and lines)."""
+
+    prefix: str
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+    empty_documents: int
+    seconds: float
+    vocab_size: int
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The input files and how to read them; can be read more than once (BPE training reads first)."""
+
+    files: list[Path]
+    json_key: str
+    on_decode_error: OnDecodeError
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def texts(self) -> Iterator[list[str]]:
+        pieces = read_pieces(self.files, ReadReport(), json_key=self.json_key, on_decode_error=self.on_decode_error)
+        for batch in batches_of(pieces):
+            yield [piece.text for piece in batch]
+
+
+def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Load or train the tokenizer, and save it in ``directory``. The second value describes it in the sidecar."""
+    size = parse_bpe(spec)
+    if size is None:
+        tokenizer = load_tokenizer(spec)
+        tokenizer.save(directory)
+        return tokenizer, {"spec": spec}
+    # Compressed files hold some four times their size; an estimate is enough to spread the sample over the corpus.
+    estimate = sum(p.stat().st_size * (4 if p.suffix in (".gz", ".parquet") else 1) for p in source.files)
+    stride = max(1, -(-estimate // SAMPLE_CHARACTERS))
+    training = train_bpe(source.texts(), size, stride, directory)
+    if training.stride > 1:
+        notes.append(
+            f"the tokenizer was trained on {training.sampled_characters / 1e6:.0f} million characters, "
+            f"1/{training.stride} of the text spread over it, to bound the memory"
+        )
+    if training.vocab_size < size:
+        notes.append(f"the text has only enough to merge for {training.vocab_size} tokens, not {size}")
+    description = {"spec": spec, "trained_on_characters": training.sampled_characters, "stride": training.stride}
+    return load_tokenizer(directory), description
+
+
+def _check_arguments(workers: int, on_decode_error: str, inputs: Sequence[str | Path]) -> None:
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least one process must do the work; use 1 or more")
+    if on_decode_error not in ("fail", "skip"):
+        raise UserError(f"--on-decode-error {on_decode_error!r} is unknown; use fail or skip")
+    if not inputs:
+        raise UserError("no input; name files or directories after --input")
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer: str | Path = "byte",
+    *,
+    workers: int = 1,
+    on_decode_error: OnDecodeError = "fail",
+    json_key: str = "text",
+    append_eod: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PrepareResult:
+    """Write ``PREFIX.bin``, ``PREFIX.idx``, ``PREFIX.tokenizer/`` and ``PREFIX.meta.json``; .idx appears last.
+
+    The bytes written depend on the input and the tokenizer only, not on ``workers``. Memory does not grow with the
+    input. Raises UserError for input, tokenizer and output problems; then nothing is left at PREFIX.
+    """
+    _check_arguments(workers, on_decode_error, inputs)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many cores are used
+    source = _Source(find_files(inputs), json_key, on_decode_error)
+    started = time.perf_counter()
+    try:
+        with Output(str(output_prefix), overwrite) as output:
+            result, sidecar = _write(output, source, str(tokenizer), workers, append_eod, progress)
+            result.seconds = time.perf_counter() - started
+            sidecar["inputs"] = [str(name) for name in inputs]
+            output.publish(sidecar)
+            return result
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {output_prefix} ({error.strerror}); free some space or choose another "
+                f"--output-prefix; nothing was left behind"
+            ) from error
+        raise UserError(f"cannot write {output_prefix} ({error}); check the path and its rights") from error
+
+
+def _write(
+    output: Output, source: _Source, spec: str, workers: int, append_eod: bool, progress: bool
+) -> tuple[PrepareResult, dict[str, Any]]:
+    notes: list[str] = []
+    tokenizer, description = _make_tokenizer(spec, source, output.directory / "tokenizer", notes)
+    dtype = dtype_for(tokenizer.vocab_size)
+    report = ReadReport()
+    pieces = read_pieces(source.files, report, json_key=source.json_key, on_decode_error=source.on_decode_error)
+    encoded = encode_all(
+        batches_of(pieces),
+        tokenizer,
+        str(output.directory / "tokenizer"),
+        workers=workers,
+        append_eod=append_eod,
+        dtype=dtype,
+    )
+    text_bytes = empty = max_token = 0
+    with IndexedWriter(output.directory, dtype) as writer, Progress(source.total_bytes, enabled=progress) as display:
+        for batch in encoded:
+            writer.add(batch.tokens, batch.lengths, batch.marks)
+            text_bytes += batch.text_bytes
+            empty += batch.empty_documents
+            max_token = max(max_token, batch.max_token)
+            display.update(report.bytes_read, writer.documents, writer.tokens)
+        if not writer.documents:
+            raise UserError(
+                f"empty corpus: {len(source.files)} files hold no text ({empty} empty documents, "
+                f"{len(report.skipped)} files skipped); check --input and --json-key"
+            )
+        writer.finish()
+        result = PrepareResult(
+            prefix=output.prefix,
+            documents=writer.documents,
+            sequences=writer.sequences,
+            tokens=writer.tokens,
+            bytes=text_bytes,
+            empty_documents=empty,
+            seconds=0.0,
+            vocab_size=tokenizer.vocab_size,
+            skipped=report.skipped,
+            notes=notes,
+        )
+    sidecar = {
+        "version": __version__,
+        "tokenizer": {**description, **tokenizer.unique_identifiers},
+        "documents": result.documents,
+        "sequences": result.sequences,
+        "tokens": result.tokens,
+        "text_bytes": result.bytes,
+        "empty_documents": empty,
+        "max_token_id": max_token,
+        "append_eod": append_eod,
+        "dtype": writer.dtype.name,
+        "files": report.files,
+        "json_key": source.json_key,
+        "on_decode_error": source.on_decode_error,
+        "skipped": report.skipped,
+    }
+    return result, sidecar

@@ -1,0 +1,300 @@
+"""Documents out of text, source, JSON-lines and Parquet files, without ever holding a whole corpus.
+
+One file of ``.txt .md .py`` is one document, one line of ``.jsonl .jsonl.gz .json.gz`` and one row of ``.parquet`` is
+one document. A long file comes in several pieces; joined they are exactly the file's text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import os
+import tokenize
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from phd_megatron.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+
+#: A longer text file is cut into pieces of about this many characters. The pieces become separate sequences of one
+#: document, which is also what lets a single large file be split into training and validation parts.
+PIECE_CHARACTERS = 1 << 16
+_READ_BYTES = 1 << 20
+#: Up to this size a file is decoded in one go; above, --on-decode-error skip reads it twice.
+_ONE_GO_BYTES = 4 << 20
+
+OnDecodeError = Literal["fail", "skip"]
+
+
+class Piece(NamedTuple):
+    """A stretch of one document. A whole document is ``Piece(text, True, True)``; ``text`` may be empty only then."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+@dataclass
+class ReadReport:
+    """What a pass over the input came across; filled while the pieces are drawn."""
+
+    files: int = 0
+    bytes_read: int = 0  #: of the files as they lie on disk, so that progress against their total size is right
+    skipped: list[dict[str, Any]] = field(default_factory=list)  #: file, reason and, for JSON lines, how many lines
+
+    def skip(self, path: Path, reason: str) -> None:
+        self.skipped.append({"file": str(path), "reason": reason})
+
+
+class _Undecodable(Exception):
+    """The file or line is not text in its encoding."""
+
+
+def suffix_of(path: Path) -> str | None:
+    """The supported suffix of ``path``, or None."""
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """Input files in the order given; directories recursively in sorted order, files of other kinds left out there.
+
+    Raises UserError for a missing path, an unsupported file named directly, or when nothing is found.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            for directory, subdirectories, names in os.walk(path):
+                subdirectories.sort()
+                files.extend(p for p in (Path(directory, n) for n in sorted(names)) if suffix_of(p) and p.is_file())
+        elif not path.exists():
+            raise UserError(f"input {str(path)!r} does not exist; check the path")
+        elif suffix_of(path) is None:
+            raise UserError(f"input {str(path)!r} is of an unknown kind; supported are {' '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(
+            f"empty corpus: no file of a supported kind ({' '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}"
+        )
+    return files
+
+
+def _cut(text: str, size: int) -> int:
+    """Where to end a piece of ``text`` (longer than ``size``): the best place at or before ``size``.
+
+    Best is after a newline between two other characters, because byte-level BPE never merges across it.
+    """
+    newline = size
+    while (newline := text.rfind("\n", size // 2, newline)) > 0:
+        if not text[newline - 1].isspace() and not text[newline + 1 : newline + 2].isspace():
+            return newline + 1
+    newline = text.rfind("\n", size // 2, size)
+    space = text.rfind(" ", size // 2, size)
+    return newline + 1 if newline >= 0 else space if space > 0 else size
+
+
+def _pieces(chunks: Iterable[str]) -> Iterator[Piece]:
+    """Regroup the text of one document into pieces that do not depend on how it was read."""
+    buffer, first = "", True
+    for chunk in chunks:
+        buffer += chunk
+        start = 0
+        # Twice the size is kept back so that the last piece is never tiny and the cut sees the characters after it.
+        while len(buffer) - start >= 2 * PIECE_CHARACTERS:
+            window = buffer[start : start + PIECE_CHARACTERS + 1]
+            end = _cut(window, PIECE_CHARACTERS)
+            yield Piece(window[:end], first, False)
+            start, first = start + end, False
+        buffer = buffer[start:]
+    while len(buffer) > PIECE_CHARACTERS + PIECE_CHARACTERS // 2:
+        end = _cut(buffer[: PIECE_CHARACTERS + 1], PIECE_CHARACTERS)
+        yield Piece(buffer[:end], first, False)
+        buffer, first = buffer[end:], False
+    yield Piece(buffer, first, True)
+
+
+def _encoding_of(path: Path) -> str:
+    """UTF-8, or for Python source what its byte-order mark or coding line says (PEP 263)."""
+    if not path.name.lower().endswith(".py"):
+        return "utf-8"
+    with path.open("rb") as stream:
+        try:
+            encoding = tokenize.detect_encoding(stream.readline)[0]
+        except SyntaxError as error:
+            raise _Undecodable(f"of no known encoding ({error})") from error
+    if not getattr(codecs.lookup(encoding), "_is_text_encoding", True):  # rot13, zlib and the like
+        raise _Undecodable(f"declared as {encoding}, which is no encoding of text")
+    return encoding
+
+
+def _decoded(path: Path, encoding: str, report: ReadReport | None) -> Iterator[str]:
+    """The text of a file, newlines as they are. ``report`` counts the bytes; None only checks."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    with path.open("rb") as stream:
+        position = 0
+        while True:
+            block = stream.read(_READ_BYTES)
+            if report is not None:
+                report.bytes_read += len(block)
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeError as error:
+                where = f" near byte {position + error.start}" if isinstance(error, UnicodeDecodeError) else ""
+                raise _Undecodable(f"not {encoding}{where} ({getattr(error, 'reason', error)})") from error
+            if not block:
+                return
+            position += len(block)
+
+
+def _read_text(path: Path, report: ReadReport, on_decode_error: OnDecodeError) -> Iterator[Piece]:
+    try:
+        encoding = _encoding_of(path)
+        if path.stat().st_size <= _ONE_GO_BYTES:
+            yield from _pieces(["".join(_decoded(path, encoding, report))])
+            return
+        if on_decode_error == "skip":  # a file is skipped whole or not at all, so look before the first piece leaves
+            for _ in _decoded(path, encoding, None):
+                pass
+        yield from _pieces(_decoded(path, encoding, report))
+    except _Undecodable as error:
+        if on_decode_error == "fail":
+            raise UserError(
+                f"{path} is {error}; convert the file, leave it out, or use --on-decode-error skip to leave out "
+                f"every such file and list it"
+            ) from error
+        report.skip(path, str(error))
+
+
+def _open_counted(path: Path, report: ReadReport) -> tuple[io.BufferedIOBase, Any]:
+    """A stream of decompressed bytes, and the raw one whose position measures progress."""
+    raw = path.open("rb")
+    if path.name.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw)), raw
+    return raw, raw
+
+
+def _parse_line(line: bytes, where: str, key: str) -> str:
+    """The text of one JSON line. Raises _Undecodable for invalid UTF-8, UserError for anything else."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Undecodable(f"not utf-8 ({error.reason} at byte {error.start} of the line)") from error
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: malformed JSON ({error}); every line must be one JSON object, so correct or remove this line"
+        ) from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; every line must be one object")
+    if key not in record:
+        known = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"{where}: no key {key!r} (its keys: {known}); name the key of the text with --json-key")
+    value = record[key]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, not a string; choose another --json-key")
+    if "\\u" in text:
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _Undecodable(f"half a surrogate pair in {key!r}, which no encoding can hold") from error
+    return value
+
+
+def _read_json_lines(path: Path, report: ReadReport, key: str, on_decode_error: OnDecodeError) -> Iterator[Piece]:
+    stream, raw = _open_counted(path, report)
+    base, bad_lines, first_reason = report.bytes_read, 0, ""
+    number = 0
+    with raw, stream:
+        lines = iter(stream)
+        while True:
+            try:
+                line = next(lines, None)
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(
+                    f"{path}: damaged after line {number} ({error}); copy or download the file again"
+                ) from error
+            if line is None:
+                break
+            number += 1
+            report.bytes_read = base + raw.tell()
+            if not line.strip():
+                continue
+            try:
+                yield Piece(_parse_line(line, f"{path}:{number}", key), True, True)
+            except _Undecodable as error:
+                if on_decode_error == "fail":
+                    raise UserError(
+                        f"{path}:{number}: {error}; correct the line, or use --on-decode-error skip to leave out "
+                        f"such lines and list their files"
+                    ) from error
+                bad_lines += 1
+                first_reason = first_reason or f"first at line {number}: {error}"
+    if bad_lines:
+        report.skipped.append({"file": str(path), "reason": first_reason, "lines": bad_lines})
+
+
+def _read_parquet(path: Path, report: ReadReport, key: str) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading .parquet needs pyarrow; install it with `pip install pyarrow`") from error
+    base, size = report.bytes_read, path.stat().st_size
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if key not in names:
+                raise UserError(f"{path}: no column {key!r} (its columns: {', '.join(names)}); name it with --json-key")
+            kind = table.schema_arrow.field(key).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise UserError(f"{path}: column {key!r} is {kind}, not a string; choose another --json-key")
+            total, done = max(1, table.metadata.num_rows), 0
+            for batch in table.iter_batches(batch_size=128, columns=[key], use_threads=False):
+                for value in batch.column(0).to_pylist():
+                    yield Piece(value or "", True, True)
+                done += batch.num_rows
+                report.bytes_read = base + size * done // total
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); copy or write it again") from error
+    report.bytes_read = base + size
+
+
+def read_pieces(
+    files: Sequence[Path],
+    report: ReadReport,
+    *,
+    json_key: str = "text",
+    on_decode_error: OnDecodeError = "fail",
+) -> Iterator[Piece]:
+    """The documents of ``files`` in order. ``report`` is filled on the way.
+
+    Raises UserError for what cannot be read, with file, line where there is one, and the cure. Invalid UTF-8 is such
+    an error with ``fail``; with ``skip`` the text file, or the JSON line, is left out and listed in the report.
+    """
+    for path in files:
+        suffix = suffix_of(path)
+        report.files += 1
+        try:
+            if suffix in TEXT_SUFFIXES:
+                yield from _read_text(path, report, on_decode_error)
+            elif suffix in JSON_SUFFIXES:
+                yield from _read_json_lines(path, report, json_key, on_decode_error)
+            else:
+                yield from _read_parquet(path, report, json_key)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its rights") from (
+                error
+            )
