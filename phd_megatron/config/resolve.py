@@ -1,0 +1,96 @@
+"""Fill in what a configuration leaves to be derived, and refuse what cannot be.
+
+Needs no process group. ``global_batch_size`` (needs the data-parallel size) and ``vocab_size`` (needs the tokenizer)
+stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.unsupported import raise_all, refuse_unsupported
+from phd_megatron.config.validate import problems
+from phd_megatron.errors import UserError
+from phd_megatron.norm.schemes import norm_scheme
+
+_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
+
+
+def resolve(config: RunConfig) -> list[str]:
+    """Complete ``config`` in place; a second call changes nothing.
+
+    Returns:
+        What was derived and is worth telling, one line each.
+
+    Raises:
+        UserError: with every problem found: missing architecture, values out of range, features not available.
+    """
+    refuse_unsupported(config)
+    raise_all(
+        [
+            f"{name} is not set; give --{name.replace('_', '-')} N, or `{name}: N` below `model:`"
+            for name in _REQUIRED
+            if getattr(config.model, name) is None
+        ]
+    )
+    raise_all(problems(config))
+    notes = _resolve_model(config.model) + _resolve_phd(config.model) + warnings(config)
+    raise_all(problems(config))
+    return notes
+
+
+def _resolve_model(model: ModelConfig) -> list[str]:
+    assert model.hidden_size is not None and model.num_attention_heads is not None  # checked by resolve
+    notes = []
+    if model.ffn_hidden_size is None:
+        model.ffn_hidden_size = 4 * model.hidden_size
+        notes.append(f"ffn_hidden_size={model.ffn_hidden_size}: 4 * hidden_size")
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None:
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    if model.max_position_embeddings is None:
+        model.max_position_embeddings = model.seq_length
+    if model.init_method_std is None:
+        model.init_method_std = 1 / math.sqrt(2.5 * model.hidden_size)
+        notes.append(f"init_method_std={model.init_method_std:.6g}: 1/sqrt(2.5 * hidden_size)")
+    try:
+        scheme = norm_scheme(model.norm_scheme)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if model.init == "auto":
+        model.init = scheme.default_init
+        notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
+    return notes
+
+
+def _resolve_phd(model: ModelConfig) -> list[str]:
+    from phd_megatron.phd.kv_policy import KVPolicy  # imports torch
+
+    try:
+        policy, note = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if model.phd_repeat > 1:
+        model.phd_window, model.phd_chunk = policy.window, policy.chunk
+    return [] if note is None else [note]
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What is legal and likely to surprise."""
+    found = []
+    model, extra = config.model, config.model.transformer
+    if model.phd_repeat > 1 and extra.get("moe_expert_capacity_factor") is not None:
+        found.append(
+            f"moe_expert_capacity_factor={extra['moe_expert_capacity_factor']} with phd_repeat={model.phd_repeat}: "
+            "copies compete with original tokens for room in the experts, so originals are no longer those of the "
+            "vanilla model; leave it out for dropless routing"
+        )
+    backend = extra.get("attention_backend")
+    if backend not in (None, "auto"):
+        found.append(
+            f"attention_backend={backend} chooses among Megatron-Core's own attention kernels, which PHD attention "
+            "does not use; choose with phd_attention_backend"
+        )
+    return found

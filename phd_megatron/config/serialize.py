@@ -1,0 +1,180 @@
+"""A run configuration as plain data and as YAML, both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phd_megatron.config.aliases import ALIASES, Rename, Set
+from phd_megatron.config.catalog import PASSTHROUGH, fields, nearest, sections
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.values import check_value
+from phd_megatron.errors import UserError
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Section -> field -> value, made of plain YAML types and independent of ``config``."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(data: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+    """The inverse of :func:`to_dict`. Absent fields take their defaults.
+
+    Raises:
+        UserError: for an unknown section or field, or a value of the wrong type. ``where`` names the source.
+    """
+    config = RunConfig()
+    for name, value in flatten(data, where, None).items():
+        assign(config, name, value)
+    return config
+
+
+def dump_yaml(config: RunConfig, path: str | Path) -> None:
+    """Write every field of the configuration."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def load_yaml(path: str | Path) -> RunConfig:
+    """Read what :func:`dump_yaml` wrote, strictly.
+
+    Raises:
+        UserError: if the file cannot be read, or says something that is no configuration.
+    """
+    return from_dict(read_yaml(path), str(path))
+
+
+def assign(config: RunConfig, name: str, value: Any) -> None:
+    """Set one field by its unique name; a name that is not ours is a ``TransformerConfig`` field."""
+    info = fields().get(name)
+    if info is None:
+        config.model.transformer[name] = value
+    else:
+        setattr(getattr(config, info.section), name, value)
+
+
+def lookup(config: RunConfig, name: str) -> Any:
+    """The value of one field by its unique name; None for a ``TransformerConfig`` field that is not set."""
+    info = fields().get(name)
+    return config.model.transformer.get(name) if info is None else getattr(getattr(config, info.section), name)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Keys that occur twice are refused: YAML would silently take the last one.
+
+    Raises:
+        UserError: if the file is missing, is not UTF-8 or YAML, or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    try:
+        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), str(path), set())
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}; correct it") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {type(data).__name__}, not sections; write `model:` and its fields below it")
+    return data
+
+
+def _refuse_duplicates(node: yaml.Node | None, path: str, seen: set[int]) -> None:
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines and key.value != "<<":
+                raise UserError(
+                    f"{path}: {key.value!r} is in line {lines[key.value]} and again in line {line}; keep one of them"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+            _refuse_duplicates(value, path, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, path, seen)
+
+
+def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Sections to ``field name -> checked value``.
+
+    ``transformer_fields`` are the names and annotations that may stand under ``model:``, also below
+    ``model: transformer:``. With None, whatever stands below ``transformer`` is taken as it is: it was checked when it
+    was written.
+    """
+    flat: dict[str, Any] = {}
+    for section, content in data.items():
+        if section not in sections():
+            raise UserError(f"{where}: unknown section {section!r}; {_section_hint(str(section))}")
+        if content is None:
+            continue
+        if not isinstance(content, Mapping):
+            raise UserError(f"{where}: section {section!r} holds {content!r}; write its fields below it, indented")
+        for name, value in content.items():
+            if section == "model" and name == PASSTHROUGH:
+                flat.update(_passthrough(value, where, transformer_fields))
+            elif name in fields() and fields()[name].section == section:
+                flat[name] = check_value(name, value, fields()[name].annotation, f"{where}, section {section}")
+            elif section == "model" and name not in fields() and name in (transformer_fields or {}):
+                flat.update(_passthrough({name: value}, where, transformer_fields))
+            else:
+                hint = _field_hint(str(name), section, transformer_fields or {})
+                raise UserError(f"{where}: unknown field {name!r} in section {section!r}; {hint}")
+    return flat
+
+
+def _passthrough(values: Any, where: str, annotations: Mapping[str, Any] | None) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: model.transformer holds {values!r}; write TransformerConfig fields below it")
+    checked = {}
+    for name, value in values.items():
+        if name in fields():
+            raise UserError(
+                f"{where}: {name} does not belong below model.transformer; write it in section {fields()[name].section}"
+            )
+        if annotations is None:
+            checked[name] = value
+        elif name in annotations:
+            checked[name] = check_value(name, value, annotations[name], f"{where}, section model")
+        else:
+            hint = nearest(str(name), annotations) or "the installed Megatron-Core has no such field"
+            raise UserError(f"{where}: unknown TransformerConfig field {name!r}; {hint}")
+    return checked
+
+
+def _section_hint(name: str) -> str:
+    if name in fields():
+        return f"it is a field: write it below `{fields()[name].section}:`"
+    return nearest(name, sections()) or f"the sections are {', '.join(sections())}"
+
+
+def _field_hint(name: str, section: str, transformer_fields: Mapping[str, Any]) -> str:
+    if name in fields():
+        return f"it belongs in section {fields()[name].section!r}"
+    alias = ALIASES.get(name)
+    if isinstance(alias, Rename):
+        return f"in YAML write {alias.field}"
+    if isinstance(alias, Set):
+        return f"in YAML write `{alias.field}: {str(alias.value).lower()}`"
+    if alias is not None:
+        return f"it is a flag only (--{name.replace('_', '-')}); leave it out"
+    own = [key for key, info in fields().items() if info.section == section]
+    others = [*transformer_fields, *fields()] if section == "model" else list(fields())
+    near = nearest(name, own) or nearest(name, others)
+    return near or "the fields are " + ", ".join(own)

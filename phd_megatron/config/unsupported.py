@@ -1,0 +1,202 @@
+"""What is accepted as a name and not as a value: features that are not built, and ``TransformerConfig`` fields that the
+model would silently ignore or get wrong. One row each; building the feature deletes its row.
+
+Field references are to Megatron-Core 0.16.1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from phd_megatron.config.catalog import fields
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import lookup
+from phd_megatron.errors import UserError
+
+Test = Callable[[Any, RunConfig], bool]
+
+
+def _set(value: Any, config: RunConfig) -> bool:
+    return value is not None and value is not False
+
+
+def _not(*harmless: Any) -> Test:
+    return lambda value, config: value not in harmless
+
+
+def _above_one(value: Any, config: RunConfig) -> bool:
+    return value is not None and value > 1
+
+
+def _without_transformer_engine(value: Any, config: RunConfig) -> bool:
+    if not _set(value, config):
+        return False
+    return config.model.transformer_impl == "local" or importlib.util.find_spec("transformer_engine") is None
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One row. ``field`` is a name or a pattern with ``*`` of names; ``refused(value, config)`` says which values."""
+
+    field: str
+    reason: str
+    cure: str = "leave it out"
+    refused: Test = _set
+
+
+_OURS = "use norm_scheme, the one place that says what is normed"
+_ATTENTION = "PHD attention has one form and would ignore it"
+_TE = "it needs Transformer Engine, which is not used here, and would be silently ignored without it"
+_TE_CURE = "install transformer_engine and do not ask for transformer_impl=local, or leave it out"
+_LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
+_EVEN = "layers are divided evenly over pipeline stages"
+_INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
+
+UNSUPPORTED: tuple[Unsupported, ...] = (
+    # --- not built yet
+    Unsupported("context_parallel_size", "context parallelism is not available yet", "use 1", _above_one),
+    Unsupported(
+        "virtual_pipeline_model_parallel_size", "virtual pipeline stages are not available yet", "use null", _above_one
+    ),
+    Unsupported("expert_model_parallel_size", "mixture of experts is not available yet", "use 1", _above_one),
+    Unsupported("expert_tensor_parallel_size", "mixture of experts is not available yet", "use null"),
+    Unsupported("num_moe_experts", "mixture of experts is not available yet", "train a dense model"),
+    Unsupported("moe_*", "mixture of experts is not available yet"),
+    Unsupported(
+        "reset_attention_mask", "PHD attention has no document mask yet, so documents would see each other", "use false"
+    ),
+    Unsupported(
+        "reset_position_ids", "RoPE counts from the start of the sample, so positions would not restart", "use false"
+    ),
+    Unsupported(
+        "attention_dropout", "PHD attention has no dropout on its weights", "use 0, or hidden_dropout", _not(0)
+    ),
+    # --- parallel features of Megatron-Core
+    Unsupported("cp_comm_type", "context parallelism is not available yet"),
+    Unsupported("hierarchical_context_parallel_sizes", "context parallelism is not available yet"),
+    Unsupported("hybrid_context_parallel", "context parallelism is not available yet"),
+    Unsupported("max_seqlen_per_dp_cp_rank", "context parallelism is not available yet"),
+    Unsupported("overlap_p2p_comm", "it belongs to virtual pipeline stages, not available yet"),
+    Unsupported("overlap_p2p_comm_warmup_flush", "it belongs to virtual pipeline stages, not available yet"),
+    Unsupported("microbatch_group_size_per_vp_stage", "it belongs to virtual pipeline stages, not available yet"),
+    Unsupported("pipeline_model_parallel_layout", _EVEN),
+    Unsupported("num_layers_in_first_pipeline_stage", _EVEN),
+    Unsupported("num_layers_in_last_pipeline_stage", _EVEN),
+    Unsupported("account_for_embedding_in_pipeline_split", _EVEN),
+    Unsupported("account_for_loss_in_pipeline_split", _EVEN),
+    Unsupported("pipeline_model_parallel_comm_backend", "process groups exist before this field is read"),
+    Unsupported("pipeline_dtype", "it follows bf16 and fp16"),
+    Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),
+    Unsupported("defer_embedding_wgrad_compute", "the output layer of PHD models does not keep what it needs"),
+    Unsupported("wgrad_deferral_limit", "the output layer of PHD models does not keep what it needs", refused=_not(0)),
+    Unsupported("overlap_moe_expert_parallel_comm", "mixture of experts is not available yet"),
+    Unsupported("ep_overlap_early_attn_memory_release", "mixture of experts is not available yet"),
+    Unsupported("delay_wgrad_compute", "it belongs to overlapped expert parallelism, not available yet"),
+    Unsupported("tp_comm_overlap", _TE, _TE_CURE, _without_transformer_engine),
+    # --- precision
+    Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("fp8_param", "parameters held in FP8 are not available yet"),
+    Unsupported("fp8_dot_product_attention", _ATTENTION),
+    Unsupported("fp8_multi_head_attention", _ATTENTION),
+    Unsupported("fp4", "FP4 is not available yet"),
+    Unsupported("fp4_param", "FP4 is not available yet"),
+    Unsupported("enable_autocast", "parameters are cast once, with bf16 or fp16", "use bf16 or fp16"),
+    Unsupported("fp32_residual_connection", "the residual streams of the norm schemes are not tested with it"),
+    Unsupported("use_kitchen", "kitchen layers are not wired up"),
+    Unsupported("use_kitchen_attention", _ATTENTION),
+    # --- attention
+    Unsupported("multi_latent_attention", "the layers have plain q, k and v projections, which PHD repeats"),
+    Unsupported("experimental_attention_variant", _ATTENTION),
+    Unsupported("dsa_*", "it belongs to an attention variant that is not available"),
+    Unsupported("linear_*", "it belongs to an attention variant that is not available"),
+    Unsupported("window_size", "sliding windows over original tokens are not part of PHD", "see phd_window"),
+    Unsupported("window_attn_skip_freq", "sliding windows over original tokens are not part of PHD", "see phd_window"),
+    Unsupported("softmax_scale", "scores are divided by sqrt(kv_channels), as in the Hugging Face export"),
+    Unsupported("softmax_type", _ATTENTION, "use vanilla", _not("vanilla")),
+    Unsupported("apply_query_key_layer_scaling", _ATTENTION, "norm q and k: norm_scheme pre_qk or hybrid"),
+    Unsupported("attention_softmax_in_fp32", "softmax always accumulates in fp32", "use true", _not(True)),
+    Unsupported("masked_softmax_fusion", "attention never materialises its softmax"),
+    Unsupported("attention_output_gate", "the attention output has no gate in any norm scheme or in the export"),
+    Unsupported("qk_layernorm", "it would norm q and k beside the norm scheme", "use norm_scheme: pre_qk, or a hybrid"),
+    Unsupported("qk_l2_norm", "it would norm q and k beside the norm scheme", _OURS),
+    Unsupported("qk_clip", "PHD attention does not report its largest logit", "norm q and k: norm_scheme pre_qk"),
+    Unsupported("qk_clip_*", "PHD attention does not report its largest logit"),
+    Unsupported("log_max_attention_logit", "PHD attention does not report its largest logit"),
+    Unsupported("batch_invariant_mode", _ATTENTION),
+    # --- positions
+    Unsupported("rotary_interleaved", "RoPE turns halves, as in the Hugging Face export"),
+    Unsupported("no_rope_freq", "every layer has RoPE, as in the Hugging Face export"),
+    Unsupported("mrope_section", "positions are one-dimensional"),
+    Unsupported("apply_rope_fusion", "the fused kernel is not tested with repeated positions"),
+    Unsupported("fused_single_qkv_rope", "the fused kernel skips the norms on q, k and v"),
+    # --- layers
+    Unsupported("apply_residual_connection_post_layernorm", "Megatron-Core accepts it and reads it nowhere", _OURS),
+    Unsupported("layernorm_zero_centered_gamma", "norm weights are plain, as in the Hugging Face export"),
+    Unsupported("persist_layer_norm", "it chooses an apex kernel, and norms are not apex's"),
+    Unsupported("memory_efficient_layer_norm", "it chooses an apex kernel, and norms are not apex's"),
+    Unsupported("glu_linear_offset", "the FFN is SwiGLU or GELU, as in the export", refused=_not(0)),
+    Unsupported("activation_func_clamp_value", "the FFN is SwiGLU or GELU, as in the export"),
+    Unsupported("use_fused_weighted_squared_relu", "the FFN is SwiGLU or GELU, as in the export"),
+    Unsupported("mtp_*", "multi-token prediction is not available; the loss sees the last copy only"),
+    Unsupported("heterogeneous_block_specs", _LAYERS),
+    Unsupported("hetereogenous_dist_checkpoint", _LAYERS),
+    Unsupported("is_hybrid_model", _LAYERS),
+    Unsupported("mamba_*", _LAYERS),
+    Unsupported("use_mamba_mem_eff_path", _LAYERS),
+    Unsupported("calculate_per_token_loss", "the loss is always a mean over tokens", "leave it out", _not(True)),
+    # --- initialisation
+    Unsupported("embedding_init_method_std", "weights are drawn by init and init_method_std", "set init_method_std"),
+    Unsupported("perform_initialization", "weights are always drawn by name, for any layout alike", refused=_not(True)),
+    Unsupported(
+        "use_cpu_initialization", "weights are always drawn on the CPU, for any layout alike", refused=_not(True)
+    ),
+    Unsupported("init_model_with_meta_device", "it works with FSDP only, not available"),
+    Unsupported("use_te_rng_tracker", "random state is kept by Megatron-Core's own tracker"),
+    # --- memory and graphs
+    Unsupported("cpu_offloading*", "activation offloading is not available yet", refused=_not(None, False, True, 0)),
+    Unsupported("cpu_offloading", "activation offloading is not available yet", "use recompute_granularity"),
+    Unsupported("fine_grained_activation_offloading", "it is not available yet", "use recompute_granularity"),
+    Unsupported("offload_modules", "activation offloading is not available yet", refused=_not(None, [])),
+    Unsupported("enable_cuda_graph", "CUDA graphs are not available yet"),
+    Unsupported("external_cuda_graph", "CUDA graphs are not available yet"),
+    Unsupported("cuda_graph_impl", "CUDA graphs are not available yet", "use none", _not("none")),
+    # --- inference
+    Unsupported("flash_decode", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("inference_*", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("use_inference_optimized_layers", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("symmetric_ar_type", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("mlp_chunks_for_prefill", _INFERENCE, "use `phd-megatron generate`", _not(1)),
+)
+
+
+def is_refused_by_name(name: str) -> bool:
+    """Whether any value of a ``TransformerConfig`` field is refused; ``--help`` does not list it then."""
+    return any(fnmatchcase(name, row.field) for row in UNSUPPORTED)
+
+
+def refusals(config: RunConfig) -> list[str]:
+    """What this release cannot honour, one sentence each with value, reason and cure."""
+    found = []
+    for name in (*fields(), *config.model.transformer):
+        value = lookup(config, name)
+        for row in UNSUPPORTED:
+            if fnmatchcase(name, row.field) and row.refused(value, config):
+                found.append(f"{name}={value!r}: {row.reason}; {row.cure}")
+                break
+    return found
+
+
+def refuse_unsupported(config: RunConfig) -> None:
+    """Raise ``UserError`` with every refusal at once, if there is any."""
+    raise_all(refusals(config))
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raise one ``UserError`` for all problems; return when there are none."""
+    if problems:
+        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  - "
+        raise UserError(head + "\n  - ".join(problems))

@@ -1,0 +1,185 @@
+"""Checks that need no layout: each returns sentences with value, reason and cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phd_megatron.config.catalog import ALTERNATIVES, fields
+from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from phd_megatron.config.serialize import lookup
+from phd_megatron.config.unsupported import raise_all
+
+_AT_LEAST_ONE = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "seq_length", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "ddp_bucket_size"),
+    *("data_horizon_samples", "micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
+    *("eval_interval", "exit_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),
+    *("lr_wsd_decay_samples", "save_interval", "keep_last", "log_interval"),
+)
+_AT_LEAST_ZERO = (
+    *("num_workers", "eval_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_samples"),
+    *("lr_warmup_tokens", "weight_decay", "clip_grad"),
+)
+_ABOVE_ZERO = (
+    *("layernorm_epsilon", "rotary_base", "init_method_std", "distributed_timeout_minutes"),
+    *("exit_duration_in_mins", "lr", "adam_eps", "peak_tflops"),
+)
+_BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for names, fits, rule in (
+        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
+        (_AT_LEAST_ZERO, lambda v: v >= 0, "at least 0"),
+        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
+        (_BELOW_ONE, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (("rotary_percent",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+        (("lr_warmup_fraction",), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    ):
+        for name in names:
+            value = lookup(config, name)
+            if value is not None and not fits(value):
+                yield f"{name}={value!r} is out of range; use a value {rule}"
+    for step in config.logging.dump_gradients_iterations:
+        if step < 1:
+            yield f"dump_gradients_iterations holds {step}; steps are counted from 1"
+
+
+def _exclusive(config: RunConfig) -> Iterator[str]:
+    for group in ALTERNATIVES:
+        given = [name for name in group if lookup(config, name) != fields()[name].default]
+        if len(given) > 1:
+            values = " and ".join(f"{name}={lookup(config, name)!r}" for name in given)
+            yield f"{values} say the same thing in different ways; give one of them"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    heads, groups, channels = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    if heads and groups and groups > 0 and heads % groups:
+        yield (
+            f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}: every KV head serves the "
+            f"same number of query heads; use one of {_divisors(heads)} groups"
+        )
+    if heads and model.hidden_size and channels is None and model.hidden_size % heads:
+        yield (
+            f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={heads}; set kv_channels (the "
+            f"head dimension) or use hidden_size={(model.hidden_size // heads + 1) * heads}"
+        )
+    width = channels or (model.hidden_size // heads if heads and model.hidden_size else None)
+    if width and (rotary := int(width * model.rotary_percent)) % 2:
+        yield (
+            f"RoPE turns pairs, but rotary_percent={model.rotary_percent} of kv_channels={width} is {rotary}; make the "
+            "head dimension even"
+        )
+    if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
+        yield (
+            f"max_position_embeddings={model.max_position_embeddings} is below seq_length={model.seq_length}; raise it "
+            "or leave it out"
+        )
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        yield from _blend(name, getattr(data, name) or [])
+    try:
+        shares = [float(share) for share in data.split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+        yield f"split={data.split!r} is not up to three shares of training, validation and test; write 969,30,1"
+
+
+def _blend(name: str, words: list[str]) -> Iterator[str]:
+    """Megatron's rule: an even number of words is WEIGHT PREFIX pairs, an odd one is prefixes alone."""
+    if len(words) % 2:
+        return
+    for weight, prefix in zip(words[::2], words[1::2], strict=True):
+        try:
+            fits = float(weight) > 0
+        except ValueError:
+            fits = False
+        if not fits:
+            yield (
+                f"{name} has {len(words)} words, so they are read as WEIGHT PREFIX pairs, but {weight!r} before "
+                f"{prefix!r} is no weight above 0; write {name.replace('_', '-')} as W1 P1 W2 P2"
+            )
+            return
+
+
+def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"min_lr={optimizer.min_lr} is above lr={optimizer.lr}; lower min_lr"
+    if (
+        optimizer.lr_decay_style == "WSD"
+        and optimizer.lr_wsd_decay_iters is None
+        and optimizer.lr_wsd_decay_samples is None
+    ):
+        yield (
+            "lr_decay_style='WSD' without the length of its annealing; set lr_wsd_decay_iters or lr_wsd_decay_samples"
+        )
+
+
+def _training(config: RunConfig) -> Iterator[str]:
+    ramp, training, checkpoint, parallel = (
+        config.training.rampup_batch_size,
+        config.training,
+        config.checkpoint,
+        config.parallel,
+    )
+    if ramp is not None and (len(ramp) != 3 or min(ramp) < 1):
+        yield f"rampup_batch_size={ramp} is not START INCREMENT SAMPLES, each at least 1; write three numbers"
+    if ramp is not None:
+        by_step = [n for n in ("train_iters", "lr_decay_iters", "lr_warmup_iters") if lookup(config, n)]
+        if by_step:
+            yield (
+                f"rampup_batch_size={ramp} with {by_step[0]}={lookup(config, by_step[0])}: a step has no fixed size "
+                f"during the ramp; use {by_step[0].replace('iters', 'samples')}"
+            )
+    if training.global_batch_size is not None and training.global_batch_size % max(1, training.micro_batch_size):
+        yield (
+            f"global_batch_size={training.global_batch_size} is not a multiple of "
+            f"micro_batch_size={training.micro_batch_size}; change one of them"
+        )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce (Megatron-Core's rule); "
+            "turn them on or leave it out"
+        )
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        yield f"save_interval={checkpoint.save_interval} without a place to save; set save, or leave it out"
+    if checkpoint.load is None:
+        for name in ("finetune", "exit_on_missing_checkpoint"):
+            if getattr(checkpoint, name):
+                yield f"{name}=True without a checkpoint to load; set load"
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Everything wrong with the values themselves, whatever the layout."""
+    return [
+        *_ranges(config),
+        *_exclusive(config),
+        *_model(config.model),
+        *_data(config.data),
+        *_optimizer(config.optimizer),
+        *_training(config),
+    ]
+
+
+def require_for_pretraining(config: RunConfig) -> None:
+    """Check that a training run says how long it is and on what data.
+
+    Raises:
+        UserError: with everything that is missing.
+    """
+    missing = []
+    if config.training.train_iters is None and config.training.train_samples is None:
+        missing.append("neither train_iters nor train_samples is set; say how long to train: --train-iters N")
+    if not config.data.data_path and not config.data.train_data_path:
+        missing.append("data_path is not set; give --data-path PREFIX (made by `phd-megatron prepare`)")
+    raise_all(missing)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

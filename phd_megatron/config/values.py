@@ -1,0 +1,201 @@
+"""Check one value against one annotation, as a flag's text or as YAML gave it.
+
+Pydantic converts (``"3e-4"`` to a float: YAML 1.1 reads it as text); what it would convert without being asked to,
+such as ``true`` to the number 1, is refused here. A member of an ``Enum`` is written by its name and kept as its name,
+so that a configuration stays plain YAML; :func:`decode` gives the member back.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal, Union
+
+from phd_megatron.config.catalog import nearest
+from phd_megatron.errors import UserError
+
+_ATOMS = (int, float, bool, str, type(None))
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+def simplify(annotation: Any) -> Any | None:
+    """The part of an annotation that text and YAML can express, or None when there is no such part.
+
+    Enums become the ``Literal`` of their member names. Members of a union that are Python objects (callables, dtypes)
+    are dropped.
+    """
+    if annotation is Any or annotation in _ATOMS or typing.get_origin(annotation) is Literal:
+        return annotation
+    if annotation is None:
+        return type(None)
+    if annotation is list:
+        return list[Any]
+    if _is_enum(annotation):
+        return Literal[tuple(annotation.__members__)]
+    if _is_union(annotation):
+        parts = [part for part in map(simplify, typing.get_args(annotation)) if part is not None]
+        return Union[tuple(parts)] if any(part is not type(None) for part in parts) else None  # noqa: UP007
+    if typing.get_origin(annotation) in (list, tuple):
+        parts = [part if part is ... else simplify(part) for part in typing.get_args(annotation)]
+        container = typing.get_origin(annotation)
+        return None if None in parts else container[tuple(parts)]
+    return None
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+
+
+def is_optional(annotation: Any) -> bool:
+    """Whether None is a value."""
+    return type(None) in _members(annotation)
+
+
+def is_bool(annotation: Any) -> bool:
+    """Whether the value is true or false (or None)."""
+    return bool in _members(annotation)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a flag of this type takes several words."""
+    return any(typing.get_origin(member) in (list, tuple) for member in _members(annotation))
+
+
+def describe(annotation: Any) -> str:
+    """The type in words, such as ``an integer or null``, for errors and ``--help``."""
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        Any: "any value",
+    }
+    words = []
+    for member in _members(annotation):
+        origin = typing.get_origin(member)
+        if member in names:
+            words.append(names[member])
+        elif origin is Literal:
+            words.append("one of " + ", ".join(map(str, typing.get_args(member))))
+        elif origin is list:
+            inner = describe(typing.get_args(member)[0])
+            words.append("a list" if inner == "any value" else f"a list, each {inner}")
+        else:
+            words.append(str(member).replace("typing.", ""))
+    return " or ".join(words)
+
+
+@cache
+def _adapter(annotation: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    found: set[Any] = set()
+    for member in _members(annotation):
+        inner = typing.get_args(member) if typing.get_origin(member) in (list, tuple) else ()
+        found |= set().union(*map(_leaves, inner)) if inner else {member}
+    return found
+
+
+def _has_stray_bool(value: Any, annotation: Any) -> bool:
+    items = value if isinstance(value, list | tuple) else [value]
+    leaves = _leaves(annotation)
+    return any(isinstance(item, bool) for item in items) and not leaves & {bool, Any}
+
+
+def check_value(name: str, value: Any, annotation: Any, where: str) -> Any:
+    """Return the value converted to the annotation.
+
+    Raises:
+        UserError: with the field, the value, where it was given and what is expected there.
+    """
+    simple = simplify(annotation)
+    if simple is None:
+        raise UserError(
+            f"{name}={value!r} ({where}): {name} is a Python object inside Megatron-Core and cannot be written as "
+            "text; leave it out"
+        )
+    from pydantic import ValidationError
+
+    candidate = value
+    if is_list(simple) and str in _leaves(simple) and isinstance(value, list | tuple):
+        # the weights of `data_path: [0.7, P1]` are numbers to YAML and words to Megatron
+        candidate = [
+            str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in value
+        ]
+    is_true_or_false = is_bool(simple) and value is not None
+    try:
+        if _has_stray_bool(value, simple) or (is_true_or_false and not isinstance(value, bool)):
+            raise ValueError
+        return _adapter(simple).validate_python(candidate)
+    except (ValidationError, ValueError):
+        raise UserError(f"{name}={value!r} ({where}) is not {describe(simple)}{_cure(value, simple)}") from None
+
+
+def _cure(value: Any, annotation: Any) -> str:
+    choices = [str(c) for m in _members(annotation) if typing.get_origin(m) is Literal for c in typing.get_args(m)]
+    hint = nearest(str(value), choices) if choices else None
+    if hint:
+        return f"; {hint}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in _members(annotation):
+        return "; put it in quotes"
+    return "; write such a value"
+
+
+def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any:
+    """The value of a flag that was given these words (one word, unless the type is a list)."""
+    simple = simplify(annotation)
+    if simple is None:
+        return check_value(name, " ".join(words), annotation, where)
+    if len(words) == 1:
+        word = words[0]
+        nullish = ("null",) if str in _leaves(simple) else ("null", "none", "None")
+        if is_optional(simple) and word in nullish:
+            return None
+        if is_bool(simple) and word.lower() in ("true", "false"):
+            return word.lower() == "true"
+        if is_list(simple):
+            if word.startswith("["):
+                return check_value(name, _yaml_list(name, word, where), annotation, where)
+            if any(member in (int, float, str) for member in _members(simple)):
+                return check_value(name, word, annotation, where)
+            return check_value(name, words, annotation, where)
+        return check_value(name, word, annotation, where)
+    return check_value(name, words, annotation, where)
+
+
+def _yaml_list(name: str, word: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        raise UserError(f"{name}={word!r} ({where}) is not a list; write the items apart, or as [1,2,3]") from None
+
+
+def decode(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the names of enum members, and lists where a tuple is meant, into what ``TransformerConfig`` takes."""
+    return {name: _decode_one(value, annotations.get(name, Any)) for name, value in values.items()}
+
+
+def _decode_one(value: Any, annotation: Any) -> Any:
+    for member in _members(annotation):
+        if _is_enum(member) and isinstance(value, str) and value in member.__members__:
+            return member[value]
+        if typing.get_origin(member) is tuple and isinstance(value, list):
+            return tuple(value)
+    return value
