@@ -15,8 +15,9 @@ from phd_megatron.training.metrics_reader import Run, add_run_arguments, runs_of
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#c44e52")
 
 
-def smooth(values: list[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def smooth(values: list[float]) -> list[float]:
+    """Exponential moving average, corrected for its start; few values (below 50) stay as they are, lag would show."""
+    weight = max(0.0, 1 - 50 / len(values))
     average, norm, result = 0.0, 0.0, []
     for value in values:
         average = weight * average + (1 - weight) * value
