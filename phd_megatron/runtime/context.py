@@ -1,0 +1,344 @@
+"""One object that knows the device, the process groups and this process's place in them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.parallel_dims import ParallelDims
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process's place, from torchrun's variables, or a world of one without them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launched: bool = False  #: by torchrun, or by anything else that sets its variables
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
+        """Read the variables that torchrun sets.
+
+        Raises:
+            UserError: when some are set and others are missing, or one is not a number.
+        """
+        variables = os.environ if variables is None else variables
+        if "RANK" not in variables and "WORLD_SIZE" not in variables:
+            return cls()
+        missing = [name for name in _TORCHRUN if not variables.get(name)]
+        if missing:
+            given = ", ".join(f"{name}={variables[name]}" for name in _TORCHRUN if variables.get(name))
+            raise UserError(
+                f"{given} is set but {', '.join(missing)} is not: the ranks cannot find one another; start with "
+                "torchrun, or set all four, or unset them for a run of one process"
+            )
+        try:
+            rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+            local_rank = int(variables.get("LOCAL_RANK", rank))
+            local_world_size = int(variables.get("LOCAL_WORLD_SIZE", world_size))
+        except ValueError as error:
+            raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}") from error
+        if not 0 <= rank < world_size:
+            raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0")
+        return cls(rank, world_size, local_rank, local_world_size, launched=True)
+
+
+def install_backend(device: str) -> None:
+    """Make megatron usable on a device of that type ("cpu" or "cuda"). Call before megatron is imported."""
+    from phd_megatron.runtime import mcore_fixes
+
+    if device == "cpu":
+        from phd_megatron.runtime import cpu_backend
+
+        cpu_backend.install()
+    mcore_fixes.install()
+
+
+def choose_device(asked: str, local_rank: int = 0) -> tuple[str, str]:
+    """Device type for ``--device`` and why.
+
+    Raises:
+        UserError: cuda was asked for and there is none, or fewer devices than local ranks.
+    """
+    if asked == "cpu":
+        return "cpu", "--device cpu"
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        if asked == "cuda":
+            raise UserError(
+                f"--device cuda, but torch {torch.__version__} sees no CUDA device: check `nvidia-smi` and that torch "
+                "is a CUDA build, or use --device cpu"
+            )
+        return "cpu", "torch sees no CUDA device"
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no CUDA device of its own, this host has {count}: start at most {count} "
+            "processes per host, or use --device cpu"
+        )
+    return "cuda", f"{count} CUDA device{'s' if count > 1 else ''} on this host"
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity, and the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def choose_threads(environment: Environment, variables: Mapping[str, str] | None = None) -> tuple[int | None, str]:
+    """CPU threads of this process and why; None leaves torch's own choice.
+
+    torchrun sets ``OMP_NUM_THREADS=1`` for several processes when it is not set, which leaves most cores idle; the
+    value 1 under torchrun is therefore taken as "not chosen". ``PHD_MEGATRON_THREADS`` is obeyed always.
+    """
+    variables = os.environ if variables is None else variables
+    if asked := variables.get("PHD_MEGATRON_THREADS"):
+        if not asked.isdigit() or int(asked) < 1:
+            raise UserError(f"PHD_MEGATRON_THREADS={asked!r} is not a number of threads; set 1 or more, or unset it")
+        return int(asked), "PHD_MEGATRON_THREADS"
+    if variables.get("OMP_NUM_THREADS") and not (
+        environment.local_world_size > 1 and variables["OMP_NUM_THREADS"] == "1"
+    ):
+        return None, "OMP_NUM_THREADS"
+    cores = usable_cores()
+    threads = max(1, cores // environment.local_world_size)
+    return threads, f"{cores} cores / {environment.local_world_size} local ranks"
+
+
+class Runtime:
+    """Device and process groups of a run. Made by :meth:`start`; usable as a context manager."""
+
+    def __init__(self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str) -> None:
+        self.rank = environment.rank
+        self.world_size = environment.world_size
+        self.local_rank = environment.local_rank
+        self.dims = dims
+        self.device = device  #: torch.device
+        self.backend = backend  #: "nccl" or "gloo"
+        self._reasons = reasons
+        self._open = True
+
+    @classmethod
+    def start(
+        cls,
+        parallel: ParallelConfig,
+        *,
+        model: ModelConfig | None = None,
+        training: TrainingConfig | None = None,
+        seed: int = 1234,
+        config: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+    ) -> Runtime:
+        """Check the layout, find the other ranks, and build megatron's process groups and random-number states.
+
+        Args:
+            parallel: layout, device and timeout.
+            model, training: when both are given, the layout is checked against them before anything is built.
+            seed: of dropout; pipeline stages and tensor ranks get different ones, as in Megatron.
+            config: the resolved configuration as plain values; all ranks must have the same.
+            verbose: print one line about the device and the layout on rank 0.
+
+        Raises:
+            UserError: for a layout that does not fit, a missing device, missing ranks, or ranks that differ.
+        """
+        environment = Environment.read()
+        dims = ParallelDims.from_config(parallel, environment.world_size)
+        if model is not None and training is not None:
+            dims.validate(model, training)
+        kind, device_reason = choose_device(parallel.device, environment.local_rank)
+        install_backend(kind)
+
+        import torch
+
+        thread_reason = ""
+        if kind == "cuda":
+            device = torch.device("cuda", environment.local_rank)
+            torch.cuda.set_device(device)
+            backend = "nccl"
+        else:
+            device, backend = torch.device("cpu"), "gloo"
+            threads, reason = choose_threads(environment)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            thread_reason = f"; {torch.get_num_threads()} threads a rank ({reason})"
+        _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
+        runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}")
+        atexit.register(runtime.shutdown)
+        runtime._initialize_megatron(parallel, seed)
+        if verbose:
+            runtime.log(runtime.describe())
+            for note in dims.notes:
+                runtime.log(f"note: {note}")
+        return runtime
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files that exist once."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last rank, which has the loss under pipeline parallelism."""
+        return self.rank == self.world_size - 1
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the run is on the CPU."""
+        return self.device.type == "cpu"
+
+    def describe(self) -> str:
+        """Device, backend, world size and layout on one line, with the reasons."""
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        return f"device {self.device.type} with {self.backend}, {ranks}: {self.dims.describe()} ({self._reasons})"
+
+    def log(self, message: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(message, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        import torch.distributed as dist
+
+        if self.backend == "nccl":
+            dist.barrier(device_ids=[self.local_rank])
+        else:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if not self.on_cpu:
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> dict[str, float]:
+        """Peak memory of this rank in GiB: ``peak`` of the device (of the process on CPU), ``host`` of the process."""
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        if self.on_cpu:
+            return {"peak": host, "host": host}
+        import torch
+
+        return {"peak": torch.cuda.max_memory_allocated(self.device) / 2**30, "host": host}
+
+    def shutdown(self) -> None:
+        """Take the process groups down. Called at exit too; a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.shutdown)
+        import torch.distributed as dist
+
+        if "megatron.core.parallel_state" in sys.modules:
+            sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self.barrier()  # gloo reports "connection closed by peer" on ranks that are still busy
+        self.shutdown()
+
+    def _initialize_megatron(self, parallel: ParallelConfig, seed: int) -> None:
+        import numpy as np
+        import torch
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        dims = self.dims
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=dims.tp,
+            pipeline_model_parallel_size=dims.pp,
+            virtual_pipeline_model_parallel_size=dims.vpp,
+            context_parallel_size=dims.cp,
+            expert_model_parallel_size=dims.ep,
+            expert_tensor_parallel_size=dims.etp,
+            distributed_timeout_minutes=_minutes(parallel.distributed_timeout_minutes),
+        )
+        stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+        random.seed(stage_seed)
+        np.random.seed(stage_seed % 2**32)
+        torch.manual_seed(stage_seed)
+        model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def _minutes(minutes: float) -> int:
+    return max(1, round(minutes))
+
+
+def _connect(
+    environment: Environment, backend: str, device: Any, timeout_minutes: float, config: Mapping[str, Any] | None
+) -> None:
+    """Find the other ranks, compare notes, and initialise torch.distributed."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
+    timeout = timedelta(minutes=timeout_minutes)
+    if environment.launched:
+        try:
+            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        except Exception as error:  # DistStoreError, DistNetworkError, RuntimeError by torch version
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"rank {environment.rank} of {environment.world_size} did not reach the others at {address} within "
+                f"{timeout_minutes:g} minutes ({type(error).__name__}: {error}); check that all ranks were started "
+                "and that the address and port are theirs"
+            ) from error
+        versions = _versions(torch)
+        prefixed = dist.PrefixStore("phd_megatron", store)
+        compare_seconds = min(timeout.total_seconds(), 300.0)
+        from phd_megatron.runtime.preflight import compare_ranks
+
+        compare_ranks(prefixed, rank, world_size, config, versions, compare_seconds)
+    else:
+        # A store inside this process: no port, so any number of such runs can share a host.
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+
+
+def _versions(torch: Any) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"torch": str(torch.__version__), "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    for package in ("megatron-core", "phd-megatron"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

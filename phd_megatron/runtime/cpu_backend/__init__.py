@@ -1,0 +1,188 @@
+"""Megatron-core on CPU and gloo: the one place that redirects what it hard-wires to CUDA.
+
+:func:`install` is called by the runtime when the run's device is the CPU, with or without a CUDA-capable torch. Every
+change is a row of :data:`REDIRECTS` with its reason, and each has a test that fails without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from phd_megatron.runtime.redirects import Redirect, activate
+
+_installed = False
+
+
+def install(skip: Collection[str] = ()) -> None:
+    """Redirect megatron-core to the CPU, for this process and for good. A second call does nothing.
+
+    Args:
+        skip: names of redirects to leave out; the tests use it to show that each is needed.
+
+    Call it before megatron is imported: functions that megatron compiles at import stay compiled otherwise.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    unknown = set(skip) - {redirect.name for redirect in REDIRECTS} - set(METHODS)
+    if unknown:
+        raise ValueError(f"skip={sorted(unknown)} names no redirect of the CPU backend")
+    if "tensor-cuda" not in skip:
+        _tensor_cuda()
+    activate(redirect for redirect in _table(skip) if redirect.name not in skip)
+
+
+def is_installed() -> bool:
+    """Whether this process has redirected megatron-core to the CPU."""
+    return _installed
+
+
+def _torch_names(skip: Collection[str]) -> Redirect:
+    def apply(module: Any) -> None:
+        import torch
+
+        if module.__dict__.get("torch") is torch:
+            module.torch = names
+
+    from phd_megatron.runtime.cpu_backend.torch_names import make_torch
+
+    names = make_torch(cuda_names="cuda-names" not in skip, device_literals="device-literals" not in skip)
+    return Redirect("torch", ("megatron.*",), apply, "megatron's modules get the torch of torch_names.py")
+
+
+def _table(skip: Collection[str]) -> list[Redirect]:
+    return [_torch_names(skip), *(redirect for redirect in REDIRECTS if redirect.modules)]
+
+
+def _tensor_cuda() -> None:
+    import torch
+
+    def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.nn.Module.cuda = cuda  # type: ignore[method-assign]
+
+
+def _made_in_torch_names(module: Any) -> None:
+    """Nothing to do here: the names are part of the module that "torch" puts in place."""
+
+
+def _jit_fuser(module: Any) -> None:
+    module.disable_jit_fuser()
+
+
+def _rng(module: Any) -> None:
+    import contextlib
+
+    from phd_megatron.runtime.cpu_backend import torch_names
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch_names.get_rng_state()
+
+    def set_state(new_state: Any, device: Any = None, graph_safe: bool = False) -> None:
+        torch_names.set_rng_state(new_state)
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Any:
+        # Megatron's own warns whenever the CPU generator moves inside; here it is the one that must move.
+        if name not in self.states_:
+            raise KeyError(f"random-number state {name!r} was not added; added are {sorted(self.states_)}")
+        outer_name, outer_state = self._current_state_name, get_state()
+        if outer_name != "default-rng":
+            self.states_[outer_name] = outer_state
+        set_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = get_state()
+            set_state(outer_state)
+            self._current_state_name = outer_name
+
+    _ = module._get_cuda_rng_state, module._set_cuda_rng_state
+    module._get_cuda_rng_state, module._set_cuda_rng_state = get_state, set_state
+    module.CudaRNGStatesTracker.fork = fork
+
+
+_TYPE_NAMES = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+
+
+def _distrib_optimizer_types(module: Any) -> None:
+    from phd_megatron.runtime.redirects import replace_literals
+
+    replace_literals(module.DistributedOptimizer.__init__, _TYPE_NAMES)
+    replace_literals(module.DistributedOptimizer._build_model_and_main_param_groups, _TYPE_NAMES)
+
+
+def _float16_optimizer_types(module: Any) -> None:
+    from phd_megatron.runtime.redirects import replace_literals
+
+    replace_literals(module.Float16OptimizerWithFloat16Params.__init__, _TYPE_NAMES)
+
+
+def _clip_grads_types(module: Any) -> None:
+    from phd_megatron.runtime.redirects import replace_literals
+
+    replace_literals(module.clip_grad_by_total_norm_fp32, _TYPE_NAMES)
+
+
+def _p2p(module: Any) -> None:
+    from phd_megatron.runtime.cpu_backend.p2p import batched_p2p_ops, p2p_ops
+
+    _ = module._p2p_ops, module._batched_p2p_ops
+    module._p2p_ops, module._batched_p2p_ops = p2p_ops, batched_p2p_ops
+
+
+def _moe_splits(module: Any) -> None:
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        import torch
+
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _ = module.maybe_move_tensor_to_cpu
+    module.maybe_move_tensor_to_cpu = to_host
+
+
+#: redirects that change torch's own methods instead of a megatron module
+METHODS = ("tensor-cuda",)
+
+#: every redirect of the CPU backend; those without modules are parts of "torch"
+REDIRECTS = (
+    Redirect("cuda-names", (), _made_in_torch_names, "torch.cuda.{current_device,synchronize,Stream,...} raise"),
+    Redirect("device-literals", (), _made_in_torch_names, 'torch.zeros(..., device="cuda") raises'),
+    Redirect("jit-fuser", ("megatron.core.jit",), _jit_fuser, "torch.compile on CPU needs a C++ compiler"),
+    Redirect("rng", ("megatron.core.tensor_parallel.random",), _rng, "the tracker forks the CUDA generator"),
+    Redirect(
+        "distrib-optimizer-types",
+        ("megatron.core.optimizer.distrib_optimizer",),
+        _distrib_optimizer_types,
+        "the distributed optimizer refuses parameters whose type() is not torch.cuda.*",
+    ),
+    Redirect(
+        "float16-optimizer-types",
+        ("megatron.core.optimizer.optimizer",),
+        _float16_optimizer_types,
+        "the optimizer of bf16 without sharding refuses parameters whose type() is not torch.cuda.*",
+    ),
+    Redirect(
+        "clip-grads-types",
+        ("megatron.core.optimizer.clip_grads",),
+        _clip_grads_types,
+        "gradient clipping asserts torch.cuda.FloatTensor",
+    ),
+    Redirect(
+        "p2p",
+        ("megatron.core.pipeline_parallel.p2p_communication",),
+        _p2p,
+        "gloo pairs messages by tag and sends from memory that the schedule frees",
+    ),
+    Redirect(
+        "moe-splits",
+        ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"),
+        _moe_splits,
+        "token counts stay tensors, because the conversion is only made for CUDA tensors",
+    ),
+)

@@ -1,0 +1,131 @@
+"""What megatron-core gets when it says ``torch`` on CPU: torch itself, with the CUDA names answered by the host.
+
+Megatron's modules look up ``torch`` in their own globals, so giving them this module redirects them and nobody else:
+torch itself is unchanged for user code and for transformers, and operators are called without any interception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+#: functions that take ``device=`` and to which megatron passes "cuda", some with ``pin_memory=True``
+FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+
+
+class Stream:
+    """A stream on a device that has only one: everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    __hash__ = object.__hash__
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing runs elsewhere."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing runs elsewhere."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """Return the event, which has happened."""
+        return event or Event()
+
+    def synchronize(self) -> None:
+        """Nothing runs elsewhere."""
+
+
+class Event:
+    """An event on a device without queues: it has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing runs elsewhere."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing runs elsewhere."""
+
+    def synchronize(self) -> None:
+        """Nothing runs elsewhere."""
+
+    def query(self) -> bool:
+        """Whether it has happened: always."""
+        return True
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for a call that has no meaning on the host."""
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def get_rng_state(device: Any = None) -> torch.Tensor:
+    """State of the host's generator."""
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    """Set the state of the host's generator."""
+    torch.set_rng_state(new_state)
+
+
+def _cuda_names() -> ModuleType:
+    """The ``torch.cuda`` of a machine without CUDA: what megatron calls in training, and torch's own for the rest."""
+    names = ModuleType("phd_megatron.runtime.cpu_backend.cuda")
+    names.__dict__.update(
+        current_device=lambda: CPU,
+        device_count=lambda: 0,
+        is_available=lambda: False,
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        Stream=Stream,
+        Event=Event,
+        stream=_stream_context,
+        current_stream=lambda device=None: Stream(),
+        default_stream=lambda device=None: Stream(),
+        set_stream=_nothing,
+        manual_seed=torch.manual_seed,
+        get_rng_state=get_rng_state,
+        set_rng_state=set_rng_state,
+    )
+    names.__getattr__ = lambda name: getattr(torch.cuda, name)  # type: ignore[method-assign]
+    return names
+
+
+def on_host(device: Any) -> Any:
+    """The host for a device that names CUDA; any other device as it is."""
+    return CPU if device is not None and str(device).startswith("cuda") else device
+
+
+def _host_factory(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device=on_host(device), **kwargs)
+
+    make.__name__ = factory.__name__
+    return make
+
+
+def make_torch(*, cuda_names: bool = True, device_literals: bool = True) -> ModuleType:
+    """A module that is torch, with CUDA names and ``device="cuda"`` answered by the host."""
+    names = ModuleType("torch")
+    names.__dict__.update(torch.__dict__)
+    names.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
+    if cuda_names:
+        names.__dict__["cuda"] = _cuda_names()
+    if device_literals:
+        names.__dict__.update({name: _host_factory(getattr(torch, name)) for name in FACTORIES})
+    return names

@@ -1,0 +1,140 @@
+"""Defects of megatron-core 0.16 that are not about the device, corrected from outside.
+
+:func:`install` is called on every device. The optimizer rows matter wherever neither Transformer Engine nor apex is
+installed, because megatron then falls back to torch's AdamW, whose state has a ``step`` per parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from phd_megatron.runtime.redirects import Redirect, activate
+
+
+def install() -> None:
+    """Correct the defects in every megatron module imported so far and from now on. May be called again."""
+    _quiet()
+    activate(REDIRECTS)
+
+
+def _quiet() -> None:
+    """Silence what megatron says at import about missing packages: `phd-megatron doctor` says it better."""
+    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def torch_adamw() -> type:
+    """AdamW for megatron's fallback: one fused kernel, and state that megatron's checkpoints can save and load.
+
+    Fused is about seven times faster on CPU than the default loop over parameters. The state is made when it is first
+    asked for, with ``step`` 0, because megatron saves and loads optimizers that have not stepped yet; after loading
+    every parameter gets its own ``step``, because megatron hands one tensor to all, which would then count each
+    parameter's update.
+    """
+    import torch
+
+    class FusedAdamW(torch.optim.AdamW):
+        def __init__(self, params: Any, **kwargs: Any) -> None:
+            super().__init__(params, **{"fused": True, **kwargs})
+
+        @torch.no_grad()
+        def _make_state(self) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    if "step" not in state:
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        if key not in state:
+                            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+        def state_dict(self) -> dict[str, Any]:
+            self._make_state()
+            return super().state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            for state in self.state.values():
+                if "step" in state:
+                    state["step"] = state["step"].clone()
+
+    return FusedAdamW
+
+
+def _torch_adamw(module: Any) -> None:
+    if not module.USING_PYTORCH_OPTIMIZER:
+        return
+    from types import ModuleType, SimpleNamespace
+
+    # The function that builds the optimizer says torch.optim.AdamW, so this module gets a torch with another AdamW.
+    outer = module.torch
+    names = ModuleType("torch")
+    names.__dict__.update(outer.__dict__)
+    names.__getattr__ = lambda name: getattr(outer, name)  # type: ignore[method-assign]
+    names.__dict__["optim"] = SimpleNamespace(**{**vars(outer.optim), "AdamW": torch_adamw()})
+    module.torch = names
+
+
+def _adam_state_without_step(module: Any) -> None:
+    import torch
+
+    optimizer = module.DistributedOptimizer
+    original = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original)
+    @torch.no_grad()  # a shard of an fp32 parameter is a view of a leaf, which autograd refuses to write into
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        if not self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and "step" not in tensors:
+            group, order = self.model_param_group_index_map[model_param]
+            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+            if "step" in state:  # loaded already, with the parameter groups
+                tensors = {**tensors, "step": state["step"]}
+        original(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _checkpoint_without_output(module: Any) -> None:
+    original = module.CheckpointWithoutOutput.__init__
+
+    @functools.wraps(original)
+    def __init__(self: Any, fp8: Any = False) -> None:
+        original(self, fp8)
+        self.fp8 = bool(fp8)
+
+    module.CheckpointWithoutOutput.__init__ = __init__
+
+
+def _te_general_gemm(module: Any) -> None:
+    if "te_general_gemm" not in vars(module):
+        module.te_general_gemm = None
+
+
+REDIRECTS = (
+    Redirect(
+        "torch-adamw",
+        ("megatron.core.optimizer",),
+        _torch_adamw,
+        "torch's AdamW has no state before its first step, shares one step tensor after loading, and is slow unfused",
+    ),
+    Redirect(
+        "adam-state-without-step",
+        ("megatron.core.optimizer.distrib_optimizer",),
+        _adam_state_without_step,
+        "loading fully_reshardable states fails on 'step' and on writing into a leaf",
+    ),
+    Redirect(
+        "checkpoint-without-output",
+        ("megatron.core.tensor_parallel.random",),
+        _checkpoint_without_output,
+        "fp8=False is taken for fp8, which needs Transformer Engine (recompute of the norms)",
+    ),
+    Redirect(
+        "te-general-gemm",
+        ("megatron.core.transformer.moe.moe_utils",),
+        _te_general_gemm,
+        "the router's name for Transformer Engine's GEMM is unbound without it",
+    ),
+)
