@@ -1,0 +1,91 @@
+"""Self-attention with PHD's core attention and per-head norms on q, k, v and the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from torch import Tensor, nn
+
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.phd_attention import phd_attention
+from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
+from phd_megatron.phd.copies import join_copies, split_copies
+
+
+@dataclass
+class PHDSelfAttentionSubmodules(SelfAttentionSubmodules):
+    """Adds the set of per-head norms, a subset of ``"qkvc"``."""
+
+    head_norms: str = ""
+
+
+class PHDSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention with norms of size ``head_dim`` on q, k and v, before RoPE (HybridNorm, Eq. 5)."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: PHDSelfAttentionSubmodules,
+        layer_number: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        head_norm = norm_class(config.normalization)
+        for name, attribute in (("q", "q_layernorm"), ("k", "k_layernorm"), ("v", "v_layernorm")):
+            if name in submodules.head_norms:
+                norm = head_norm(config, self.hidden_size_per_attention_head, config.layernorm_epsilon)
+                setattr(self, attribute, sum_gradient_over_tensor_parallel(norm))
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron-Core's, with the value normed too: q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]``."""
+        query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
+        if (norm := getattr(self, "v_layernorm", None)) is not None:
+            value = norm(value)
+        return (query, key, value, *gate)
+
+
+class PHDCoreAttention(nn.Module):
+    """Core attention of Megatron-Core's protocol over copy-major rows.
+
+    Rows arrive as ``[ranks*K*s_rank]``: under sequence parallelism the linear layer before gathered the
+    tensor-parallel ranks, each of which holds ``[K, s_rank]``; without it ``ranks`` is 1. In a pruned last layer only
+    the last copy's queries are computed, so ``[ranks*s_rank]`` rows leave.
+    """
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        pg_collection = kwargs["pg_collection"]
+        self.policy = config.kv_policy
+        self.backend = config.phd_attention_backend
+        self.scale = softmax_scale
+        self.ranks = pg_collection.tp.size() if config.sequence_parallel else 1
+        last_layer = layer_number == config.num_layers
+        self.query_copies = 1 if last_layer and config.phd_last_layer_pruning else self.policy.repeat
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]`` to ``[rows, b, np*hn]``."""
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise UserError(
+                "PHD attention takes its mask from KVPolicy alone; attention_mask, attention_bias and packed sequences "
+                "are not supported"
+            )
+        repeat = self.policy.repeat
+        query = split_copies(query, repeat, self.ranks)[repeat - self.query_copies :]  # [Kq, s, b, np, hn]
+        key = split_copies(key, repeat, self.ranks)  # [K, s, b, ng, hn]
+        value = split_copies(value, repeat, self.ranks)
+        context = phd_attention(
+            query, key, value, self.policy, scale=self.scale, backend=self.backend, query_copies=self.query_copies
+        )
+        # [Kq, s, b, np, hn] -> [ranks*Kq*s_rank, b, np*hn]
+        return join_copies(context, self.ranks).flatten(2)

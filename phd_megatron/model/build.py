@@ -1,0 +1,61 @@
+"""Assemble the model chunks that this rank holds."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.errors import UserError
+from phd_megatron.model.gpt_model import PHDGPTModel
+from phd_megatron.model.initialisation import initialise
+from phd_megatron.model.layer_specs import block_spec
+from phd_megatron.model.transformer_config import build_transformer_config, padded_vocab_size
+
+
+def use_transformer_engine(transformer_impl: str, on_cuda: bool) -> tuple[bool, str]:
+    """Whether linear layers come from Transformer Engine, and why.
+
+    Raises:
+        UserError: if it is asked for and cannot be had.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if transformer_impl == "local":
+        return False, "asked for by transformer_impl=local"
+    if on_cuda and installed:
+        return True, "Transformer Engine is installed"
+    reason = "there is no CUDA device" if not on_cuda else "transformer-engine is not installed"
+    if transformer_impl == "transformer_engine":
+        raise UserError(
+            f"transformer_impl=transformer_engine, but {reason}; use transformer_impl=auto, or install "
+            "'phd-megatron[te]' on a GPU machine"
+        )
+    return False, reason
+
+
+def build_model(
+    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None = None
+) -> PHDGPTModel:
+    """The initialised model chunk of this rank, on ``device``, in the run's parameter type."""
+    config = build_transformer_config(run)
+    transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, device.type == "cuda")
+    pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    model = PHDGPTModel(
+        true_vocab_size=true_vocab_size,
+        config=config,
+        transformer_layer_spec=block_spec(config, transformer_engine),
+        vocab_size=padded_vocab_size(true_vocab_size, run.model.make_vocab_size_divisible_by),
+        max_sequence_length=run.model.max_position_embeddings or run.model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=run.model.rotary_percent,
+        rotary_base=run.model.rotary_base,
+        pg_collection=pg_collection,
+    )
+    initialise(model, config, run.training.seed, pg_collection.dp_cp)
+    return model.to(device)

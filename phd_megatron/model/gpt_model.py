@@ -1,0 +1,77 @@
+"""The GPT model with K copies of every token inside the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from phd_megatron.errors import UserError
+from phd_megatron.phd.copies import join_copies, repeat_tokens
+
+
+class PHDGPTModel(GPTModel):
+    """``GPTModel`` that repeats tokens after the embedding (PHD-Transformer, Sec. 2).
+
+    The copies are dropped inside the last decoder layer, so the final norm, the head and the loss see the last copy
+    only. ``vocab_size`` is the padded one; logits beyond ``true_vocab_size`` are minus infinity everywhere.
+
+    Args:
+        true_vocab_size: tokens of the tokenizer.
+        kwargs: as :class:`megatron.core.models.gpt.GPTModel`.
+    """
+
+    def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.repeat = self.config.kv_policy.repeat
+        if self.post_process:
+            _mask_vocabulary_padding(self.output_layer, true_vocab_size)
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """Embeds and repeats on the first stage; lays out RoPE by token position for every stage."""
+        if inference_context is not None or packed_seq_params is not None or padding_mask is not None:
+            raise UserError(
+                "Megatron-Core's inference contexts, packed sequences and padding masks are not supported by the PHD "
+                "model; generate from an export instead (phd-megatron generate)"
+            )
+        if decoder_input is None and self.pre_process:
+            decoder_input = repeat_tokens(self.embedding(input_ids=input_ids, position_ids=position_ids), self.repeat)
+        rows = (decoder_input if self.pre_process else self.decoder.input_tensor).size(0)
+        return decoder_input, self._rotary_table(rows), None, None, None, None
+
+    def _rotary_table(self, rows: int) -> Tensor:
+        """RoPE angles for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""
+        if rows not in self.rotary_pos_emb_cache:
+            ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+            local_tokens = rows // self.repeat * ranks
+            # [s, 1, 1, hn] of this context-parallel rank, which the table slices by itself
+            angles = self.rotary_pos_emb(local_tokens * self.config.context_parallel_size)
+            copies = angles.expand(self.repeat, *angles.shape)
+            self.rotary_pos_emb_cache = {rows: join_copies(copies, ranks).contiguous()}  # [ranks*K*s_rank, 1, 1, hn]
+        return self.rotary_pos_emb_cache[rows]
+
+
+def _mask_vocabulary_padding(output_layer: nn.Module, true_vocab_size: int) -> None:
+    """Set the logits of padding rows to minus infinity, in loss, evaluation and generation alike.
+
+    In place and outside autograd: the loss gives such a logit a gradient of exactly zero by itself.
+    """
+
+    def mask(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+        logits = outputs[0]
+        ranks = 1 if module.gather_output else module.tp_group.size()  # type: ignore[union-attr,operator]
+        first = module.tp_group.rank() * logits.size(-1) if ranks > 1 else 0  # type: ignore[union-attr,operator]
+        with torch.no_grad():
+            logits[..., max(true_vocab_size - first, 0) :].fill_(float("-inf"))
+
+    output_layer.register_forward_hook(mask)

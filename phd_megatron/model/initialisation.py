@@ -1,0 +1,79 @@
+"""Initial values that do not depend on the layout.
+
+A parameter's values follow from the seed and its name in the checkpoint alone: the full tensor is drawn in float32
+from a CPU generator seeded by both, then this rank's slice is copied into place. What the slice is, Megatron-Core's
+own sharded state dict says, so tensor, pipeline and expert parallelism, fused and separate modules, and tied weights
+on two stages all agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def sharded_tensors(model: MegatronModule, dp_cp_group: Any) -> Iterator[ShardedTensor]:
+    """This rank's part of every parameter, with its checkpoint name and its place in the full tensor.
+
+    ``data`` shares memory with the parameter. Keys hold the global layer number.
+    """
+    metadata = {"non_homogeneous_layers": True, "singleton_local_shards": False, "dp_cp_group": dp_cp_group}
+    for entry in nested_values(model.sharded_state_dict(metadata=metadata)):
+        if isinstance(entry, ShardedTensorFactory):
+            yield from (part for part in nested_values(entry.build()) if isinstance(part, ShardedTensor))
+        elif isinstance(entry, ShardedTensor):
+            yield entry
+
+
+def output_projection_std(std: float, scheme: str, layer_number: int, num_layers: int) -> float:
+    """Std of attention-out and FFN-out weights (HybridNorm, Sec. 3): ``layer_number`` is 1-based and global."""
+    depth = {"normal": None, "depth_scaled": layer_number, "megatron": num_layers}[scheme]
+    return std if depth is None else std / (2 * depth) ** 0.5
+
+
+def draw(key: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """The full tensor named ``key``: normal with ``std``, truncated at three of them, float32 on CPU."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) -> None:
+    """Fill every weight matrix of ``model``. Norm weights and biases keep their ones and zeros.
+
+    Raises:
+        RuntimeError: if a parameter has no entry in the sharded state dict, so that none stays uninitialised.
+    """
+    covered: dict[int, int] = {}
+    for part in sharded_tensors(model, dp_cp_group):
+        storage = part.data.untyped_storage().data_ptr()
+        covered[storage] = covered.get(storage, 0) + part.data.numel()
+        if len(part.global_shape) - part.prepend_axis_num < 2:
+            if part.key.endswith("bias"):
+                part.data.zero_()
+            continue
+        std = config.init_method_std
+        layer = _LAYER.match(part.key)
+        if layer and part.key.endswith(_OUTPUT_PROJECTIONS):
+            std = output_projection_std(std, config.init_scheme, int(layer[1]) + 1, config.num_layers)
+        full = draw(part.key, tuple(part.global_shape), std, seed)
+        place = tuple(
+            slice(start, start + (1 if axis < part.prepend_axis_num else part.local_shape[axis - part.prepend_axis_num]))
+            for axis, start in enumerate(part.global_offset)
+        )
+        part.data.copy_(full[place].view(part.data.shape))
+    for name, parameter in model.named_parameters():
+        if covered.get(parameter.untyped_storage().data_ptr(), 0) < parameter.numel():
+            raise RuntimeError(f"parameter {name} {tuple(parameter.shape)} was not initialised")

@@ -1,0 +1,94 @@
+"""Layer specs: which module sits in which slot of Megatron-Core's transformer layer, read from the norm plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from phd_megatron.model.attention import PHDCoreAttention, PHDSelfAttention, PHDSelfAttentionSubmodules
+from phd_megatron.model.residual import SublayerResidual
+from phd_megatron.norm.modules import norm_class
+
+if TYPE_CHECKING:
+    from phd_megatron.model.transformer_config import PHDTransformerConfig
+
+# One checkpoint name per role, whatever slot of Megatron-Core's layer the scheme uses for it.
+_CHECKPOINT_NAMES = {
+    "pre_cross_attn_layernorm.": "pre_mlp_layernorm.",
+    "self_attn_bda.output_norm.": "attention_output_layernorm.",
+    "mlp_bda.output_norm.": "mlp_output_layernorm.",
+}
+
+
+def linear_modules(transformer_engine: bool) -> tuple[type, type]:
+    """Column- and row-parallel linear layers of the chosen implementation."""
+    if not transformer_engine:
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engine: bool) -> ModuleSpec:
+    """Spec of the layer with 1-based global number ``layer_number``.
+
+    The FFN's norm sits in the slot before Megatron-Core's (absent) cross-attention when its output is also the
+    residual (HybridNorm, Eq. 6): what leaves that slot becomes input and residual of the FFN.
+    """
+    block = config.norm_plan[layer_number - 1]
+    norm = norm_class(config.normalization)
+    column_linear, row_linear = linear_modules(transformer_engine)
+    last_layer = layer_number == config.num_layers
+    prune = config.phd_last_layer_pruning
+    normed_residual = block.mlp.residual == "normed"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm if block.attention.input_norm else IdentityOp,
+            self_attention=ModuleSpec(
+                module=PHDSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=PHDSelfAttentionSubmodules(
+                    linear_qkv=column_linear,
+                    core_attention=PHDCoreAttention,
+                    linear_proj=row_linear,
+                    head_norms=block.heads,
+                ),
+            ),
+            self_attn_bda=_residual(config, block.attention.output_norm, drop_copies=last_layer and prune),
+            pre_cross_attn_layernorm=norm if normed_residual else IdentityOp,
+            pre_mlp_layernorm=norm if block.mlp.input_norm and not normed_residual else IdentityOp,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
+            ),
+            mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=last_layer and not prune),
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+        ),
+    )
+
+
+def _residual(config: PHDTransformerConfig, output_norm: str | None, drop_copies: bool) -> ModuleSpec:
+    params = {"config": config, "output_norm": output_norm == "sum", "drop_copies": drop_copies}
+    return ModuleSpec(module=SublayerResidual, params=params)
+
+
+def block_spec(
+    config: PHDTransformerConfig, transformer_engine: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage holds, following the global layer numbers."""
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [layer_spec(config, offset + index + 1, transformer_engine) for index in range(count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_class(config.normalization))

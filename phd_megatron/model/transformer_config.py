@@ -1,0 +1,103 @@
+"""From a run's configuration to Megatron-Core's ``TransformerConfig``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.errors import UserError
+from phd_megatron.norm.schemes import BlockNorm, norm_plan
+from phd_megatron.phd.kv_policy import KVPolicy
+
+
+@dataclass
+class PHDTransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration plus what PHD and the norm scheme add."""
+
+    kv_policy: KVPolicy = field(default_factory=KVPolicy)
+    norm_plan: tuple[BlockNorm, ...] = ()
+    phd_attention_backend: str = "auto"
+    phd_last_layer_pruning: bool = True
+    init_scheme: str = "normal"
+
+
+def transformer_field_types() -> dict[str, Any]:
+    """Name to annotation of every ``TransformerConfig`` field, for the command line and YAML."""
+    return {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.init}
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
+    """The vocabulary rounded up to a multiple; a property of the model alone, so no TP size enters."""
+    return -(-vocab_size // divisible_by) * divisible_by
+
+
+def params_dtype(run: RunConfig) -> torch.dtype:
+    """Type of the parameters the forward pass uses."""
+    return torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
+
+
+def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
+    """Translate a resolved run configuration.
+
+    Raises:
+        UserError: for a combination that Megatron-Core or PHD attention cannot compute.
+    """
+    model, parallel = run.model, run.parallel
+    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    dtype = params_dtype(run)
+    values: dict[str, Any] = {
+        # A step computes in the order a single rank would; the fused kernels below need a compiler or TE.
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "perform_initialization": False,  # phd_megatron.model.initialisation does it, the same in every layout
+        **model.transformer,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "gated_linear_unit": model.gated_linear_unit,
+        "activation_func": F.silu if model.gated_linear_unit else F.gelu,
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_method_std,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": run.training.bf16,
+        "fp16": run.training.fp16,
+        # Losses are summed and divided by the global token count, so that unequal loss masks give the same
+        # gradient in every layout.
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": False,
+        "kv_policy": policy,
+        "norm_plan": norm_plan(model.norm_scheme, model.num_layers or 0),
+        "phd_attention_backend": model.phd_attention_backend,
+        "phd_last_layer_pruning": model.phd_last_layer_pruning,
+        "init_scheme": model.init,
+    }
+    try:
+        return PHDTransformerConfig(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"Megatron-Core refuses the model configuration: {error}") from error

@@ -1,0 +1,97 @@
+"""RMSNorm and LayerNorm with the constructor Megatron-Core's layer specs call.
+
+Megatron-Core's own torch norm refuses sequence parallelism and its fused one needs apex, so the local (TE-free) model
+uses these. Plain torch; the statistics are computed in float32 whatever the input's type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """``x / sqrt(mean(x^2) + eps) * weight`` that saves the input and one number a row.
+
+    Composed of separate operations it would keep several tensors of the input's size; on CPU this is 1.3 to 1.7 times
+    as fast, forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.to(_compute_dtype(hidden.dtype))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.size(-1))
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight, scale)
+        return (wide * scale).to(hidden.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        normed = hidden.to(scale.dtype) * scale
+        grad = grad_output.to(scale.dtype)
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        grad = grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return grad.to(hidden.dtype), grad_weight.to(weight.dtype), None
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, ``[..., d]`` to ``[..., d]``, ``weight`` of shape ``[d]``."""
+    if hidden.is_cuda:
+        return F.rms_norm(hidden, (hidden.size(-1),), weight, eps)  # one fused kernel there
+    return _RMSNormFunction.apply(hidden, weight, eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight and no bias.
+
+    Args:
+        config: anything with ``params_dtype`` and ``sequence_parallel`` (Megatron-Core passes its own).
+        hidden_size: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Under sequence parallelism each rank norms its share of the tokens: Megatron-Core then sums the gradients.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with weight and bias; arguments as :class:`RMSNorm`."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def norm_class(normalization: str) -> type[nn.Module]:
+    """The module for ``normalization`` (``RMSNorm`` or ``LayerNorm``)."""
+    return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[normalization]
+
+
+def sum_gradient_over_tensor_parallel(norm: nn.Module) -> nn.Module:
+    """Mark a per-head norm: its weight is shared by all heads, and each tensor-parallel rank sees only its own.
+
+    So the gradient of a rank is partial, with and without sequence parallelism. The mark makes
+    :func:`phd_megatron.model.gradients.finalize_model_grads` sum it over the group exactly once; the sequence-parallel
+    mark is taken away so that Megatron-Core does not sum it a second time.
+    """
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]
+        parameter.sum_gradient_over_tensor_parallel = True  # type: ignore[attr-defined]
+    return norm

@@ -1,0 +1,86 @@
+"""Write the gradient of every parameter, so that two layouts can be compared parameter by parameter.
+
+Each rank writes its slices with their checkpoint names and places; :func:`load_gradients` puts the full tensors
+together without any process group.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phd_megatron.model.initialisation import sharded_tensors
+
+
+def dump_gradients(model: DistributedDataParallel, directory: Path, rank: int, dp_cp_group: Any) -> None:
+    """Write this rank's final gradients to ``directory/rank_<n>.safetensors``."""
+    _gather_reduced_shards(model)
+    module = model.module
+    while hasattr(module, "module"):
+        module = module.module
+    gradients = {
+        parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): parameter
+        for parameter in module.parameters()
+    }
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, Any] = {}
+    for part in sharded_tensors(module, dp_cp_group):
+        gradient = _gradient_of(part.data, gradients)
+        offset = [int(o) for o in part.global_offset]
+        name = f"{part.key}|{','.join(map(str, offset))}"
+        tensors[name] = gradient.float().cpu().contiguous().clone()
+        places[name] = {"key": part.key, "shape": [int(n) for n in part.global_shape], "offset": offset}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / f"rank_{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
+
+
+def _gather_reduced_shards(model: DistributedDataParallel) -> None:
+    """With the distributed optimizer each rank has reduced its shard of a bucket only: fetch the others'."""
+    if not model.ddp_config.use_distributed_optimizer:
+        return
+    for buffer in model.buffers + model.expert_parallel_buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shards = bucket.grad_data.chunk(group.size())
+            torch.distributed.all_gather(list(shards), shards[group.rank()].clone(), group=group)
+
+
+def _gradient_of(data: Tensor, parameters: dict[int, Any]) -> Tensor:
+    """The main gradient of the parameter (or of the row block of it) whose memory ``data`` is."""
+    address = data.untyped_storage().data_ptr() + data.storage_offset() * data.element_size()
+    for start, parameter in parameters.items():
+        begin = (address - start) // data.element_size()
+        if 0 <= begin < parameter.numel():
+            return parameter.main_grad.view(-1)[begin : begin + data.numel()].view(data.shape)
+    raise RuntimeError("a sharded tensor shares no memory with a parameter")
+
+
+def load_gradients(directory: Path) -> dict[str, Tensor]:
+    """Full float32 gradients by checkpoint name, from the files of all ranks."""
+    full: dict[str, Tensor] = {}
+    filled: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("rank_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name, place in json.loads(file.metadata()["places"]).items():
+                key, part = place["key"], file.get_tensor(name)
+                if key not in full:
+                    full[key] = torch.zeros(place["shape"])
+                    filled[key] = torch.zeros(place["shape"], dtype=torch.bool)
+                prepended = len(place["shape"]) - part.dim()
+                sizes = [1] * prepended + list(part.shape)
+                where = tuple(slice(o, o + n) for o, n in zip(place["offset"], sizes, strict=True))
+                full[key][where] = part.view(sizes)
+                filled[key][where] = True
+    for key, mask in filled.items():
+        if not mask.all():
+            raise ValueError(f"{directory}: {int((~mask).sum())} elements of {key} are missing")
+    if not full:
+        raise ValueError(f"{directory}: no rank_*.safetensors files")
+    return full

@@ -1,0 +1,186 @@
+"""What a run reports: Megatron's log line, a JSON line per step, TensorBoard, Weights & Biases, live progress."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.config.schema import LoggingConfig
+from phd_megatron.errors import UserError
+
+# Dense bf16 peak of one device in TFLOP/s, by a part of its name. Sparse figures are twice these and never used.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0}
+
+
+@dataclass
+class StepMetrics:
+    """One logged step; averages over the steps since the last one. Field names are those of ``--metrics-file``."""
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    global_batch_size: int
+    iteration_seconds: float
+    tokens_per_second: float
+    processed_tokens_per_second: float
+    tflops_per_gpu: float
+    mfu: float | None
+    skipped_iterations: int
+    validation_loss: float | None = None
+
+
+def peak_tflops(given: float | None, device_name: str) -> float | None:
+    """The peak that MFU is a share of: what the user gave, or the table's; ``None`` if neither is known."""
+    if given is not None:
+        return given
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+class Reporter:
+    """Writes metrics on the main rank and nothing elsewhere.
+
+    Args:
+        options: the logging section.
+        enabled: true on one rank.
+        total_iterations: for the log line and the progress bar.
+        default_tensorboard_dir: used when the options name none.
+        write: prints a line (a live display moves aside for it).
+    """
+
+    def __init__(
+        self,
+        options: LoggingConfig,
+        enabled: bool,
+        total_iterations: int,
+        run_values: dict[str, Any],
+        default_tensorboard_dir: Path | None,
+    ) -> None:
+        self.enabled = enabled
+        self.total_iterations = total_iterations
+        self._sinks: list[Callable[[dict[str, Any]], None]] = []
+        self._closers: list[Callable[[], None]] = []
+        self._progress: Any = None
+        self._task: Any = None
+        if not enabled:
+            return
+        if options.metrics_file:
+            self._open_metrics_file(Path(options.metrics_file))
+        directory = options.tensorboard_dir or (default_tensorboard_dir and str(default_tensorboard_dir))
+        if directory:
+            self._open_tensorboard(directory, asked_for=options.tensorboard_dir is not None)
+        if options.wandb_project:
+            self._open_wandb(options, run_values)
+        if options.progress == "on" or (options.progress == "auto" and sys.stdout.isatty()):
+            self._open_progress()
+
+    def log(self, message: str) -> None:
+        """One line on the main rank."""
+        if not self.enabled:
+            return
+        if self._progress is not None:
+            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, flush=True)
+
+    def advance(self, iteration: int) -> None:
+        """Move the live display."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=iteration)
+
+    def report(self, metrics: StepMetrics) -> None:
+        """Write one step everywhere."""
+        if not self.enabled:
+            return
+        self.log(log_line(metrics, self.total_iterations))
+        values = asdict(metrics)
+        for sink in self._sinks:
+            sink(values)
+
+    def close(self) -> None:
+        """Flush and close what was opened."""
+        for closer in self._closers:
+            closer()
+        self._closers.clear()
+
+    def _open_metrics_file(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UserError(f"metrics_file={str(path)!r} cannot be written: {error.strerror}; choose another") from error
+        self._sinks.append(lambda values: _write_json(stream, values))
+        self._closers.append(stream.close)
+
+    def _open_tensorboard(self, directory: str, asked_for: bool) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            if asked_for:
+                raise UserError(
+                    f"tensorboard_dir={directory!r}, but tensorboard is not installed; pip install tensorboard, or "
+                    "leave the option out"
+                )
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(directory)
+
+        def sink(values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                if name != "iteration" and value is not None:
+                    writer.add_scalar(name, value, values["iteration"])
+
+        self._sinks.append(sink)
+        self._closers.append(writer.close)
+
+    def _open_wandb(self, options: LoggingConfig, run_values: dict[str, Any]) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UserError(
+                f"wandb_project={options.wandb_project!r}, but wandb is not installed; pip install wandb, or leave the "
+                "option out"
+            )
+        import wandb
+
+        run = wandb.init(project=options.wandb_project, name=options.wandb_exp_name, config=run_values)
+        self._sinks.append(lambda values: run.log(values, step=values["iteration"]))
+        self._closers.append(run.finish)
+
+    def _open_progress(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+        )
+        self._task = self._progress.add_task("training", total=self.total_iterations)
+        self._progress.start()
+        self._closers.append(self._progress.stop)
+
+
+def _write_json(stream: Any, values: dict[str, Any]) -> None:
+    stream.write(json.dumps(values) + "\n")
+
+
+def log_line(metrics: StepMetrics, total_iterations: int) -> str:
+    """Megatron's line, with original and processed tokens per second."""
+    fields = [
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {metrics.iteration:8d}/{total_iterations:8d}",
+        f"consumed samples: {metrics.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {metrics.iteration_seconds * 1e3:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_gpu:.4g}",
+        f"learning rate: {metrics.learning_rate:.6E}",
+        f"global batch size: {metrics.global_batch_size:5d}",
+        f"lm loss: {metrics.lm_loss:.6E}",
+        f"grad norm: {metrics.grad_norm:.3f}",
+        f"number of skipped iterations: {metrics.skipped_iterations:3d}",
+        f"tokens/s: {metrics.tokens_per_second:.0f}",
+        f"processed tokens/s: {metrics.processed_tokens_per_second:.0f}",
+    ]
+    if metrics.mfu is not None:
+        fields.append(f"MFU: {metrics.mfu:.1%}")
+    return " | ".join(fields) + " |"

@@ -1,0 +1,134 @@
+"""Data-parallel wrapping, AdamW and the learning-rate schedule, all Megatron-Core's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.errors import UserError
+from phd_megatron.model.gpt_model import PHDGPTModel
+from phd_megatron.model.gradients import finalize_model_grads
+from phd_megatron.model.transformer_config import params_dtype
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths of the run and of the learning-rate schedule, all in samples."""
+
+    total: int
+    decay: int
+    warmup: int
+    wsd_decay: int | None
+
+
+def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
+    """Bring iterations, samples, tokens and fractions to samples.
+
+    Raises:
+        UserError: when a warm-up does not fit into the decay.
+    """
+    training, optimizer = run.training, run.optimizer
+    if training.train_samples is not None:
+        total = training.train_samples
+    elif training.train_iters is not None:
+        if training.rampup_batch_size is not None:
+            raise UserError("rampup_batch_size with train_iters: the steps have no fixed size; give train_samples")
+        total = training.train_iters * global_batch_size
+    else:
+        raise UserError("train_iters and train_samples are both missing: set one of them")
+
+    def samples(iters: int | None, given: int | None, default: int) -> int:
+        return given if given is not None else iters * global_batch_size if iters is not None else default
+
+    decay = samples(optimizer.lr_decay_iters, optimizer.lr_decay_samples, total)
+    if optimizer.lr_warmup_fraction is not None:
+        warmup = int(optimizer.lr_warmup_fraction * decay)
+    else:
+        warmup = (
+            optimizer.lr_warmup_iters * global_batch_size
+            + optimizer.lr_warmup_samples
+            + math.ceil(optimizer.lr_warmup_tokens / run.model.seq_length)
+        )
+    if warmup >= decay:
+        raise UserError(
+            f"the warm-up of {warmup} samples is not shorter than the decay of {decay} samples; shorten "
+            "lr_warmup_iters / lr_warmup_samples / lr_warmup_tokens, or lengthen the run"
+        )
+    wsd = None
+    if optimizer.lr_decay_style == "WSD":
+        wsd = samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
+    return Schedule(total, decay, warmup, wsd)
+
+
+def wrap_data_parallel(model: PHDGPTModel, run: RunConfig) -> DistributedDataParallel:
+    """``Float16Module`` where half precision is asked for, then Megatron-Core's DDP with its gradient buffers."""
+    half = run.training.bf16 or run.training.fp16
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=half and run.training.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=run.parallel.overlap_grad_reduce,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        bucket_size=run.parallel.ddp_bucket_size,
+    )
+    config = model.config
+    return DistributedDataParallel(config, ddp_config, Float16Module(config, model) if half else model)
+
+
+def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
+    """AdamW with fp32 main parameters, and the hooks that the pipeline schedules call."""
+    optimizer = run.optimizer
+    built = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.adam_beta1,
+            adam_beta2=optimizer.adam_beta2,
+            adam_eps=optimizer.adam_eps,
+            clip_grad=optimizer.clip_grad,
+            bf16=run.training.bf16,
+            fp16=run.training.fp16,
+            params_dtype=params_dtype(run),
+            use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+            overlap_param_gather=run.parallel.overlap_param_gather,
+        ),
+        models,
+        # An empty override decays every parameter; None leaves out one-dimensional ones and biases.
+        config_overrides={} if optimizer.decay_norms else None,
+    )
+    config = models[0].config
+    config.grad_scale_func = built.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if run.parallel.overlap_grad_reduce:
+        config.no_sync_func = models[0].no_sync
+    return built
+
+
+def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Schedule) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule; it counts samples, so a change of batch size does not move it."""
+    options = run.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.decay,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=schedule.total,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=schedule.wsd_decay,
+        lr_wsd_decay_style=options.lr_wsd_decay_style,
+    )

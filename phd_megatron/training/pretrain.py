@@ -1,0 +1,279 @@
+"""A whole training run: build, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core import num_microbatches_calculator as microbatches
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from phd_megatron.config.load import to_dict
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.datasets import build_datasets
+from phd_megatron.data.loader import SampleStream
+from phd_megatron.data.tokenizers import Tokenizer
+from phd_megatron.errors import UserError
+from phd_megatron.model.build import build_model
+from phd_megatron.model.transformer_config import padded_vocab_size
+from phd_megatron.planning.flops import forward_flops
+from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from phd_megatron.training.gradient_dump import dump_gradients
+from phd_megatron.training.metrics import Reporter, StepMetrics, peak_tflops
+from phd_megatron.training.optimizer import (
+    Schedule,
+    build_optimizer,
+    build_scheduler,
+    plan_schedule,
+    wrap_data_parallel,
+)
+from phd_megatron.training.signals import ExitController
+from phd_megatron.training.step import Stepper
+
+
+@dataclass
+class Progress:
+    """Where a run is. Saved with every checkpoint; data order follows from ``consumed_samples`` alone."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+
+
+@dataclass
+class Interval:
+    """Sums since the last log line; nothing here waits for the device."""
+
+    started: float
+    losses: list[Any] = field(default_factory=list)
+    samples: int = 0
+    steps: int = 0
+    skipped: int = 0
+
+
+class Trainer:
+    """Everything one rank holds during a run.
+
+    Args:
+        run: the resolved configuration.
+        runtime: device and process groups, already initialised.
+        tokenizer: the data's tokenizer.
+        resume_from: complete checkpoint to load, or ``None`` to start fresh.
+    """
+
+    def __init__(self, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, resume_from: Path | None) -> None:
+        self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
+        dims = runtime.dims
+        self.global_batch_size = run.training.global_batch_size or run.training.micro_batch_size * dims.dp
+        self.schedule: Schedule = plan_schedule(run, self.global_batch_size)
+        microbatches.init_num_microbatches_calculator(
+            runtime.rank,
+            run.training.rampup_batch_size,
+            self.global_batch_size,
+            run.training.micro_batch_size,
+            dims.dp,
+        )
+        vocab_size = run.model.vocab_size or tokenizer.vocab_size
+        model = build_model(run, vocab_size, runtime.device)
+        self.padded_vocab_size = padded_vocab_size(vocab_size, run.model.make_vocab_size_divisible_by)
+        self.model: DistributedDataParallel = wrap_data_parallel(model, run)
+        self.optimizer: MegatronOptimizer = build_optimizer([self.model], run)
+        self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
+        self.progress = Progress()
+        if resume_from is not None:
+            self._resume(resume_from)
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            runtime.device,
+            run.training.micro_batch_size,
+            run.model.seq_length,
+            run.model.phd_repeat,
+        )
+        self._open_data()
+
+    def _resume(self, path: Path) -> None:
+        run = self.run
+        state = load_checkpoint(
+            path,
+            models=[self.model],
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            run_config=run,
+            runtime=self.runtime,
+            load_optimizer=not (run.checkpoint.finetune or run.checkpoint.no_load_optim),
+            load_rng=not (run.checkpoint.finetune or run.checkpoint.no_load_rng),
+        )
+        if run.checkpoint.finetune:
+            return
+        self.progress = Progress(state["iteration"], state["consumed_samples"], state.get("skipped_iterations", 0))
+        # The learning rate of this start counts, not the one that the optimizer's groups were saved with.
+        for group in self.optimizer.param_groups:
+            group.update(max_lr=run.optimizer.lr, min_lr=run.optimizer.min_lr)
+        if run.checkpoint.no_load_optim:
+            self.scheduler.num_steps = self.progress.consumed_samples
+        self.scheduler.step(0)
+
+    def _open_data(self) -> None:
+        run, dims = self.run, self.runtime.dims
+        remaining = math.ceil(self.schedule.total / self.global_batch_size)
+        self.total_iterations = run.training.train_iters or remaining
+        train_samples = run.data.data_horizon_samples or self.schedule.total
+        if train_samples < self.schedule.total:
+            raise UserError(
+                f"data_horizon_samples={train_samples} is shorter than the run of {self.schedule.total} samples; the "
+                "order is drawn for the horizon, so make it at least as long as the longest run planned"
+            )
+        eval_samples = run.training.eval_iters * self.global_batch_size
+        train, valid, _ = build_datasets(run, self.tokenizer, (train_samples, eval_samples, 0))
+        common = {
+            "micro_batch_size": run.training.micro_batch_size,
+            "dp_rank": self.runtime.dp_rank,
+            "dp_size": dims.dp,
+            "num_workers": run.data.num_workers,
+        }
+        self.train_stream = SampleStream(train, **common)
+        self.valid_stream = SampleStream(valid, **common) if valid is not None else None
+
+    # ---------------------------------------------------------------- the loop
+
+    def train(self, reporter: Reporter, exits: ExitController) -> str:
+        """Train to the end or to an exit condition, save, and say in words why it stopped."""
+        run, progress = self.run, self.progress
+        self.reporter = reporter
+        interval = Interval(time.perf_counter())
+        reason = "finished"
+        while progress.consumed_samples < self.schedule.total:
+            grad_norm = self._one_step(interval)
+            reporter.advance(progress.iteration)
+            last = progress.consumed_samples >= self.schedule.total
+            evaluate = self._evaluates(last)
+            validation_loss = self._evaluate(interval) if evaluate else None
+            if progress.iteration % run.logging.log_interval == 0 or evaluate or last:
+                self._report(interval, grad_norm, validation_loss)
+                interval = Interval(time.perf_counter())
+            exit_reason = exits.should_exit(progress.iteration)
+            if exit_reason and not last:
+                reason = exit_reason
+                break
+            if run.checkpoint.save_interval and progress.iteration % run.checkpoint.save_interval == 0 and not last:
+                self.save()
+                interval.started = time.perf_counter() if interval.steps == 0 else interval.started
+        if run.checkpoint.save:
+            self.save()
+        return reason
+
+    def _one_step(self, interval: Interval) -> float:
+        progress, logging = self.progress, self.run.logging
+        microbatches.update_num_microbatches(progress.consumed_samples, consistency_check=False)
+        count = microbatches.get_num_microbatches()
+        samples = count * self.run.training.micro_batch_size * self.runtime.dims.dp
+        iteration = progress.iteration + 1
+        dump = None
+        if logging.dump_gradients_dir and iteration in logging.dump_gradients_iterations:
+            directory = Path(logging.dump_gradients_dir) / f"iter_{iteration:07d}"
+
+            def dump() -> None:
+                dump_gradients(self.model, directory, self.runtime.rank, self.stepper.groups.dp_cp)
+
+        result = self.stepper.train(self.train_stream.microbatches(progress.consumed_samples, count), count, dump)
+        progress.iteration = iteration
+        progress.consumed_samples += samples
+        interval.losses.append(result.loss)
+        interval.samples += samples
+        interval.steps += 1
+        if result.updated:
+            self.scheduler.step(samples)
+        else:
+            progress.skipped_iterations += 1
+            interval.skipped += 1
+        if not math.isfinite(result.grad_norm) and not self.run.training.fp16:
+            raise UserError(
+                f"the gradient norm of iteration {iteration} is {result.grad_norm} (samples "
+                f"{progress.consumed_samples - samples} to {progress.consumed_samples - 1}); the parameters are not "
+                "finite any more. The last saved checkpoint is good: lower lr, lengthen the warm-up, or skip the batch"
+            )
+        return result.grad_norm
+
+    # ---------------------------------------------------------------- evaluation and reports
+
+    def _evaluates(self, last: bool) -> bool:
+        if self.valid_stream is None or self.run.training.eval_iters < 1:
+            return False
+        return last or self.progress.iteration % self.run.training.eval_interval == 0
+
+    def _evaluate(self, interval: Interval) -> float:
+        """Loss on the same validation samples every time."""
+        started = time.perf_counter()
+        count = self.global_batch_size // (self.run.training.micro_batch_size * self.runtime.dims.dp)
+        batches = self.run.training.eval_iters
+        assert self.valid_stream is not None
+        stream = self.valid_stream.microbatches(0, count * batches)
+        total, tokens = self.stepper.evaluate(stream, batches, count).tolist()
+        loss = total / tokens
+        interval.started += time.perf_counter() - started  # training time only in the step's figures
+        self.reporter.log(
+            f" validation loss at iteration {self.progress.iteration}: {loss:.6E} | PPL: {math.exp(min(loss, 20)):.6E} |"
+        )
+        return loss
+
+    def _report(self, interval: Interval, grad_norm: float, validation_loss: float | None) -> None:
+        run, progress = self.run, self.progress
+        self.runtime.synchronize()
+        seconds = time.perf_counter() - interval.started
+        losses = [total / tokens for total, tokens in (loss.tolist() for loss in interval.losses)]
+        tokens_per_second = interval.samples * run.model.seq_length / seconds
+        flops = forward_flops(run.model, self.padded_vocab_size).training * interval.samples
+        tflops = flops / seconds / self.runtime.world_size / 1e12
+        peak = peak_tflops(run.logging.peak_tflops, self.runtime.device_name)
+        self.reporter.report(
+            StepMetrics(
+                iteration=progress.iteration,
+                consumed_samples=progress.consumed_samples,
+                lm_loss=sum(losses) / len(losses),
+                grad_norm=grad_norm,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                global_batch_size=interval.samples // interval.steps,
+                iteration_seconds=seconds / interval.steps,
+                tokens_per_second=tokens_per_second,
+                processed_tokens_per_second=tokens_per_second * run.model.phd_repeat,
+                tflops_per_gpu=tflops,
+                mfu=None if peak is None else tflops / peak,
+                skipped_iterations=interval.skipped,
+                validation_loss=validation_loss,
+            )
+        )
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        options = self.run.checkpoint
+        if options.save is None:
+            return
+        started = time.perf_counter()
+        path = save_checkpoint(
+            Path(options.save),
+            iteration=self.progress.iteration,
+            models=[self.model],
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            training_state=vars(self.progress).copy(),
+            run_config=self.run,
+            tokenizer=self.tokenizer,
+            runtime=self.runtime,
+            keep_last=options.keep_last,
+        )
+        self.reporter.log(f" saved {path} in {time.perf_counter() - started:.1f} s")
+
+
+def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:
+    """The run's reporter; it writes on the main rank only."""
+    default_dir = Path(run.checkpoint.save) / "tensorboard" if run.checkpoint.save else None
+    return Reporter(run.logging, runtime.is_main, total_iterations, to_dict(run), default_dir)

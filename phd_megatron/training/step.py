@@ -1,0 +1,143 @@
+"""One training step and one evaluation, through Megatron-Core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What a step leaves behind.
+
+    Attributes:
+        loss: ``[2]`` float64 on the device: summed loss and token count of the global batch, equal on all ranks.
+        grad_norm: global norm before clipping.
+        updated: false when the step was skipped for non-finite gradients (fp16 loss scaling).
+    """
+
+    loss: Tensor
+    grad_norm: float
+    updated: bool
+
+
+class Stepper:
+    """Runs steps of one model over micro-batches.
+
+    Args:
+        model: the wrapped model chunk of this rank.
+        optimizer: ``None`` for evaluation only.
+        device: where batches go.
+        micro_batch_size: samples per forward pass.
+        seq_length: original tokens per sample.
+        repeat: K; between pipeline stages travel ``K * seq_length`` rows.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        device: torch.device,
+        micro_batch_size: int,
+        seq_length: int,
+        repeat: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.shape = {"micro_batch_size": micro_batch_size, "seq_length": repeat * seq_length}
+
+    def train(
+        self,
+        batches: Iterator[Batch],
+        num_microbatches: int,
+        on_gradients: Callable[[], None] | None = None,
+    ) -> StepResult:
+        """Forward, backward and update over one global batch.
+
+        ``on_gradients`` is called between backward and update, when every gradient is final.
+        """
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(batches, num_microbatches, forward_only=False)
+        if on_gradients is not None:
+            on_gradients()
+        updated, grad_norm, _ = self.optimizer.step()
+        return StepResult(loss, float(grad_norm or 0.0), bool(updated))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], num_batches: int, num_microbatches: int) -> Tensor:
+        """``[2]``: summed loss and token count over ``num_batches`` global batches."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with synced_parameters(self.model):
+            for _ in range(num_batches):
+                total += self._run(batches, num_microbatches, forward_only=True)
+        self.model.train()
+        return total
+
+    def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, device=self.device),
+            data_iterator=batches,
+            model=[self.model],
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+            **self.shape,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for report in reports:  # empty on all but the last pipeline stage
+            total += report
+        torch.distributed.all_reduce(total, group=self.groups.dp_cp)
+        pipeline = torch.distributed.get_process_group_ranks(self.groups.pp)
+        torch.distributed.broadcast(total, src=pipeline[-1], group=self.groups.pp)
+        return total
+
+
+def forward_step(batches: Iterator[Batch], model: Any, device: torch.device) -> tuple[Tensor, Callable[..., Any]]:
+    """One micro-batch forward; the schedule calls the returned loss function on the last stage."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    output = model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+    )
+    return output, partial(summed_loss, loss_mask=batch["loss_mask"])
+
+
+def summed_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked sum of ``losses`` ``[b, s]``, token count, and both for the report.
+
+    Megatron-Core divides the gradient by the token count of the global batch, so no average is formed here.
+    """
+    loss = (losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    return loss, num_tokens.clone(), torch.stack([loss.detach().double(), num_tokens.double()])
+
+
+@contextmanager
+def synced_parameters(model: DistributedDataParallel) -> Iterator[None]:
+    """Parameters are whole inside: with overlapped gathering they otherwise arrive layer by layer."""
+    if not getattr(model, "use_forward_hook", False):
+        yield
+        return
+    model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        model.enable_forward_pre_hook()
