@@ -1,0 +1,128 @@
+"""When a run stops by itself: signals, the allowed time, the exit interval. Every rank takes the same decision."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from phd_megatron.training import agreement
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# One Ctrl-C can reach a rank twice: from the terminal's process group and again from torchrun.
+_ONE_PRESS_SECONDS = 1.0
+
+
+class ExitController:
+    """Asks, at each step's end, whether the run should save and stop.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 on any rank ask for it; a second one more than a second later ends the process
+    at once, with exit code 128 + signal. Forked children keep the default action; data-loader workers must outlive the
+    signal until the checkpoint is written: pass :func:`ignore_in_worker` as their ``worker_init_fn``.
+
+    Args:
+        exit_duration_in_mins: stop when the run has lasted this long, counted from ``started``.
+        exit_interval: stop after this many steps of this start.
+        first_iteration: iteration that this start began at (0 for a fresh run).
+        started: ``time.monotonic()`` of the run's start; default now.
+    """
+
+    def __init__(
+        self,
+        *,
+        exit_duration_in_mins: float | None = None,
+        exit_interval: int | None = None,
+        first_iteration: int = 0,
+        started: float | None = None,
+    ) -> None:
+        self._limit = None if exit_duration_in_mins is None else 60 * exit_duration_in_mins
+        self._interval = exit_interval
+        self._first_iteration = first_iteration
+        self._started = time.monotonic() if started is None else started
+        self._received = 0
+        self._received_at = 0.0
+        self._owner = os.getpid()
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+        agreement.control_group()  # made now, where every rank is, not inside a step
+
+    def install(self) -> ExitController:
+        """Take over the signals; only from the main thread."""
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def uninstall(self) -> None:
+        """Give the signals back to what handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+
+    def __enter__(self) -> ExitController:
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        self.uninstall()
+
+    @property
+    def signal_here(self) -> bool:
+        """Whether this rank got a signal; not agreed with the others, so decide nothing collective by it."""
+        return self._received != 0
+
+    def should_exit(self, iteration: int) -> str | None:
+        """Reason to stop after ``iteration`` steps, the same on all ranks, or None. Collective: every rank calls it."""
+        overtime = self._limit is not None and time.monotonic() - self._started >= self._limit
+        number, late = agreement.maximum([self._received, int(overtime)])
+        if number:
+            return f"received {signal.Signals(number).name}"
+        if late:
+            return f"ran for exit_duration_in_mins = {(self._limit or 0.0) / 60:g}"
+        steps = iteration - self._first_iteration
+        if self._interval and steps > 0 and steps % self._interval == 0:
+            return f"reached exit_interval = {self._interval}"
+        return None
+
+    def signal_anywhere(self) -> bool:
+        """Whether any rank got a signal. Collective; for long stretches between steps, such as evaluation."""
+        return bool(agreement.maximum([self._received])[0])
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            # A forked child inherited this handler: let the signal do what it does to a process of its own.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if self._received and now - self._received_at > _ONE_PRESS_SECONDS:
+            os.write(2, b"second signal: leaving at once, without a checkpoint\n")
+            os._exit(128 + number)
+        if not self._received:
+            self._received, self._received_at = number, now
+            name = signal.Signals(number).name
+            os.write(2, f"received {name}: saving and stopping after this step (again: stop at once)\n".encode())
+
+
+def ignore_in_worker(worker_id: int = 0) -> None:
+    """``worker_init_fn`` of a DataLoader: the parent decides when a worker ends, not a signal to the whole job."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_launcher() -> bool:
+    """Under torchrun, have the kernel kill this worker when the launcher is killed.
+
+    Otherwise ``kill -9`` of torchrun leaves workers that go on training and hold the run lock against the restart.
+
+    Returns:
+        Whether it was arranged: False without torchrun or off Linux.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return False
+    set_parent_death_signal = 1
+    try:
+        return ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) == 0
+    except (OSError, AttributeError):
+        return False
