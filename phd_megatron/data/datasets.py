@@ -1,0 +1,212 @@
+"""Training, validation and test data of a run, through Megatron's dataset builder.
+
+The training order is drawn in blocks of ``data_horizon_samples``. Within a block it is Megatron's order for that many
+samples; the next block is drawn anew with the next seed. Megatron's own order depends on how many epochs a run asks
+for, so a run that is extended, or a member of a sweep with another budget, would see other batches from the start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.blend import SPLIT_NAMES, SplitPlan, check_split, plan_splits
+from phd_megatron.data.indexed import IndexedInfo, check_indexed
+from phd_megatron.data.output import read_sidecar
+from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from phd_megatron.errors import UserError
+
+#: Without a sidecar so many tokens from the start, the middle and the end are looked at.
+_PROBE_TOKENS = 1 << 20
+_MAX_BLOCKS = 256
+
+
+class BlockedDataset(Dataset[dict[str, Any]]):
+    """Blocks of ``block`` samples one after the other; the last one may be cut by ``length``."""
+
+    def __init__(self, blocks: list[Any], block: int, length: int) -> None:
+        self.blocks, self.block, self.length = blocks, block, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        sample: dict[str, Any] = self.blocks[index // self.block][index % self.block]
+        return sample
+
+
+def resolve_tokenizer(run: RunConfig) -> Tokenizer:
+    """The tokenizer named in the run, else the one saved beside the first data prefix. Raises UserError."""
+    if run.data.tokenizer is not None:
+        return load_tokenizer(run.data.tokenizer)
+    prefix = next(plan for plan in plan_splits(run.data) if plan is not None).prefixes[0]
+    directory = Path(f"{prefix}.tokenizer")
+    if not directory.is_dir():
+        raise UserError(
+            f"no --tokenizer is given and {directory} does not exist (data not made by `phd-megatron prepare`?); name "
+            f"the tokenizer the data was made with"
+        )
+    return load_tokenizer(directory)
+
+
+def data_horizon(run: RunConfig, num_train: int) -> int:
+    """Samples per block of the training order. Raises UserError unless positive."""
+    horizon = run.data.data_horizon_samples
+    if horizon is not None and horizon < 1:
+        raise UserError(f"--data-horizon-samples {horizon}: must be at least 1; leave it out for the run's own length")
+    if horizon is not None and num_train > _MAX_BLOCKS * horizon:
+        raise UserError(
+            f"--data-horizon-samples {horizon}: {num_train} training samples make more than {_MAX_BLOCKS} blocks of "
+            f"this size, each with an index of its own; use a larger horizon, such as the run's own length"
+        )
+    return horizon or max(1, num_train)
+
+
+def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int]) -> dict[str, IndexedInfo]:
+    """Everything that can be wrong with the data of a run, without building anything or importing Megatron.
+
+    Returns the checked files by prefix. Raises UserError.
+    """
+    data, model = run.data, run.model
+    for name, text in (("reset_attention_mask", "mask attention"), ("reset_position_ids", "restart positions")):
+        if getattr(data, name):
+            raise UserError(
+                f"{name}=true: the models here do not {text} between documents of one sample, so the setting would be "
+                f"ignored; set it to false"
+            )
+    if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but vocab_size is {model.vocab_size}; set vocab_size to "
+            f"at least {tokenizer.vocab_size}, or use the tokenizer the model was made for"
+        )
+    infos: dict[str, IndexedInfo] = {}
+    for index, (plan, count) in enumerate(zip(plan_splits(data), wanted, strict=True)):
+        if count <= 0:
+            continue
+        if plan is None:
+            cure = "; or use --eval-iters 0" if index else ""
+            raise UserError(
+                f"{count} {SPLIT_NAMES[index]} samples are needed but the data gives that split nothing; give it a "
+                f"share in --split or its own --{('train', 'valid', 'test')[index]}-data-path{cure}"
+            )
+        for prefix in plan.prefixes:
+            if prefix not in infos:
+                infos[prefix] = check_indexed(prefix)
+                _check_tokens(infos[prefix], tokenizer)
+        check_split(plan, infos, model.seq_length, index)
+    return infos
+
+
+def _check_tokens(info: IndexedInfo, tokenizer: Tokenizer) -> None:
+    """Refuse data that holds ids the tokenizer does not have, or that is not what its sidecar describes."""
+    sidecar = read_sidecar(info.prefix)
+    if sidecar is not None:
+        noted = (sidecar.get("bin_bytes"), sidecar.get("idx_bytes"))
+        if noted != (info.bin_size, info.idx_size):
+            raise UserError(
+                f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have "
+                f"{info.bin_size} and {info.idx_size}; they are not of one prepare, so prepare the data again"
+            )
+        largest = int(sidecar.get("max_token_id", 0))
+    else:
+        tokens = np.memmap(f"{info.prefix}.bin", info.dtype, "r")
+        starts = (0, max(0, len(tokens) // 2), max(0, len(tokens) - _PROBE_TOKENS))
+        largest = max(int(tokens[start : start + _PROBE_TOKENS].max(initial=0)) for start in starts)
+    if largest >= tokenizer.vocab_size:
+        made = (sidecar or {}).get("tokenizer", {})
+        hint = f" (it was prepared with {made['spec']})" if isinstance(made, dict) and "spec" in made else ""
+        raise UserError(
+            f"data {info.prefix!r} holds token id {largest}{hint}, but the tokenizer has only {tokenizer.vocab_size} "
+            f"tokens; use the tokenizer the data was made with"
+        )
+    made_id = (sidecar or {}).get("tokenizer")
+    if isinstance(made_id, dict):
+        ours = tokenizer.unique_identifiers
+        if any(made_id.get(key) != value for key, value in ours.items() if key in ("class", "vocab_size", "eod")):
+            raise UserError(
+                f"data {info.prefix!r} was made with another tokenizer ({_describe(made_id)}) than this run uses "
+                f"({_describe(ours)}); leave --tokenizer out to use the data's own, or prepare the data again"
+            )
+
+
+def _describe(identifiers: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {identifiers[key]}" for key in ("class", "vocab_size", "eod") if key in identifiers)
+
+
+def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+    """Datasets of at least the wanted number of training, validation and test samples; None where that is 0.
+
+    Items are dicts of tensors of shape [seq_length]: tokens, labels (int64), loss_mask (float32), position_ids (int64).
+    To be called by all ranks when torch.distributed is initialised; it need not be. Raises UserError.
+    """
+    infos = check_data(run, tokenizer, samples)
+    plans = plan_splits(run.data)
+    built: list[Any] = []
+    for index, (plan, count) in enumerate(zip(plans, samples, strict=True)):
+        if count <= 0 or plan is None:
+            built.append(None)
+        elif index:
+            built.append(_build_split(run, tokenizer, plan, infos, index, count, run.training.seed))
+        else:
+            horizon = data_horizon(run, count)
+            blocks = [
+                _build_split(run, tokenizer, plan, infos, index, horizon, run.training.seed + number)
+                for number in range(-(-count // horizon))
+            ]
+            built.append(BlockedDataset(blocks, horizon, count))
+    train, valid, test = built
+    return train, valid, test
+
+
+def _build_split(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    plan: SplitPlan,
+    infos: dict[str, IndexedInfo],
+    index: int,
+    count: int,
+    seed: int,
+) -> Any:
+    """One split of ``count`` samples by Megatron's builder."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+    from phd_megatron.data.gpt_index import IndexedGPTConfig, IndexedGPTDataset, TokenizerView
+
+    weights = plan.weights
+    if weights is None and len(plan.prefixes) > 1:
+        # Without weights Megatron stops after one epoch of the blend; by tokens is the same mix without an end.
+        weights = [float(count) for count in check_split(plan, infos, run.model.seq_length, index)]
+    config = IndexedGPTConfig(
+        random_seed=seed,
+        sequence_length=run.model.seq_length,
+        blend=(plan.prefixes, weights),
+        split="1,1,1",  # replaced below by the exact borders of the one split that is built
+        tokenizer=TokenizerView(tokenizer.vocab_size, tokenizer.eod, tokenizer.unique_identifiers),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=run.data.eod_mask_loss,
+        create_attention_mask=False,
+        index_cache=run.data.data_cache_path,
+        fingerprints={p: [infos[p].bin_size, infos[p].idx_size, infos[p].idx_mtime_ns] for p in plan.prefixes},
+        # Small blends need more than Megatron's half percent, because each part is rounded up.
+        mid_level_dataset_surplus=0.005 + 2.0 * len(plan.prefixes) / count,
+    )
+    config.split = run.data.split
+    config.split_matrix = [plan.share if i == index else None for i in range(3)]
+    sizes = [count if i == index else 0 for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's notes on read-only arrays
+        dataset = BlendedMegatronDatasetBuilder(IndexedGPTDataset, sizes, lambda: True, config).build()[index]
+    if dataset is None or len(dataset) < count:
+        raise UserError(
+            f"the {SPLIT_NAMES[index]} split gives {0 if dataset is None else len(dataset)} samples of the {count} "
+            f"wanted; give more data or ask for fewer"
+        )
+    return dataset

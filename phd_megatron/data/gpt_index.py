@@ -1,0 +1,142 @@
+"""Megatron's GPTDataset with an index cache that survives crashes, several runs at once and replaced data.
+
+Megatron writes the three arrays of an index in place, loads them with ``allow_pickle=True``, keys them by path only and
+lets rank 0 alone build them. Here they are one ``.npz``-free set of ``.npy`` files that appear by rename, are loaded
+with ``allow_pickle=False``, are keyed by the data's sizes and time too, are rebuilt when damaged, and are built by any
+rank that does not see them (file systems need not be shared between nodes).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from phd_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class IndexedGPTConfig(GPTDatasetConfig):
+    """``path_to_cache`` stays None, which switches Megatron's own cache off, also that of blends."""
+
+    index_cache: str | None = None
+    """Directory of the index cache; None is PREFIX.cache beside the data, or no cache where that cannot be written."""
+
+    fingerprints: dict[str, list[int]] = field(default_factory=dict)
+    """Per prefix, sizes and time of the files, so that replaced data does not meet an old index."""
+
+
+class IndexedGPTDataset(GPTDataset):
+    """``GPTDataset`` whose index comes from the cache described above. Samples and order are Megatron's."""
+
+    config: IndexedGPTConfig
+
+    def _cache_path(self) -> Path:
+        key = f"{self.unique_description}{self.config.fingerprints.get(self.dataset_path)}"
+        name = hashlib.blake2b(key.encode("utf-8"), digest_size=12).hexdigest()
+        return Path(self.config.index_cache or f"{self.dataset_path}.cache") / f"{self.index_split.name}-{name}"
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        base = self._cache_path()
+        loaded = _load(base)
+        if loaded is None:
+            built = self._build_in_memory()
+            loaded = built
+            try:
+                _save(base, built)
+                loaded = _load(base) or built  # mapped files are shared by the ranks of a node
+            except OSError as error:
+                if self.config.index_cache is not None:
+                    raise UserError(
+                        f"--data-cache-path {self.config.index_cache} cannot be written ({error.strerror or error}); "
+                        f"free space there, or name a directory that can be written"
+                    ) from error
+                logger.warning(
+                    "index cache %s cannot be written (%s); each process keeps its own index in memory; "
+                    "--data-cache-path names another place",
+                    base.parent,
+                    error,
+                )
+        return loaded
+
+    def _build_in_memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        config = self.config
+        # `mock` is what makes Megatron build without any path for a cache; nothing else in the call reads it.
+        self.config = copy.copy(config)
+        self.config.mock = True
+        self.config.path_to_cache = None
+        previous = logging.getLogger("megatron.core.datasets.gpt_dataset").level
+        logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)  # "unable to save" is meant
+        try:
+            document, sample, shuffle = super()._build_document_sample_shuffle_indices()
+        finally:
+            logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(previous)
+            self.config = config
+        return document, sample, shuffle
+
+
+_PARTS = ("document", "sample", "shuffle")
+
+
+def _load(base: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The three arrays, memory-mapped; None when one is missing, truncated or not what it should be."""
+    arrays = []
+    for part, dimensions in zip(_PARTS, (1, 2, 1), strict=True):
+        path = Path(f"{base}-{part}.npy")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("index cache file %s is damaged (%s); it is built again", path, error)
+            return None
+        if array.ndim != dimensions or array.dtype.kind not in "iu":
+            logger.warning("index cache file %s holds something else; it is built again", path)
+            return None
+        arrays.append(array)
+    document, sample, shuffle = arrays
+    if sample.shape != (len(shuffle) + 1, 2) or int(sample[-1, 0]) >= len(document) + 1:
+        logger.warning("index cache files %s-*.npy do not belong together; they are built again", base)
+        return None
+    return document, sample, shuffle
+
+
+def _save(base: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    base.parent.mkdir(parents=True, exist_ok=True)
+    for part, array in zip(_PARTS, arrays, strict=True):
+        # Its own name per process: ranks and runs that build the same index at once write the same bytes.
+        descriptor, temporary = tempfile.mkstemp(dir=base.parent, prefix=".building-", suffix=".npy")
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, f"{base}-{part}.npy")
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+class TokenizerView:
+    """What Megatron's datasets want to know of a tokenizer.
+
+    ``pad`` is -1, an id no data holds: a real one would be masked and replaced wherever it occurs in the text.
+    """
+
+    pad = -1
+
+    def __init__(self, vocab_size: int, eod: int, identifiers: dict[str, Any]) -> None:
+        self.vocab_size = vocab_size
+        self.eod = eod
+        self.unique_identifiers = identifiers

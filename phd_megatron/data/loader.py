@@ -1,0 +1,119 @@
+"""Micro-batches in an order that depends on the number of consumed samples only.
+
+Micro-batch m of a step that starts at sample c is, for data-parallel rank r of d, the samples
+c + (m * d + r) * b + [0, b). A step of M micro-batches therefore covers [c, c + M * d * b) for any d, and over steps
+the stream of one rank is contiguous, whatever the batch-size ramp-up makes of M.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+
+
+def _quiet_worker(worker: int) -> None:
+    """Ctrl-C and SIGTERM go to the whole process group; the trainer decides when loaders stop, or a save breaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Positions(Sampler[list[int]]):
+    """Sample indices of one rank's micro-batches from ``start`` on, until ``length`` or without end."""
+
+    def __init__(self, start: int, length: int, size: int, rank: int, ranks: int, wrap: bool) -> None:
+        self.start, self.length, self.size, self.rank, self.ranks, self.wrap = start, length, size, rank, ranks, wrap
+
+    def __iter__(self) -> Iterator[list[int]]:
+        begin = self.start + self.rank * self.size
+        while self.wrap or begin + self.size <= self.length:
+            yield [index % self.length for index in range(begin, begin + self.size)]
+            begin += self.ranks * self.size
+
+
+class SampleStream:
+    """Micro-batches of a map-style dataset for one data-parallel rank.
+
+    ``wrap`` starts over at the end of the dataset (validation); otherwise asking beyond it is an error. With
+    ``num_workers`` > 0 that many processes read ahead; the order and contents are the same.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[dict[str, Any]],
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        *,
+        num_workers: int = 0,
+        wrap: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or num_workers < 0:
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size} must be positive, dp_rank {dp_rank} below dp_size {dp_size} and "
+                f"num_workers {num_workers} not negative"
+            )
+        self._dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
+        self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
+        self._workers, self._wrap, self._pin = num_workers, wrap, pin_memory
+        self._iterator: Iterator[dict[str, torch.Tensor]] | None = None
+        self._next = -1  # consumed samples at which the iterator's next micro-batch lies
+
+    def __len__(self) -> int:
+        """Samples of the dataset."""
+        return self._length
+
+    def microbatches(self, consumed_samples: int, num_microbatches: int) -> Iterator[dict[str, torch.Tensor]]:
+        """The ``num_microbatches`` of the step that starts at ``consumed_samples``.
+
+        Each is a dict of tokens, labels, position_ids int64 and loss_mask float32, all [micro_batch_size, seq_length].
+        Steps that follow each other continue one read-ahead; another ``consumed_samples`` starts a new one. An
+        iterator is to be drawn before the next is asked for. Raises ValueError beyond the end unless ``wrap``.
+        """
+        end = consumed_samples + num_microbatches * self._ranks * self._size
+        if consumed_samples < 0 or (not self._wrap and end > self._length):
+            raise ValueError(
+                f"samples {consumed_samples} to {end} are asked for but the dataset has {self._length}; build it for "
+                f"more samples"
+            )
+        return self._draw(consumed_samples, num_microbatches)
+
+    def _draw(self, consumed_samples: int, num_microbatches: int) -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(num_microbatches):
+            if self._iterator is None or self._next != consumed_samples:
+                self._restart(consumed_samples)
+            assert self._iterator is not None
+            consumed_samples += self._ranks * self._size
+            self._next = consumed_samples
+            yield next(self._iterator)
+
+    def _restart(self, consumed_samples: int) -> None:
+        self.close()
+        positions = _Positions(consumed_samples, self._length, self._size, self._rank, self._ranks, self._wrap)
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            self._dataset,
+            batch_sampler=positions,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            worker_init_fn=_quiet_worker,
+            pin_memory=self._pin,
+            # The base seed of workers is drawn from here, not from the global generator, whose state is the model's.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._iterator = iter(loader)
+
+    def close(self) -> None:
+        """Stop the workers. The stream can be used again."""
+        self._iterator = None
+        self._next = -1
