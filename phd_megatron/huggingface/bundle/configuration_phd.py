@@ -1,0 +1,93 @@
+"""Configuration of a PHD-Transformer with a norm scheme of the HybridNorm family."""
+
+from transformers import PreTrainedConfig
+
+from .kv_policy import KVPolicy
+from .norm_schemes import norm_scheme
+
+
+class PHDConfig(PreTrainedConfig):
+    """Architecture of :class:`PHDForCausalLM`; Llama's names plus those below.
+
+    Args:
+        normalization: ``RMSNorm`` or ``LayerNorm``, with epsilon ``rms_norm_eps``.
+        mlp_gated: gate and up projections (SwiGLU with ``hidden_act="silu"``) instead of one up projection.
+        attention_bias: biases of the q, k and v projections.
+        attention_output_bias: bias of the attention output projection.
+        mlp_bias: biases of the FFN projections.
+        rope_parameters: ``rope_theta`` and optionally ``partial_rotary_factor``; ``rope_type`` is ``default``.
+        phd_repeat: ``K``, how often a token is repeated inside the decoder; 1 is the vanilla transformer.
+        phd_window: ``W``, token positions of hidden keys a hidden query sees, its own included.
+        phd_chunk: ``C``, the window stays inside chunks of ``C`` positions; ``None`` for no chunks.
+        norm_scheme: row of ``norm_schemes.py``.
+
+    Raises:
+        ValueError: for sizes that do not fit, an unknown scheme, or a RoPE type this model does not have.
+    """
+
+    model_type = "phd_transformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    normalization: str = "RMSNorm"
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    phd_repeat: int = 1
+    phd_window: int = 1
+    phd_chunk: int | None = None
+    norm_scheme: str = "pre"
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what cannot be; the model asks again, because ``from_pretrained`` sets fields afterwards."""
+        norm_scheme(self.norm_scheme)
+        self.kv_policy()
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; each KV head serves the same number of query heads"
+            )
+        if self.normalization not in ("RMSNorm", "LayerNorm"):
+            raise ValueError(f"normalization={self.normalization!r}: choose RMSNorm or LayerNorm")
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(f"rope_type={rope_type!r}: this model has plain RoPE; use rope_type='default'")
+
+    def kv_policy(self) -> KVPolicy:
+        """What each query sees, as the one definition that training used."""
+        return KVPolicy(self.phd_repeat, self.phd_window, self.phd_chunk)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns, the first ones."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+__all__ = ["PHDConfig"]

@@ -1,0 +1,333 @@
+"""PHD-Transformer with HybridNorm-family norms, for transformers 5.
+
+Every token is repeated ``K`` times inside the decoder (arXiv 2504.14992): copy 1 is the original, whose hidden states are
+a vanilla transformer's; the last copy gives the logits. ``kv_policy.py`` says what each copy sees, ``norm_schemes.py``
+where each block normalises (arXiv 2503.04598). ``rows_phd.py`` says which copies a forward pass has to compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from .cache_phd import PHDCache
+from .configuration_phd import PHDConfig
+from .norm_schemes import BlockNorm, norm_plan
+from .rows_phd import LayerRows, StepRows, kept_slots
+
+
+class PHDRMSNorm(nn.Module):
+    """RMSNorm over the last dimension, computed in float32 or better, scaled in the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(hidden.dtype) * self.weight
+
+
+def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
+    """The configured kind of norm; ``size`` defaults to the model width."""
+    kind = PHDRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
+    return kind(config.hidden_size if size is None else size, eps=config.rms_norm_eps)
+
+
+def rotary_table(config: PHDConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[b, rows, rotary_dim]`` at token positions ``[b, rows]``."""
+    # Made on the fly: a buffer would be lost when transformers builds the model on the meta device.
+    exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
+    frequency = 1.0 / config.rope_parameters["rope_theta"] ** exponent
+    angle = positions.clamp(min=0)[..., None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first ``rotary_dim`` dimensions of ``[b, rows, heads, d]``, first half against second half."""
+    cos, sin = (part[:, :, None] for part in table)
+    turned, rest = states[..., : cos.size(-1)], states[..., cos.size(-1) :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.size(-1) else turned
+
+
+class PHDAttention(nn.Module):
+    """Grouped-query attention over copy-major rows, with the scheme's per-head q/k/v/c norms."""
+
+    def __init__(self, config: PHDConfig, block: BlockNorm):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        for name in "qkvc":
+            norm = make_norm(config, config.head_dim) if name in block.heads else nn.Identity()
+            self.add_module(f"{name}_norm", norm)
+
+    def forward(self, hidden: Tensor, rows: LayerRows, cache: PHDCache | None, layer_index: int) -> Tensor:
+        """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(rows.select(hidden)).unflatten(-1, heads))
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, heads))
+        value = self.v_norm(self.v_proj(hidden).unflatten(-1, heads))
+        table = rotary_table(self.config, rows.key_positions.to(query.device), query.dtype)
+        query = apply_rotary(query, tuple(rows.select(part) for part in table))
+        key = apply_rotary(key, table)
+        keys, values = key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(keys, values, layer_index, rows.step.cache_step)
+        if rows.is_full:
+            context = rows.attend_full(query, key, value, reference=self.config._attn_implementation == "eager")
+        else:
+            context = rows.attend(query.transpose(1, 2), keys, values)
+        return self.o_proj(self.c_norm(context).flatten(2))
+
+
+class PHDMLP(nn.Module):
+    """Gated or plain feed-forward network."""
+
+    def __init__(self, config: PHDConfig):
+        super().__init__()
+        sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
+        self.gate_proj = nn.Linear(*sizes, bias=bias) if config.mlp_gated else None
+        self.up_proj = nn.Linear(*sizes, bias=bias)
+        self.down_proj = nn.Linear(*sizes[::-1], bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden)))
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class PHDDecoderLayer(GradientCheckpointingLayer):
+    """One block; its norms and residuals come from one record of the norm plan."""
+
+    def __init__(self, config: PHDConfig, block: BlockNorm, layer_index: int):
+        super().__init__()
+        self.block = block
+        self.layer_index = layer_index
+        self.self_attn = PHDAttention(config, block)
+        self.mlp = PHDMLP(config)
+
+        def norm(wanted: bool) -> nn.Module:
+            return make_norm(config) if wanted else nn.Identity()
+
+        self.input_layernorm = norm(block.attention.input_norm)
+        self.attention_output_layernorm = norm(block.attention.output_norm == "sum")
+        self.post_attention_layernorm = norm(block.mlp.input_norm)
+        self.mlp_output_layernorm = norm(block.mlp.output_norm == "sum")
+
+    def forward(self, hidden: Tensor, rows: LayerRows, past_key_values: PHDCache | None = None) -> Tensor:
+        """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
+        normed = self.input_layernorm(hidden)
+        residual = rows.select(normed if self.block.attention.residual == "normed" else hidden)
+        hidden = residual + self.self_attn(normed, rows, past_key_values, self.layer_index)
+        hidden = self.attention_output_layernorm(hidden)
+        normed = self.post_attention_layernorm(hidden)
+        residual = normed if self.block.mlp.residual == "normed" else hidden
+        return self.mlp_output_layernorm(residual + self.mlp(normed))
+
+
+class PHDPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the family."""
+
+    config_class = PHDConfig
+    config: PHDConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PHDDecoderLayer"]  # noqa: RUF012 (transformers reads a plain list)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for parameters that a checkpoint lacks; `init` leaves loaded ones alone.
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (PHDRMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+
+
+class PHDModel(PHDPreTrainedModel):
+    """Decoder without the head. ``last_hidden_state`` and ``hidden_states`` are the last copy's."""
+
+    def __init__(self, config: PHDConfig):
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        plan = norm_plan(config.norm_scheme, config.num_hidden_layers)
+        self.layers = nn.ModuleList(PHDDecoderLayer(config, block, index) for index, block in enumerate(plan))
+        self.norm = make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PHDCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over ``n`` new tokens of ``b`` sequences.
+
+        Args:
+            input_ids: [b, n]; or ``inputs_embeds`` [b, n, h].
+            attention_mask: [b, p + n], 0 for padding on either side, ``p`` being the cached slots.
+            position_ids: [b, n]; default from the mask and the cache. They must count up by one in each sequence.
+            past_key_values: a :class:`PHDCache` to continue.
+            output_hidden_states: also return the last copy's states before each layer and after the final norm.
+            logits_to_keep: as in :class:`PHDForCausalLM`; the rows before the first wanted slot are not computed.
+
+        Raises:
+            ValueError: for inputs this model cannot serve exactly.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never materialised; leave it out")
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if past_key_values is not None and not isinstance(past_key_values, PHDCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, which has no place for hidden copies; "
+                "leave it out or pass PHDCache(model.config), which model.make_cache() builds"
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = PHDCache(config)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        step = StepRows.plan(
+            config.kv_policy(),
+            config.num_hidden_layers,
+            hidden,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            0 if output_hidden_states else logits_to_keep,
+        )
+        hidden = step.first_rows(hidden)
+        states = []
+        for index, layer in enumerate(self.layers):
+            rows = step.layer(index)
+            if output_hidden_states:
+                states.append(rows.last_copy(hidden))
+            hidden = layer(hidden, rows, past_key_values=past_key_values)
+        hidden = self.norm(hidden)
+        if past_key_values is not None:
+            past_key_values.end(step.cache_step)
+        if output_hidden_states:
+            states.append(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+
+class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PHDConfig):
+        super().__init__(config)
+        self.model = PHDModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def make_cache(self) -> PHDCache:
+        """An empty cache, to keep between calls."""
+        return PHDCache(self.config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PHDCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the mean loss when ``labels`` [b, n] are given (-100 is ignored).
+
+        Args:
+            logits_to_keep: 0 for all slots, ``m`` for the last ``m``, or a tensor of slot indices. Only what these
+                logits need is computed (the prefill cone), so prefer it to slicing the result.
+
+        The other arguments are those of :class:`PHDModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            logits_to_keep=logits_to_keep,
+        )
+        new = (inputs_embeds if input_ids is None else input_ids).size(1)
+        logits = self.lm_head(kept_slots(outputs.last_hidden_state, logits_to_keep, new))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: this model generates with its own "
+                "PHDCache, as small as vanilla's; leave cache_implementation out"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.make_cache()
+
+
+__all__ = ["PHDCache", "PHDForCausalLM", "PHDModel", "PHDPreTrainedModel"]

@@ -1,0 +1,273 @@
+"""Which copies of which tokens a forward pass computes, and what they attend to.
+
+Rows inside the decoder are ``[originals of all n new slots | copy 2 | ... | copy K]``; hidden copies cover only the slots
+from ``start`` on. For a forward that wants all logits ``start`` is 0. For generation it is the prefill cone: layer by
+layer the hidden copies start later, because only what the wanted logits see is computed. The last layer computes the
+last copy of the wanted slots alone. All of it is exact, and follows from ``kv_policy.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .cache_phd import CacheStep, PHDCache
+from .kv_policy import KVPolicy
+from .reference import reference_attention
+from .sdpa import sdpa_attention
+
+
+def kept_slots(hidden: Tensor, logits_to_keep: int | Tensor, new: int) -> Tensor:
+    """Rows of ``hidden`` [b, m, h], the last ``m`` of ``new`` slots, that ``logits_to_keep`` asks for."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    missing = new - hidden.size(1)
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep[:, missing:]]
+    index = logits_to_keep % new - missing
+    return hidden[:, index] if index.dim() == 1 else hidden.take_along_dim(index[..., None], dim=1)
+
+
+def first_wanted(logits_to_keep: int | Tensor, new: int) -> int:
+    """First slot whose logits are wanted."""
+    if isinstance(logits_to_keep, int):
+        return max(new - logits_to_keep, 0) if logits_to_keep else 0
+    if logits_to_keep.dtype == torch.bool:
+        wanted = logits_to_keep.any(0).nonzero()
+        return int(wanted[0]) if len(wanted) else new - 1
+    return int((logits_to_keep % new).min()) if logits_to_keep.numel() else new - 1
+
+
+def token_positions(
+    new: int, device: torch.device, attention_mask: Tensor | None, position_ids: Tensor | None, cache: PHDCache | None
+) -> Tensor:
+    """Positions ``[b or 1, new]`` of the new slots, -1 for padding.
+
+    Raises:
+        ValueError: for a mask of another shape, or position ids that do not count up by one in each sequence.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.size(1) != past + new):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {past + new}], 1 for tokens and "
+            f"0 for padding, over {past} cached and {new} new slots (what a copy sees is the model's own business)"
+        )
+    if attention_mask is None:
+        start = torch.zeros(1, 1, dtype=torch.long, device=device)
+        if cache is not None and cache.lengths is not None:
+            start = cache.lengths[:, None]
+        valid, counted = None, start + torch.arange(new, device=device)
+    else:
+        present = attention_mask.to(device=device, dtype=torch.bool)
+        valid, counted = present[:, past:], (present.long().cumsum(1) - 1)[:, past:]
+    if position_ids is not None:
+        # One sync per prefill; a decoding step has nothing to check it against but the cache.
+        if new > 1:
+            ahead = position_ids.to(device) - counted
+            shift = ahead.amax(1, keepdim=True) if valid is None else ahead.masked_fill(~valid, -(1 << 30)).amax(1, True)
+            wrong = ahead != shift if valid is None else (ahead != shift) & valid
+            if bool(wrong.any()):
+                raise ValueError(
+                    "position_ids do not count up by one in each sequence (several documents in one row?); "
+                    "put each document in its own row, with padding"
+                )
+        counted = position_ids.to(device)
+    return counted if valid is None else torch.where(valid, counted, -1)
+
+
+@dataclass
+class StepRows:
+    """One forward pass over ``new`` slots. Shapes: ``p`` cached slots, ``r`` retained hidden slots."""
+
+    policy: KVPolicy
+    num_layers: int
+    new: int
+    wanted: int  # first slot whose logits are wanted
+    starts: list[int]  # per layer, first slot of its hidden copies; one more for the rows after the last layer
+    positions: Tensor  # [b or 1, new], -1 for padding
+    past_positions: Tensor  # [b or 1, p]
+    hidden_positions: Tensor  # [b or 1, r]
+    aligned: bool  # nothing cached, and padding on the right at most: slots are positions
+    cache_step: CacheStep | None
+    masks: dict[tuple, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def plan(
+        cls,
+        policy: KVPolicy,
+        num_layers: int,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: PHDCache | None,
+        logits_to_keep: int | Tensor,
+    ) -> StepRows:
+        """Plan the pass for embeddings ``hidden`` [b, n, h]."""
+        batch, new = hidden.shape[:2]
+        if new == 0:
+            raise ValueError("the input has no tokens; pass at least one (a beginning-of-text token, for instance)")
+        positions = token_positions(new, hidden.device, attention_mask, position_ids, cache)
+        past_positions = hidden_positions = positions[:, :0]
+        cache_step = None
+        if cache is not None:
+            cache_step = cache.begin(positions.expand(batch, new))
+            if cache.positions is not None:
+                past_positions, hidden_positions = cache.positions, cache.hidden_positions
+        wanted = first_wanted(logits_to_keep, new)
+        aligned = False
+        if new > 1 and past_positions.size(1) == 0:
+            slots = torch.arange(new, device=positions.device)
+            aligned = bool(((positions == slots) | (positions < 0)).all())
+        if policy.repeat == 1:
+            starts = [new] * (num_layers + 1)
+        elif wanted == 0:
+            starts = [0] * (num_layers + 1)
+        else:
+            starts = _cone(policy, num_layers, positions, wanted)
+        return cls(
+            policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
+        )
+
+    def first_rows(self, embeddings: Tensor) -> Tensor:
+        """``[b, n, h]`` to the rows the first layer reads: the originals and the copies of the slots it needs."""
+        return self.spread(embeddings, self.starts[0])
+
+    def spread(self, slots: Tensor, start: int) -> Tensor:
+        """``[b, n, ...]`` to rows ``[b, n + (K-1) * (n - start), ...]``."""
+        return torch.cat([slots, *[slots[:, start:]] * (self.policy.repeat - 1)], dim=1)
+
+    def layer(self, index: int) -> LayerRows:
+        """Rows of the layer with this 0-based index."""
+        last = index == self.num_layers - 1
+        return LayerRows(self, self.starts[index], self.starts[index + 1], last)
+
+    def mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
+        """Bool mask ``[b or 1, 1, queries, keys]``.
+
+        Queries are the slots from ``first`` (copy 1) or ``start`` (others) on, for each copy in ``copies``. Keys are
+        the originals and, unless ``hidden_start`` is None, the retained and the new hidden entries from that slot on.
+        """
+        name = (first, start, copies, hidden_start)
+        if name not in self.masks:
+            self.masks[name] = self._mask(first, start, copies, hidden_start)
+        return self.masks[name]
+
+    def _mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
+        device, past = self.positions.device, self.past_positions.size(1)
+        slots = torch.arange(self.new, device=device)
+        slot = torch.cat([slots[first if copy == 1 else start :] for copy in copies])
+        copy = torch.cat([torch.full_like(slots[first if c == 1 else start :], c) for c in copies])
+        key_position = torch.cat([self.past_positions, self.positions], dim=1)
+        key_copy = torch.ones(key_position.size(1), dtype=torch.long, device=device)
+        if hidden_start is not None:
+            hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
+            hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
+            key_position = torch.cat([key_position, hidden.repeat(1, len(hidden_copies))], dim=1)
+            key_copy = torch.cat([key_copy, hidden_copies.repeat_interleave(hidden.size(1))])
+        seen = self.policy.visible(
+            self.positions[:, slot, None], copy[None, :, None], key_position[:, None, :], key_copy[None, None, :]
+        )
+        seen = seen & (key_position >= 0)[:, None, :]
+        # A padded query sees its own slot, as every query does, so that its (unused) softmax is finite.
+        seen[:, torch.arange(len(slot), device=device), past + slot] = True
+        return seen[:, None]
+
+
+@dataclass
+class LayerRows:
+    """One layer's part of a :class:`StepRows`: hidden copies come in from slot ``start`` and leave from ``end``."""
+
+    step: StepRows
+    start: int
+    end: int
+    last: bool
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all copies of all slots are computed and slots are positions, as in training."""
+        return self.step.aligned and self.step.wanted == 0
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Token positions ``[b or 1, rows in]``."""
+        return self.step.spread(self.step.positions, self.start)
+
+    def last_copy(self, rows: Tensor) -> Tensor:
+        """The last copy of every slot, of rows that hold them all."""
+        return rows[:, -self.step.new :]
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Rows that leave this layer, of ``rows`` [b, rows in, ...] that come in."""
+        new, copies = self.step.new, self.step.policy.repeat - 1
+        if self.last:
+            return rows[:, rows.size(1) - (new - self.step.wanted) :] if copies else rows[:, self.step.wanted :]
+        if copies == 0 or self.start == self.end:
+            return rows
+        hidden = rows[:, new:].unflatten(1, (copies, new - self.start))[:, :, self.end - self.start :]
+        return torch.cat([rows[:, :new], hidden.flatten(1, 2)], dim=1)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of ``query`` [b, heads, rows out, d] over the originals and hidden entries in ``keys``.
+
+        Keys are laid out as :meth:`PHDCacheLayer.update` returns them. Returns [b, rows out, heads, d].
+        """
+        step = self.step
+        repeat, new = step.policy.repeat, step.new
+        originals = step.past_positions.size(1) + new
+        parts = []
+        hidden_copies = tuple(range(2, repeat + 1))
+        if new == 1 and not self.last:
+            mask = step.mask(0, 0, (1, *hidden_copies), self.start if repeat > 1 else None)
+            parts.append(_attend(query, keys, values, mask))
+        elif repeat == 1:
+            parts.append(self._originals(query, keys, values, step.wanted if self.last else 0))
+        elif self.last:
+            mask = step.mask(0, step.wanted, (repeat,), self.start)
+            parts.append(_attend(query, keys, values, mask))
+        else:
+            parts.append(self._originals(query[:, :, :new], keys[:, :, :originals], values[:, :, :originals], 0))
+            mask = step.mask(0, self.end, hidden_copies, self.start)
+            parts.append(_attend(query[:, :, new:], keys, values, mask))
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+    def _originals(self, query: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
+        if self.step.aligned and first == 0:  # padding on the right is later than every token, so causal hides it
+            return _attend(query, keys, values, None, causal=True)
+        return _attend(query, keys, values, self.step.mask(first, 0, (1,), None))
+
+    def attend_full(self, query: Tensor, key: Tensor, value: Tensor, reference: bool) -> Tensor:
+        """Attention of a layer that :attr:`is_full`, as in training.
+
+        ``query`` [b, rows out, heads, d], ``key`` and ``value`` [b, K * n, heads, d]; returns [b, rows out, heads, d].
+        ``reference`` takes the dense-mask formula instead of the decomposition into flash attention and a window.
+        """
+        query, key, value = (part.unflatten(1, (-1, self.step.new)).permute(1, 2, 0, 3, 4) for part in (query, key, value))
+        attention = reference_attention if reference else sdpa_attention
+        return attention(query, key, value, self.step.policy).permute(2, 0, 1, 3, 4).flatten(1, 2)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+    mask = None if mask is None else mask.to(query.device)  # the layers may lie on several devices
+    grouped = query.size(1) != keys.size(1)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def _cone(policy: KVPolicy, num_layers: int, positions: Tensor, wanted: int) -> list[int]:
+    """First slot of the hidden copies each layer computes, and ``wanted`` for the rows after the last layer.
+
+    A row of the batch that ends before ``wanted`` (right padding) still needs its own last token's hidden entries, for
+    the cache.
+    """
+    rows, new = positions.shape
+    slots = torch.arange(new, device=positions.device)
+    valid = positions >= 0
+    first = torch.where(valid & (slots >= wanted), positions, positions.amax(1, True) + 1).amin(1)
+    first = torch.minimum(first, positions.amax(1)).tolist()
+    layers = range(1, num_layers + 1)
+    cone = torch.tensor([[policy.cone_start(max(p, 0), n, num_layers) for n in layers] for p in first])
+    reached = positions[:, None, :] >= cone.to(positions.device)[:, :, None]  # [b, layers, new]
+    start = torch.where(reached.any(2), reached.long().argmax(2), wanted).amin(0)
+    return [min(s, wanted) for s in start.tolist()] + [wanted]

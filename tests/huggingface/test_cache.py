@@ -1,0 +1,193 @@
+"""Generation through the cache: exact across chunk borders, and as small as promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phd_megatron.norm.schemes import NORM_SCHEMES
+
+POLICIES = [(1, 1, None), (2, 1, None), (2, 4, 8), (2, 5, None), (3, 3, 7), (3, 4, 4), (3, 6, None)]
+SMALL = [(1, 1, None), (2, 4, 8), (3, 5, None)]
+
+
+def policy_fields(policy):
+    return dict(zip(("phd_repeat", "phd_window", "phd_chunk"), policy, strict=True))
+
+
+def bound(model):
+    config = model.config
+    return (config.phd_repeat - 1) * min(config.phd_window, config.phd_chunk or config.phd_window)
+
+
+def recompute(model, tokens, steps):
+    """Greedy tokens with the whole sequence recomputed at every step, no cache and no cone."""
+    for _ in range(steps):
+        logits = model(tokens, use_cache=False).logits[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    return tokens
+
+
+def generate(model, tokens, steps, **options):
+    return model.generate(tokens, max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("scheme", NORM_SCHEMES)
+@torch.no_grad()
+def test_decoding_equals_recomputation_step_by_step(make_model, scheme, policy):
+    """Every step's logits, and the cache's size at every step, over several chunks."""
+    model = make_model(norm_scheme=scheme, **policy_fields(policy))
+    tokens = torch.randint(61, (2, 29))
+    everything = model(tokens, use_cache=False).logits
+    for prompt in (1, 7, 8):
+        cache = model.make_cache()
+        logits = [model(tokens[:, :prompt], past_key_values=cache, logits_to_keep=1).logits]
+        for position in range(prompt, 29):
+            assert cache.get_seq_length() == position
+            assert cache.hidden_entries() <= bound(model)
+            held = 2 * 3 * 2 * (position + cache.hidden_entries()) * 2 * 8 * 8  # k and v, layers, batch, heads, d, bytes
+            assert cache.nbytes() == held
+            logits.append(model(tokens[:, position : position + 1], past_key_values=cache).logits)
+        found = torch.cat(logits, 1)
+        assert (found - everything[:, prompt - 1 :]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@torch.no_grad()
+def test_generate_equals_recomputation(make_model, policy):
+    model = make_model(norm_scheme="hybrid_star", **policy_fields(policy))
+    for prompt in (1, 8):
+        tokens = torch.randint(61, (2, prompt))
+        expected = recompute(model, tokens, 24)
+        assert generate(model, tokens, 24).tolist() == expected.tolist()
+        assert generate(model, tokens, 24, use_cache=False).tolist() == expected.tolist()
+        assert generate(model, tokens, 24, prefill_chunk_size=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=str)
+@torch.no_grad()
+def test_a_left_padded_batch_generates_as_one_at_a_time(make_model, policy):
+    model = make_model(norm_scheme="hybrid", **policy_fields(policy))
+    lengths = [1, 8, 13, 6]
+    rows = [torch.randint(1, 61, (1, length)) for length in lengths]
+    tokens, mask = torch.zeros(4, 13, dtype=torch.long), torch.zeros(4, 13, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, 13 - lengths[i] :], mask[i, 13 - lengths[i] :] = row[0], 1
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 5}):
+        found = generate(model, tokens, 21, attention_mask=mask, **options)[:, 13:]
+        for i, row in enumerate(rows):
+            assert found[i].tolist() == generate(model, row, 21)[0, lengths[i] :].tolist()
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=str)
+@torch.no_grad()
+def test_a_right_padded_prompt_can_be_continued(make_model, policy):
+    """Rows then have a gap of padding between the prompt and what follows; only positions count."""
+    model = make_model(norm_scheme="hybrid_star", **policy_fields(policy))
+    lengths, more = [3, 12, 7], torch.randint(61, (3, 9))
+    tokens, mask = torch.randint(61, (3, 12)), torch.zeros(3, 12, dtype=torch.long)
+    for i, length in enumerate(lengths):
+        mask[i, :length] = 1
+    for keep in (0, 1):
+        cache = model.make_cache()
+        model(tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=keep)
+        found = [model(more[:, :4], past_key_values=cache, logits_to_keep=1).logits]
+        found += [model(more[:, j : j + 1], past_key_values=cache).logits for j in range(4, 9)]
+        for i, length in enumerate(lengths):
+            whole = torch.cat([tokens[i : i + 1, :length], more[i : i + 1]], 1)
+            expected = model(whole, use_cache=False).logits[0, -6:]
+            assert (torch.cat(found, 1)[i] - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=str)
+@torch.no_grad()
+def test_chunked_prefill_is_exact(make_model, policy):
+    model = make_model(norm_scheme="post", **policy_fields(policy))
+    tokens = torch.randint(61, (2, 30))
+    everything = model(tokens, use_cache=False).logits
+    for pieces in ([10, 10, 10], [1, 2, 27], [29, 1], [8, 8, 14]):
+        for keep in (0, 1):
+            cache, start = model.make_cache(), 0
+            for size in pieces:
+                logits = model(tokens[:, start : start + size], past_key_values=cache, logits_to_keep=keep).logits
+                expected = everything[:, start : start + size][:, -logits.size(1) :]
+                assert (logits - expected).abs().max() < 1e-9
+                start += size
+
+
+@torch.no_grad()
+def test_batch_operations_beams_and_a_continued_chat(make_model):
+    model = make_model(norm_scheme="hybrid_star", phd_repeat=2, phd_window=4, phd_chunk=8)
+    tokens, more = torch.randint(61, (2, 11)), torch.randint(61, (4, 5))
+    cache = model.make_cache()
+    model(tokens, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    wide = torch.cat([tokens.repeat_interleave(2, 0), more], 1)
+    expected = model(wide, use_cache=False).logits[:, -5:]
+    assert (model(more[:, :3], past_key_values=cache).logits - expected[:, :3]).abs().max() < 1e-9
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = model(more[[0, 3], 3:], past_key_values=cache).logits
+    assert (found - expected[[0, 3], 3:]).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="a batch of 4 continues a cache of 2"):
+        model(more, past_key_values=cache)
+
+    beams = {"num_beams": 3, "do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    assert model.generate(tokens, **beams).tolist() == model.generate(tokens, use_cache=False, **beams).tolist()
+
+    cache = model.make_cache()
+    first = generate(model, tokens, 10, past_key_values=cache)
+    again = torch.cat([first, torch.randint(61, (2, 6))], 1)
+    expected = generate(model, again, 10)
+    assert generate(model, again, 10, past_key_values=cache).tolist() == expected.tolist()
+    cache.reset()
+    assert cache.get_seq_length() == 0 and generate(model, again, 10, past_key_values=cache).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_crop_is_exact_or_refused(make_model):
+    tokens = torch.randint(61, (1, 25))
+    for policy in ((1, 1, None), (3, 1, None), (2, 4, 8), (2, 5, None)):
+        model = make_model(norm_scheme="pre", **policy_fields(policy))
+        everything = model(tokens, use_cache=False).logits
+        refused = 0
+        for length in range(1, 22):
+            cache = model.make_cache()
+            model(tokens[:, :22], past_key_values=cache)
+            try:
+                cache.crop(length - 22)
+            except ValueError as error:
+                assert "hidden entries" in str(error)
+                assert cache.get_seq_length() == 22
+                refused += 1
+                continue
+            assert cache.get_seq_length() == length
+            found = model(tokens[:, length:], past_key_values=cache).logits
+            assert (found - everything[:, length:]).abs().max() < 1e-9
+        assert model.make_cache().is_croppable == (refused == 0)
+        assert refused == {(1, 1, None): 0, (3, 1, None): 0, (2, 4, 8): 17, (2, 5, None): 21}[policy]
+    with pytest.raises(ValueError, match="minus the number"):
+        cache.crop(3)
+
+
+@torch.no_grad()
+def test_foreign_caches_are_refused(make_model):
+    from transformers import DynamicCache
+
+    model = make_model(phd_repeat=2, phd_window=4)
+    tokens = torch.randint(61, (1, 5))
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        generate(model, tokens, 3, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_the_bound_is_enforced(make_model):
+    """A step that would keep more than the promised entries stops instead of growing."""
+    model = make_model(phd_repeat=3, phd_window=4)
+    cache = model.make_cache()
+    cache._keep = lambda hidden, lengths: torch.arange(hidden.size(1)).expand(hidden.size(0), -1)
+    with pytest.raises(AssertionError, match="more than 8"):
+        model(torch.randint(61, (1, 9)), past_key_values=cache)

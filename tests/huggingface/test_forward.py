@@ -1,0 +1,231 @@
+"""The exported model's code against the papers' formulas written out in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from phd_megatron.norm.schemes import NORM_SCHEMES
+from phd_megatron.phd.kv_policy import KVPolicy
+
+POLICIES = [(1, 1, None), (2, 1, None), (2, 4, 8), (2, 3, 7), (2, 5, None), (3, 1, None), (3, 4, 6), (3, 64, 32), (3, 6, None)]
+
+
+def rms(x, weight, eps=1e-5):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def rope(x, positions, theta=10000.0, share=1.0):
+    """``x`` [rows, heads, d]: dimension i is rotated against i + half, over the first share of the dimensions."""
+    half = int(x.size(-1) * share) // 2
+    angle = positions[:, None].float() * (1 / theta ** (torch.arange(half).float() / half))  # in float32, as in training
+    cos, sin = angle.cos().double()[:, None], angle.sin().double()[:, None]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
+
+
+def reference_logits(model, tokens):
+    """Logits of one sequence, formula by formula; no scheme record, cache or attention of the package is used."""
+    config, weights = model.config, dict(model.named_parameters())
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    K, n, d = config.phd_repeat, len(tokens), config.head_dim
+    heads, groups, scheme = config.num_attention_heads, config.num_key_value_heads, config.norm_scheme
+    mask = KVPolicy(K, config.phd_window, config.phd_chunk).mask(n)
+    positions = torch.arange(n).repeat(K)
+    x = weights["model.embed_tokens.weight"][tokens].repeat(K, 1)
+
+    def linear(name, x):
+        bias = weights.get(f"{name}.bias")
+        return x @ weights[f"{name}.weight"].T + (0 if bias is None else bias)
+
+    def norm(name, x):
+        if config.normalization == "LayerNorm":
+            return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return rms(x, weights[f"{name}.weight"])
+
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+
+        def mha(x, normed, prefix=prefix):
+            q, k, v = (linear(f"{prefix}.self_attn.{c}_proj", x).unflatten(-1, (-1, d)) for c in "qkv")
+            q = norm(f"{prefix}.self_attn.q_norm", q) if "q" in normed else q
+            k = norm(f"{prefix}.self_attn.k_norm", k) if "k" in normed else k
+            v = norm(f"{prefix}.self_attn.v_norm", v) if "v" in normed else v
+            share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+            q, k = (rope(t, positions, config.rope_parameters["rope_theta"], share) for t in (q, k))
+            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(d)
+            context = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+            return linear(f"{prefix}.self_attn.o_proj", context.flatten(1))
+
+        def ffn(x, prefix=prefix):
+            up = linear(f"{prefix}.mlp.up_proj", x)
+            if config.mlp_gated:
+                gate = linear(f"{prefix}.mlp.gate_proj", x)
+                return linear(f"{prefix}.mlp.down_proj", gate * torch.sigmoid(gate) * up)
+            return linear(f"{prefix}.mlp.down_proj", up * 0.5 * (1 + torch.erf(up / math.sqrt(2))))
+
+        def first(x, prefix=prefix):
+            return norm(f"{prefix}.input_layernorm", x)
+
+        def second(x, prefix=prefix):
+            return norm(f"{prefix}.post_attention_layernorm", x)
+
+        if scheme in ("pre", "pre_qk"):
+            y = mha(first(x), "qk" if scheme == "pre_qk" else "") + x
+            x = ffn(second(y)) + y
+        elif scheme == "post":
+            y = norm(f"{prefix}.attention_output_layernorm", mha(x, "") + x)
+            x = norm(f"{prefix}.mlp_output_layernorm", ffn(y) + y)
+        elif scheme == "hybrid_star" and i == 0:
+            y = mha(first(x), "qkv") + x
+            x = ffn(second(y)) + y
+        elif scheme in ("hybrid", "hybrid_star"):
+            y = mha(x, "qkv") + x
+            x = ffn(second(y)) + second(y)
+        else:
+            raise NotImplementedError(f"write the formula of {scheme} here")
+    return linear("lm_head", norm("model.norm", x[-n:]))
+
+
+def close(found, expected, tolerance=1e-9):
+    error = (found - expected).norm() / expected.norm()
+    assert error < tolerance, error
+
+
+def policy_fields(policy):
+    return dict(zip(("phd_repeat", "phd_window", "phd_chunk"), policy, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("scheme", NORM_SCHEMES)
+@torch.no_grad()
+def test_forward_equals_the_formulas(make_model, scheme, policy):
+    model = make_model(norm_scheme=scheme, **policy_fields(policy))
+    tokens = torch.randint(61, (2, 19), generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([reference_logits(model, row) for row in tokens])
+    close(model(tokens).logits, expected)
+    close(model(tokens, use_cache=False).logits, expected)
+
+
+@torch.no_grad()
+def test_biases_layer_norm_gelu_partial_rotary_and_an_own_head(make_model):
+    model = make_model(
+        norm_scheme="hybrid_star", phd_repeat=2, phd_window=3, phd_chunk=5, normalization="LayerNorm", mlp_gated=False,
+        hidden_act="gelu", attention_bias=True, attention_output_bias=True, mlp_bias=True, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    tokens = torch.randint(61, (1, 13))
+    close(model(tokens).logits[0], reference_logits(model, tokens[0]))
+
+
+@torch.no_grad()
+def test_eager_attention_is_the_reference(make_model):
+    fields = {"norm_scheme": "hybrid", "phd_repeat": 3, "phd_window": 4, "phd_chunk": 6}
+    tokens = torch.randint(61, (2, 17))
+    close(make_model(attn_implementation="eager", **fields)(tokens).logits, make_model(**fields)(tokens).logits)
+
+
+@pytest.mark.parametrize("policy", [(1, 1, None), (2, 4, 8), (3, 3, 7), (2, 5, None), (3, 1, None)], ids=str)
+@torch.no_grad()
+def test_logits_to_keep_computes_the_cone_exactly(make_model, policy):
+    model = make_model(norm_scheme="hybrid_star", **policy_fields(policy))
+    tokens = torch.randint(61, (2, 33))
+    everything = model(tokens).logits
+    for keep in (1, 2, 9, 33):
+        for use_cache in (False, True):
+            close(model(tokens, logits_to_keep=keep, use_cache=use_cache).logits, everything[:, -keep:])
+    close(model(tokens, logits_to_keep=torch.tensor([20, 32, -2])).logits, everything[:, [20, 32, 31]])
+    per_row = torch.tensor([[20, 25], [18, 32]])
+    close(model(tokens, logits_to_keep=per_row).logits, everything.gather(1, per_row[..., None].expand(-1, -1, 61)))
+    chosen = torch.zeros(2, 33, dtype=torch.bool)
+    chosen[0, 28:31] = chosen[1, 17] = True
+    close(model(tokens, logits_to_keep=chosen).logits, everything[chosen])
+
+
+@torch.no_grad()
+def test_the_cone_is_narrow(make_model):
+    """The point of the cone: with chunks, a long prompt costs hidden copies of the last chunk only."""
+    model = make_model(norm_scheme="pre", phd_repeat=3, phd_window=4, phd_chunk=8)
+    rows = []
+    hooks = [layer.register_forward_pre_hook(lambda m, args: rows.append(args[0].size(1))) for layer in model.model.layers]
+    model(torch.randint(61, (1, 61)), logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    assert rows == [61 + 2 * 5, 61 + 2 * 5, 61 + 2 * 4]  # the chunk starts at 56; the last layer looks W - 1 = 3 back
+
+
+@pytest.mark.parametrize("policy", [(1, 1, None), (2, 4, 8), (3, 5, None)], ids=str)
+@torch.no_grad()
+def test_padding_on_either_side(make_model, policy):
+    model = make_model(norm_scheme="hybrid_star", **policy_fields(policy))
+    lengths = [5, 20, 1, 13]
+    rows = [torch.randint(61, (1, length)) for length in lengths]
+    alone = [model(row).logits[0] for row in rows]
+    for left in (True, False):
+        for keep in (0, 3):
+            tokens = torch.zeros(4, 20, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
+            spans = [slice(20 - n, 20) if left else slice(0, n) for n in lengths]
+            for i, span in enumerate(spans):
+                tokens[i, span], mask[i, span] = rows[i][0], 1
+            logits = model(tokens, attention_mask=mask, logits_to_keep=keep).logits
+            assert logits.isfinite().all()
+            for i, span in enumerate(spans):
+                wanted = [slot for slot in range(20)[span] if slot >= (20 - keep if keep else 0)]
+                if wanted:
+                    index = torch.tensor(wanted)
+                    close(logits[i, index - (20 - logits.size(1))], alone[i][index - span.start])
+
+
+def test_loss_hidden_states_and_gradient_checkpointing(make_model):
+    model = make_model(norm_scheme="hybrid_star", phd_repeat=2, phd_window=4, phd_chunk=8)
+    tokens = torch.randint(61, (2, 15))
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    out = model(tokens, labels=labels, output_hidden_states=True)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert torch.allclose(out.loss.double(), expected)  # transformers takes the loss in float32
+    assert [tuple(state.shape) for state in out.hidden_states] == [(2, 15, 24)] * 4
+    assert torch.allclose(model.lm_head(out.hidden_states[-1]), out.logits)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = model(tokens, labels=labels)
+    assert again.past_key_values is None
+    again.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, grads[name]), name
+
+
+@torch.no_grad()
+def test_half_precision_and_refusals(make_model):
+    model = make_model(dtype=torch.bfloat16, norm_scheme="hybrid", phd_repeat=2, phd_window=4)
+    tokens = torch.randint(61, (2, 9))
+    assert model(tokens).logits.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(tokens, attention_mask=torch.ones(2, 8))
+    with pytest.raises(ValueError, match="count up by one"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="no tokens"):
+        model(tokens[:, :0])
+    with pytest.raises(ValueError, match="norm_scheme='nonsense'"):
+        make_model(norm_scheme="nonsense")
+    with pytest.raises(ValueError, match="phd_window=0"):
+        make_model(phd_window=0)
