@@ -89,13 +89,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_co
     if key.shape != value.shape or query.shape[1:3] != key.shape[1:3] or query.size(4) != key.size(4):
         raise ValueError(f"{shapes}: length, batch and head dimension must agree, and key and value in everything")
     if key.size(0) != policy.repeat or not 1 <= query.size(0) <= policy.repeat:
-        raise ValueError(
-            f"{shapes}: {policy.name} has {policy.repeat} copies of keys and 1..{policy.repeat} of queries"
-        )
+        raise ValueError(f"{shapes}: {policy.name} has {policy.repeat} copies of keys, and as many of queries or fewer")
     if query_copies is not None and query.size(0) != query_copies:
-        raise ValueError(
-            f"{shapes}: query_copies={query_copies}, so query must hold the last {query_copies} copies alone"
-        )
+        raise ValueError(f"{shapes}: query_copies={query_copies}, so query must be the last {query_copies} copies")
     if query.size(3) % key.size(3):
         raise ValueError(f"{shapes}: query heads must be a multiple of the key-value groups")
     if query.numel() == 0:

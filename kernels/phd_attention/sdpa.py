@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ def sdpa_attention(
 
 # -------------------------------------------------------------------- part (a): causal attention over the originals
 
+Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Extra: TypeAlias = tuple[Any, ...]  # what an operator wants back in its backward: random state, lengths
+Forward: TypeAlias = tuple[Tensor, Tensor, Extra]
+
 
 class CausalKernel(NamedTuple):
     """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
@@ -63,8 +67,8 @@ class CausalKernel(NamedTuple):
     """
 
     name: str
-    forward: Callable[..., tuple[Tensor, Tensor, tuple[Any, ...]]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[..., Forward]
+    backward: Callable[..., Three]
 
 
 def _aten(name: str) -> Any:
@@ -72,48 +76,56 @@ def _aten(name: str) -> Any:
     return getattr(torch.ops.aten, name)
 
 
-def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     out, lse = _aten("_scaled_dot_product_flash_attention_for_cpu")(q, k, v, 0.0, True, scale=scale)
     return out, lse, ()
 
 
-def _cpu_flash_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _cpu_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     op = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
     return op(grad, q, k, v, out, lse, 0.0, True, scale=scale)
 
 
-def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     out, lse, *extra = _aten("_scaled_dot_product_flash_attention")(q, k, v, 0.0, True, False, scale=scale)
     return out, lse, tuple(extra[:6])
 
 
-def _cuda_flash_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _cuda_flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     cum_q, cum_k, max_q, max_k, seed, offset = extra
     op = _aten("_scaled_dot_product_flash_attention_backward")
     return op(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale)
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     op = _aten("_scaled_dot_product_cudnn_attention")
     out, lse, *extra = op(q, k, v, None, True, 0.0, True, False, scale=scale)
     return out, lse.view(q.shape[:3]), tuple(extra[:6])
 
 
-def _cudnn_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     cum_q, cum_k, max_q, max_k, seed, offset = extra
     op = _aten("_scaled_dot_product_cudnn_attention_backward")
     lse = lse.unsqueeze(-1)
     return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True, scale=scale)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))  # this operator has no grouped queries
     op = _aten("_scaled_dot_product_efficient_attention")
     out, lse, seed, offset = op(q, k, v, None, True, 0.0, True, scale=scale)
     return out, lse, (seed, offset)
 
 
-def _efficient_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     ratio = q.size(1) // k.size(1)
     wide_k, wide_v = (x.repeat_interleave(ratio, 1) for x in (k, v))
     op = _aten("_scaled_dot_product_efficient_attention_backward")
@@ -129,7 +141,7 @@ def _causal_scores(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
     return scores.masked_fill_(position > position[rows, None], -math.inf)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     length, groups = q.size(2), k.size(1)
     grouped, k, v = q.unflatten(1, (groups, -1)).to(accumulate), k.to(accumulate), v.to(accumulate)
@@ -142,7 +154,9 @@ def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), ()
 
 
-def _plain_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     dtype, length, groups = q.dtype, q.size(2), k.size(1)
     accumulate = torch.promote_types(dtype, torch.float32)
     grad, q, out = (x.unflatten(1, (groups, -1)).to(accumulate) for x in (grad, q, out))
@@ -160,14 +174,16 @@ def _plain_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-u
     return dq.flatten(1, 2).to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     ratio = q.size(1) // k.size(1)
     lse = (q.to(accumulate) * k.repeat_interleave(ratio, 1).to(accumulate)).sum(-1) * scale
     return v.repeat_interleave(ratio, 1), lse, ()
 
 
-def _single_backward(grad, q, k, v, out, lse, extra, scale):  # type: ignore[no-untyped-def]
+def _single_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
     dtype, ratio = q.dtype, q.size(1) // k.size(1)
     accumulate = torch.promote_types(dtype, torch.float32)
     grad, q, out = (x.to(accumulate) for x in (grad, q, out))
@@ -197,7 +213,7 @@ def causal_kernel(device: torch.device, dtype: torch.dtype, width: int) -> tuple
 
 @lru_cache(maxsize=64)
 def _causal_kernel(kind: str, index: int | None, dtype: torch.dtype, width: int) -> tuple[CausalKernel, str]:
-    reasons = []
+    reasons: list[str] = []
     for kernel in _PREFERRED.get(kind, ()):
         problem = _probe(kernel, torch.device(kind, index) if index is not None else torch.device(kind), dtype, width)
         if problem is None:
@@ -222,9 +238,9 @@ def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width
     for found, expected in zip(got, want, strict=True):
         if found.shape != expected.shape:
             return f"it returns shape {tuple(found.shape)} where {tuple(expected.shape)} is right"
-        error = (found.double() - expected.double()).norm() / expected.double().norm()
-        if not error <= tolerance:
-            return f"its result is off by {error:.1e}"
+        off = float((found.double() - expected.double()).norm() / expected.double().norm())
+        if not off <= tolerance:
+            return f"its result is off by {off:.1e}"
     return None
 
 
@@ -234,11 +250,12 @@ def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width
 
 
 class _Blocks(NamedTuple):
-    """``count`` blocks of ``size`` positions, whose queries also see the ``back`` positions before the block."""
+    """``number`` blocks of ``size`` positions, whose queries also see the ``back`` positions before the block."""
 
+    policy: KVPolicy
     size: int
     back: int
-    count: int
+    number: int
 
 
 def _plan(policy: KVPolicy, length: int) -> _Blocks | None:
@@ -253,15 +270,15 @@ def _plan(policy: KVPolicy, length: int) -> _Blocks | None:
         if whole <= size + back:
             size, back = whole, 0
     if size >= length:
-        return _Blocks(length, 0, 1)
-    return _Blocks(size, back, -(-length // size))
+        return _Blocks(policy, length, 0, 1)
+    return _Blocks(policy, size, back, -(-length // size))
 
 
-def _block_mask(policy: KVPolicy, plan: _Blocks, query_copies: int, device: torch.device) -> Tensor:
+def _block_mask(plan: _Blocks, query_copies: int, device: torch.device) -> Tensor:
     """True where a key is *not* seen: ``[blocks or 1, size, j, 1, keys * i]``, one for all blocks where they agree."""
-    count = plan.count if plan.back else 1
-    repeat = policy.repeat
-    start = torch.arange(count, device=device).view(-1, 1, 1, 1, 1, 1) * plan.size
+    number = plan.number if plan.back else 1
+    policy, repeat = plan.policy, plan.policy.repeat
+    start = torch.arange(number, device=device).view(-1, 1, 1, 1, 1, 1) * plan.size
     query = start + torch.arange(plan.size, device=device).view(-1, 1, 1, 1, 1)
     key = start + torch.arange(-plan.back, plan.size, device=device).view(-1, 1)
     query_copy = torch.arange(repeat - query_copies + 1, repeat + 1, device=device).view(-1, 1, 1, 1)
@@ -271,32 +288,32 @@ def _block_mask(policy: KVPolicy, plan: _Blocks, query_copies: int, device: torc
 
 def _query_blocks(x: Tensor, plan: _Blocks) -> Tensor:
     """``[G, s, j, r, ...]`` to ``[G * blocks, size * j * r, ...]``, padded at the end."""
-    tail = plan.size * plan.count - x.size(1)
+    tail = plan.size * plan.number - x.size(1)
     if tail:
         x = pad(x, [0, 0] * (x.dim() - 2) + [0, tail])
-    return x.reshape(x.size(0) * plan.count, -1, *x.shape[4:])
+    return x.reshape(x.size(0) * plan.number, -1, *x.shape[4:])
 
 
 def _unblock_queries(x: Tensor, like: Tensor, plan: _Blocks) -> Tensor:
     """Back to ``[G, s, j, r, ...]``, padding cut."""
-    whole = x.reshape(like.size(0), plan.size * plan.count, *like.shape[2:4], *x.shape[2:])
+    whole = x.reshape(like.size(0), plan.size * plan.number, *like.shape[2:4], *x.shape[2:])
     return whole[:, : like.size(1)]
 
 
 def _key_blocks(x: Tensor, plan: _Blocks) -> Tensor:
     """``[G, s, i, d]`` to ``[G * blocks, (back + size) * i, d]``; neighbouring blocks overlap by ``back``."""
-    tail = plan.size * plan.count - x.size(1)
+    tail = plan.size * plan.number - x.size(1)
     if plan.back or tail:
         x = pad(x, [0, 0, 0, 0, plan.back, tail])
     if not plan.back:
-        return x.reshape(x.size(0) * plan.count, -1, x.size(3))
+        return x.reshape(x.size(0) * plan.number, -1, x.size(3))
     blocks = x.unfold(1, plan.back + plan.size, plan.size)  # [G, blocks, i, d, back + size]
-    return blocks.permute(0, 1, 4, 2, 3).reshape(x.size(0) * plan.count, -1, x.size(3))
+    return blocks.permute(0, 1, 4, 2, 3).reshape(x.size(0) * plan.number, -1, x.size(3))
 
 
 def _unblock_keys(x: Tensor, like: Tensor, plan: _Blocks) -> Tensor:
     """Gradients of overlapping key blocks added up: ``[G, s, i, d]``."""
-    blocks = x.view(like.size(0), plan.count, plan.back + plan.size, *like.shape[2:])
+    blocks = x.view(like.size(0), plan.number, plan.back + plan.size, *like.shape[2:])
     total = blocks[:, :, plan.back :]
     if plan.back:
         total = total.contiguous()
@@ -317,19 +334,17 @@ def _working(x: Tensor) -> Tensor:
     return x.float() if half and x.device.type != "cuda" else x
 
 
-def _block_scores(q: Tensor, k: Tensor, policy: KVPolicy, plan: _Blocks, like: Tensor, scale: float) -> Tensor:
+def _block_scores(q: Tensor, k: Tensor, plan: _Blocks, like: Tensor, scale: float) -> Tensor:
     """Masked scores ``[G * blocks, size * j * r, keys * i]``."""
     scores = _product(q, k.mT).mul_(scale)
-    mask = _block_mask(policy, plan, like.size(2), q.device)
-    scores.view(like.size(0), plan.count, plan.size, *like.shape[2:4], -1).masked_fill_(mask, -math.inf)
+    mask = _block_mask(plan, like.size(2), q.device)
+    scores.view(like.size(0), plan.number, plan.size, *like.shape[2:4], -1).masked_fill_(mask, -math.inf)
     return scores
 
 
-def _block_forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: KVPolicy, plan: _Blocks, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block_forward(q: Tensor, k: Tensor, v: Tensor, plan: _Blocks, scale: float) -> Three:
     keys, values = (_key_blocks(_working(x), plan) for x in (k, v))
-    scores = _block_scores(_query_blocks(_working(q), plan), keys, policy, plan, q, scale)
+    scores = _block_scores(_query_blocks(_working(q), plan), keys, plan, q, scale)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -338,19 +353,11 @@ def _block_forward(
 
 
 def _block_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    policy: KVPolicy,
-    plan: _Blocks,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: _Blocks, scale: float
+) -> Three:
     queries, gradient = (_query_blocks(_working(x), plan) for x in (q, grad))
     keys, values = (_key_blocks(_working(x), plan) for x in (k, v))
-    weights = _block_scores(queries, keys, policy, plan, q, scale).sub_(_query_blocks(lse, plan)).exp_()
+    weights = _block_scores(queries, keys, plan, q, scale).sub_(_query_blocks(lse, plan)).exp_()
     dv = _product(weights.to(values.dtype).mT, gradient)
     slope = _product(gradient, values.mT).sub_(_query_blocks(delta, plan)).mul_(weights).mul_(scale).to(keys.dtype)
     dq, dk = _product(slope, keys), _product(slope.mT, queries)
@@ -367,7 +374,7 @@ def _token_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores
 
 
-def _token_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _token_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Three:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(accumulate) for x in (q, k, v))
     scores = _token_scores(q, k, scale)
@@ -380,9 +387,7 @@ def _token_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return out, weights.sum(-1, keepdim=True), top
 
 
-def _token_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _token_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float) -> Three:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     grad, q, k, v = (x.to(accumulate) for x in (grad, q, k, v))
     weights = _token_scores(q, k, scale).sub_(lse).exp_()
@@ -487,7 +492,7 @@ class _PHDAttention(torch.autograd.Function):
         if plan is None:
             more, dk_hidden, dv_hidden = _token_backward(*inputs, scale)
         else:
-            more, dk_hidden, dv_hidden = _block_backward(*inputs, policy, plan, scale)
+            more, dk_hidden, dv_hidden = _block_backward(*inputs, plan, scale)
         dq_rows += more
         dkey, dvalue = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
         for target, first, rest in ((dkey, dk, dk_hidden), (dvalue, dv, dv_hidden)):
@@ -503,8 +508,9 @@ def _merge(out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, 
     k, v = _fold_keys(key[1:]), _fold_keys(value[1:])
     plan = _plan(policy, q.size(1))
     local, local_sum, local_top = (
-        _token_forward(q, k, v, scale) if plan is None else _block_forward(q, k, v, policy, plan, scale)
+        _token_forward(q, k, v, scale) if plan is None else _block_forward(q, k, v, plan, scale)
     )
     merged = torch.logaddexp(lse, local_sum.log() + local_top)
-    out.copy_((local_top - merged).exp() * local + (lse - merged).exp() * out)
+    mixed = (local_top - merged).exp() * local
+    out.copy_(mixed.addcmul_(out.to(mixed.dtype), (lse - merged).exp()))
     lse.copy_(merged)

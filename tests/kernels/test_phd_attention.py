@@ -1,0 +1,334 @@
+"""PHD attention: every backend against the definition, forward and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, choose_backend, phd_attention, sdpa
+from phd_megatron.phd.kv_policy import KVPolicy
+
+REPEATS = (1, 2, 3, 5)
+VARIANTS = ((1, None), (16, None), (16, 32), (4, 8), (3, 7), (64, 32), (200, None))
+LENGTHS = (1, 7, 33, 96)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+GROUPS, BATCH, WIDTH = 2, 2, 8
+
+
+def make(
+    policy: KVPolicy,
+    length: int,
+    *,
+    ratio: int = 2,
+    dtype: torch.dtype = torch.float64,
+    query_copies: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value and an incoming gradient, the same numbers on every call."""
+    generator = torch.Generator().manual_seed(1234)
+    copies = query_copies or policy.repeat
+
+    def draw(count: int, heads: int) -> Tensor:
+        shape = (count, length, BATCH, heads, WIDTH)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    query, grad = draw(copies, GROUPS * ratio), draw(copies, GROUPS * ratio)
+    return query, draw(policy.repeat, GROUPS), draw(policy.repeat, GROUPS), grad
+
+
+def run(
+    attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor, policy: KVPolicy
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves, policy)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def reference(inputs: tuple[Tensor, ...], grad: Tensor, policy: KVPolicy) -> tuple[Tensor, ...]:
+    return run(BACKENDS["reference"], tuple(x.double() for x in inputs), grad.double(), policy)
+
+
+def relative(found: Tensor, expected: Tensor, floor: float) -> float:
+    return float((found.double() - expected).norm()) / max(float(expected.norm()), floor)
+
+
+def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], grad: Tensor, tolerance: float) -> None:
+    floor = 1e-3 * float(grad.double().norm())
+    for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b, floor) <= tolerance, f"{name} is off by {relative(a, b, floor):.1e}"
+
+
+def variant_name(variant: tuple[int, int | None]) -> str:
+    return f"W{variant[0]}-C{variant[1]}"
+
+
+# ------------------------------------------------------------------ the definition
+
+
+def test_reference_equals_a_triple_loop_over_equation_2() -> None:
+    repeat, length, heads, groups, width, window, chunk = 3, 7, 4, 2, 3, 2, 3
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(repeat, length, 1, heads, width, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, repeat, length, 1, groups, width, generator=generator, dtype=torch.float64)
+    got = BACKENDS["reference"](query, key, value, KVPolicy(repeat, window, chunk))
+    for head in range(heads):
+        group = head // 2
+        for n in range(length):
+            for j in range(1, repeat + 1):
+                weights, rows = [], []
+                for m in range(length):
+                    for i in range(1, repeat + 1):
+                        if i == 1:
+                            seen = m <= n
+                        else:
+                            inside = m // chunk == n // chunk and n - window < m <= n
+                            seen = j > 1 and inside and (m < n or i <= j)
+                        if seen:
+                            dot = sum(
+                                float(query[j - 1, n, 0, head, c] * key[i - 1, m, 0, group, c]) for c in range(width)
+                            )
+                            weights.append(math.exp(dot / math.sqrt(width)))
+                            rows.append(value[i - 1, m, 0, group])
+                expected = sum(w * row for w, row in zip(weights, rows, strict=True)) / sum(weights)
+                torch.testing.assert_close(got[j - 1, n, 0, head], expected, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------ sdpa against the definition
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
+@pytest.mark.parametrize("repeat", REPEATS)
+def test_sdpa_equals_reference(repeat: int, variant: tuple[int, int | None]) -> None:
+    policy = KVPolicy(repeat, *variant)
+    for length in LENGTHS:
+        for ratio in (1, 3, 4):
+            *inputs, grad = make(policy, length, ratio=ratio)
+            expected = reference(tuple(inputs), grad, policy)
+            for dtype, tolerance in TOLERANCE.items():
+                typed = tuple(x.to(dtype) for x in inputs)
+                if dtype is not torch.float64:
+                    expected = reference(typed, grad.to(dtype), policy)
+                assert_close(run(BACKENDS["sdpa"], typed, grad.to(dtype), policy), expected, grad, tolerance)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [*VARIANTS, (5, 90), (40, 64), (33, 40), (2, 1)])
+def test_pruned_queries_are_the_last_rows_of_the_full_result(window: int, chunk: int | None) -> None:
+    policy = KVPolicy(4, window, chunk)
+    for copies in (1, 2, 3):
+        *inputs, grad = make(policy, 96, query_copies=copies)
+        found = run(BACKENDS["sdpa"], tuple(inputs), grad, policy)
+        assert_close(found, reference(tuple(inputs), grad, policy), grad, 1e-10)
+        everything = torch.cat([torch.zeros_like(inputs[0])[:1].expand(4 - copies, -1, -1, -1, -1), inputs[0]])
+        full = phd_attention(everything, inputs[1], inputs[2], policy, backend="sdpa")
+        torch.testing.assert_close(found[0], full[-copies:], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    for policy in (KVPolicy(1), KVPolicy(3, 16, 32), KVPolicy(2, 1), KVPolicy(2, 16)):
+        query, key, value, grad = (x.to(dtype) for x in make(policy, 96, dtype=dtype))
+        found = run(BACKENDS["sdpa"], (query, key, value), grad, policy)
+        assert all(x.dtype is dtype for x in found)
+        assert_close(found, reference((query, key, value), grad, policy), grad, 2e-2)
+
+
+# ------------------------------------------------------------------ causality
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
+@pytest.mark.parametrize("repeat", (1, 2, 3))
+def test_a_token_changes_nothing_before_it(backend: str, variant: tuple[int, int | None], repeat: int) -> None:
+    policy, length = KVPolicy(repeat, *variant), 70
+    query, key, value, _ = make(policy, length)
+    before = phd_attention(query, key, value, policy, backend=backend)
+    for token in (1, 31, 32, 64, length - 1):
+        changed = [x.clone() for x in (query, key, value)]
+        for x in changed:
+            x[:, token] += 100.0
+        after = phd_attention(*changed, policy, backend=backend)
+        assert torch.equal(before[:, :token], after[:, :token])
+        assert not torch.equal(before[:, token], after[:, token])
+
+
+# ------------------------------------------------------------------ K = 1
+
+
+def test_one_copy_is_causal_attention_and_repeats_bit_for_bit() -> None:
+    policy = KVPolicy(1, 16, 32)
+    query, key, value, grad = make(policy, 96, dtype=torch.float32)
+    first, second = (run(phd_attention, (query, key, value), grad, policy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    q, k, v = (x[0].permute(1, 2, 0, 3) for x in (query, key, value))
+    stock = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(first[0][0].permute(1, 2, 0, 3), stock)
+
+
+def test_one_copy_costs_one_operator_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("part (b) ran for a vanilla model")
+
+    for name in ("_plan", "_merge", "_fold", "_fold_keys", "_block_forward", "_token_forward"):
+        monkeypatch.setattr(sdpa, name, forbidden)
+    query, key, value, grad = make(KVPolicy(1), 33)
+    run(phd_attention, (query, key, value), grad, KVPolicy(1))
+
+
+# ------------------------------------------------------------------ memory layouts
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same numbers, head dimension with a stride of 2: the flash operator would read garbage."""
+    wide = torch.full((*x.shape[:-1], 2 * x.size(-1)), float("nan"), dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def batch_first(x: Tensor) -> Tensor:
+    return x.permute(2, 3, 0, 1, 4).contiguous().permute(2, 3, 0, 1, 4)
+
+
+def column(x: Tensor) -> Tensor:
+    """A slice of something wider, as query, key and value are of one fused projection."""
+    return torch.cat([torch.full_like(x, float("nan")), x], -1)[..., x.size(-1) :]
+
+
+def last_first(x: Tensor) -> Tensor:
+    return x.transpose(-1, 0).contiguous().transpose(-1, 0)
+
+
+@pytest.mark.parametrize("layout", [scattered, batch_first, column, last_first])
+@pytest.mark.parametrize(
+    "policy", [KVPolicy(1), KVPolicy(3, 1), KVPolicy(3, 4, 8), KVPolicy(2, 16)], ids=lambda p: p.name
+)
+def test_strides_do_not_matter(policy: KVPolicy, layout: Callable[[Tensor], Tensor]) -> None:
+    for length in (1, 33):
+        query, key, value, grad = make(policy, length)
+        expected = reference((query, key, value), grad, policy)
+        moved = tuple(layout(x) for x in (query, key, value))
+        assert all(torch.equal(a, b) for a, b in zip(moved, (query, key, value), strict=True))
+        assert_close(run(BACKENDS["sdpa"], moved, layout(grad), policy), expected, grad, 1e-10)
+
+
+def test_expanded_gradient_and_single_head() -> None:
+    policy = KVPolicy(2, 4, 8)
+    query, key, value, _ = make(policy, 33, ratio=1)
+    ones = torch.ones((), dtype=torch.float64).expand(query.shape)  # what .sum().backward() sends
+    assert_close(
+        run(BACKENDS["sdpa"], (query, key, value), ones, policy),
+        reference((query, key, value), ones, policy),
+        ones,
+        1e-10,
+    )
+
+
+# ------------------------------------------------------------------ operators that are missing or wrong
+
+
+@pytest.fixture
+def fresh_choice():  # type: ignore[no-untyped-def]
+    sdpa._causal_kernel.cache_clear()
+    yield
+    sdpa._causal_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("fault", ["missing forward", "missing backward", "wrong", "no groups"])
+def test_plain_path_when_the_private_operators_are_not_there(
+    fault: str, monkeypatch: pytest.MonkeyPatch, fresh_choice: None
+) -> None:
+    genuine = sdpa._aten
+
+    def aten(name: str):  # type: ignore[no-untyped-def]
+        if fault == "missing backward" and not name.endswith("_backward"):
+            return genuine(name)
+        if fault == "wrong" and not name.endswith("_backward"):
+            return lambda q, k, v, *rest, scale: genuine(name)(q, k, v, *rest, scale=2 * scale)
+        if fault == "no groups":
+            raise RuntimeError("number of heads in query/key/value should match")
+        return genuine(name + "_that_this_torch_lacks")
+
+    monkeypatch.setattr(sdpa, "_aten", aten)
+    assert sdpa.causal_kernel(torch.device("cpu"), torch.float64, WIDTH)[0] is sdpa.PLAIN
+    assert "cpu flash not used" in choose_backend("cpu", torch.float64, WIDTH)[1]
+    for policy in (KVPolicy(1), KVPolicy(3, 4, 8), KVPolicy(2, 1), KVPolicy(2, 16)):
+        *inputs, grad = make(policy, 33, ratio=3)
+        found = run(phd_attention, tuple(inputs), grad, policy)
+        assert_close(found, reference(tuple(inputs), grad, policy), grad, 1e-10)
+
+
+def test_plain_path_over_several_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "PLAIN_ROWS", 10)
+    monkeypatch.setattr(sdpa, "causal_kernel", lambda *_: (sdpa.PLAIN, "test"))
+    policy = KVPolicy(2, 4, 8)
+    *inputs, grad = make(policy, 33)
+    found = run(BACKENDS["sdpa"], tuple(inputs), grad, policy)
+    assert_close(found, reference(tuple(inputs), grad, policy), grad, 1e-10)
+
+
+def test_choosing_leaves_the_random_numbers_alone(fresh_choice: None) -> None:
+    state = torch.get_rng_state()
+    name, reason = choose_backend("cpu", torch.float32)
+    assert name == "sdpa" and "cpu flash" in reason
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------ derivatives, refusals, the table
+
+
+@pytest.mark.parametrize("policy", [KVPolicy(2, 1), KVPolicy(3, 3, 4), KVPolicy(2, 3)], ids=lambda p: p.name)
+def test_gradcheck(policy: KVPolicy) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((policy.repeat, 5, 1, 2, 3), (policy.repeat, 5, 1, 1, 3), (policy.repeat, 5, 1, 1, 3))
+    leaves = [torch.randn(x, generator=generator, dtype=torch.float64).requires_grad_() for x in shapes]
+    assert torch.autograd.gradcheck(lambda q, k, v: phd_attention(q, k, v, policy, scale=0.7, backend="sdpa"), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_partial_gradients(backend: str) -> None:
+    policy = KVPolicy(2, 4, 8)
+    query, key, value, _ = make(policy, 9)
+    out = phd_attention(query, key.requires_grad_(), value, policy, scale=0.0, backend=backend)
+    # With scale 0 the last query averages all keys it sees: 9 originals and the one hidden key of its chunk.
+    expected = (value[0, :9].sum(0) + value[1, 8]) / 10
+    torch.testing.assert_close(out[1, 8], expected.repeat_interleave(2, 1), rtol=1e-12, atol=1e-12)
+    out.sum().backward()
+    assert key.grad is not None and query.grad is None
+
+
+def test_large_scores_do_not_overflow() -> None:
+    for policy in (KVPolicy(2, 1), KVPolicy(3, 4, 8)):
+        *inputs, grad = make(policy, 33)
+        inputs[0] = inputs[0] * 1e3
+        found = run(phd_attention, tuple(inputs), grad, policy)
+        assert all(bool(x.isfinite().all()) for x in found)
+        assert_close(found, reference(tuple(inputs), grad, policy), grad, 1e-9)
+
+
+def test_refusals() -> None:
+    policy = KVPolicy(2, 4, 8)
+    query, key, value, _ = make(policy, 9)
+    with pytest.raises(UserError, match=r"'flash'.*auto, reference, sdpa"):
+        phd_attention(query, key, value, policy, backend="flash")
+    for bad, message in (
+        ((query[0], key, value), "split the copies"),
+        ((query, key[:1], value[:1]), "2 copies"),
+        ((query[:, :8], key, value), "must agree"),
+        ((query[:, :, :, :3], key, value), "multiple"),
+        ((query.float(), key, value), "cast"),
+        ((query[:, :0], key[:, :0], value[:, :0]), "nothing to attend"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            phd_attention(*bad, policy)
+    with pytest.raises(ValueError, match="query_copies=1"):
+        phd_attention(query, key, value, policy, query_copies=1)
+
+
+def test_table_for_doctor() -> None:
+    rows = attention_backends("cpu", torch.float32)
+    assert [row[0] for row in rows if row[1]] == ["sdpa"]
+    assert all(reason for _, _, reason in rows)
