@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import random
 import sys
@@ -15,6 +16,7 @@ from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConf
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
+_STARTS = itertools.count()
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -207,6 +209,15 @@ class Runtime:
         """Whether the run is on the CPU."""
         return self.device.type == "cpu"
 
+    @property
+    def device_name(self) -> str:
+        """What the device calls itself, such as ``NVIDIA H200``; ``cpu`` on the CPU."""
+        if self.on_cpu:
+            return "cpu"
+        import torch
+
+        return torch.cuda.get_device_name(self.device)
+
     def describe(self) -> str:
         """Device, backend, world size and layout on one line, with the reasons."""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
@@ -314,11 +325,12 @@ def _connect(
                 "and that the address and port are theirs"
             ) from error
         versions = _versions(torch)
-        prefixed = dist.PrefixStore("phd_megatron", store)
+        # A process may start several runtimes one after the other (parity does): each gets its own keys.
+        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
         compare_seconds = min(timeout.total_seconds(), 300.0)
         from phd_megatron.runtime.preflight import compare_ranks
 
-        compare_ranks(prefixed, rank, world_size, config, versions, compare_seconds)
+        compare_ranks(store, rank, world_size, config, versions, compare_seconds)
     else:
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1

@@ -13,6 +13,15 @@ from typing import Any
 from phd_megatron.runtime.redirects import Redirect, activate
 
 
+#: what Megatron says on every start and nobody can act on; `phd-megatron doctor` says the useful part better
+_NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
+
+
 def install() -> None:
     """Correct the defects in every megatron module imported so far and from now on. May be called again."""
     _quiet()
@@ -20,8 +29,7 @@ def install() -> None:
 
 
 def _quiet() -> None:
-    """Silence what megatron says at import about missing packages: `phd-megatron doctor` says it better."""
-    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+    for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
 
 

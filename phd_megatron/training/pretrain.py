@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import num_microbatches_calculator as microbatches
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from phd_megatron.config.load import to_dict
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import to_dict
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
@@ -70,7 +71,8 @@ class Trainer:
     def __init__(self, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, resume_from: Path | None) -> None:
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
         dims = runtime.dims
-        self.global_batch_size = run.training.global_batch_size or run.training.micro_batch_size * dims.dp
+        assert run.training.global_batch_size is not None and run.model.vocab_size is not None
+        self.global_batch_size = run.training.global_batch_size
         self.schedule: Schedule = plan_schedule(run, self.global_batch_size)
         microbatches.init_num_microbatches_calculator(
             runtime.rank,
@@ -79,9 +81,8 @@ class Trainer:
             run.training.micro_batch_size,
             dims.dp,
         )
-        vocab_size = run.model.vocab_size or tokenizer.vocab_size
-        model = build_model(run, vocab_size, runtime.device)
-        self.padded_vocab_size = padded_vocab_size(vocab_size, run.model.make_vocab_size_divisible_by)
+        model = build_model(run, run.model.vocab_size, runtime.device)
+        self.padded_vocab_size = padded_vocab_size(run.model.vocab_size, run.model.make_vocab_size_divisible_by)
         self.model: DistributedDataParallel = wrap_data_parallel(model, run)
         self.optimizer: MegatronOptimizer = build_optimizer([self.model], run)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
@@ -113,33 +114,27 @@ class Trainer:
         if run.checkpoint.finetune:
             return
         self.progress = Progress(state["iteration"], state["consumed_samples"], state.get("skipped_iterations", 0))
-        # The learning rate of this start counts, not the one that the optimizer's groups were saved with.
-        for group in self.optimizer.param_groups:
-            group.update(max_lr=run.optimizer.lr, min_lr=run.optimizer.min_lr)
         if run.checkpoint.no_load_optim:
             self.scheduler.num_steps = self.progress.consumed_samples
-        self.scheduler.step(0)
+            self.scheduler.step(0)
 
     def _open_data(self) -> None:
-        run, dims = self.run, self.runtime.dims
-        remaining = math.ceil(self.schedule.total / self.global_batch_size)
-        self.total_iterations = run.training.train_iters or remaining
-        train_samples = run.data.data_horizon_samples or self.schedule.total
-        if train_samples < self.schedule.total:
-            raise UserError(
-                f"data_horizon_samples={train_samples} is shorter than the run of {self.schedule.total} samples; the "
-                "order is drawn for the horizon, so make it at least as long as the longest run planned"
-            )
+        run = self.run
+        self.total_iterations = run.training.train_iters or math.ceil(self.schedule.total / self.global_batch_size)
         eval_samples = run.training.eval_iters * self.global_batch_size
-        train, valid, _ = build_datasets(run, self.tokenizer, (train_samples, eval_samples, 0))
-        common = {
-            "micro_batch_size": run.training.micro_batch_size,
-            "dp_rank": self.runtime.dp_rank,
-            "dp_size": dims.dp,
-            "num_workers": run.data.num_workers,
-        }
-        self.train_stream = SampleStream(train, **common)
-        self.valid_stream = SampleStream(valid, **common) if valid is not None else None
+        train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
+        self.train_stream = self._stream(train)
+        self.valid_stream = self._stream(valid) if valid is not None else None
+
+    def _stream(self, dataset: Any) -> SampleStream:
+        return SampleStream(
+            dataset,
+            self.run.training.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            self.runtime.dims.dp,
+            num_workers=self.run.data.num_workers,
+            pin_memory=not self.runtime.on_cpu,
+        )
 
     # ---------------------------------------------------------------- the loop
 
@@ -163,8 +158,9 @@ class Trainer:
                 reason = exit_reason
                 break
             if run.checkpoint.save_interval and progress.iteration % run.checkpoint.save_interval == 0 and not last:
+                started = time.perf_counter()
                 self.save()
-                interval.started = time.perf_counter() if interval.steps == 0 else interval.started
+                interval.started += time.perf_counter() - started  # not the time of a training step
         if run.checkpoint.save:
             self.save()
         return reason
@@ -257,8 +253,7 @@ class Trainer:
         options = self.run.checkpoint
         if options.save is None:
             return
-        started = time.perf_counter()
-        path = save_checkpoint(
+        save_checkpoint(
             Path(options.save),
             iteration=self.progress.iteration,
             models=[self.model],
@@ -270,7 +265,6 @@ class Trainer:
             runtime=self.runtime,
             keep_last=options.keep_last,
         )
-        self.reporter.log(f" saved {path} in {time.perf_counter() - started:.1f} s")
 
 
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:

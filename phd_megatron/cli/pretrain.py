@@ -1,0 +1,121 @@
+"""``phd-megatron pretrain``: train a model, alone or under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.config.load import load_run_config
+from phd_megatron.config.resolve import resolve
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import read_yaml, to_dict
+from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.parallel_dims import ParallelDims
+
+
+def run(argv: list[str]) -> int:
+    """Everything that can be refused is refused before a process group, a model or a file exists."""
+    environment = Environment.read()
+    install_backend(choose_device(_asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
+    config, notes, origins = _configure(argv, environment)
+
+    from phd_megatron.data.datasets import check_data, resolve_tokenizer
+    from phd_megatron.training.optimizer import plan_schedule
+
+    tokenizer = resolve_tokenizer(config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    dims = ParallelDims.from_config(config.parallel, environment.world_size)
+    config.parallel.sequence_parallel = dims.sp
+    if config.training.global_batch_size is None:
+        config.training.global_batch_size = config.training.micro_batch_size * dims.dp
+        notes.append(f"global_batch_size={config.training.global_batch_size}: micro_batch_size x DP {dims.dp}")
+    dims.validate(config.model, config.training)
+    schedule = plan_schedule(config, config.training.global_batch_size)
+    if config.data.data_horizon_samples is None:
+        config.data.data_horizon_samples = schedule.total
+    evaluated = config.training.eval_iters * config.training.global_batch_size
+    check_data(config, tokenizer, (schedule.total, evaluated, 0))
+
+    runtime = Runtime.start(
+        config.parallel,
+        model=config.model,
+        training=config.training,
+        seed=config.training.seed,
+        config=to_dict(config),
+    )
+    with runtime:
+        for note in notes:
+            runtime.log(f"note: {note}")
+        runtime.log(_resolved(config, origins))
+        _train(config, runtime, tokenizer)
+    return 0
+
+
+def _asked_device(argv: list[str]) -> str:
+    """``device`` of the command line or the YAML file; needed before the configuration can be read in full."""
+    asked = "auto"
+    for index, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        value = value or (argv[index + 1] if index + 1 < len(argv) else "")
+        if name == "--config" and Path(value).is_file():
+            section = read_yaml(value).get("parallel")
+            asked = section.get("device", asked) if isinstance(section, dict) else asked
+        elif name == "--device":
+            return value
+    return asked
+
+
+def _configure(argv: list[str], environment: Environment) -> tuple[RunConfig, list[str], dict[str, str]]:
+    from phd_megatron.model.transformer_config import transformer_field_types
+
+    loaded = load_run_config(argv, transformer_fields=transformer_field_types(), saved=_saved_configuration)
+    notes = loaded.notes + resolve(loaded.config)
+    return loaded.config, notes, loaded.origins
+
+
+def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
+    from phd_megatron.runtime.checkpoint_store import latest_complete
+
+    path = latest_complete(load_dir, warn=lambda message: None)
+    return read_yaml(str(path / "run_config.yaml")) if path is not None else None
+
+
+def _resolved(config: RunConfig, origins: dict[str, str]) -> str:
+    import yaml
+
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    changed = [name for name, origin in origins.items() if origin != "default"]
+    return f"resolved configuration ({len(changed)} fields set):\n{text}"
+
+
+def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
+    from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
+    from phd_megatron.training.pretrain import Trainer, open_reporter
+    from phd_megatron.training.signals import ExitController
+
+    checkpoint = config.checkpoint
+    with ExitStack() as stack:
+        if checkpoint.save is not None and (lock := lock_save_dir(checkpoint.save)) is not None:
+            stack.callback(lock.release)
+        resume_from = None
+        if checkpoint.load is not None:
+            resume_from = find_checkpoint(
+                checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
+            )
+        trainer = Trainer(config, runtime, tokenizer, resume_from)
+        reporter = open_reporter(config, runtime, trainer.total_iterations)
+        stack.callback(reporter.close)
+        exits = stack.enter_context(
+            ExitController(
+                exit_duration_in_mins=config.training.exit_duration_in_mins,
+                exit_interval=config.training.exit_interval,
+                first_iteration=trainer.progress.iteration,
+            )
+        )
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {trainer.progress.iteration}")
+        reason = trainer.train(reporter, exits)
+        reporter.log(f"stopped at iteration {trainer.progress.iteration}: {reason}")
