@@ -1,0 +1,86 @@
+"""The documents say what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phd_megatron.cli.main import COMMANDS
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.norm.schemes import NORM_SCHEMES
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+FIELDS = {
+    field.name
+    for section in dataclasses.fields(RunConfig)
+    for field in dataclasses.fields(section.default_factory)  # type: ignore[arg-type,misc]
+}
+
+
+def test_norm_table_is_the_codes_table() -> None:
+    text = (ROOT / "docs/norms.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\w+) \|$", text, re.MULTILINE)
+    assert rows == [(name, scheme.formula, scheme.default_init) for name, scheme in NORM_SCHEMES.items()]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_point_at_something(document: Path) -> None:
+    missing = []
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
+        if not target.startswith(("http://", "https://")) and not (document.parent / target).exists():
+            missing.append(target)
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_anchors_are_headings(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", document.read_text("utf-8")):
+        if target.startswith("http"):
+            continue
+        text = (document.parent / target if target else document).read_text("utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in slugs
+
+
+def test_readme_flags_are_fields() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    (command,) = re.findall(r"torchrun .*?(?=\n\n)", text, re.DOTALL)
+    flags = set(re.findall(r"--([a-z][a-z0-9-]+)", command)) - {"nproc-per-node"}
+    assert {flag.replace("-", "_") for flag in flags} <= FIELDS
+
+
+def test_example_files_have_known_fields_only() -> None:
+    import yaml
+
+    for path in (ROOT / "examples").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text("utf-8"))
+        unknown = {name for section in values.values() for name in section} - FIELDS
+        assert not unknown, f"{path.name}: {unknown}"
+
+
+def test_readme_commands_exist() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    used = set(re.findall(r"^phd-megatron ([a-z]+)", text, re.MULTILINE))
+    assert used
+    assert used <= set(COMMANDS)
+
+
+def test_shell_scripts_parse() -> None:
+    for path in [*ROOT.glob("launch_scripts/*.s*"), ROOT / "tests/run.sh", ROOT / ".ci/run"]:
+        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_overview_figure_can_be_drawn(tmp_path: Path) -> None:
+    output = tmp_path / "overview.png"
+    script = str(ROOT / "tools/draw_figures.py")
+    done = subprocess.run([sys.executable, script, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert output.stat().st_size > 10_000
