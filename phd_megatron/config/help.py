@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from phd_megatron.config.aliases import ALIASES, describe_alias
+from phd_megatron.config.aliases import ALIASES, Rename, describe_alias
 from phd_megatron.config.catalog import FieldInfo, fields, sections
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
@@ -33,7 +33,9 @@ def help_text(transformer_fields: Mapping[str, Any]) -> str:
         lines += ["", "further fields of Megatron-Core's TransformerConfig, explained there:"]
         lines += textwrap.wrap(names, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     lines += ["", "Megatron-LM's other flags:"]
-    lines += [f"  --{name.replace('_', '-')}: {describe_alias(alias)}" for name, alias in ALIASES.items()]
+    for name, alias in ALIASES.items():
+        unusable = isinstance(alias, Rename) and is_refused_by_name(alias.field)
+        lines.append(f"  --{name.replace('_', '-')}: {'refused: not available' if unusable else describe_alias(alias)}")
     return "\n".join(lines)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+from phd_megatron.config.catalog import nearest
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import norm_scheme
+from phd_megatron.norm.schemes import NORM_SCHEMES, norm_scheme
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 
@@ -34,7 +35,7 @@ def resolve(config: RunConfig) -> list[str]:
             if getattr(config.model, name) is None
         ]
     )
-    raise_all(problems(config))
+    raise_all([*problems(config), *_unknown_scheme(config.model)])
     notes = _resolve_model(config.model) + _resolve_phd(config.model) + warnings(config)
     raise_all(problems(config))
     return notes
@@ -55,14 +56,20 @@ def _resolve_model(model: ModelConfig) -> list[str]:
     if model.init_method_std is None:
         model.init_method_std = 1 / math.sqrt(2.5 * model.hidden_size)
         notes.append(f"init_method_std={model.init_method_std:.6g}: 1/sqrt(2.5 * hidden_size)")
-    try:
-        scheme = norm_scheme(model.norm_scheme)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    scheme = norm_scheme(model.norm_scheme)
     if model.init == "auto":
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
     return notes
+
+
+def _unknown_scheme(model: ModelConfig) -> list[str]:
+    try:
+        norm_scheme(model.norm_scheme)
+    except ValueError as error:
+        hint = nearest(model.norm_scheme, NORM_SCHEMES)
+        return [f"{error}; {hint}" if hint else str(error)]
+    return []
 
 
 def _resolve_phd(model: ModelConfig) -> list[str]:

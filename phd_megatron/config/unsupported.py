@@ -38,6 +38,15 @@ def _without_transformer_engine(value: Any, config: RunConfig) -> bool:
     return config.model.transformer_impl == "local" or importlib.util.find_spec("transformer_engine") is None
 
 
+def _without(switch: str) -> Test:
+    """The value is set while the ``TransformerConfig`` field that would make it matter is not."""
+    return lambda value, config: _set(value, config) and config.model.transformer.get(switch) in (None, False)
+
+
+def _holds(*items: str) -> Test:
+    return lambda value, config: isinstance(value, list) and any(item in items for item in value)
+
+
 @dataclass(frozen=True)
 class Unsupported:
     """One row. ``field`` is a name or a pattern with ``*`` of names; ``refused(value, config)`` says which values."""
@@ -52,6 +61,9 @@ _OURS = "use norm_scheme, the one place that says what is normed"
 _ATTENTION = "PHD attention has one form and would ignore it"
 _TE = "it needs Transformer Engine, which is not used here, and would be silently ignored without it"
 _TE_CURE = "install transformer_engine and do not ask for transformer_impl=local, or leave it out"
+_NO_FP8 = "it has no effect without fp8"
+_NO_RECOMPUTE = "it has no effect without recompute_granularity"
+_RECOMPUTE = "set recompute_granularity to full or selective"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _EVEN = "layers are divided evenly over pipeline stages"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
@@ -96,18 +108,38 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("overlap_moe_expert_parallel_comm", "mixture of experts is not available yet"),
     Unsupported("ep_overlap_early_attn_memory_release", "mixture of experts is not available yet"),
     Unsupported("delay_wgrad_compute", "it belongs to overlapped expert parallelism, not available yet"),
+    Unsupported("use_ring_exchange_p2p", "it needs a PyTorch built with ring exchange"),
     Unsupported("tp_comm_overlap", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported(
+        "tp_comm_*", "it has no effect without tp_comm_overlap", "set tp_comm_overlap", _without("tp_comm_overlap")
+    ),
     # --- precision
     Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
     Unsupported("fp8_param", "parameters held in FP8 are not available yet"),
     Unsupported("fp8_dot_product_attention", _ATTENTION),
     Unsupported("fp8_multi_head_attention", _ATTENTION),
+    Unsupported("fp8_*", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
+    Unsupported("tp_only_amax_red", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
+    Unsupported("first_last_layers_bf16", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
+    Unsupported("num_layers_at_*_in_bf16", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
+    Unsupported("activation_func_fp8_input_store", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
     Unsupported("fp4", "FP4 is not available yet"),
-    Unsupported("fp4_param", "FP4 is not available yet"),
+    Unsupported("fp4_*", "FP4 is not available yet"),
     Unsupported("enable_autocast", "parameters are cast once, with bf16 or fp16", "use bf16 or fp16"),
     Unsupported("fp32_residual_connection", "the residual streams of the norm schemes are not tested with it"),
-    Unsupported("use_kitchen", "kitchen layers are not wired up"),
-    Unsupported("use_kitchen_attention", _ATTENTION),
+    Unsupported("use_kitchen*", "kitchen layers are not wired up"),
+    Unsupported("kitchen_*", "kitchen layers are not wired up"),
+    Unsupported(
+        "deterministic_mode",
+        "attention kernels on CUDA may sum gradients in any order, whatever Megatron-Core's layers do",
+        "leave it out; on CPU runs are repeatable",
+    ),
+    Unsupported(
+        "cross_entropy_fusion_impl",
+        _TE,
+        "use native",
+        lambda value, config: value == "te" and _without_transformer_engine(value, config),
+    ),
     # --- attention
     Unsupported("multi_latent_attention", "the layers have plain q, k and v projections, which PHD repeats"),
     Unsupported("experimental_attention_variant", _ATTENTION),
@@ -127,6 +159,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("qk_clip_*", "PHD attention does not report its largest logit"),
     Unsupported("log_max_attention_logit", "PHD attention does not report its largest logit"),
     Unsupported("batch_invariant_mode", _ATTENTION),
+    Unsupported("test_mode", "its checks read biases that RMSNorm does not have"),
     # --- positions
     Unsupported("rotary_interleaved", "RoPE turns halves, as in the Hugging Face export"),
     Unsupported("no_rope_freq", "every layer has RoPE, as in the Hugging Face export"),
@@ -141,6 +174,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("glu_linear_offset", "the FFN is SwiGLU or GELU, as in the export", refused=_not(0)),
     Unsupported("activation_func_clamp_value", "the FFN is SwiGLU or GELU, as in the export"),
     Unsupported("use_fused_weighted_squared_relu", "the FFN is SwiGLU or GELU, as in the export"),
+    Unsupported("use_te_activation_func", _TE, _TE_CURE, _without_transformer_engine),
     Unsupported("mtp_*", "multi-token prediction is not available; the loss sees the last copy only"),
     Unsupported("heterogeneous_block_specs", _LAYERS),
     Unsupported("hetereogenous_dist_checkpoint", _LAYERS),
@@ -156,14 +190,26 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     Unsupported("init_model_with_meta_device", "it works with FSDP only, not available"),
     Unsupported("use_te_rng_tracker", "random state is kept by Megatron-Core's own tracker"),
-    # --- memory and graphs
-    Unsupported("cpu_offloading*", "activation offloading is not available yet", refused=_not(None, False, True, 0)),
-    Unsupported("cpu_offloading", "activation offloading is not available yet", "use recompute_granularity"),
+    # --- memory, graphs, timers
+    Unsupported("recompute_method", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
+    Unsupported("recompute_num_layers", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
+    Unsupported("recompute_modules", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
+    Unsupported(
+        "recompute_modules",
+        "moe_act, moe, shared_experts and mla_up_proj are parts that the model does not have",
+        "use core_attn, layernorm or mlp",
+        _holds("moe_act", "moe", "shared_experts", "mla_up_proj"),
+    ),
+    Unsupported("distribute_saved_activations", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
+    Unsupported("cpu_offloading*", "activation offloading is not available yet", "use recompute_granularity"),
     Unsupported("fine_grained_activation_offloading", "it is not available yet", "use recompute_granularity"),
     Unsupported("offload_modules", "activation offloading is not available yet", refused=_not(None, [])),
+    Unsupported("min_offloaded_tensor_size", "activation offloading is not available yet"),
     Unsupported("enable_cuda_graph", "CUDA graphs are not available yet"),
     Unsupported("external_cuda_graph", "CUDA graphs are not available yet"),
     Unsupported("cuda_graph_impl", "CUDA graphs are not available yet", "use none", _not("none")),
+    Unsupported("cuda_graph_[!i]*", "CUDA graphs are not available yet"),
+    Unsupported("barrier_with_L1_time", "there are no timer levels", refused=_not(True)),
     # --- inference
     Unsupported("flash_decode", _INFERENCE, "use `phd-megatron generate`"),
     Unsupported("inference_*", _INFERENCE, "use `phd-megatron generate`"),
@@ -174,8 +220,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
 
 
 def is_refused_by_name(name: str) -> bool:
-    """Whether any value of a ``TransformerConfig`` field is refused; ``--help`` does not list it then."""
-    return any(fnmatchcase(name, row.field) for row in UNSUPPORTED)
+    """Whether a ``TransformerConfig`` field has no use at all; ``--help`` does not list it then."""
+    return any(fnmatchcase(name, row.field) and row.refused is _set for row in UNSUPPORTED)
 
 
 def refusals(config: RunConfig) -> list[str]:

@@ -52,7 +52,7 @@ def _exclusive(config: RunConfig) -> Iterator[str]:
         given = [name for name in group if lookup(config, name) != fields()[name].default]
         if len(given) > 1:
             values = " and ".join(f"{name}={lookup(config, name)!r}" for name in given)
-            yield f"{values} say the same thing in different ways; give one of them"
+            yield f"{values} exclude each other; give one of them"
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

@@ -153,7 +153,7 @@ def _cure(value: Any, annotation: Any) -> str:
         return f"; {hint}"
     if isinstance(value, int | float) and not isinstance(value, bool) and str in _members(annotation):
         return "; put it in quotes"
-    return "; write such a value"
+    return "; correct the value"
 
 
 def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any:

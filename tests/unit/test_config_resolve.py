@@ -1,0 +1,333 @@
+"""Resolving, validating, refusing, writing and comparing configurations."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from phd_megatron.config.catalog import fields
+from phd_megatron.config.help import format_config
+from phd_megatron.config.resolve import resolve, warnings
+from phd_megatron.config.resume import EXECUTION_ONLY, NO_PARAMETERS, check_resume
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import assign, dump_yaml, from_dict, load_yaml, lookup, to_dict
+from phd_megatron.config.unsupported import UNSUPPORTED, refusals
+from phd_megatron.config.validate import require_for_pretraining
+from phd_megatron.errors import UserError
+
+
+def make(**values: Any) -> RunConfig:
+    config = RunConfig()
+    for name, value in {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, **values}.items():
+        assign(config, name, value)
+    return config
+
+
+def resolved(**values: Any) -> RunConfig:
+    config = make(**values)
+    resolve(config)
+    return config
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(make(**values))
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- derived values
+
+
+def test_defaults_are_derived_and_told() -> None:
+    config = make(norm_scheme="hybrid_star", seq_length=96)
+    notes = resolve(config)
+    model = config.model
+    assert (model.ffn_hidden_size, model.num_query_groups, model.kv_channels) == (256, 4, 16)
+    assert model.max_position_embeddings == 96
+    assert model.init_method_std == pytest.approx(1 / math.sqrt(2.5 * 64))
+    assert model.init == "megatron"
+    assert config.training.global_batch_size is None
+    assert model.vocab_size is None
+    for word in ("ffn_hidden_size=256", "init_method_std=", "init=megatron"):
+        assert any(word in note for note in notes)
+    assert resolved(norm_scheme="pre").model.init == "normal"
+
+
+def test_given_values_are_kept() -> None:
+    given = {
+        **{"ffn_hidden_size": 100, "num_query_groups": 2, "kv_channels": 32, "max_position_embeddings": 4096},
+        **{"init_method_std": 0.02, "init": "depth_scaled", "norm_scheme": "hybrid"},
+    }
+    config = resolved(**given)
+    assert {name: lookup(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "note"),
+    [
+        ((1, None, None), (None, None), None),
+        ((1, 4, 8), (4, 8), "no effect"),
+        ((2, None, None), (16, 32), "PHD-CSWA-2-16-32"),
+        ((3, None, 64), (16, 64), "PHD-CSWA-3-16-64"),
+        ((2, 16, None), (16, None), None),
+        ((2, 1, None), (1, None), None),
+        ((2, 1, 8), (1, 8), None),
+        ((2, 64, 32), (64, 32), None),
+    ],
+)
+def test_window_and_chunk(given: tuple[Any, Any, Any], wanted: tuple[Any, Any], note: str | None) -> None:
+    config = make(**dict(zip(("phd_repeat", "phd_window", "phd_chunk"), given, strict=True)))
+    notes = [line for line in resolve(config) if "phd_" in line]
+    assert (config.model.phd_window, config.model.phd_chunk) == wanted
+    assert bool(notes) == (note is not None)
+    assert note is None or note in notes[0]
+
+
+@pytest.mark.parametrize("values", [{}, {"phd_repeat": 2}, {"phd_repeat": 3, "phd_window": 4, "norm_scheme": "hybrid"}])
+def test_resolve_is_idempotent(values: dict[str, Any]) -> None:
+    config = make(**values)
+    resolve(config)
+    before = copy.deepcopy(config)
+    assert resolve(config) == []
+    assert config == before
+
+
+# ---------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_layers": None}, ["num_layers is not set", "--num-layers"]),
+        ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
+        ({"seq_length": -1}, ["seq_length=-1", "at least 1"]),
+        ({"lr": 0.0}, ["lr=0.0", "above 0"]),
+        ({"lr": 1e-4, "min_lr": 1e-3}, ["min_lr=0.001", "lr=0.0001"]),
+        ({"clip_grad": -1.0}, ["clip_grad=-1.0", "at least 0"]),
+        ({"hidden_dropout": 1.0}, ["hidden_dropout=1.0", "below 1"]),
+        ({"rotary_percent": 0.0}, ["rotary_percent=0.0"]),
+        ({"lr_warmup_fraction": 1.5}, ["lr_warmup_fraction=1.5"]),
+        ({"phd_repeat": 0}, ["phd_repeat=0", "1 or more"]),
+        ({"phd_repeat": 2, "phd_window": 0}, ["phd_window=0"]),
+        ({"phd_repeat": 2, "phd_window": 4, "phd_chunk": 0}, ["phd_chunk=0", "null"]),
+        ({"num_query_groups": 3}, ["num_attention_heads=4", "num_query_groups=3", "1, 2, 4"]),
+        ({"hidden_size": 66}, ["hidden_size=66", "num_attention_heads=4", "hidden_size=68"]),
+        ({"kv_channels": 15}, ["kv_channels=15", "even"]),
+        ({"hidden_size": 60}, ["kv_channels=15", "even"]),
+        ({"max_position_embeddings": 8}, ["max_position_embeddings=8", "seq_length=1024"]),
+        ({"norm_scheme": "hybird"}, ["norm_scheme='hybird'", "hybrid_star", "did you mean hybrid?"]),
+        ({"train_iters": 5, "train_samples": 5}, ["train_iters=5 and train_samples=5", "give one"]),
+        ({"lr_warmup_iters": 5, "lr_warmup_tokens": 5}, ["lr_warmup_iters=5 and lr_warmup_tokens=5"]),
+        ({"lr_warmup_samples": 5, "lr_warmup_fraction": 0.1}, ["lr_warmup_samples=5 and lr_warmup_fraction=0.1"]),
+        ({"lr_decay_iters": 5, "lr_decay_samples": 5}, ["lr_decay_iters=5"]),
+        ({"bf16": True, "fp16": True}, ["bf16=True and fp16=True"]),
+        ({"data_path": ["A"], "train_data_path": ["B"]}, ["data_path=['A']", "train_data_path=['B']"]),
+        ({"data_path": ["A", "B"]}, ["data_path has 2 words", "'A'", "W1 P1"]),
+        ({"data_path": ["0.5", "A", "-1", "B"]}, ["'-1'", "no weight above 0"]),
+        ({"split": "a,b"}, ["split='a,b'", "969,30,1"]),
+        ({"split": "0,0,0"}, ["split='0,0,0'"]),
+        ({"split": "1,2,3,4"}, ["split='1,2,3,4'"]),
+        ({"rampup_batch_size": [8, 8]}, ["rampup_batch_size=[8, 8]", "three numbers"]),
+        ({"rampup_batch_size": [8, 8, 100], "train_iters": 5}, ["train_iters=5", "train_samples"]),
+        ({"global_batch_size": 5, "micro_batch_size": 2}, ["global_batch_size=5", "micro_batch_size=2"]),
+        ({"overlap_param_gather": True}, ["overlap_param_gather=True", "overlap_grad_reduce"]),
+        ({"lr_decay_style": "WSD"}, ["lr_decay_style='WSD'", "lr_wsd_decay_iters"]),
+        ({"save_interval": 5}, ["save_interval=5", "set save"]),
+        ({"finetune": True}, ["finetune=True", "set load"]),
+        ({"exit_on_missing_checkpoint": True}, ["exit_on_missing_checkpoint=True", "set load"]),
+        ({"dump_gradients_iterations": [0]}, ["dump_gradients_iterations", "counted from 1"]),
+    ],
+)
+def test_bad_values(values: dict[str, Any], words: list[str]) -> None:
+    message = refusal(**values)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train_iters": 5, "lr_warmup_tokens": 100, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 2},
+        {"data_path": ["0.7", "A", "0.3", "B"]},
+        {"data_path": ["A", "B", "C"]},
+        {"rampup_batch_size": [8, 8, 100], "train_samples": 500},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+        {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True},
+        {"kv_channels": 32, "num_query_groups": 1},
+        {"rotary_percent": 0.5},
+        {"split": "100"},
+    ],
+)
+def test_good_values(values: dict[str, Any]) -> None:
+    resolved(**values)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = refusal(seq_length=0, micro_batch_size=0, clip_grad=-1.0)
+    assert message.startswith("3 problems:")
+    for word in ("seq_length=0", "micro_batch_size=0", "clip_grad=-1.0"):
+        assert word in message
+
+
+def test_what_pretraining_needs() -> None:
+    with pytest.raises(UserError, match=r"(?s)train_iters.*data_path"):
+        require_for_pretraining(resolved())
+    require_for_pretraining(resolved(train_samples=5, train_data_path=["A"]))
+
+
+# ---------------------------------------------------------------- refusals by name
+
+REFUSED_VALUES: dict[str, Any] = {
+    **{"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    **{"expert_tensor_parallel_size": 2, "attention_dropout": 0.1, "softmax_type": "learnable", "fp8_*": 1},
+    **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
+    **{"recompute_modules": ["moe"], "cross_entropy_fusion_impl": "te", "perform_initialization": False},
+    **{
+        "use_cpu_initialization": False,
+        "mlp_chunks_for_prefill": 2,
+        "barrier_with_L1_time": False,
+        "offload_modules": ["core_attn"],
+    },
+}
+
+
+@pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.field)
+def test_each_refusal_tells_value_reason_and_cure(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    name = row.field.replace("[!i]*", "scope").replace("*", "x")
+    value = REFUSED_VALUES.get(row.field, 2 if row.field.endswith("*") else True)
+    config = make(**{name: value})
+    if row.field == "recompute_modules" and row.reason.startswith("moe"):
+        config.model.transformer["recompute_granularity"] = "selective"
+    message = "\n".join(refusals(config))
+    assert f"{name}={value!r}: {row.reason}; {row.cure}" in message
+    with pytest.raises(UserError):
+        resolve(config)
+
+
+def test_harmless_values_pass() -> None:
+    assert refusals(RunConfig()) == []
+    harmless = {
+        **{"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1, "num_moe_experts": None},
+        **{"qk_layernorm": False, "window_size": None, "softmax_type": "vanilla", "attention_softmax_in_fp32": True},
+        **{"cuda_graph_impl": "none", "tp_comm_overlap": False, "fp8": None, "fp8_param": False},
+        **{"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    }
+    assert refusals(make(**harmless)) == []
+
+
+def test_fp8_depends_on_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert refusals(make(fp8="hybrid", fp8_recipe="tensorwise")) == []
+    assert "transformer_impl=local" in refusals(make(fp8="hybrid", transformer_impl="local"))[0]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "Transformer Engine" in refusals(make(fp8="hybrid"))[0]
+
+
+def test_warnings() -> None:
+    assert warnings(make()) == []
+    assert "copies compete" in warnings(make(phd_repeat=2, moe_expert_capacity_factor=1.0))[0]
+    assert warnings(make(phd_repeat=1, moe_expert_capacity_factor=1.0)) == []
+    assert "phd_attention_backend" in warnings(make(attention_backend="flash"))[0]
+
+
+# ---------------------------------------------------------------- as data and YAML
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = resolved(
+        phd_repeat=2, data_path=["0.7", "größe"], lr=3e-5, recompute_granularity="selective", recompute_modules=["mlp"]
+    )
+    assert from_dict(to_dict(config)) == config
+    dump_yaml(config, tmp_path / "run.yaml")
+    assert load_yaml(tmp_path / "run.yaml") == config
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text(encoding="utf-8")) == to_dict(config)
+
+
+def test_to_dict_shares_nothing_with_the_configuration() -> None:
+    config = make(recompute_granularity="full")
+    data = to_dict(config)
+    data["model"]["transformer"]["x"] = 1
+    data["logging"]["dump_gradients_iterations"].append(9)
+    assert config.model.transformer == {"recompute_granularity": "full"}
+    assert RunConfig().logging.dump_gradients_iterations == [1]
+
+
+@pytest.mark.parametrize("data", [{"modle": {}}, {"model": {"x": 1}}, {"model": {"num_layers": "x"}}, {"model": 3}])
+def test_from_dict_is_strict(data: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        from_dict(data)
+
+
+def test_printed_form_shows_every_field_and_its_origin() -> None:
+    config = resolved(phd_repeat=2, recompute_granularity="full")
+    text = format_config(config, {"num_layers": "flag --num-layers", "recompute_granularity": "run.yaml"})
+    for name in fields():
+        assert f"\n  {name}: " in text
+    assert "  num_layers: 2  # flag --num-layers\n" in text
+    assert "  recompute_granularity: full  # run.yaml\n" in text
+    assert "  phd_window: 16  # derived\n" in text
+    assert "  seq_length: 1024\n" in text
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_resume_with_the_same_configuration_says_nothing() -> None:
+    assert check_resume(resolved(), resolved()) == []
+    assert check_resume(resolved(exit_interval=3), resolved(load="x", finetune=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("hidden_size", 128), ("num_layers", 4), ("ffn_hidden_size", 8), ("num_query_groups", 2), ("phd_repeat", 2)],
+        *[("norm_scheme", "hybrid"), ("normalization", "LayerNorm"), ("untie_embeddings_and_output_weights", True)],
+        *[("vocab_size", 300), ("rotary_base", 5e5), ("seq_length", 512), ("some_new_field", 3)],
+    ],
+)
+def test_architecture_cannot_change(name: str, value: Any) -> None:
+    saved, new = resolved(vocab_size=256), resolved(**{"vocab_size": 256, "load": "ckpt", name: value})
+    with pytest.raises(UserError) as caught:
+        check_resume(saved, new)
+    message = str(caught.value)
+    for word in (f"{name}={value!r}", "ckpt", "architecture"):
+        assert word in message
+    assert ("--finetune" in message) == (name in NO_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("lr", 1.0), ("seed", 3), ("tensor_model_parallel_size", 2), ("global_batch_size", 8), ("bf16", True)],
+        *[("phd_attention_backend", "sdpa"), ("transformer_impl", "local"), ("recompute_granularity", "full")],
+        *[("phd_last_layer_pruning", False), ("bias_dropout_fusion", True), ("data_path", ["B"])],
+    ],
+)
+def test_training_fields_may_change_and_are_told(name: str, value: Any) -> None:
+    notes = check_resume(resolved(), resolved(**{name: value}))
+    assert len(notes) == 1
+    assert f"{name}: " in notes[0] and f"-> {value!r}" in notes[0]
+
+
+def test_finetuning_may_change_what_has_no_parameters() -> None:
+    new = {"load": "ckpt", "finetune": True}
+    notes = check_resume(resolved(), resolved(**new, seq_length=512, phd_repeat=2))
+    assert {note.split(": ")[1] for note in notes} == {
+        *("seq_length", "max_position_embeddings", "phd_repeat", "phd_window", "phd_chunk")
+    }
+    with pytest.raises(UserError, match="hidden_size"):
+        check_resume(resolved(), resolved(**new, hidden_size=128))
+    assert set(NO_PARAMETERS) <= fields().keys()
+    for name in EXECUTION_ONLY:
+        assert "*" in name or name not in fields() or fields()[name].section == "model"
+
+
+def test_a_vocabulary_still_to_be_read_is_no_difference() -> None:
+    assert check_resume(resolved(vocab_size=256), resolved()) == []
