@@ -129,17 +129,20 @@ class PHDCache(Cache):
         self.hidden_positions: Tensor | None = None
         self.lengths: Tensor | None = None
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse to continue with another number of sequences than the cache holds."""
+        if self.positions is not None and self.positions.size(0) != batch:
+            raise ValueError(
+                f"a batch of {batch} continues a cache of {self.positions.size(0)} sequences; "
+                "use batch_repeat_interleave or batch_select_indices on the cache first"
+            )
+
     def begin(self, positions: Tensor) -> CacheStep:
         """Plan the step that adds tokens at ``positions`` [b, n] (-1 is padding). Nothing changes until :meth:`end`."""
         batch, new = positions.shape
         empty = positions.new_empty((batch, 0))
         past = empty if self.positions is None else self.positions
         retained = empty if self.hidden_positions is None else self.hidden_positions
-        if past.size(0) != batch:
-            raise ValueError(
-                f"a batch of {batch} continues a cache of {past.size(0)} sequences; "
-                "use batch_repeat_interleave or batch_select_indices on the cache first"
-            )
         lengths = positions.amax(1) + 1
         if self.lengths is not None:
             lengths = torch.maximum(lengths, self.lengths)

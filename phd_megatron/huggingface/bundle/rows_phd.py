@@ -109,6 +109,8 @@ class StepRows:
         batch, new = hidden.shape[:2]
         if new == 0:
             raise ValueError("the input has no tokens; pass at least one (a beginning-of-text token, for instance)")
+        if cache is not None:
+            cache.check_batch(batch)
         positions = token_positions(new, hidden.device, attention_mask, position_ids, cache)
         past_positions = hidden_positions = positions[:, :0]
         cache_step = None

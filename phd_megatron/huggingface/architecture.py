@@ -1,0 +1,177 @@
+"""What the exported ``config.json`` says, derived from a run's configuration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from phd_megatron.config.schema import ModelConfig
+from phd_megatron.errors import UserError
+from phd_megatron.norm.schemes import BlockNorm, norm_plan
+from phd_megatron.phd.kv_policy import KVPolicy
+
+BUNDLED = "PHDForCausalLM"
+_MODEL_TYPES = {BUNDLED: "phd_transformer", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM"}
+_AUTO_MAP = {
+    "AutoConfig": "configuration_phd.PHDConfig",
+    "AutoModel": "modeling_phd.PHDModel",
+    "AutoModelForCausalLM": "modeling_phd.PHDForCausalLM",
+}
+
+#: TransformerConfig fields (patterns) that change how training computes and not what the model is.
+_TRAINING_ONLY = (
+    *("recompute_*", "fp8*", "tp_*", "cpu_offloading*", "cuda_graph*", "*_fusion", "batch_p2p_*", "init_method*"),
+    *("params_dtype", "autocast_dtype", "*_init_method", "perform_initialization", "use_cpu_initialization"),
+    *("attention_backend", "attention_softmax_in_fp32", "calculate_per_token_loss", "deterministic_mode", "timers"),
+    *("distribute_saved_activations", "deallocate_pipeline_outputs", "async_tensor_model_parallel_allreduce"),
+    *("barrier_with_L1_time", "clone_scatter_output_in_embedding", "disable_parameter_transpose_cache"),
+    *("disable_bf16_reduced_precision_matmul", "config_logger_dir", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
+    *("cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "persist_layer_norm", "memory_efficient_layer_norm"),
+    *("wgrad_deferral_limit", "num_microbatches_with_partial_activation_checkpoints", "moe_token_dispatcher_type"),
+    *("bias_activation_fusion", "bias_dropout_fusion", "overlap_*", "use_te_activation_func", "offload_modules"),
+)
+_NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Special tokens, or None where the tokenizer has none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder as both formats describe it. Sizes in elements; ``vocab_size`` is the true one."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float
+    rotary_percent: float
+    normalization: str
+    epsilon: float
+    gated: bool
+    qkv_bias: bool
+    linear_bias: bool
+    tied: bool
+    init_std: float
+    norm_scheme: str
+    policy: KVPolicy
+
+    @classmethod
+    def from_model(cls, model: ModelConfig, vocab_size: int) -> Architecture:
+        """From a resolved configuration.
+
+        Raises:
+            UserError: for something the exported model could not honour.
+        """
+        for name, value in model.transformer.items():
+            unset = value is None or value is False or _NEUTRAL.get(name) == value
+            if not unset and not any(fnmatchcase(name, pattern) for pattern in _TRAINING_ONLY):
+                raise UserError(
+                    f"{name}={value!r}: the exported model has nothing that corresponds to it, so its logits would "
+                    "differ; train without it to export"
+                )
+        missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if getattr(model, n) is None]
+        if missing:
+            raise UserError(f"the checkpoint's configuration does not say {', '.join(missing)}; it is not a resolved one")
+        assert model.num_layers and model.hidden_size and model.num_attention_heads
+        policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+            heads=model.num_attention_heads,
+            groups=model.num_query_groups or model.num_attention_heads,
+            head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
+            vocab_size=vocab_size,
+            max_position_embeddings=model.max_position_embeddings or model.seq_length,
+            rotary_base=model.rotary_base,
+            rotary_percent=model.rotary_percent,
+            normalization=model.normalization,
+            epsilon=model.layernorm_epsilon,
+            gated=model.gated_linear_unit,
+            qkv_bias=model.add_qkv_bias or model.add_bias_linear,
+            linear_bias=model.add_bias_linear,
+            tied=not model.untie_embeddings_and_output_weights,
+            init_std=model.init_method_std or (2.5 * model.hidden_size) ** -0.5,
+            norm_scheme=model.norm_scheme,
+            policy=policy,
+        )
+
+    @property
+    def blocks(self) -> tuple[BlockNorm, ...]:
+        """Norm record of every layer."""
+        return norm_plan(self.norm_scheme, self.num_layers)
+
+    @property
+    def name(self) -> str:
+        """For people: the scheme and the paper's name of the variant."""
+        return f"{self.norm_scheme}, {self.policy.name}"
+
+    def model_class(self, native: bool = True) -> str:
+        """The transformers class that computes this model: one of its own where it is exact, else the bundled one."""
+        plain = (
+            self.policy.repeat == 1
+            and self.normalization == "RMSNorm"
+            and self.gated
+            and not self.qkv_bias
+            and not self.linear_bias
+            and self.rotary_percent == 1.0
+            and self.hidden_size % self.heads == 0
+        )
+        return _NATIVE_SCHEMES.get(self.norm_scheme, BUNDLED) if native and plain else BUNDLED
+
+    def hf_config(self, model_class: str, dtype: str, tokens: TokenIds) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        config: dict[str, Any] = {
+            "architectures": [model_class],
+            "model_type": _MODEL_TYPES[model_class],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu" if self.gated else "gelu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.init_std,
+            "rms_norm_eps": self.epsilon,
+            "rope_parameters": {"rope_type": "default", "rope_theta": float(self.rotary_base)},
+            "tie_word_embeddings": self.tied,
+            "attention_bias": self.qkv_bias,
+            "use_cache": True,
+            "bos_token_id": tokens.bos,
+            "eos_token_id": tokens.eos,
+            "pad_token_id": tokens.pad,
+            "phd_repeat": self.policy.repeat,
+            "phd_window": self.policy.window,
+            "phd_chunk": self.policy.chunk,
+            "norm_scheme": self.norm_scheme,
+            "dtype": dtype,
+            "transformers_version": importlib.metadata.version("transformers"),
+        }
+        if model_class != "Qwen3ForCausalLM":
+            config["mlp_bias"] = self.linear_bias
+        if model_class == BUNDLED:
+            config |= {
+                "auto_map": _AUTO_MAP,
+                "mlp_gated": self.gated,
+                "normalization": self.normalization,
+                "attention_output_bias": self.linear_bias,
+            }
+            if self.rotary_percent != 1.0:
+                config["rope_parameters"]["partial_rotary_factor"] = self.rotary_percent
+        return config

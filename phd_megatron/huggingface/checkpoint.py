@@ -1,0 +1,103 @@
+"""A Megatron checkpoint as the converter sees it: the configuration, the tokenizer and model tensors one by one.
+
+No process group, no Megatron-Core, whatever layout saved it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import load_yaml
+from phd_megatron.runtime.checkpoint_store import CheckpointError, iteration_of, latest_complete
+from phd_megatron.runtime.dcp_reader import CheckpointReader
+
+_NOT_THE_MODEL = ("optimizer.",)
+
+
+class MegatronCheckpoint:
+    """One complete ``iter_...`` directory.
+
+    Args:
+        path: that directory, or the one it was saved into, whose tracker then chooses.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or it does not describe itself.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        found = latest_complete(path)
+        if found is None:
+            raise CheckpointError(
+                f"{path} holds no complete checkpoint; give the directory of --save, or one iter_... directory in it"
+            )
+        self.directory = found
+        config = found / "run_config.yaml"
+        if not config.is_file():
+            raise CheckpointError(
+                f"{config} is missing: the checkpoint does not say what model it holds; only checkpoints that "
+                "phd-megatron saved can be read"
+            )
+        self.run: RunConfig = load_yaml(config)
+        self._reader = CheckpointReader(found)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NOT_THE_MODEL)
+        }
+
+    @property
+    def iteration(self) -> int | None:
+        """Training step, from the directory's name."""
+        return iteration_of(self.directory)
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """Directory of the tokenizer's files, if the checkpoint has one."""
+        path = self.directory / "tokenizer"
+        return path if path.is_dir() and any(path.iterdir()) else None
+
+    @property
+    def training_state(self) -> dict[str, Any]:
+        """Iteration, consumed samples and so on; empty when it was not saved."""
+        try:
+            content = json.loads((self.directory / "training_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of one tensor, without reading it."""
+        return self.tensors[key].properties.dtype
+
+    def read(self, key: str) -> Tensor:
+        """One whole tensor on the CPU, joined from the shards of all ranks.
+
+        Raises:
+            CheckpointError: if a file is missing or damaged.
+        """
+        tensor = torch.empty(self.tensors[key].size, dtype=self.dtype(key))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*single process.*")
+            try:
+                dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
+            except dcp.CheckpointException as error:
+                cause = next(iter(error.failures.values()), error)
+                cause = cause[0] if isinstance(cause, tuple) else cause
+                if isinstance(cause, CheckpointError):
+                    raise cause from None
+                raise CheckpointError(f"{key} cannot be read from {self.directory}: {cause}") from error
+        return tensor

@@ -1,0 +1,291 @@
+"""Write a Megatron checkpoint as a self-contained Hugging Face directory, tensor by tensor, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phd_megatron.data.tokenizers import load_tokenizer
+from phd_megatron.errors import UserError
+from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
+from phd_megatron.huggingface.bundle_files import write_bundle
+from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.mapping import Rule, dense_rules
+from phd_megatron.huggingface.model_card import model_card
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Log = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did. ``largest_shard`` in bytes is about the memory it needed, without verification."""
+
+    output: Path
+    checkpoint: Path
+    model_class: str
+    tensors_read: int
+    tensors_written: int
+    parameters: int
+    bytes_written: int
+    largest_shard: int
+    shards: int
+    dtype: str
+    verified: bool
+
+    def __str__(self) -> str:
+        return (
+            f"exported {self.checkpoint} to {self.output}: {self.model_class}, {self.parameters:,} parameters in "
+            f"{self.dtype}, {self.tensors_read} tensors read, {self.tensors_written} written into {self.shards} "
+            f"file(s) of {self.bytes_written / 1e6:.1f} MB, {'verified' if self.verified else 'not verified'}"
+        )
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    verify: bool = True,
+    native: bool = True,
+    log: Log = lambda message: None,
+) -> ExportReport:
+    """Export the model of ``checkpoint`` into the directory ``output``, which appears complete or not at all.
+
+    Args:
+        checkpoint: a ``--save`` directory, whose tracker chooses, or one ``iter_...`` directory; saved by any layout.
+        dtype: ``auto`` keeps the checkpoint's, else ``float32``, ``bfloat16`` or ``float16``.
+        max_shard_size: of one safetensors file, such as ``"5GB"``; a larger tensor gets its own.
+        overwrite: replace ``output`` if it exists.
+        verify: load the result through ``AutoModelForCausalLM`` and compare every tensor with the checkpoint; needs
+            memory for the whole model.
+        native: use a class of transformers' own where it computes the same; False always bundles the model's code.
+
+    Raises:
+        UserError: for a checkpoint that cannot be exported exactly, with nothing left behind in ``output``.
+    """
+    source = MegatronCheckpoint(checkpoint)
+    limit = parse_size(max_shard_size)
+    architecture, tokens = describe(source)
+    rules = dense_rules(architecture)
+    check_complete(source, rules)
+    target = _target_dtype(source, rules, dtype)
+    model_class = architecture.model_class(native)
+    with _atomic_directory(Path(output), overwrite) as directory:
+        shards = _plan_shards(source, rules, target, limit)
+        written = _write_shards(directory, source, shards, target, log)
+        dtype_name = str(target).removeprefix("torch.")
+        _write_json(directory / "config.json", architecture.hf_config(model_class, dtype_name, tokens))
+        _write_json(directory / "generation_config.json", _generation_config(tokens))
+        if model_class == BUNDLED:
+            write_bundle(directory)
+        if source.tokenizer_dir is not None:
+            for path in sorted(source.tokenizer_dir.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, directory / path.name)
+        card = model_card(architecture, source, model_class, dtype_name, written.parameters, Path(output).name)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        if verify:
+            from phd_megatron.huggingface.verify import verify_export
+
+            log("verifying: loading the result and comparing every tensor with the checkpoint")
+            verify_export(directory, source, rules, target)
+    return ExportReport(
+        output=Path(output),
+        checkpoint=source.directory,
+        model_class=model_class,
+        tensors_read=len(rules),
+        tensors_written=written.tensors,
+        parameters=written.parameters,
+        bytes_written=written.bytes,
+        largest_shard=written.largest,
+        shards=len(shards),
+        dtype=dtype_name,
+        verified=verify,
+    )
+
+
+def describe(source: MegatronCheckpoint) -> tuple[Architecture, TokenIds]:
+    """The model of a checkpoint, and its tokenizer's special tokens."""
+    vocab_size, tokens = source.run.model.vocab_size, TokenIds()
+    if source.tokenizer_dir is not None:
+        tokenizer = load_tokenizer(source.tokenizer_dir)
+        vocab_size = vocab_size or tokenizer.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer in {source.tokenizer_dir} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+                "the two do not belong together"
+            )
+        tokens = TokenIds(bos=_bos(source.tokenizer_dir), eos=tokenizer.eod, pad=tokenizer.pad)
+    if vocab_size is None:
+        raise UserError(f"{source.directory} says neither vocab_size nor holds a tokenizer, so its vocabulary is unknown")
+    return Architecture.from_model(source.run.model, vocab_size), tokens
+
+
+def _bos(directory: Path) -> int | None:
+    try:
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    except (OSError, ValueError, KeyError):
+        return None
+    text = settings.get("bos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    return next((token["id"] for token in added if token["content"] == text), None)
+
+
+def check_complete(source: MegatronCheckpoint, rules: list[Rule]) -> None:
+    """Refuse a checkpoint with a model tensor too many, too few, or of another shape."""
+    expected = {rule.mcore for rule in rules}
+    found = set(source.tensors)
+    if left := sorted(found - expected):
+        raise UserError(
+            f"{source.directory} holds {len(left)} model tensor(s) that the export has no place for: {_some(left)}; "
+            "nothing is dropped silently, so this model cannot be exported"
+        )
+    if missing := sorted(expected - found):
+        raise UserError(
+            f"{source.directory} lacks {len(missing)} tensor(s) of the model its run_config.yaml describes: "
+            f"{_some(missing)}; load another checkpoint"
+        )
+    for rule in rules:
+        rule.check(source.shape(rule.mcore))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _target_dtype(source: MegatronCheckpoint, rules: list[Rule], dtype: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is not known; choose auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    target = source.dtype(rules[0].mcore)
+    for rule in rules:
+        target = torch.promote_types(target, source.dtype(rule.mcore))
+    return target
+
+
+def parse_size(size: str | int) -> int:
+    """``"5GB"`` to bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or float(match.group(1)) <= 0:
+        raise UserError(f"max_shard_size={size!r} is no size; write a number with KB, MB, GB, KiB, MiB or GiB, as in 5GB")
+    return int(float(match.group(1)) * unit)
+
+
+def _generation_config(tokens: TokenIds) -> dict[str, Any]:
+    ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass
+class _Written:
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    largest: int = 0
+
+
+def _plan_shards(
+    source: MegatronCheckpoint, rules: list[Rule], dtype: torch.dtype, limit: int
+) -> list[list[tuple[Rule, list[str]]]]:
+    """Which Hugging Face tensors of which rule go into each file. No data is read: the rules run on meta tensors."""
+    shards: list[list[tuple[Rule, list[str]]]] = [[]]
+    size = 0
+    for rule in rules:
+        outline = torch.empty(source.shape(rule.mcore), dtype=dtype, device="meta")
+        parts = rule.to_hf(outline)
+        needed = sum(part.numel() * part.element_size() for part in parts.values())
+        if shards[-1] and size + needed > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append((rule, list(parts)))
+        size += needed
+    return shards
+
+
+def _write_shards(
+    directory: Path, source: MegatronCheckpoint, shards: list[list[tuple[Rule, list[str]]]], dtype: torch.dtype, log: Log
+) -> _Written:
+    written = _Written()
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for rule, names in shard:
+            parts = rule.to_hf(source.read(rule.mcore))
+            # A clone, not a view: one file must not hold on to, or write, a part of another tensor's storage.
+            tensors |= {key: parts[key].to(dtype).clone(memory_format=torch.contiguous_format) for key in names}
+        try:
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {name}: {error}; free some space or choose another --output") from error
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        written.tensors += len(tensors)
+        written.parameters += sum(tensor.numel() for tensor in tensors.values())
+        written.bytes += size
+        written.largest = max(written.largest, size)
+        weight_map |= dict.fromkeys(tensors, name)
+        log(f"wrote {name}: {len(tensors)} tensors, {size / 1e6:.1f} MB")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": written.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / "model.safetensors.index.json", index)
+    return written
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to write into, which becomes ``output`` by one rename if all goes well and vanishes if not."""
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists; choose another --output, or replace it with --overwrite")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Its name is the final one inside a temporary folder, because transformers names loaded code after it.
+        parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"cannot write into {output.parent}: {error.strerror}; choose another --output") from error
+    try:
+        directory = parent / output.name
+        directory.mkdir()
+        yield directory
+        _replace(directory, output, parent)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}; free some space or choose another --output") from error
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def _replace(directory: Path, output: Path, parent: Path) -> None:
+    if output.exists():
+        os.rename(output, parent / "replaced")
+    try:
+        os.rename(directory, output)
+    except OSError:
+        if (parent / "replaced").exists():
+            os.rename(parent / "replaced", output)
+        raise
