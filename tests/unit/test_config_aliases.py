@@ -146,7 +146,9 @@ def test_alias_whose_field_this_megatron_lacks() -> None:
 
 
 def test_a_megatron_command_line() -> None:
-    argv = shlex.split("""--use-mcore-models --num-layers 16 --hidden-size 2048 --num-attention-heads 32 --group-query-attention
+    argv = shlex.split("""
+        --use-mcore-models --num-layers 16 --hidden-size 2048 --num-attention-heads 32
+        --group-query-attention
         --num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096 --position-embedding-type rope
         --rotary-base 500000 --swiglu --normalization RMSNorm --norm-epsilon 1e-6 --disable-bias-linear
         --untie-embeddings-and-output-weights --micro-batch-size 2 --global-batch-size 1024 --train-samples 1000

@@ -3,6 +3,7 @@
 # ruff: noqa: UP007, UP035, UP045  (annotations written as Megatron-Core writes them)
 from __future__ import annotations
 
+import dataclasses
 import enum
 import subprocess
 import sys
@@ -356,9 +357,9 @@ def test_a_saved_configuration_of_another_release_is_named() -> None:
 
 
 def test_field_names_are_unique_and_have_help() -> None:
-    assert len(fields()) == sum(
-        len([name for name in cls.__dataclass_fields__ if name != "transformer"]) for cls in sections().values()
-    )
+    names = [field.name for cls in sections().values() for field in dataclasses.fields(cls)]
+    assert sorted(names) == sorted([*fields(), "transformer"])
+    assert len(names) == len(set(names))
     assert [name for name, info in fields().items() if not info.help] == []
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.help import format_config
+from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve, warnings
 from phd_megatron.config.resume import EXECUTION_ONLY, NO_PARAMETERS, check_resume
 from phd_megatron.config.schema import RunConfig
@@ -274,6 +275,15 @@ def test_printed_form_shows_every_field_and_its_origin() -> None:
     assert "  recompute_granularity: full  # run.yaml\n" in text
     assert "  phd_window: 16  # derived\n" in text
     assert "  seq_length: 1024\n" in text
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.stem)
+def test_examples_are_valid(path: Path) -> None:
+    resolve(load_run_config(["--config", str(path), "--save", "x"], transformer_fields={}).config)
+
+
+def test_the_examples_are_found() -> None:
+    assert (Path(__file__).parents[2] / "examples" / "phd_cswa_1p2b.yaml").is_file()
 
 
 # ---------------------------------------------------------------- resume
