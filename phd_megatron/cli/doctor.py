@@ -1,0 +1,20 @@
+"""``phd-megatron doctor``: versions, devices, and which implementation each operation uses here, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def run(argv: list[str]) -> int:
+    """Print the report. 0 also when optional packages are missing: the report says what that costs."""
+    parser = argparse.ArgumentParser(prog="phd-megatron doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as of pretrain")
+    arguments = parser.parse_args(argv)
+
+    from phd_megatron.runtime.doctor import examine, format_report
+
+    report = examine(arguments.device)
+    print(json.dumps(report.as_dict(), indent=2) if arguments.json else format_report(report))
+    return 0

@@ -1,0 +1,222 @@
+"""What this machine will use for each operation, and why: the report of ``phd-megatron doctor``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package: its installed version (None when absent), what its absence costs, how to get it."""
+
+    name: str
+    version: str | None
+    cost: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation, the implementation that will run it here, and why that one."""
+
+    name: str
+    implementation: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """Everything the doctor knows."""
+
+    python: str
+    platform: str
+    device: str
+    device_reason: str
+    backend: str
+    devices: list[str] = field(default_factory=list)
+    packages: list[Package] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+_TE_COST = "no FP8, no fused linear and norm modules, no grouped GEMM for experts"
+#: name on PyPI, import name, what its absence costs, pip command; required packages first
+_PACKAGES = (
+    ("torch", "torch", "nothing runs without it", "pip install 'torch>=2.10'"),
+    ("megatron-core", "megatron.core", "no training", "pip install 'megatron-core>=0.16,<0.17'"),
+    ("transformers", "transformers", "no HF tokenizer, export or generation", "pip install 'transformers>=5.12.1'"),
+    ("tokenizers", "tokenizers", "no bpe:N tokenizer", "pip install tokenizers"),
+    ("safetensors", "safetensors", "no export", "pip install safetensors"),
+    ("psutil", "psutil", "saving a checkpoint hangs in megatron-core", "pip install psutil"),
+    ("numpy", "numpy", "no data sets", "pip install numpy"),
+    (
+        "transformer-engine",
+        "transformer_engine",
+        _TE_COST,
+        "pip install --no-build-isolation 'transformer_engine[pytorch]'",
+    ),
+    ("apex", "apex", "no fused gradient accumulation in the local linear layers", "see https://github.com/NVIDIA/apex"),
+    ("flash-attn", "flash_attn", "torch's own flash attention is used", "pip install --no-build-isolation flash-attn"),
+    ("triton", "triton", "no Triton kernels", "comes with the CUDA builds of torch"),
+    ("deepspeed", "deepspeed", "nothing here needs it", "pip install deepspeed"),
+    ("tensorboard", "tensorboard", "no TensorBoard log", "pip install tensorboard"),
+    ("wandb", "wandb", "no Weights & Biases log", "pip install wandb"),
+    ("matplotlib", "matplotlib", "no loss plots", "pip install matplotlib"),
+    ("rich", "rich", "plain progress lines", "pip install rich"),
+)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _packages() -> list[Package]:
+    found = []
+    for name, module, cost, command in _PACKAGES:
+        installed: str | None = None
+        if _installed(module):
+            try:
+                installed = version(name)
+            except PackageNotFoundError:
+                installed = "unknown version"
+        found.append(Package(name, installed, cost, command))
+    return found
+
+
+def _imports(module: str) -> tuple[bool, str]:
+    """Whether a package not only is there but works, and the error when not."""
+    if not _installed(module):
+        return False, f"{module} is not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken binary raises anything: ImportError, OSError, RuntimeError
+        return False, f"{module} is installed but does not import: {type(error).__name__}: {error}"
+    return True, f"{module} is installed"
+
+
+def examine(device: str = "auto") -> Report:
+    """Look at this machine. Nothing is changed; no process group is made.
+
+    Args:
+        device: as of ``--device``.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    from phd_megatron.runtime.context import choose_device
+
+    packages = _packages()
+    report = Report(
+        platform.python_version(), platform.platform(), "none", "torch is not installed", "none", [], packages
+    )
+    if not _installed("torch"):
+        return report
+    import torch
+
+    report.device, report.device_reason = choose_device(device)
+    report.backend = "nccl" if report.device == "cuda" else "gloo"
+    report.devices = _devices()
+    on_cuda = report.device == "cuda"
+    te, te_reason = _imports("transformer_engine.pytorch") if on_cuda else (False, "the device is the CPU")
+    apex, _ = _imports("apex") if on_cuda else (False, "")
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    report.operations = [
+        _attention(report.device, dtype),
+        Operation("linear layers", "Transformer Engine" if te else "torch matmul (megatron local layers)", te_reason),
+        Operation(
+            "gradient accumulation in the linear layers",
+            "fused into the weight-gradient GEMM" if te or apex else "a separate addition",
+            te_reason if te else "needs Transformer Engine or apex on CUDA",
+        ),
+        Operation("norms", "Transformer Engine" if te else "torch rms_norm / layer_norm", te_reason),
+        Operation(
+            "RoPE", "megatron, unfused", "the fused form needs Transformer Engine and is not used with q/k norms"
+        ),
+        Operation(
+            "SwiGLU and residual additions",
+            "fused by torch.compile" if on_cuda else "torch, unfused",
+            "jit on CUDA" if on_cuda else "torch.compile on CPU needs a C++ compiler, so it is off",
+        ),
+        Operation("cross entropy", "megatron vocab-parallel", "works with and without tensor parallelism"),
+        Operation(
+            "optimizer",
+            "Transformer Engine FusedAdam" if te else "apex FusedAdam" if apex else "torch AdamW(fused=True)",
+            te_reason if te else "megatron's order is Transformer Engine, apex, torch",
+        ),
+        Operation(
+            "grouped GEMM of experts",
+            "Transformer Engine" if te else "one GEMM per expert",
+            te_reason if te else f"grouped GEMM needs Transformer Engine; {te_reason}",
+        ),
+        Operation("FP8", "Transformer Engine" if te else "not available", te_reason),
+        Operation(
+            "checkpoint writer",
+            "megatron torch_dist" if _installed("psutil") else "broken",
+            "processes that write in parallel" if _installed("psutil") else "psutil is missing, so saving would hang",
+        ),
+    ]
+    return report
+
+
+def _devices() -> list[str]:
+    import torch
+
+    from phd_megatron.runtime.context import usable_cores
+
+    found = [f"cpu: {usable_cores()} usable of {os.cpu_count()} cores, {platform.processor() or platform.machine()}"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            memory = about.total_memory / 2**30
+            found.append(
+                f"cuda:{index}: {about.name}, {memory:.0f} GiB, compute capability {about.major}.{about.minor}"
+            )
+    return found
+
+
+def _attention(device: str, dtype: Any) -> Operation:
+    import torch
+
+    name = "PHD attention"
+    try:
+        door = importlib.import_module("phd_megatron.kernels.phd_attention")
+        implementation, reason = door.choose_backend(torch.device(device), dtype)
+    except Exception as error:  # the doctor reports what is broken; it must not break with it
+        return Operation(name, "not available", f"{type(error).__name__}: {error}")
+    return Operation(name, str(implementation), str(reason))
+
+
+def format_report(report: Report) -> str:
+    """The report as text for a terminal."""
+    lines = [
+        f"python {report.python} on {report.platform} ({sys.executable})",
+        f"device: {report.device} with {report.backend} ({report.device_reason})",
+        *(f"  {device}" for device in report.devices),
+        "",
+        "packages:",
+    ]
+    width = max(len(package.name) for package in report.packages)
+    for package in report.packages:
+        if package.version is not None:
+            lines.append(f"  {package.name:<{width}}  {package.version}")
+        else:
+            lines.append(f"  {package.name:<{width}}  not installed: {package.cost}. Get it: {package.command}")
+    if report.operations:
+        lines += ["", "operations:"]
+        width = max(len(operation.name) for operation in report.operations)
+        for operation in report.operations:
+            lines.append(f"  {operation.name:<{width}}  {operation.implementation}  ({operation.reason})")
+    return "\n".join(lines)
