@@ -10,6 +10,7 @@ os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="phd-hf-module
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import warnings
 
 import pytest
 
@@ -57,3 +58,96 @@ def make_model(bundle_directory):
         return model
 
     return make
+
+
+#: A small run: every size differs from the others, so a transposed or misread dimension shows.
+RUN = {
+    "num_layers": 3,
+    "hidden_size": 24,
+    "ffn_hidden_size": 40,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "seq_length": 64,
+    "make_vocab_size_divisible_by": 128,
+    "vocab_size": 257,
+}
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    """``make_checkpoint(**model_fields) -> SAVE directory``: what a training run leaves, with random weights.
+
+    Keyword ``edit`` may change the dictionary of tensors before it is saved, ``tokenizer`` False leaves that out.
+    """
+    import torch
+    from torch.distributed import checkpoint as dcp
+
+    from phd_megatron.config.schema import RunConfig
+    from phd_megatron.config.serialize import dump_yaml
+    from phd_megatron.data.tokenizers import load_tokenizer
+
+    def make(name="run", dtype=torch.float32, edit=None, tokenizer=True, seed=0, **model):
+        run = RunConfig()
+        for field, value in {**RUN, **model}.items():
+            assert hasattr(run.model, field)
+            setattr(run.model, field, value)
+        directory = tmp_path / name / "iter_0000100"
+        directory.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            key: (0.2 * torch.randn(shape, generator=generator) + ("layernorm.weight" in key)).to(dtype)
+            for key, shape in mcore_shapes(run.model).items()
+        }
+        tensors["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(24)
+        if edit is not None:
+            edit(tensors)
+        state = {**tensors, "rng_state/shard_0.0_1.1": {"seed": 1}}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=directory, no_dist=True)
+        dump_yaml(run, directory / "run_config.yaml")
+        if tokenizer:
+            load_tokenizer("byte").save(directory / "tokenizer")
+        (directory / "training_state.json").write_text(json.dumps({"iteration": 100, "consumed_samples": 1600}))
+        (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        (directory.parent / "latest_checkpointed_iteration.txt").write_text("100")
+        return directory.parent
+
+    return make
+
+
+def mcore_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a dense model's parameters as Megatron-Core saves them, written out by hand."""
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    padded = -(-model.vocab_size // model.make_vocab_size_divisible_by) * model.make_vocab_size_divisible_by
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded, h)}
+    norms: dict[str, int] = {"decoder.final_layernorm": h}
+    for i in range(model.num_layers):
+        layer = f"decoder.layers.{i}"
+        hybrid_input = model.norm_scheme == "hybrid" or (model.norm_scheme == "hybrid_star" and i > 0)
+        if model.norm_scheme == "post":
+            norms |= {f"{layer}.attention_output_layernorm": h, f"{layer}.mlp_output_layernorm": h}
+        else:
+            norms |= {f"{layer}.pre_mlp_layernorm": h}
+            norms |= {} if hybrid_input else {f"{layer}.input_layernorm": h}
+        inner = {"pre": "", "post": "", "pre_qk": "qk", "hybrid": "qkv", "hybrid_star": "qkv"}[model.norm_scheme]
+        norms |= {f"{layer}.self_attention.{part}_layernorm": d for part in inner}
+        linears = {
+            "self_attention.linear_qkv": ((heads + 2 * groups) * d, h),
+            "self_attention.linear_proj": (h, heads * d),
+            "mlp.linear_fc1": ((2 if model.gated_linear_unit else 1) * f, h),
+            "mlp.linear_fc2": (h, f),
+        }
+        for name, shape in linears.items():
+            shapes[f"{layer}.{name}.weight"] = shape
+            if model.add_bias_linear or (model.add_qkv_bias and "qkv" in name):
+                shapes[f"{layer}.{name}.bias"] = shape[:1]
+    for name, size in norms.items():
+        shapes[f"{name}.weight"] = (size,)
+        if model.normalization == "LayerNorm":
+            shapes[f"{name}.bias"] = (size,)
+    if model.untie_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (padded, h)
+    return shapes

@@ -1,0 +1,46 @@
+"""``phd-megatron generate``: continue a prompt."""
+
+from __future__ import annotations
+
+import argparse
+
+from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron generate",
+        description="Continue a prompt through the KV cache. Greedy unless a sampling flag is given.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most so many (%(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="sample, with logits divided by T")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of mass P")
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of sampling")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Print the prompt's continuation, then speed and cache size."""
+    args = parse_strictly(build_parser(), argv)
+    from phd_megatron.huggingface.generation import Sampling, generate_text, load
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.greedy and sampling.options()["do_sample"]:
+        raise UserError("--greedy and a sampling flag (--temperature, --top-k, --top-p) exclude each other; keep one")
+    model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code)
+    result = generate_text(model, tokenizer, args.prompt, args.max_new_tokens, sampling)
+    print(args.prompt + result.text)
+    print()
+    print(result.summary())
+    return 0
