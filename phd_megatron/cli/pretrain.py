@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.config.help import format_config
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
+from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -49,7 +51,7 @@ def run(argv: list[str]) -> int:
     with runtime:
         for note in notes:
             runtime.log(f"note: {note}")
-        runtime.log(_resolved(config, origins))
+        runtime.log(f"resolved configuration:\n{format_config(config, origins)}")
         _train(config, runtime, tokenizer)
     return 0
 
@@ -72,6 +74,7 @@ def _configure(argv: list[str], environment: Environment) -> tuple[RunConfig, li
     from phd_megatron.model.transformer_config import transformer_field_types
 
     loaded = load_run_config(argv, transformer_fields=transformer_field_types(), saved=_saved_configuration)
+    require_for_pretraining(loaded.config)
     notes = loaded.notes + resolve(loaded.config)
     return loaded.config, notes, loaded.origins
 
@@ -81,14 +84,6 @@ def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
 
     path = latest_complete(load_dir, warn=lambda message: None)
     return read_yaml(str(path / "run_config.yaml")) if path is not None else None
-
-
-def _resolved(config: RunConfig, origins: dict[str, str]) -> str:
-    import yaml
-
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    changed = [name for name, origin in origins.items() if origin != "default"]
-    return f"resolved configuration ({len(changed)} fields set):\n{text}"
 
 
 def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
@@ -106,6 +101,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
             )
         trainer = Trainer(config, runtime, tokenizer, resume_from)
+        stack.callback(trainer.close)
         reporter = open_reporter(config, runtime, trainer.total_iterations)
         stack.callback(reporter.close)
         exits = stack.enter_context(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -42,6 +43,10 @@ def params_dtype(run: RunConfig) -> torch.dtype:
     return torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
 
 
+def _leave_alone(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
     """Translate a resolved run configuration.
 
@@ -59,8 +64,12 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
-        "perform_initialization": False,  # phd_megatron.model.initialisation does it, the same in every layout
-        **model.transformer,
+        # phd_megatron.model.initialisation draws the values, the same in every layout. Not perform_initialization=False:
+        # Megatron would also leave out the marks by which the gradient norm counts tensor-parallel weights.
+        "init_method": _leave_alone,
+        "output_layer_init_method": _leave_alone,
+        "embedding_init_method": _leave_alone,
+        **decode(model.transformer, transformer_field_types()),
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,

@@ -266,6 +266,13 @@ class Trainer:
             keep_last=options.keep_last,
         )
 
+    def close(self) -> None:
+        """Stop data workers and forget Megatron's global batch-size calculator."""
+        self.train_stream.close()
+        if self.valid_stream is not None:
+            self.valid_stream.close()
+        microbatches.destroy_num_microbatches_calculator()
+
 
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:
     """The run's reporter; it writes on the main rank only."""

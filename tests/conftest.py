@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def launch(
