@@ -10,7 +10,7 @@ from phd_megatron.data.tokenizers import EOD_TOKEN, write_library_tokenizer
 from phd_megatron.errors import UserError
 
 #: The trainer's memory grows with the number of distinct words it has seen, so it sees at most about this much text.
-SAMPLE_CHARACTERS = 64 << 20
+SAMPLE_CHARACTERS = 32 << 20
 
 
 @dataclass(frozen=True)

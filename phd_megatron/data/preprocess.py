@@ -104,7 +104,9 @@ def prepare(
     input. Raises UserError for input, tokenizer and output problems; then nothing is left at PREFIX.
     """
     _check_arguments(workers, on_decode_error, inputs)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many cores are used
+    # --workers says how many cores are used. Workers switch the library's threads off; training BPE uses them here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if workers > 1 else "false")
+    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     source = _Source(find_files(inputs), json_key, on_decode_error)
     started = time.perf_counter()
     try:
