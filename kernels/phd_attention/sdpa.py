@@ -59,16 +59,24 @@ Extra: TypeAlias = tuple[Any, ...]  # what an operator wants back in its backwar
 Forward: TypeAlias = tuple[Tensor, Tensor, Extra]
 
 
+_HALF = frozenset({torch.float16, torch.bfloat16})
+_FLOATS = _HALF | {torch.float32, torch.float64}
+
+
 class CausalKernel(NamedTuple):
     """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
 
     ``forward(q, k, v, scale) -> out, lse [B, H, >= s], extra``;
-    ``backward(grad, q, k, v, out, lse, extra, scale) -> dq, dk, dv``.
+    ``backward(grad, q, k, v, out, lse, extra, scale) -> dq, dk, dv``. The limits say what may even be tried: outside
+    them cuDNN was seen to return NaN (float32) and to crash the process instead of refusing.
     """
 
     name: str
     forward: Callable[..., Forward]
     backward: Callable[..., Three]
+    dtypes: frozenset[torch.dtype] = _FLOATS
+    multiple: int = 1  # of the head dimension
+    widest: int = 1 << 30  # head dimension
 
 
 def _aten(name: str) -> Any:
@@ -199,9 +207,9 @@ def _single_backward(
 PLAIN = CausalKernel("plain", _plain_forward, _plain_backward)
 SINGLE = CausalKernel("single", _single_forward, _single_backward)
 CPU_FLASH = CausalKernel("cpu flash", _cpu_flash_forward, _cpu_flash_backward)
-CUDA_FLASH = CausalKernel("cuda flash", _cuda_flash_forward, _cuda_flash_backward)
-CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward)
-EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward)
+CUDA_FLASH = CausalKernel("cuda flash", _cuda_flash_forward, _cuda_flash_backward, _HALF, 8, 256)
+CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128)
+EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward, _HALF | {torch.float32}, 8)
 
 _PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, CUDA_FLASH, EFFICIENT)}
 
@@ -224,17 +232,21 @@ def _causal_kernel(kind: str, index: int | None, dtype: torch.dtype, width: int)
 
 def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Run a private operator once, both ways with grouped queries, against the plain path: it may change or go."""
+    if dtype not in kernel.dtypes or width % kernel.multiple or width > kernel.widest:
+        return f"not for {str(dtype).removeprefix('torch.')} with head dimension {width}"
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
-    wave = torch.arange(2 * 4 * 5 * width * 2, device=device, dtype=torch.float32).sin()  # leaves every RNG alone
-    q, grad = wave.view(2, 2, 4, 5, width).to(dtype)
-    k, v = wave.flip(0)[: 2 * 2 * 2 * 5 * width].view(2, 2, 2, 5, width).to(dtype)
+    scale = width**-0.5
+    step = torch.arange(2 * 4 * 5 * width * 2, dtype=torch.float64, device="cpu")
+    wave = (step * step * 0.37).sin().to(device, dtype)  # scattered values that leave every random state alone
+    q, grad = wave.view(2, 2, 4, 5, width)
+    k, v = wave.flip(0)[: 2 * 2 * 2 * 5 * width].view(2, 2, 2, 5, width)
     try:
-        out, lse, extra = kernel.forward(q, k, v, 0.3)
-        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, 0.3))
+        out, lse, extra = kernel.forward(q, k, v, scale)
+        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale))
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
-    want_out, want_lse, _ = _plain_forward(q, k, v, 0.3)
-    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), 0.3))
+    want_out, want_lse, _ = _plain_forward(q, k, v, scale)
+    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale))
     for found, expected in zip(got, want, strict=True):
         if found.shape != expected.shape:
             return f"it returns shape {tuple(found.shape)} where {tuple(expected.shape)} is right"
@@ -323,15 +335,14 @@ def _unblock_keys(x: Tensor, like: Tensor, plan: _Blocks) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched product with float32 (or float64) accumulation *and* result."""
-    if a.dtype in (torch.float16, torch.bfloat16):
+    if a.dtype in _HALF:
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b)
 
 
 def _working(x: Tensor) -> Tensor:
     """Half precision stays so on CUDA, whose products accumulate in float32; elsewhere part (b) runs in float32."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half and x.device.type != "cuda" else x
+    return x.float() if x.dtype in _HALF and x.device.type != "cuda" else x
 
 
 def _block_scores(q: Tensor, k: Tensor, plan: _Blocks, like: Tensor, scale: float) -> Tensor:

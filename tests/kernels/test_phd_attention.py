@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +265,21 @@ def test_plain_path_when_the_private_operators_are_not_there(
         assert_close(found, reference(tuple(inputs), grad, policy), grad, 1e-10)
 
 
+def test_operators_are_not_even_tried_outside_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(name: str) -> None:
+        raise AssertionError(f"{name} was called")
+
+    monkeypatch.setattr(sdpa, "_aten", forbidden)
+    for kernel, dtype, width in (
+        (sdpa.CUDNN, torch.float32, 64),
+        (sdpa.CUDNN, torch.bfloat16, 256),
+        (sdpa.CUDA_FLASH, torch.float16, 36),
+        (sdpa.EFFICIENT, torch.float64, 64),
+    ):
+        problem = sdpa._probe(kernel, torch.device("cpu"), dtype, width)
+        assert problem is not None and f"head dimension {width}" in problem
+
+
 def test_plain_path_over_several_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "PLAIN_ROWS", 10)
     monkeypatch.setattr(sdpa, "causal_kernel", lambda *_: (sdpa.PLAIN, "test"))
@@ -332,3 +351,23 @@ def test_table_for_doctor() -> None:
     rows = attention_backends("cpu", torch.float32)
     assert [row[0] for row in rows if row[1]] == ["sdpa"]
     assert all(reason for _, _, reason in rows)
+
+
+def test_parts_work_as_flat_files_without_the_package(tmp_path: Path) -> None:
+    """They ship next to kv_policy.py inside an exported model."""
+    for module in (sdpa, sys.modules[BACKENDS["reference"].__module__], sys.modules[KVPolicy.__module__]):
+        assert module.__file__ is not None
+        shutil.copy(module.__file__, tmp_path)
+    program = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from kv_policy import KVPolicy
+from reference import reference_attention
+from sdpa import sdpa_attention
+q, k, v = torch.randn(3, 2, 9, 1, 2, 4, dtype=torch.float64)
+p = KVPolicy(2, 3, 4)
+assert torch.allclose(sdpa_attention(q, k, v, p), reference_attention(q, k, v, p), rtol=1e-12)
+assert not [name for name in sys.modules if name.startswith(("phd_megatron", "megatron", "transformers"))]
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

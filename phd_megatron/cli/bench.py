@@ -1,0 +1,42 @@
+"""``phd-megatron bench``: one table of measurements, each a module ``cli/bench_<name>.py`` with ``run(argv)``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+
+from phd_megatron.errors import UserError
+
+BENCHES = {
+    "attention": "PHD attention against K vanilla attentions, a dense mask and naive repetition",
+    "train": "training steps of our loop against Hugging Face's, and PHD against vanilla",
+}
+
+
+def _module(name: str) -> str:
+    return f"phd_megatron.cli.bench_{name}"
+
+
+def available() -> dict[str, str]:
+    """The measurements whose module is installed."""
+    return {name: text for name, text in BENCHES.items() if importlib.util.find_spec(_module(name))}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<{max(map(len, BENCHES))}}  {text}" for name, text in available().items()]
+    return "\n".join(["usage: phd-megatron bench WHAT [OPTIONS]", "", "what:", *lines, "", "WHAT --help says more."])
+
+
+def run(argv: list[str]) -> int:
+    """Run one measurement. 0 is success, 1 a result that is wrong or too slow."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in available():
+        near = difflib.get_close_matches(name, available(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(available())}"
+        raise UserError(f"there is nothing to measure called {name!r}; {hint}")
+    result: int = importlib.import_module(_module(name)).run(rest)
+    return result

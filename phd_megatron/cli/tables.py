@@ -1,0 +1,35 @@
+"""Small result tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, first column to the left and the others to the right.
+
+    Drawn with ``rich`` on a terminal that has it; plain, aligned and uncut where it goes to a file or a pipe.
+    """
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(title=title, title_justify="left")
+            for index, column in enumerate(columns):
+                table.add_column(column, justify="right" if index else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(title)
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        cells = [
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
