@@ -35,17 +35,23 @@ cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores >= 4 ? cores / 2 : 1))}"
 # The checkout's folder kernels/ must not be importable as a package of that name.
 export PYTHONSAFEPATH=1 CUDA_DEVICE_MAX_CONNECTIONS=1 TOKENIZERS_PARALLELISM=false
+# Megatron-Core calls collectives by names that newer torch versions are about to rename.
+export PYTHONWARNINGS="ignore::FutureWarning:torch.distributed.c10d_logger"
 
 phd() { "$PYTHON" -m phd_megatron "$@"; }
 
-# pretrain NAME [OPTIONS]: one start of a training run under torchrun, in $run/NAME.
+# pretrain NAME [OPTIONS]: one start of a training run under torchrun, in $run/NAME. The resolved configuration, a
+# hundred lines, goes into the log file only.
 pretrain() {
     local name="$1"
     shift
+    mkdir -p "$run/$name"
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m phd_megatron pretrain \
         --config "$config" --device "${PHD_DEVICE:-cpu}" --data-path "$run/data/stdlib" \
         --train-iters "$iters" --eval-interval "$half" --save "$run/$name/checkpoints" \
-        --metrics-file "$run/$name/metrics.jsonl" "$@"
+        --metrics-file "$run/$name/metrics.jsonl" "$@" 2>&1 |
+        tee -a "$run/$name/log.txt" |
+        grep --line-buffered -vE '^ +([a-z_0-9]+:|- )|^[a-z]+:$|^resolved configuration|^$'
 }
 
 phd_say "1/7 prepare: the standard library as bytes"
@@ -69,11 +75,11 @@ pretrain hybrid_star --phd-repeat 1
 pretrain pre --phd-repeat 1 --norm-scheme pre
 
 runs=("pre=$run/pre/metrics.jsonl" "hybrid_star=$run/hybrid_star/metrics.jsonl"
-    "hybrid_star + PHD-CSWA-2-16-32=$run/phd/metrics.jsonl")
+    "hybrid_star + PHD=$run/phd/metrics.jsonl")
 
 phd_say "5/7 loss curves"
 "$PYTHON" tools/plot_losses.py "${runs[@]}" --output "$run/losses.png" --seq-length 256 --unit "nats per byte" \
-    --title "The standard library as bytes, 1.2 M parameters"
+    --title "The standard library as bytes, 1.2 M parameters, PHD-CSWA-2-16-32"
 
 phd_say "6/7 export to Hugging Face"
 phd export --checkpoint "$run/phd/checkpoints" --output "$run/hf"
@@ -89,7 +95,7 @@ cat <<END
 where everything is
   corpus, data      $run/corpus, $run/data/stdlib.{bin,idx}
   checkpoints       $run/phd/checkpoints (resume, export and generate need this directory alone)
-  metrics           $run/{phd,hybrid_star,pre}/metrics.jsonl
+  logs, metrics     $run/{phd,hybrid_star,pre}/{log.txt,metrics.jsonl}
   loss curves       $run/losses.png
   Hugging Face      $run/hf   (AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True))
 set-up $set_up s, everything $((SECONDS - began)) s

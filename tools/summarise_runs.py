@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +35,10 @@ def shown(value: float | str | None, form: str) -> str:
 
 def table(rows: list[dict[str, float | str | None]], title: str) -> Table:
     """The first run is the one that differences refer to."""
-    result = Table(title=title, title_justify="left")
-    for column in ("run", "validation loss", "against the first", "perplexity", "tokens/s", "processed tokens/s"):
-        result.add_column(column, justify="left" if column == "run" else "right")
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    result.add_column("run", no_wrap=True)
+    for column in ("validation\nloss", "difference", "perplexity", "tokens/s", "processed\ntokens/s"):
+        result.add_column(column, justify="right")
     first = rows[0]["validation_loss"]
     for row in rows:
         loss = row["validation_loss"]
