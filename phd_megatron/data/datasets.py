@@ -7,6 +7,7 @@ for, so a run that is extended, or a member of a sweep with another budget, woul
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from phd_megatron.data.indexed import IndexedInfo, check_indexed
 from phd_megatron.data.output import read_sidecar
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 #: Without a sidecar so many tokens from the start, the middle and the end are looked at.
 _PROBE_TOKENS = 1 << 20
@@ -133,6 +136,12 @@ def _check_tokens(info: IndexedInfo, tokenizer: Tokenizer) -> None:
             raise UserError(
                 f"data {info.prefix!r} was made with another tokenizer ({_describe(made_id)}) than this run uses "
                 f"({_describe(ours)}); leave --tokenizer out to use the data's own, or prepare the data again"
+            )
+        if made_id.get("sha256") != ours.get("sha256"):  # may be the same ids written by another version
+            logger.warning(
+                "data %r was made with tokenizer files of other content than this run's, although size and end of "
+                "document agree; if the ids differ too, leave --tokenizer out to use the data's own",
+                info.prefix,
             )
 
 

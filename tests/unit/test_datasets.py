@@ -245,6 +245,18 @@ def test_tokenizer_must_fit_model_and_data(data):
         check_data(make_run(data / "c"), ByteTokenizer(), WANTED)
 
 
+def test_tokenizer_files_of_other_content_are_noted(data, caplog):
+    prepare([data / "a.jsonl"], data / "c", "bpe:270", progress=False)
+    prepare([data / "b.jsonl"], data / "d", "bpe:270", progress=False)
+    run = make_run(data / "c")
+    run.model.seq_length = 4
+    check_data(run, resolve_tokenizer(run), WANTED)
+    assert "other content" not in caplog.text
+    run.data.tokenizer = str(data / "d.tokenizer")
+    check_data(run, resolve_tokenizer(run), WANTED)
+    assert "other content" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
