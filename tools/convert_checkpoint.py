@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Megatron checkpoint as a Hugging Face directory; the same as ``phd-megatron export``.
 
-    python tools/convert_checkpoint.py --checkpoint DIR[/iter_N] --output HF_DIR
+python tools/convert_checkpoint.py --checkpoint DIR[/iter_N] --output HF_DIR
 """
 
 from __future__ import annotations

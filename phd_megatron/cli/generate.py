@@ -26,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="S", help="seed of sampling")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's"
+    )
     return parser
 
 

@@ -28,9 +28,9 @@ _TRAINING_ONLY = (
     *("attention_backend", "attention_softmax_in_fp32", "calculate_per_token_loss", "deterministic_mode", "timers"),
     *("distribute_saved_activations", "deallocate_pipeline_outputs", "async_tensor_model_parallel_allreduce"),
     *("barrier_with_L1_time", "clone_scatter_output_in_embedding", "disable_parameter_transpose_cache"),
-    *("disable_bf16_reduced_precision_matmul", "config_logger_dir", "first_last_layers_bf16", "num_layers_at_*_in_bf16"),
-    *("cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "persist_layer_norm", "memory_efficient_layer_norm"),
-    *("wgrad_deferral_limit", "num_microbatches_with_partial_activation_checkpoints", "moe_token_dispatcher_type"),
+    *("disable_bf16_reduced_precision_matmul", "config_logger_dir", "first_last_layers_bf16"),
+    *("num_layers_at_*_in_bf16", "cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "persist_layer_norm"),
+    *("memory_efficient_layer_norm", "wgrad_deferral_limit", "num_microbatches_with_partial_activation_checkpoints"),
     *("bias_activation_fusion", "bias_dropout_fusion", "overlap_*", "use_te_activation_func", "offload_modules"),
 )
 _NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
@@ -85,7 +85,9 @@ class Architecture:
                 )
         missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if getattr(model, n) is None]
         if missing:
-            raise UserError(f"the checkpoint's configuration does not say {', '.join(missing)}; it is not a resolved one")
+            raise UserError(
+                f"the checkpoint's configuration does not say {', '.join(missing)}; use one that was resolved"
+            )
         assert model.num_layers and model.hidden_size and model.num_attention_heads
         policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
         return cls(

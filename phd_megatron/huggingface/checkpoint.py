@@ -95,9 +95,8 @@ class MegatronCheckpoint:
             try:
                 dcp.load({key: tensor}, storage_reader=self._reader, no_dist=True)
             except dcp.CheckpointException as error:
-                cause = next(iter(error.failures.values()), error)
-                cause = cause[0] if isinstance(cause, tuple) else cause
-                if isinstance(cause, CheckpointError):
-                    raise cause from None
-                raise CheckpointError(f"{key} cannot be read from {self.directory}: {cause}") from error
+                for cause, _ in error.failures.values():
+                    if isinstance(cause, CheckpointError):
+                        raise cause from None
+                raise CheckpointError(f"{key} cannot be read from {self.directory}: {error}") from error
         return tensor

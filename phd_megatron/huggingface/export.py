@@ -134,7 +134,7 @@ def describe(source: MegatronCheckpoint) -> tuple[Architecture, TokenIds]:
             )
         tokens = TokenIds(bos=_bos(source.tokenizer_dir), eos=tokenizer.eod, pad=tokenizer.pad)
     if vocab_size is None:
-        raise UserError(f"{source.directory} says neither vocab_size nor holds a tokenizer, so its vocabulary is unknown")
+        raise UserError(f"{source.directory} neither says vocab_size nor holds a tokenizer; its vocabulary is unknown")
     return Architecture.from_model(source.run.model, vocab_size), tokens
 
 
@@ -187,7 +187,7 @@ def parse_size(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None or float(match.group(1)) <= 0:
-        raise UserError(f"max_shard_size={size!r} is no size; write a number with KB, MB, GB, KiB, MiB or GiB, as in 5GB")
+        raise UserError(f"max_shard_size={size!r} is no size; write a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match.group(1)) * unit)
 
 
@@ -207,11 +207,9 @@ class _Written:
     largest: int = 0
 
 
-def _plan_shards(
-    source: MegatronCheckpoint, rules: list[Rule], dtype: torch.dtype, limit: int
-) -> list[list[tuple[Rule, list[str]]]]:
-    """Which Hugging Face tensors of which rule go into each file. No data is read: the rules run on meta tensors."""
-    shards: list[list[tuple[Rule, list[str]]]] = [[]]
+def _plan_shards(source: MegatronCheckpoint, rules: list[Rule], dtype: torch.dtype, limit: int) -> list[list[Rule]]:
+    """Which rules' tensors go into each file. No data is read: the rules run on meta tensors."""
+    shards: list[list[Rule]] = [[]]
     size = 0
     for rule in rules:
         outline = torch.empty(source.shape(rule.mcore), dtype=dtype, device="meta")
@@ -220,23 +218,23 @@ def _plan_shards(
         if shards[-1] and size + needed > limit:
             shards.append([])
             size = 0
-        shards[-1].append((rule, list(parts)))
+        shards[-1].append(rule)
         size += needed
     return shards
 
 
 def _write_shards(
-    directory: Path, source: MegatronCheckpoint, shards: list[list[tuple[Rule, list[str]]]], dtype: torch.dtype, log: Log
+    directory: Path, source: MegatronCheckpoint, shards: list[list[Rule]], dtype: torch.dtype, log: Log
 ) -> _Written:
     written = _Written()
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for rule, names in shard:
+        for rule in shard:
             parts = rule.to_hf(source.read(rule.mcore))
-            # A clone, not a view: one file must not hold on to, or write, a part of another tensor's storage.
-            tensors |= {key: parts[key].to(dtype).clone(memory_format=torch.contiguous_format) for key in names}
+            # A clone, not a view: safetensors refuses tensors that share storage.
+            tensors |= {key: part.to(dtype).clone(memory_format=torch.contiguous_format) for key, part in parts.items()}
         try:
             save_file(tensors, directory / name, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:

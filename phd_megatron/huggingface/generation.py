@@ -126,7 +126,8 @@ def load(path: str | Path, device: str | None = None, trust_remote_code: bool = 
             model = AutoModelForCausalLM.from_pretrained(
                 directory, trust_remote_code=True, local_files_only=True, dtype="auto"
             )
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            # transformers reads the model's configuration for the tokenizer too, and would ask about its code again.
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be loaded: {str(error).strip()}") from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -50,7 +50,7 @@ A decoder language model pretrained with phd-megatron ({a.name}).
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{title}"{remote})
-tokenizer = AutoTokenizer.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}"{remote})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
@@ -63,7 +63,8 @@ def _notes(a: Architecture, model_class: str) -> str:
     notes = "\nThe code in this directory needs torch and transformers 5 alone. "
     if a.policy.repeat > 1:
         notes += (
-            f"Every token is repeated {a.policy.repeat} times inside the decoder (PHD-Transformer, arXiv 2504.14992); the "
-            f"KV cache holds what a vanilla model's holds, plus at most {a.policy.max_hidden_entries} entries per layer. "
+            f"Every token is repeated {a.policy.repeat} times inside the decoder (PHD-Transformer, arXiv 2504.14992); "
+            "the KV cache holds what a vanilla model's holds, plus at most "
+            f"{a.policy.max_hidden_entries} entries per layer. "
         )
-    return notes + "The norm schemes are those of HybridNorm (arXiv 2503.04598); `norm_schemes.py` says which is which.\n"
+    return notes + "The norm schemes are those of HybridNorm (arXiv 2503.04598); see `norm_schemes.py`.\n"

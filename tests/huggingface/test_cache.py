@@ -46,8 +46,8 @@ def test_decoding_equals_recomputation_step_by_step(make_model, scheme, policy):
         for position in range(prompt, 29):
             assert cache.get_seq_length() == position
             assert cache.hidden_entries() <= bound(model)
-            held = 2 * 3 * 2 * (position + cache.hidden_entries()) * 2 * 8 * 8  # k and v, layers, batch, heads, d, bytes
-            assert cache.nbytes() == held
+            entries = position + cache.hidden_entries()
+            assert cache.nbytes() == 2 * 3 * 2 * entries * 2 * 8 * 8  # k and v, layers, batch, heads, d, bytes
             logits.append(model(tokens[:, position : position + 1], past_key_values=cache).logits)
         found = torch.cat(logits, 1)
         assert (found - everything[:, prompt - 1 :]).abs().max() < 1e-9
@@ -142,7 +142,8 @@ def test_batch_operations_beams_and_a_continued_chat(make_model):
     expected = generate(model, again, 10)
     assert generate(model, again, 10, past_key_values=cache).tolist() == expected.tolist()
     cache.reset()
-    assert cache.get_seq_length() == 0 and generate(model, again, 10, past_key_values=cache).tolist() == expected.tolist()
+    assert cache.get_seq_length() == 0
+    assert generate(model, again, 10, past_key_values=cache).tolist() == expected.tolist()
 
 
 @torch.no_grad()

@@ -109,6 +109,14 @@ def test_native_classes_compute_what_the_bundled_code_computes(make_checkpoint, 
     found, expected = logits(bundled, tokens), logits(native, tokens)
     assert (found - expected).norm() / expected.norm() < 1e-6
 
+    from transformers import AutoTokenizer
+
+    text = "naïve def main():\n\tpass"
+    for directory, remote in (("native", False), ("bundled", True)):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / directory, trust_remote_code=remote)
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text and tokenizer.eos_token_id == 256
+
 
 def test_shards_dtype_sizes_and_determinism(make_checkpoint, tmp_path):
     source = make_checkpoint(**PHD)
@@ -202,22 +210,24 @@ def test_damaged_files_and_settings_are_named(make_checkpoint, tmp_path):
         export_checkpoint(source, tmp_path / "hf")
     source = make_checkpoint("unfinished")
     (source / "iter_0000100" / "metadata.json").unlink()
-    with pytest.raises(UserError, match="not a complete checkpoint|no complete checkpoint"):
+    with pytest.raises(UserError, match=r"not a complete checkpoint|no complete checkpoint"):
         export_checkpoint(source, tmp_path / "hf")
     source = make_checkpoint("nameless")
     (source / "iter_0000100" / "run_config.yaml").unlink()
     with pytest.raises(UserError, match=r"run_config.yaml is missing"):
         export_checkpoint(source, tmp_path / "hf")
-    with pytest.raises(UserError, match="softmax_scale=0.5"):
+    with pytest.raises(UserError, match=r"softmax_scale=0.5"):
         export_checkpoint(make_checkpoint("scaled", transformer={"softmax_scale": 0.5}), tmp_path / "hf")
-    with pytest.raises(UserError, match="tokenizer .* has 257 tokens, the model 200"):
+    with pytest.raises(UserError, match=r"tokenizer .* has 257 tokens, the model 200"):
         export_checkpoint(make_checkpoint("words", vocab_size=200), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     source = make_checkpoint("harmless", tokenizer=False, transformer={"recompute_granularity": "full"})
     assert export_checkpoint(source, tmp_path / "hf").verified
 
 
-def test_an_existing_directory_is_replaced_only_on_request_and_only_by_a_whole_one(make_checkpoint, tmp_path, monkeypatch):
+def test_an_existing_directory_is_replaced_only_on_request_and_only_by_a_whole_one(
+    make_checkpoint, tmp_path, monkeypatch
+):
     good = make_checkpoint("good", **PHD)
     output = tmp_path / "out" / "hf"
     export_checkpoint(good, output)
@@ -246,7 +256,7 @@ def test_a_failed_verification_is_noticed(make_checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(
         GatedMLP, "to_hf", lambda self, tensor: dict(zip(reversed(self.hf), tensor.chunk(2), strict=True))
     )
-    with pytest.raises(UserError, match="do not give decoder.layers.0.mlp.linear_fc1.weight back"):
+    with pytest.raises(UserError, match=r"do not give decoder.layers.0.mlp.linear_fc1.weight back"):
         export_checkpoint(make_checkpoint(**PHD), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -263,7 +273,7 @@ sys.meta_path.insert(0, Refuse())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 directory = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 inputs = tokenizer(["Once upon", "a"], return_tensors="pt", padding=True, padding_side="left")
 out = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=256)
 print(out[0, -40:].tolist())
@@ -278,7 +288,12 @@ def test_the_directory_works_where_this_package_does_not_exist(make_checkpoint, 
     (tmp_path / "hf").rename(moved)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN, str(moved)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", CLEAN, str(moved)],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     model = load(moved)

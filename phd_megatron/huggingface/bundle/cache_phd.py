@@ -53,6 +53,7 @@ class PHDCacheLayer(DynamicLayer):
             shape = (key_states.size(0), key_states.size(1), self.policy.repeat - 1, 0, key_states.size(3))
             self.hidden_keys = self.hidden_values = key_states.new_empty(shape)
             self.keys = self.values = key_states.new_empty((*shape[:2], 0, shape[4]))
+        assert self.hidden_keys is not None and self.hidden_values is not None
         keys, self.keys, self.hidden_keys = self._append(self.keys, self.hidden_keys, key_states, step)
         values, self.values, self.hidden_values = self._append(self.values, self.hidden_values, value_states, step)
         held = self.hidden_keys.size(2) * self.hidden_keys.size(3)
@@ -108,8 +109,8 @@ class PHDCacheLayer(DynamicLayer):
         """Bytes of the cached originals and hidden entries."""
         if not self.is_initialized:
             return 0
-        held = (self.keys, self.values, self.hidden_keys, self.hidden_values)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        held = [self.keys, self.values, self.hidden_keys, self.hidden_values]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
 
 
 class PHDCache(Cache):
@@ -152,9 +153,9 @@ class PHDCache(Cache):
     def _keep(self, hidden_positions: Tensor, lengths: Tensor) -> Tensor:
         """Indices [b, r'] of the hidden slots that a query at position ``lengths`` sees; no later one sees more."""
         size = min(hidden_positions.size(1), self.policy.span - 1) if self.policy.repeat > 1 else 0
-        seen = (hidden_positions >= 0) & self.policy.hidden_visible(
-            lengths[:, None], torch.full_like(lengths, 2)[:, None], hidden_positions, torch.full_like(lengths, 2)[:, None]
-        )
+        hidden_copy = torch.full_like(lengths, 2)[:, None]
+        seen = self.policy.hidden_visible(lengths[:, None], hidden_copy, hidden_positions, hidden_copy)
+        seen = seen & (hidden_positions >= 0)
         index = torch.arange(hidden_positions.size(1), device=hidden_positions.device)
         index = torch.where(seen, index, -1).sort(dim=1).values
         return index[:, index.size(1) - size :]
@@ -207,6 +208,7 @@ class PHDCache(Cache):
             raise ValueError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
         if tokens_to_remove == 0 or self.positions is None:
             return
+        assert self.lengths is not None and self.hidden_positions is not None
         positions = self.positions[:, :tokens_to_remove]
         lengths = positions.amax(1) + 1 if positions.size(1) else torch.zeros_like(self.lengths)
         for length, old in zip(lengths.tolist(), self.lengths.tolist(), strict=True):

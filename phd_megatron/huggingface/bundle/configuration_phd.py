@@ -26,15 +26,15 @@ class PHDConfig(PreTrainedConfig):
     """
 
     model_type = "phd_transformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
 
     vocab_size: int = 32000
     hidden_size: int = 2048
     intermediate_size: int = 8192
     num_hidden_layers: int = 16
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # then num_attention_heads
+    head_dim: int = None  # type: ignore[assignment]  # then hidden_size / num_attention_heads
     hidden_act: str = "silu"
     mlp_gated: bool = True
     max_position_embeddings: int = 2048
@@ -46,7 +46,7 @@ class PHDConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
-    rope_parameters: dict | None = None
+    rope_parameters: dict = None  # type: ignore[assignment]  # then theta 10000
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False

@@ -1,8 +1,9 @@
 """PHD-Transformer with HybridNorm-family norms, for transformers 5.
 
-Every token is repeated ``K`` times inside the decoder (arXiv 2504.14992): copy 1 is the original, whose hidden states are
-a vanilla transformer's; the last copy gives the logits. ``kv_policy.py`` says what each copy sees, ``norm_schemes.py``
-where each block normalises (arXiv 2503.04598). ``rows_phd.py`` says which copies a forward pass has to compute.
+Every token is repeated ``K`` times inside the decoder (arXiv 2504.14992): copy 1 is the original, whose hidden states
+are a vanilla transformer's; the last copy gives the logits. ``kv_policy.py`` says what each copy sees,
+``norm_schemes.py`` where each block normalises (arXiv 2503.04598), ``rows_phd.py`` which copies a forward pass has to
+compute.
 """
 
 from __future__ import annotations
@@ -74,9 +75,11 @@ class PHDAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        for name in "qkvc":
-            norm = make_norm(config, config.head_dim) if name in block.heads else nn.Identity()
-            self.add_module(f"{name}_norm", norm)
+
+        def norm(name: str) -> nn.Module:
+            return make_norm(config, config.head_dim) if name in block.heads else nn.Identity()
+
+        self.q_norm, self.k_norm, self.v_norm, self.c_norm = (norm(name) for name in "qkvc")
 
     def forward(self, hidden: Tensor, rows: LayerRows, cache: PHDCache | None, layer_index: int) -> Tensor:
         """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
@@ -85,7 +88,7 @@ class PHDAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden).unflatten(-1, heads))
         value = self.v_norm(self.v_proj(hidden).unflatten(-1, heads))
         table = rotary_table(self.config, rows.key_positions.to(query.device), query.dtype)
-        query = apply_rotary(query, tuple(rows.select(part) for part in table))
+        query = apply_rotary(query, (rows.select(table[0]), rows.select(table[1])))
         key = apply_rotary(key, table)
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
@@ -241,7 +244,7 @@ class PHDModel(PHDPreTrainedModel):
                 states.append(rows.last_copy(hidden))
             hidden = layer(hidden, rows, past_key_values=past_key_values)
         hidden = self.norm(hidden)
-        if past_key_values is not None:
+        if past_key_values is not None and step.cache_step is not None:
             past_key_values.end(step.cache_step)
         if output_hidden_states:
             states.append(hidden)
@@ -254,7 +257,7 @@ class PHDModel(PHDPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
 
@@ -308,8 +311,9 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
         )
-        new = (inputs_embeds if input_ids is None else input_ids).size(1)
-        logits = self.lm_head(kept_slots(outputs.last_hidden_state, logits_to_keep, new))
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None  # the decoder refused it otherwise
+        logits = self.lm_head(kept_slots(outputs.last_hidden_state, logits_to_keep, given.size(1)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,9 +1,9 @@
 """Which copies of which tokens a forward pass computes, and what they attend to.
 
-Rows inside the decoder are ``[originals of all n new slots | copy 2 | ... | copy K]``; hidden copies cover only the slots
-from ``start`` on. For a forward that wants all logits ``start`` is 0. For generation it is the prefill cone: layer by
-layer the hidden copies start later, because only what the wanted logits see is computed. The last layer computes the
-last copy of the wanted slots alone. All of it is exact, and follows from ``kv_policy.py``.
+Rows inside the decoder are ``[originals of all n new slots | copy 2 | ... | copy K]``; hidden copies cover only the
+slots from ``start`` on. For a forward that wants all logits ``start`` is 0. For generation it is the prefill cone:
+layer by layer the hidden copies start later, because only what the wanted logits see is computed. The last layer
+computes the last copy of the wanted slots alone. All of it is exact, and follows from ``kv_policy.py``.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def token_positions(
     past = 0 if cache is None else cache.get_seq_length()
     if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.size(1) != past + new):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {past + new}], 1 for tokens and "
-            f"0 for padding, over {past} cached and {new} new slots (what a copy sees is the model's own business)"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, {past + new}], 1 for tokens "
+            f"and 0 for padding, over {past} cached and {new} new slots (what a copy sees is the model's own business)"
         )
     if attention_mask is None:
         start = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -66,10 +66,10 @@ def token_positions(
     if position_ids is not None:
         # One sync per prefill; a decoding step has nothing to check it against but the cache.
         if new > 1:
-            ahead = position_ids.to(device) - counted
-            shift = ahead.amax(1, keepdim=True) if valid is None else ahead.masked_fill(~valid, -(1 << 30)).amax(1, True)
-            wrong = ahead != shift if valid is None else (ahead != shift) & valid
-            if bool(wrong.any()):
+            ahead = position_ids.to(device) - counted  # the same number for all tokens of a row
+            if valid is not None:
+                ahead = torch.where(valid, ahead, ahead.masked_fill(~valid, -(1 << 30)).amax(1, keepdim=True))
+            if bool((ahead != ahead[:, :1]).any()):
                 raise ValueError(
                     "position_ids do not count up by one in each sequence (several documents in one row?); "
                     "put each document in its own row, with padding"
@@ -116,7 +116,7 @@ class StepRows:
         cache_step = None
         if cache is not None:
             cache_step = cache.begin(positions.expand(batch, new))
-            if cache.positions is not None:
+            if cache.positions is not None and cache.hidden_positions is not None:
                 past_positions, hidden_positions = cache.positions, cache.hidden_positions
         wanted = first_wanted(logits_to_keep, new)
         aligned = False
@@ -246,9 +246,9 @@ class LayerRows:
         ``query`` [b, rows out, heads, d], ``key`` and ``value`` [b, K * n, heads, d]; returns [b, rows out, heads, d].
         ``reference`` takes the dense-mask formula instead of the decomposition into flash attention and a window.
         """
-        query, key, value = (part.unflatten(1, (-1, self.step.new)).permute(1, 2, 0, 3, 4) for part in (query, key, value))
+        parts = [part.unflatten(1, (-1, self.step.new)).permute(1, 2, 0, 3, 4) for part in (query, key, value)]
         attention = reference_attention if reference else sdpa_attention
-        return attention(query, key, value, self.step.policy).permute(2, 0, 1, 3, 4).flatten(1, 2)
+        return attention(*parts, self.step.policy).permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
@@ -263,13 +263,12 @@ def _cone(policy: KVPolicy, num_layers: int, positions: Tensor, wanted: int) -> 
     A row of the batch that ends before ``wanted`` (right padding) still needs its own last token's hidden entries, for
     the cache.
     """
-    rows, new = positions.shape
-    slots = torch.arange(new, device=positions.device)
-    valid = positions >= 0
-    first = torch.where(valid & (slots >= wanted), positions, positions.amax(1, True) + 1).amin(1)
-    first = torch.minimum(first, positions.amax(1)).tolist()
+    slots = torch.arange(positions.size(1), device=positions.device)
+    last = positions.amax(1)
+    asked = (positions >= 0) & (slots >= wanted)
+    first = torch.where(asked, positions, last[:, None]).amin(1)
     layers = range(1, num_layers + 1)
-    cone = torch.tensor([[policy.cone_start(max(p, 0), n, num_layers) for n in layers] for p in first])
+    cone = torch.tensor([[policy.cone_start(max(p, 0), n, num_layers) for n in layers] for p in first.tolist()])
     reached = positions[:, None, :] >= cone.to(positions.device)[:, :, None]  # [b, layers, new]
     start = torch.where(reached.any(2), reached.long().argmax(2), wanted).amin(0)
     return [min(s, wanted) for s in start.tolist()] + [wanted]
