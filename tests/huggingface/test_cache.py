@@ -126,10 +126,13 @@ def test_batch_operations_beams_and_a_continued_chat(make_model):
     wide = torch.cat([tokens.repeat_interleave(2, 0), more], 1)
     expected = model(wide, use_cache=False).logits[:, -5:]
     assert (model(more[:, :3], past_key_values=cache).logits - expected[:, :3]).abs().max() < 1e-9
+    shared = torch.arange(14, 15).unsqueeze(0)  # one row of position ids for the whole batch
+    step = model(more[:, 3:4], past_key_values=cache, position_ids=shared).logits
+    assert (step - expected[:, 3:4]).abs().max() < 1e-9
     cache.batch_select_indices(torch.tensor([3, 0]))
     cache.reorder_cache(torch.tensor([1, 0]))
-    found = model(more[[0, 3], 3:], past_key_values=cache).logits
-    assert (found - expected[[0, 3], 3:]).abs().max() < 1e-9
+    found = model(more[[0, 3], 4:], past_key_values=cache).logits
+    assert (found - expected[[0, 3], 4:]).abs().max() < 1e-9
     with pytest.raises(ValueError, match="a batch of 4 continues a cache of 2"):
         model(more, past_key_values=cache)
 

@@ -118,6 +118,7 @@ class StepRows:
             cache_step = cache.begin(positions.expand(batch, new))
             if cache.positions is not None and cache.hidden_positions is not None:
                 past_positions, hidden_positions = cache.positions, cache.hidden_positions
+                positions = positions.expand(batch, new)
         wanted = first_wanted(logits_to_keep, new)
         aligned = False
         if new > 1 and past_positions.size(1) == 0:

@@ -1,0 +1,84 @@
+"""Program of ``test_against_megatron.py``: one rank saves real checkpoints; argument 1 is a directory to work in.
+
+Prints one JSON line a case: name, class of the export, relative error of its logits against the Megatron model's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from phd_megatron.config.resolve import resolve
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.runtime.context import Runtime
+
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "seq_length": 48,
+    "vocab_size": 257,
+}
+POLICIES = {"1": {}, "2": {"phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}, "3": {"phd_repeat": 3, "phd_window": 5}}
+CASES = {
+    f"{scheme} K={repeat}": {"norm_scheme": scheme, **policy}
+    for scheme in ("pre", "pre_qk", "post", "hybrid", "hybrid_star")
+    for repeat, policy in POLICIES.items()
+}
+CASES["biases, LayerNorm, GELU, own head, partial RoPE"] = {
+    **{"norm_scheme": "hybrid_star", **POLICIES["2"], "normalization": "LayerNorm", "add_bias_linear": True},
+    **{"gated_linear_unit": False, "untie_embeddings_and_output_weights": True},
+    **{"rotary_percent": 0.5, "rotary_base": 500.0},
+}
+CASES["QKV bias"] = {"norm_scheme": "pre", "add_qkv_bias": True}
+
+
+def main(root: Path) -> None:
+    runtime = Runtime.start(RunConfig().parallel, seed=1, verbose=False)
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from phd_megatron.data.tokenizers import load_tokenizer
+    from phd_megatron.huggingface.export import export_checkpoint
+    from phd_megatron.model.build import build_model
+    from phd_megatron.training.checkpointing import save_checkpoint
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(257, (2, 48), generator=generator)
+    for number, (name, fields) in enumerate(CASES.items()):
+        run = RunConfig()
+        for field, value in {**SIZES, **fields}.items():
+            setattr(run.model, field, value)
+        resolve(run)
+        model = build_model(run, 257, runtime.device).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():  # initial norms and biases would hide a mix-up
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * (0.2 if "norm" in key or "bias" in key else 0.1))
+            expected = model(tokens, torch.arange(48).expand(2, -1), None)[..., :257]
+        save_checkpoint(
+            root / f"{number}",
+            iteration=1,
+            models=[model],
+            optimizer=None,
+            scheduler=None,
+            training_state={"consumed_samples": 2},
+            run_config=run,
+            tokenizer=load_tokenizer("byte"),
+            runtime=runtime,
+        )
+        report = export_checkpoint(root / f"{number}", root / f"{number}-hf")
+        exported = AutoModelForCausalLM.from_pretrained(report.output, trust_remote_code=True).eval()
+        with torch.no_grad():
+            error = (exported(tokens).logits - expected).norm() / expected.norm()
+        print(json.dumps([name, report.model_class, error.item()]), flush=True)
+    runtime.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
