@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 import numpy as np
 
@@ -83,28 +82,72 @@ def encode_pieces(tokenizer: Tokenizer, batch: list[Piece], append_eod: bool, dt
     )
 
 
-_worker: tuple[Tokenizer, bool, type[np.generic]]
-
-
-def _start_worker(directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+def _work(connection: Connection, directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
+    """Body of a worker: answer each batch until the parent closes the connection, or is gone, which looks the same."""
+    # The whole process group gets Ctrl-C or SIGTERM; the parent decides what that means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    tokenizer = load_tokenizer(directory)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            batch = connection.recv()
+            try:
+                answer: EncodedBatch | Exception = encode_pieces(tokenizer, batch, append_eod, dtype)
+            except Exception as error:  # travels to the parent, which raises it
+                answer = error
+            connection.send(answer)
 
-        def follow_parent() -> None:
-            parent.join()
-            os._exit(1)
 
-        # A killed parent must not leave workers behind; the pool's own queues do not notice.
-        threading.Thread(target=follow_parent, daemon=True).start()
-    _worker = (load_tokenizer(directory), append_eod, dtype)
+class _Workers:
+    """Processes that take batches in turn, one batch on its way to each.
 
+    Not a pool of ``concurrent.futures``: with batches larger than a pipe, some versions of Python wait forever there
+    when a worker is killed. Here a lost worker is the end of its own connection.
+    """
 
-def _work(batch: list[Piece]) -> EncodedBatch:
-    tokenizer, append_eod, dtype = _worker
-    return encode_pieces(tokenizer, batch, append_eod, dtype)
+    def __init__(self, count: int, directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
+        context = multiprocessing.get_context("spawn")  # the tokenizers library may hold threads and locks by now
+        self._processes: list[SpawnProcess] = []
+        self._connections: list[Connection] = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, directory, append_eod, dtype), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def send(self, number: int, batch: list[Piece]) -> None:
+        try:
+            self._connections[number % len(self._connections)].send(batch)
+        except OSError as error:
+            raise self._lost() from error
+
+    def receive(self, number: int) -> EncodedBatch:
+        try:
+            answer = self._connections[number % len(self._connections)].recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+        if isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, EncodedBatch)
+        return answer
+
+    def _lost(self) -> UserError:
+        return UserError(
+            f"one of {len(self._processes)} worker processes ended abruptly, most likely for lack of memory; use fewer "
+            f"--workers"
+        )
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def encode_all(
@@ -116,7 +159,7 @@ def encode_all(
     append_eod: bool,
     dtype: type[np.generic],
 ) -> Iterator[EncodedBatch]:
-    """Encoded batches in order. At most two batches a worker are on their way, so memory is bounded.
+    """Encoded batches in order. At most one batch a worker is on its way, so memory is bounded.
 
     Raises UserError when a worker dies, which is nearly always a lack of memory.
     """
@@ -124,24 +167,20 @@ def encode_all(
         for batch in batches:
             yield encode_pieces(tokenizer, batch, append_eod, dtype)
         return
-    # spawn, not fork: the tokenizers library may hold threads and locks by now.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer_directory, append_eod, dtype),
-    )
-    waiting: deque[Future[EncodedBatch]] = deque()
+    pool = _Workers(workers, tokenizer_directory, append_eod, dtype)
+    sent = received = 0
     try:
         for batch in batches:
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"one of {workers} worker processes ended abruptly, most likely for lack of memory; use fewer --workers"
-        ) from error
+            done = None
+            if sent - received == workers:
+                done = pool.receive(received)
+                received += 1
+            pool.send(sent, batch)  # before the answer is written, so that the worker does not wait for that
+            sent += 1
+            if done is not None:
+                yield done
+        while received < sent:
+            yield pool.receive(received)
+            received += 1
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()

@@ -20,6 +20,7 @@ from phd_megatron.data.bpe import train_bpe
 from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.output import Output, read_sidecar
 from phd_megatron.data.preprocess import prepare
+from phd_megatron.data.readers import Piece
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 
@@ -163,11 +164,12 @@ def test_two_prepares_at_once_are_refused(corpus, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dead_worker_is_an_error_not_a_hang(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("characters", [100, 300_000])
+def test_dead_worker_is_an_error_not_a_hang(corpus, tmp_path, monkeypatch, characters):
     def killing(pieces):
-        for number, piece in enumerate(pieces):
-            yield [piece]
-            if number == 0:
+        for number in range(20):
+            yield [Piece("x" * characters, True, True)]
+            if number == 5:
                 for child in multiprocessing.active_children():
                     child.kill()
 
@@ -175,6 +177,12 @@ def test_dead_worker_is_an_error_not_a_hang(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ended abruptly"):
         prepare([corpus], tmp_path / "d", workers=2, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_error_in_a_worker_arrives(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("phd_megatron.data.preprocess.batches_of", lambda pieces: [[Piece("\ud800", True, True)]])
+    with pytest.raises(UnicodeEncodeError):
+        prepare([corpus], tmp_path / "d", workers=2, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +197,9 @@ def slow_input(tmp_path_factory):
 def start_prepare(source, output, workers):
     arguments = [sys.executable, "-m", "phd_megatron", "prepare", "--input", str(source / "big.txt")]
     arguments += ["--output-prefix", str(output), "--tokenizer", str(source / "tokenizer"), "--workers", str(workers)]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     partial = Path(f"{output}.partial") / "data.bin"
     deadline = time.monotonic() + 60
     while not (partial.exists() and partial.stat().st_size > 0):
@@ -238,9 +248,9 @@ preprocess.prepare(["in.txt"], "d", overwrite=True, progress=False)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sigterm_cleans_up(slow_input, tmp_path, workers):
+def test_sigterm_of_the_whole_group_cleans_up(slow_input, tmp_path, workers):
     process = start_prepare(slow_input, tmp_path / "d", workers)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
