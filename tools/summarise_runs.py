@@ -35,7 +35,7 @@ def shown(value: float | str | None, form: str) -> str:
 
 def table(rows: list[dict[str, float | str | None]], title: str) -> Table:
     """The first run is the one that differences refer to."""
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     result.add_column("run", no_wrap=True)
     for column in ("validation\nloss", "difference", "perplexity", "tokens/s", "processed\ntokens/s"):
         result.add_column(column, justify="right")
