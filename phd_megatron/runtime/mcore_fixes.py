@@ -19,6 +19,7 @@ _NOISE = (
     "Apex is not installed",
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    r"`torch\.distributed\.\w+` is deprecated",  # torch 2.13 renames all_gather_into_tensor, reduce_scatter_tensor
 )
 
 
@@ -94,14 +95,47 @@ def _adam_state_without_step(module: Any) -> None:
     @functools.wraps(original)
     @torch.no_grad()  # a shard of an fp32 parameter is a view of a leaf, which autograd refuses to write into
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        if not self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 and "step" not in tensors:
+        if not self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             group, order = self.model_param_group_index_map[model_param]
             state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-            if "step" in state:  # loaded already, with the parameter groups
+            # The step was loaded before, with the parameter groups. fully_reshardable brings none, and dp_reshardable
+            # brings the one from before loading.
+            if "step" in state:
                 tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _padded_buckets(module: Any) -> None:
+    optimizer = module.DistributedOptimizer
+    original = optimizer.sharded_param_state_fully_reshardable
+
+    def with_padding(self: Any, state: Any) -> Any:
+        for index, buffer in enumerate(self.buffers):
+            for tensors in state[index].values() if state else ():
+                for key, compact in tensors.items():
+                    if key == "numel_unpadded" or compact.numel() == buffer.numel:
+                        continue
+                    padded = compact.new_zeros(buffer.numel)
+                    taken = 0
+                    for (start, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+                        count = bucket.numel_unpadded
+                        padded[start : start + count] = compact[taken : taken + count]
+                        taken += count
+                    tensors[key] = padded
+        return state
+
+    @functools.wraps(original)
+    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gather = self.get_parameter_state_dp_zero
+        self.get_parameter_state_dp_zero = lambda *a, **k: with_padding(self, gather(*a, **k))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.get_parameter_state_dp_zero
+
+    optimizer.sharded_param_state_fully_reshardable = sharded
 
 
 def _checkpoint_without_output(module: Any) -> None:
@@ -131,7 +165,14 @@ REDIRECTS = (
         "adam-state-without-step",
         ("megatron.core.optimizer.distrib_optimizer",),
         _adam_state_without_step,
-        "loading fully_reshardable states fails on 'step' and on writing into a leaf",
+        "loading sharded states lacks 'step' or sets it back to 0, and writes into a leaf",
+    ),
+    Redirect(
+        "padded-buckets",
+        ("megatron.core.optimizer.distrib_optimizer",),
+        _padded_buckets,
+        "fully_reshardable cuts parameters out of gathered buckets at offsets that count the padding it has dropped: "
+        "states of all buckets but the first are saved shifted (ddp_bucket_size; tied embeddings with pipelines)",
     ),
     Redirect(
         "checkpoint-without-output",

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 
 from phd_megatron.runtime.checkpoint_store import METADATA, CheckpointError
@@ -131,7 +132,12 @@ class _LoadPlanner(mcore_torch.MCoreLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         # torch's own uses weights_only=False here
         with torch.serialization.safe_globals([io.BytesIO]):
-            self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+            content = torch.load(value, map_location="cpu", weights_only=True)
+        key = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], content)
+        else:
+            self.state_dict[key] = content
 
 
 class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):

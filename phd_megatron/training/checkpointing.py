@@ -234,7 +234,7 @@ def load_checkpoint(
     elif optimizer is not None:
         optimizer.reload_model_params()  # main parameters are copies of the model's
     if "rng_state" in state:
-        rng_state.restore(loaded["rng_state"][0], runtime.device)
+        rng_state.restore(loaded["rng_state"], runtime.device)
     runtime.log(f"loaded checkpoint {path}" + ("" if wants_optimizer else " (parameters only)"))
     return training_state
 

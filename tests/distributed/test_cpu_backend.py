@@ -24,6 +24,7 @@ CASES = (
     "torch-adamw/state",
     "torch-adamw/speed",
     "adam-state-without-step",
+    "padded-buckets",
     "checkpoint-without-output",
     "te-general-gemm",
 )

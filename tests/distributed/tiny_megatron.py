@@ -293,6 +293,7 @@ CASES = {
     "torch-adamw/state": lambda directory: _resume(directory),
     "torch-adamw/speed": lambda directory: _is_fused(),
     "adam-state-without-step": lambda directory: _resume(directory),
+    "padded-buckets": lambda directory: _resume(directory, overlap=1),
     "checkpoint-without-output": lambda directory: _train(recompute="layernorm"),
     "te-general-gemm": lambda directory: _train(moe=1),
 }

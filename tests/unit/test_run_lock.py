@@ -1,0 +1,163 @@
+"""One run per save directory; a killed run, or its orphaned children, never locks the next one out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from phd_megatron.errors import UserError
+from phd_megatron.training.run_lock import LEASE_NAME, RunLock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDER = """
+import os, sys, time
+from phd_megatron.training import run_lock
+if sys.argv[2] == "lease":
+    import errno
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    run_lock.fcntl.lockf = no_locks
+lock = run_lock.RunLock(sys.argv[1], heartbeat_seconds=0.1).acquire()
+if os.fork() == 0:      # a data-loader worker that outlives its parent, with every descriptor it inherited
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+class Holder:
+    """Another process that holds the lock and has a forked child."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(directory), kind],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self.process.stdout is not None
+        lines = {self.process.stdout.readline().strip(), self.process.stdout.readline().strip()}
+        numbers = [line for line in lines if line.isdecimal()]
+        assert "held" in lines and numbers, "\n".join([*lines, self.process.stdout.read()])
+        self.child = int(numbers[0])
+
+    def kill(self) -> None:
+        """kill -9 of the holder; its child lives on."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        os.kill(self.child, 0)
+
+    def end(self) -> None:
+        """Clean up after the test."""
+        for pid in (self.process.pid, self.child):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture(params=["lock", "lease"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the file system's locks, and on one that has none."""
+    if request.param == "lease":
+
+        def no_locks(*_: object) -> None:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+    return request.param
+
+
+def lock(directory: Path) -> RunLock:
+    return RunLock(directory, grace_seconds=0.2, heartbeat_seconds=0.1)
+
+
+def test_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, kind: str) -> None:
+    holder = Holder(tmp_path, kind)
+    try:
+        with pytest.raises(UserError) as refusal:
+            lock(tmp_path).acquire()
+        message = str(refusal.value)
+        assert f"process {holder.process.pid} on host {socket.gethostname()} since 20" in message
+        assert str(tmp_path) in message and "--save" in message
+        holder.kill()
+        began = time.monotonic()
+        with lock(tmp_path):
+            assert time.monotonic() - began < 2
+    finally:
+        holder.end()
+
+
+def test_released_lock_is_free_and_can_be_taken_again(tmp_path: Path, kind: str) -> None:
+    for _ in range(2):
+        held = lock(tmp_path).acquire()
+        held.release()
+        held.release()
+
+
+def test_same_process_cannot_take_it_twice_nor_lose_it_by_trying(tmp_path: Path) -> None:
+    with lock(tmp_path):
+        with pytest.raises(UserError, match="this process already"):
+            lock(tmp_path).acquire()
+        code = "import sys; from phd_megatron.training.run_lock import RunLock as R; R(sys.argv[1]).acquire()"
+        second = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
+        assert "another run saves into" in second.stderr, "the failed attempt gave the lock away"
+
+
+def test_lease_of_a_silent_host_is_taken_over_and_of_a_beating_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    elsewhere = {"host": "elsewhere", "pid": 1, "since": "2024-01-01 00:00:00", "token": "x", "beat": 0}
+    (tmp_path / LEASE_NAME).write_text(json.dumps(elsewhere))
+    lock(tmp_path).acquire().release()
+    assert not (tmp_path / LEASE_NAME).exists()
+
+    beat = """
+import json, sys, time, os
+for beat in range(1000):
+    with open(sys.argv[1] + ".new", "w") as stream:
+        json.dump({"host": "elsewhere", "pid": 1, "since": "then", "token": "x", "beat": beat}, stream)
+    os.replace(sys.argv[1] + ".new", sys.argv[1])
+    time.sleep(0.02)
+"""
+    beating = subprocess.Popen([sys.executable, "-c", beat, str(tmp_path / LEASE_NAME)])
+    try:
+        while not (tmp_path / LEASE_NAME).exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="process 1 on host elsewhere"):
+            lock(tmp_path).acquire()
+    finally:
+        beating.kill()
+        beating.wait()
+
+
+def test_damaged_lease_does_not_lock_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    (tmp_path / LEASE_NAME).write_bytes(b"\0\0")
+    lock(tmp_path).acquire().release()
+
+
+def test_unwritable_directory_is_a_plain_refusal(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose a writable --save directory"):
+        lock(tmp_path / "absent").acquire()
