@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import phd_attention
+from phd_megatron.kernels.rope import rope
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
 
@@ -38,12 +39,19 @@ class PHDSelfAttention(SelfAttention):
                 norm = head_norm(config, self.hidden_size_per_attention_head, config.layernorm_epsilon)
                 setattr(self, attribute, sum_gradient_over_tensor_parallel(norm))
 
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.rope.rope_table`."""
+        self._rope_table = rotary_pos_emb  # applied below, so that Megatron-Core's own, slower rotation has nothing to do
+        return super().forward(hidden_states, *args, **kwargs)
+
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron-Core's, with the value normed too: q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]``."""
-        query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
+        """Projected, normed and turned: q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]``; v is not turned."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         if (norm := getattr(self, "v_layernorm", None)) is not None:
             value = norm(value)
-        return (query, key, value, *gate)
+        if self._rope_table is not None:
+            query, key = rope(query, self._rope_table), rope(key, self._rope_table)
+        return query, key, value
 
 
 class PHDCoreAttention(nn.Module):

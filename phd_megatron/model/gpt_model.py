@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.rope import rope_table
 from phd_megatron.phd.copies import join_copies, repeat_tokens
 
 
@@ -50,14 +51,15 @@ class PHDGPTModel(GPTModel):
         return decoder_input, self._rotary_table(rows), None, None, None, None
 
     def _rotary_table(self, rows: int) -> Tensor:
-        """RoPE angles for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""
+        """RoPE table for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""
         if rows not in self.rotary_pos_emb_cache:
             ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
             local_tokens = rows // self.repeat * ranks
-            # [s, 1, 1, hn] of this context-parallel rank, which the table slices by itself
+            # [s, 1, 1, hn] of this context-parallel rank, which Megatron-Core slices by itself
             angles = self.rotary_pos_emb(local_tokens * self.config.context_parallel_size)
             copies = angles.expand(self.repeat, *angles.shape)
-            self.rotary_pos_emb_cache = {rows: join_copies(copies, ranks).contiguous()}  # [ranks*K*s_rank, 1, 1, hn]
+            table = rope_table(join_copies(copies, ranks), self.config.params_dtype)  # [2, ranks*K*s_rank, 1, 1, hn/2]
+            self.rotary_pos_emb_cache = {rows: table}
         return self.rotary_pos_emb_cache[rows]
 
 

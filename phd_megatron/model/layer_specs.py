@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -15,7 +16,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch import Tensor
 
+from phd_megatron.kernels.swiglu import swiglu
 from phd_megatron.model.attention import PHDCoreAttention, PHDSelfAttention, PHDSelfAttentionSubmodules
 from phd_megatron.model.residual import SublayerResidual
 from phd_megatron.norm.modules import norm_class
@@ -29,6 +32,14 @@ _CHECKPOINT_NAMES = {
     "self_attn_bda.output_norm.": "attention_output_layernorm.",
     "mlp_bda.output_norm.": "mlp_output_layernorm.",
 }
+
+
+class SwiGLU(MegatronModule):
+    """The FFN's activation in the slot that Megatron-Core has for Transformer Engine's."""
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """``[rows, b, 2f]`` to ``[rows, b, f]``."""
+        return swiglu(gate_and_up)
 
 
 def linear_modules(transformer_engine: bool) -> tuple[type, type]:
@@ -71,7 +82,11 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
             pre_mlp_layernorm=norm if block.mlp.input_norm and not normed_residual else IdentityOp,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
+                submodules=MLPSubmodules(
+                    linear_fc1=column_linear,
+                    linear_fc2=row_linear,
+                    activation_func=SwiGLU if config.gated_linear_unit else None,
+                ),
             ),
             mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=last_layer and not prune),
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,

@@ -79,6 +79,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
         "gated_linear_unit": model.gated_linear_unit,
+        "use_te_activation_func": model.gated_linear_unit,  # the slot that takes our SwiGLU
         "activation_func": F.silu if model.gated_linear_unit else F.gelu,
         "add_bias_linear": model.add_bias_linear,
         "add_qkv_bias": model.add_qkv_bias,

@@ -77,7 +77,7 @@ def stock_model(run: RunConfig, core_attention=None, norm=None):
     if norm is not None:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     model = GPTModel(
-        config=build_transformer_config(run),
+        config=replace(build_transformer_config(run), use_te_activation_func=False),
         transformer_layer_spec=spec,
         vocab_size=64,
         max_sequence_length=16,

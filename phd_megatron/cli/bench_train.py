@@ -1,0 +1,251 @@
+"""``phd-megatron bench train``: our training step against Hugging Face's, and PHD against vanilla.
+
+Contenders see the same batches and run interleaved, step by step, so that a busy machine slows all of them; the table
+shows medians. Ours is the whole step of ``pretrain`` (schedule, gradient buffers, clipping, distributed optimizer);
+Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(fused=True)``. Before anything is timed
+the two vanilla models, given the same weights, must have the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.cli.tables import print_table
+from phd_megatron.config.resolve import resolve
+from phd_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from phd_megatron.errors import UserError
+
+SIZES: dict[str, dict[str, int]] = {
+    "quickstart": {
+        "num_layers": 6,
+        "hidden_size": 128,
+        "ffn_hidden_size": 384,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "seq_length": 256,
+        "vocab_size": 384,
+        "micro_batch_size": 16,
+    },
+    "12x768": {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "ffn_hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_query_groups": 4,
+        "seq_length": 1024,
+        "vocab_size": 32000,
+        "micro_batch_size": 1,
+    },
+}
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+Step = Callable[[Any], float]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phd-megatron bench train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--size", choices=SIZES, default="quickstart", help="model and batch (default %(default)s)")
+    parser.add_argument("--seq-length", type=int, default=None, help="instead of the size's own")
+    parser.add_argument("--micro-batch-size", type=int, default=None, help="instead of the size's own")
+    parser.add_argument("--repeat", type=int, default=2, help="K of the PHD contender (default %(default)s)")
+    parser.add_argument("--norm-scheme", default="hybrid_star", help="scheme of a further contender at K = 1")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after two to warm up")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 parameters")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one per usable core)")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--check", action="store_true", help="exit 1 if we are slower than Hugging Face or PHD exceeds K")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Check, time, print. 1 if ``--check`` was asked for and a bound is missed."""
+    args = _parser().parse_args(argv)
+    from phd_megatron.runtime.context import Runtime
+
+    with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:
+        import torch
+
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        runs = _runs(args)
+        batches = _batches(runs["vanilla"])
+        steps: dict[str, Step] = {"Hugging Face Llama": _hugging_face_step(runs["vanilla"], runtime)}
+        for name, config in runs.items():
+            steps[name] = _our_step(config, runtime)
+        _check_losses(steps, batches, "bfloat16" if args.bf16 else "float32")
+        seconds = _measure(steps, batches, args.rounds, runtime.synchronize)
+        return _show(args, runs["vanilla"], seconds, runtime.describe())
+
+
+def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
+    size = dict(SIZES[args.size])
+    for name in ("seq_length", "micro_batch_size"):
+        if (value := getattr(args, name)) is not None:
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+            size[name] = value
+    micro_batch_size = size.pop("micro_batch_size")
+    model = ModelConfig(**size)
+    vanilla = RunConfig(
+        model=model,
+        training=TrainingConfig(micro_batch_size=micro_batch_size, train_iters=1, bf16=args.bf16),
+        optimizer=OptimizerConfig(lr=1e-4),
+    )
+    runs = {
+        "vanilla": vanilla,
+        args.norm_scheme: replace(vanilla, model=replace(model, norm_scheme=args.norm_scheme)),
+        f"PHD K={args.repeat}": replace(vanilla, model=replace(model, phd_repeat=args.repeat)),
+    }
+    for config in runs.values():
+        resolve(config)
+    return runs
+
+
+def _batches(config: RunConfig) -> list[Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    assert config.model.vocab_size is not None
+    shape = (config.training.micro_batch_size, config.model.seq_length + 1)
+    return [torch.randint(0, config.model.vocab_size, shape, generator=generator) for _ in range(4)]
+
+
+def _our_step(config: RunConfig, runtime: Any) -> Step:
+    import torch
+
+    from phd_megatron.model.build import build_model
+    from phd_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+    from phd_megatron.training.step import Stepper
+
+    assert config.model.vocab_size is not None
+    model = wrap_data_parallel(build_model(config, config.model.vocab_size, runtime.device), config)
+    optimizer = build_optimizer([model], config)
+    size, length = config.training.micro_batch_size, config.model.seq_length
+    stepper = Stepper(model, optimizer, runtime.device, size, length, config.model.phd_repeat)
+    positions = torch.arange(length).expand(size, -1)
+    mask = torch.ones(size, length)
+
+    def step(tokens: Any) -> float:
+        batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": mask}
+        total, count = stepper.train(iter([batch]), 1).loss.tolist()
+        return float(total / count)
+
+    step.model = model  # type: ignore[attr-defined]
+    return step
+
+
+def _hugging_face_step(config: RunConfig, runtime: Any) -> Step:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model_config, options = config.model, config.optimizer
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model_config.vocab_size,
+            hidden_size=model_config.hidden_size,
+            intermediate_size=model_config.ffn_hidden_size,
+            num_hidden_layers=model_config.num_layers,
+            num_attention_heads=model_config.num_attention_heads,
+            num_key_value_heads=model_config.num_query_groups,
+            max_position_embeddings=model_config.seq_length,
+            rms_norm_eps=model_config.layernorm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": model_config.rotary_base},
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    ).to(device=runtime.device, dtype=torch.bfloat16 if config.training.bf16 else torch.float32)
+    _give_our_weights(llama, config)
+    betas = (options.adam_beta1, options.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        llama.parameters(), options.lr, betas, options.adam_eps, options.weight_decay, fused=True
+    )
+
+    def step(tokens: Any) -> float:
+        tokens = tokens.to(runtime.device)
+        optimizer.zero_grad()
+        # shift_labels: score every token, as we do; by default the last position of a sample is not trained on
+        loss = llama(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip_grad)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def _give_our_weights(llama: Any, config: RunConfig) -> None:
+    """The values that our initialisation draws, through the export's mapping."""
+    import torch
+
+    from phd_megatron.huggingface.architecture import Architecture
+    from phd_megatron.huggingface.mapping import dense_rules
+    from phd_megatron.model.build import build_model
+
+    assert config.model.vocab_size is not None
+    ours = build_model(config, config.model.vocab_size, torch.device("cpu"))
+    tensors = dict(ours.named_parameters())
+    state = {}
+    for rule in dense_rules(Architecture.from_model(config.model, config.model.vocab_size)):
+        state.update(rule.to_hf(tensors[rule.mcore].detach()))
+    missing, unexpected = llama.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not match: missing {missing}, unexpected {unexpected}")
+
+
+def _check_losses(steps: dict[str, Step], batches: list[Any], dtype: str) -> None:
+    """First losses with equal weights; these steps are the warm-up too."""
+    losses = {name: [step(batch) for batch in batches[:2]] for name, step in steps.items()}
+    expected, found = losses["Hugging Face Llama"][0], losses["vanilla"][0]
+    if abs(found - expected) > LOSS_TOLERANCE[dtype] * abs(expected):
+        raise UserError(
+            f"the vanilla model's loss is {found}, Hugging Face's with the same weights {expected}; they should agree "
+            f"within {LOSS_TOLERANCE[dtype]:g}, so a timing would compare different things. Please report this"
+        )
+
+
+def _measure(
+    steps: dict[str, Step], batches: list[Any], rounds: int, synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds):
+        for name, step in steps.items():
+            synchronize()
+            start = time.perf_counter()
+            step(batches[number % len(batches)])
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _show(args: argparse.Namespace, config: RunConfig, seconds: dict[str, list[float]], where: str) -> int:
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    # Ratios pair the steps of one round, so that a slow moment of the machine falls on both sides.
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(values, seconds["vanilla"], strict=True))
+        for name, values in seconds.items()
+    }
+    rows = [
+        [name, f"{value * 1e3:.1f}", f"{tokens / value:.0f}", f"{ratio[name]:.3f}"] for name, value in median.items()
+    ]
+    precision = "bfloat16" if args.bf16 else "float32"
+    title = (
+        f"training step, {args.size}: {config.training.micro_batch_size} x {config.model.seq_length} tokens, {precision}, "
+        f"median of {args.rounds}; {where}, {platform.processor() or platform.machine()}"
+    )
+    print_table(title, ["model", "ms", "original tokens/s", "time / vanilla"], rows)
+    ahead, phd = ratio["Hugging Face Llama"], ratio[f"PHD K={args.repeat}"]
+    print(f"vanilla is {ahead:.3f} x as fast as Hugging Face; PHD K={args.repeat} takes {phd:.3f} x the vanilla step")
+    if args.json is not None:
+        report = {"size": args.size, "precision": precision, "where": where, "seconds": seconds, "time_ratio": ratio}
+        args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return int(args.check and (ahead < 1.0 or phd > args.repeat))
