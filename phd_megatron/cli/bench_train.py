@@ -23,7 +23,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from phd_megatron.errors import UserError
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {
         "num_layers": 6,
         "hidden_size": 128,

@@ -27,6 +27,7 @@ class PHDGPTModel(GPTModel):
     def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.repeat = self.config.kv_policy.repeat
+        self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
 
@@ -47,8 +48,8 @@ class PHDGPTModel(GPTModel):
             )
         if decoder_input is None and self.pre_process:
             decoder_input = repeat_tokens(self.embedding(input_ids=input_ids, position_ids=position_ids), self.repeat)
-        rows = (decoder_input if self.pre_process else self.decoder.input_tensor).size(0)
-        return decoder_input, self._rotary_table(rows), None, None, None, None
+        rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
+        return decoder_input, self._rotary_table(rows.size(0)), None, None, None, None
 
     def _rotary_table(self, rows: int) -> Tensor:
         """RoPE table for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""
@@ -69,10 +70,9 @@ def _mask_vocabulary_padding(output_layer: nn.Module, true_vocab_size: int) -> N
     In place and outside autograd: the loss gives such a logit a gradient of exactly zero by itself.
     """
 
-    def mask(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+    def mask(module: Any, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
         logits = outputs[0]
-        ranks = 1 if module.gather_output else module.tp_group.size()  # type: ignore[union-attr,operator]
-        first = module.tp_group.rank() * logits.size(-1) if ranks > 1 else 0  # type: ignore[union-attr,operator]
+        first = 0 if module.gather_output else module.tp_group.rank() * logits.size(-1)
         with torch.no_grad():
             logits[..., max(true_vocab_size - first, 0) :].fill_(float("-inf"))
 
