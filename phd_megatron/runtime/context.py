@@ -125,7 +125,7 @@ def choose_threads(environment: Environment, variables: Mapping[str, str] | None
         return None, "OMP_NUM_THREADS"
     cores = usable_cores()
     threads = max(1, cores // environment.local_world_size)
-    return threads, f"{cores} cores / {environment.local_world_size} local ranks"
+    return threads, f"{cores} cores for {environment.local_world_size} processes on this host"
 
 
 class Runtime:

@@ -29,6 +29,17 @@ def install() -> None:
     activate(REDIRECTS)
 
 
+#: warnings that say nothing to the user of this program: what is missing is said better by `phd-megatron doctor`, and
+#: how megatron calls torch is megatron's business
+_NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+)
+
+
 def _quiet() -> None:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
