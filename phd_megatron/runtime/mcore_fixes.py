@@ -12,7 +12,6 @@ from typing import Any
 
 from phd_megatron.runtime.redirects import Redirect, activate
 
-
 #: what Megatron says on every start and nobody can act on; `phd-megatron doctor` says the useful part better
 _NOISE = (
     "Transformer Engine and Apex are not installed",
@@ -27,17 +26,6 @@ def install() -> None:
     """Correct the defects in every megatron module imported so far and from now on. May be called again."""
     _quiet()
     activate(REDIRECTS)
-
-
-#: warnings that say nothing to the user of this program: what is missing is said better by `phd-megatron doctor`, and
-#: how megatron calls torch is megatron's business
-_NOISE = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "full scope is deprecated",
-    "The .grad attribute of a Tensor that is not a leaf",
-    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
-)
 
 
 def _quiet() -> None:
