@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import os
+import select
+import signal
 import sys
 
 from phd_megatron import __version__
+from phd_megatron.cli.say_once import say_once
 from phd_megatron.errors import UserError
 
 COMMANDS = {
@@ -19,15 +24,46 @@ COMMANDS = {
 }
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: phd-megatron COMMAND [OPTIONS]", "", "commands:", *lines, "", "COMMAND --help says more."])
+def available() -> dict[str, str]:
+    """The commands whose module is installed."""
+    return {name: text for name, text in COMMANDS.items() if importlib.util.find_spec(_module(name))}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. 0 is success, 2 a refusal that the message explains."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command.
+
+    Returns:
+        0 for success, 2 for a refusal that the message explains, 130 after Ctrl-C, 141 when the reader of the output
+        is gone (``| head``). Anything unexpected is raised, with its traceback.
+    """
+    try:
+        return _guarded(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        if not _stdout_has_no_reader():
+            raise
+        _discard_stdout()
+        return 128 + signal.SIGPIPE
+
+
+def _guarded(argv: list[str]) -> int:
+    end: int | SystemExit
+    try:
+        end = _run(argv)
+    except SystemExit as stop:  # of --help
+        end = stop
+    except UserError as error:
+        say_once(f"error: {error}")
+        end = 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        end = 128 + signal.SIGINT
+    sys.stdout.flush()  # here, where a broken pipe is handled, and not at the interpreter's end
+    if isinstance(end, SystemExit):
+        raise end
+    return end
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -35,13 +71,40 @@ def main(argv: list[str] | None = None) -> int:
         print(f"phd-megatron {__version__}")
         return 0
     name, *rest = argv
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
-        print(f"error: unknown command {name!r}{hint}", file=sys.stderr)
-        return 2
+    commands = available()
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    code: int = importlib.import_module(_module(name)).run(rest)
+    return code
+
+
+def _module(name: str) -> str:
+    return f"phd_megatron.cli.{name}"
+
+
+def _usage() -> str:
+    commands = available()
+    width = max(map(len, commands), default=0)
+    lines = [f"  {name:<{width}}  {text}" for name, text in commands.items()]
+    return "\n".join(
+        ["usage: phd-megatron COMMAND [OPTIONS]", "", "commands:", *lines, "", "COMMAND --help says more."]
+    )
+
+
+def _stdout_has_no_reader() -> bool:
+    """Whether a ``BrokenPipeError`` is about our output, and not about a socket or a process of ours."""
     try:
-        return importlib.import_module(f"phd_megatron.cli.{name}").run(rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _discard_stdout() -> None:
+    # What is still buffered would be written once more at the interpreter's end.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
