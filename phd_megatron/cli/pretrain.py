@@ -20,6 +20,9 @@ from phd_megatron.runtime.parallel_dims import ParallelDims
 def run(argv: list[str]) -> int:
     """Everything that can be refused is refused before a process group, a model or a file exists."""
     environment = Environment.read()
+    from phd_megatron.training.signals import die_with_launcher
+
+    die_with_launcher()
     install_backend(choose_device(_asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
     config, notes, origins = _configure(argv, environment)
 
@@ -112,6 +115,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             )
         )
         parameters = sum(p.numel() for p in trainer.model.parameters())
-        reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {trainer.progress.iteration}")
+        start = trainer.progress.iteration
+        reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
         reason = trainer.train(reporter, exits)
         reporter.log(f"stopped at iteration {trainer.progress.iteration}: {reason}")

@@ -32,7 +32,8 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     """Bring iterations, samples, tokens and fractions to samples.
 
     Raises:
-        UserError: when a warm-up does not fit into the decay.
+        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
+            reach the global batch size.
     """
     training, optimizer = run.training, run.optimizer
     if training.train_samples is not None:
@@ -43,6 +44,12 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
         total = training.train_iters * global_batch_size
     else:
         raise UserError("train_iters and train_samples are both missing: set one of them")
+
+    first_batch = _check_ramp_up(training.rampup_batch_size, global_batch_size)
+    if total < first_batch:
+        raise UserError(
+            f"train_samples={total} is less than one batch of {first_batch} samples; raise it to {first_batch} or more"
+        )
 
     def samples(iters: int | None, given: int | None, default: int) -> int:
         return given if given is not None else iters * global_batch_size if iters is not None else default
@@ -65,6 +72,20 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     if optimizer.lr_decay_style == "WSD":
         wsd = samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
     return Schedule(total, decay, warmup, wsd)
+
+
+def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
+    """Samples of the first step."""
+    if ramp is None:
+        return global_batch_size
+    start, increment, _ = ramp
+    missing = global_batch_size - start
+    if missing <= 0 or missing % increment:
+        raise UserError(
+            f"rampup_batch_size={ramp}: steps of {increment} from {start} do not end at "
+            f"global_batch_size={global_batch_size}; start below it, with an increment that divides the difference"
+        )
+    return start
 
 
 def wrap_data_parallel(model: PHDGPTModel, run: RunConfig) -> DistributedDataParallel:

@@ -120,7 +120,7 @@ class Trainer:
 
     def _open_data(self) -> None:
         run = self.run
-        self.total_iterations = run.training.train_iters or math.ceil(self.schedule.total / self.global_batch_size)
+        self.total_iterations = self._count_iterations()
         eval_samples = run.training.eval_iters * self.global_batch_size
         train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
         self.train_stream = self._stream(train)
@@ -144,10 +144,11 @@ class Trainer:
         self.reporter = reporter
         interval = Interval(time.perf_counter())
         reason = "finished"
-        while progress.consumed_samples < self.schedule.total:
+        last = self._next_batch(progress.consumed_samples) == 0
+        while not last:
             grad_norm = self._one_step(interval)
             reporter.advance(progress.iteration)
-            last = progress.consumed_samples >= self.schedule.total
+            last = self._next_batch(progress.consumed_samples) == 0
             evaluate = self._evaluates(last)
             validation_loss = self._evaluate(interval) if evaluate else None
             if progress.iteration % run.logging.log_interval == 0 or evaluate or last:
@@ -165,11 +166,25 @@ class Trainer:
             self.save()
         return reason
 
+    def _next_batch(self, consumed_samples: int) -> int:
+        """Samples of the step that starts there; 0 at the end, where less than a batch is left out as in Megatron."""
+        microbatches.update_num_microbatches(consumed_samples, consistency_check=False)
+        samples = microbatches.get_current_global_batch_size()
+        return samples if consumed_samples + samples <= self.schedule.total else 0
+
+    def _count_iterations(self) -> int:
+        """Steps of the whole run, those of the batch-size ramp included."""
+        ramp = self.run.training.rampup_batch_size
+        consumed = steps = 0
+        while ramp is not None and consumed <= ramp[2] and (samples := self._next_batch(consumed)):
+            consumed += samples
+            steps += 1
+        return steps + (self.schedule.total - consumed) // self.global_batch_size
+
     def _one_step(self, interval: Interval) -> float:
         progress, logging = self.progress, self.run.logging
-        microbatches.update_num_microbatches(progress.consumed_samples, consistency_check=False)
+        samples = self._next_batch(progress.consumed_samples)
         count = microbatches.get_num_microbatches()
-        samples = count * self.run.training.micro_batch_size * self.runtime.dims.dp
         iteration = progress.iteration + 1
         dump = None
         if logging.dump_gradients_dir and iteration in logging.dump_gradients_iterations:
