@@ -6,6 +6,7 @@ change is a row of :data:`REDIRECTS` with its reason, and each has a test that f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -29,6 +30,7 @@ def install(skip: Collection[str] = ()) -> None:
     unknown = set(skip) - {redirect.name for redirect in REDIRECTS} - set(METHODS)
     if unknown:
         raise ValueError(f"skip={sorted(unknown)} names no redirect of the CPU backend")
+    warnings.filterwarnings("ignore", message="When using .* CUDA_DEVICE_MAX_CONNECTIONS")
     if "tensor-cuda" not in skip:
         _tensor_cuda()
     activate(redirect for redirect in _table(skip) if redirect.name not in skip)
