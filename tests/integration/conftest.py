@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,8 @@ def flags(values: dict[str, object]) -> list[str]:
     """``{"a": 1, "b": True}`` to ``["--a", "1", "--b"]``."""
     words: list[str] = []
     for name, value in values.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        items = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, items)]
     return words
 
 
@@ -41,6 +43,43 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "phd_megatron", "prepare", "--input", text, "--output-prefix", prefix]
     subprocess.run([*map(str, command), "--tokenizer", "byte"], check=True, cwd=ROOT, capture_output=True, timeout=120)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of byte-tokenised data of many documents, so that it can be split: 24 thousand tokens."""
+    directory = tmp_path_factory.mktemp("documents")
+    texts = (f"{i} times {i} is {i * i}; " + "lorem ipsum dolor " * (i % 5) for i in range(400))
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prefix = directory / "data"
+    done = run_program("prepare", "--input", directory / "text.jsonl", "--output-prefix", prefix)
+    assert done.returncode == 0, done.stdout
+    return prefix
+
+
+def program_environment() -> dict[str, str]:
+    """Variables of the real program as a world of one with one thread."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    path = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
+    return {**variables, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+
+
+def run_program(*args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """``python -m phd_megatron args...`` as a process of its own; ``stdout`` holds both streams."""
+    return subprocess.run(
+        [sys.executable, "-m", "phd_megatron", *map(str, args)],
+        cwd=ROOT,
+        env=program_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a ``--metrics-file``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 
 from phd_megatron.training.gradient_dump import load_gradients
 
-from .conftest import TINY_MODEL, flags  # noqa: TID252
+from .conftest import TINY_MODEL, flags
 
 TOLERANCE = 1e-5
 MODELS = {f"{scheme}-k{repeat}": (scheme, repeat) for scheme in ("pre", "hybrid_star") for repeat in (1, 2, 3)}
