@@ -63,19 +63,18 @@ def from_rank_zero(function: Callable[[], T]) -> T:
         UserError: on every rank, with rank 0's message, when ``function`` refused or failed there.
     """
     outcome: list[Any] = [None, None]
+    cause: Exception | None = None
     if rank() == 0:
         try:
             outcome[0] = function()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[1], cause = str(error), error
         except Exception as error:
-            if world_size() == 1:
-                raise
-            outcome[1] = f"{type(error).__name__}: {error}"
+            outcome[1], cause = f"{type(error).__name__}: {error}", error
     if world_size() > 1:
         dist.broadcast_object_list(outcome, src=0, group=control_group())
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise UserError(outcome[1]) from cause
     return outcome[0]
 
 
