@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def write(directory: Path, sharded: dict[str, Any], common: dict[str, Any]) -> N
     """
 
     def write_common() -> None:
-        with open(directory / COMMON_STATE_FNAME, "wb") as stream:
+        with _system_error(), open(directory / COMMON_STATE_FNAME, "wb") as stream:
             torch.save(common, stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -97,7 +98,7 @@ def write(directory: Path, sharded: dict[str, Any], common: dict[str, Any]) -> N
 
     tensors = agreement.everywhere(translate)
     planner = mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
     try:
         dcp.save(tensors, storage_writer=writer, planner=planner)
     except CheckpointException as error:
@@ -126,6 +127,26 @@ def requested(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedObject]
         value.unique_key if isinstance(value, ShardedObject) else value.key: value
         for value in nested_values(extract_sharded_base(sharded)[0])
     }
+
+
+@contextmanager
+def _system_error() -> Iterator[None]:
+    """Raise the operating system's "No space left on device" where torch's archive writer hides it behind its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        hidden: BaseException | None = error
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__cause__ or hidden.__context__
+        if hidden is None:
+            raise
+        raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with _system_error():
+            return super().write_data(plan, planner)
 
 
 class _LoadPlanner(mcore_torch.MCoreLoadPlanner):
