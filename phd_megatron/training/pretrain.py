@@ -74,7 +74,7 @@ class Trainer:
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
         self.global_batch_size = run.training.global_batch_size
         self.schedule: Schedule = plan_schedule(run, self.global_batch_size)
-        microbatches.init_num_microbatches_calculator(
+        microbatches.reconfigure_num_microbatches_calculator(
             runtime.rank,
             run.training.rampup_batch_size,
             self.global_batch_size,
@@ -124,15 +124,16 @@ class Trainer:
         eval_samples = run.training.eval_iters * self.global_batch_size
         train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
         self.train_stream = self._stream(train)
-        self.valid_stream = self._stream(valid) if valid is not None else None
+        self.valid_stream = self._stream(valid, wrap=True) if valid is not None else None
 
-    def _stream(self, dataset: Any) -> SampleStream:
+    def _stream(self, dataset: Any, wrap: bool = False) -> SampleStream:
         return SampleStream(
             dataset,
             self.run.training.micro_batch_size,
             parallel_state.get_data_parallel_rank(),
             self.runtime.dims.dp,
             num_workers=self.run.data.num_workers,
+            wrap=wrap,
             pin_memory=not self.runtime.on_cpu,
         )
 
