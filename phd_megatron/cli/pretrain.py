@@ -90,6 +90,7 @@ def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
 
 
 def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
+    from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
     from phd_megatron.training.signals import ExitController
@@ -105,7 +106,8 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             )
         trainer = Trainer(config, runtime, tokenizer, resume_from)
         stack.callback(trainer.close)
-        reporter = open_reporter(config, runtime, trainer.total_iterations)
+        # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
+        reporter = agreement.everywhere(lambda: open_reporter(config, runtime, trainer.total_iterations))
         stack.callback(reporter.close)
         exits = stack.enter_context(
             ExitController(

@@ -101,13 +101,20 @@ class Reporter:
             return
         self.log(log_line(metrics, self.total_iterations))
         values = asdict(metrics)
-        for sink in self._sinks:
-            sink(values)
+        for sink in [*self._sinks]:
+            try:
+                sink(values)
+            except OSError as error:  # a full disk must not end a run that can still save elsewhere
+                self._sinks.remove(sink)
+                self.log(f"warning: metrics cannot be written any more ({error}); training goes on without them")
 
     def close(self) -> None:
         """Flush and close what was opened."""
         for closer in self._closers:
-            closer()
+            try:
+                closer()
+            except OSError as error:
+                self.log(f"warning: the last metrics could not be written ({error})")
         self._closers.clear()
 
     def _open_metrics_file(self, path: Path) -> None:
@@ -115,7 +122,7 @@ class Reporter:
             path.parent.mkdir(parents=True, exist_ok=True)
             stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise UserError(f"metrics_file={str(path)!r} cannot be written: {error.strerror}; choose another") from error
+            raise UserError(f"metrics_file={str(path)!r} cannot be written ({error}); choose another") from error
         self._sinks.append(lambda values: _write_json(stream, values))
         self._closers.append(stream.close)
 
@@ -129,7 +136,10 @@ class Reporter:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(directory)
+        try:
+            writer = SummaryWriter(directory)
+        except OSError as error:
+            raise UserError(f"tensorboard_dir={directory!r} cannot be written ({error}); choose another") from error
 
         def sink(values: dict[str, Any]) -> None:
             for name, value in values.items():
