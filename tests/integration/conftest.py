@@ -83,12 +83,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="session")
-def run_cases(torchrun: Callable[..., object], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """``run_cases(nproc, [argv, ...])``: every command in one launch of ``nproc`` processes."""
+def run_cases(
+    torchrun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
+    """``run_cases(nproc, [argv, ...])``: every command in one launch of ``nproc`` processes. What they printed."""
 
-    def run(nproc: int, cases: list[list[str]], timeout: float = 420) -> None:
+    def run(nproc: int, cases: list[list[str]], timeout: float = 420) -> str:
         path = tmp_path_factory.mktemp("cases") / "cases.json"
         path.write_text(json.dumps(cases), encoding="utf-8")
-        torchrun(nproc, Path(__file__).parent / "run_cases.py", path, timeout=timeout)
+        return torchrun(nproc, Path(__file__).parent / "run_cases.py", path, timeout=timeout).stdout
 
     return run

@@ -284,8 +284,8 @@ def test_data_of_another_tokenizer(place: Place, refused: Callable[..., str]) ->
     [
         ("empty.txt", b"", ("empty corpus", "1 files hold no text", "check --input")),
         ("empty.jsonl", b'{"text": ""}\n', ("empty corpus", "1 empty documents", "check --input")),
-        ("latin.txt", "na\u00efve caf\u00e9".encode("latin-1"), ("latin.txt is not utf-8", "byte 2", "convert the file", "--on-decode-error skip")),
-        ("latin.jsonl", b'{"text": "caf\xe9"}\n', ("latin.jsonl:1: not utf-8", "correct the line", "--on-decode-error skip")),
+        ("latin.txt", b"na\xefve", ("latin.txt is not utf-8", "byte 2", "convert the file", "--on-decode-error skip")),
+        ("latin.jsonl", b'{"text": "\xe9"}\n', ("latin.jsonl:1: not utf-8", "correct", "--on-decode-error skip")),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ("broken.jsonl:2", "JSON")),
         ("other.jsonl", b'{"content": "a"}\n', ("other.jsonl", "'text'", "content", "--json-key")),
         ("picture.png", b"x", ("picture.png", "unknown kind", ".txt")),

@@ -8,6 +8,7 @@ file: JSON writes a float so that reading gives the same one.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Runs:
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root, self.data = root, data
+        self.log = ""
 
     def save(self, case: str) -> Path:
         return self.root / case / "save"
@@ -125,8 +127,8 @@ def alone(runs: Runs, run_cases: Any) -> Runs:
     second.append(runs.resume("no-optimizer", "fp32", {"no-load-optim": True}))
     second.append(runs.resume("no-rng", "dropout", {"no-load-rng": True}))
     # These start from what `first` leaves, so they must come before the resumed runs save their end.
-    run_cases(1, first)
-    run_cases(1, sorted(second, key=lambda argv: "--save" not in argv))
+    runs.log += run_cases(1, first)
+    runs.log += run_cases(1, sorted(second, key=lambda argv: "--save" not in argv))
     return runs
 
 
@@ -139,8 +141,8 @@ def two_ranks(runs: Runs, run_cases: Any) -> Runs:
         # As a job script does that is submitted again as it is.
         again = {**options, "save": runs.save(case), "load": runs.save(case)}
         second.append(runs.start(case, again))
-    run_cases(2, first)
-    run_cases(2, second)
+    runs.log += run_cases(2, first)
+    runs.log += run_cases(2, second)
     return runs
 
 
@@ -217,3 +219,10 @@ def test_no_load_optim_keeps_the_place_and_forgets_the_moments(alone: Runs) -> N
     assert numbers(lines, names) == numbers(whole, names)
     assert lines[0]["lm_loss"] == whole[0]["lm_loss"] and lines[0]["grad_norm"] == whole[0]["grad_norm"]
     assert lines[1]["lm_loss"] != whole[1]["lm_loss"]
+
+
+def test_nothing_is_printed_that_nobody_can_act_on(alone: Runs, two_ranks: Runs) -> None:
+    """No warnings of torch, Megatron-Core or TensorBoard, in any of these runs and layouts."""
+    noise = re.compile(r"warn|deprecat|traceback|\[rank|destroy_process_group|^[WE]\d{4} ", re.IGNORECASE)
+    assert alone is two_ranks and "saved checkpoint" in alone.log
+    assert [line for line in alone.log.splitlines() if noise.search(line)] == []

@@ -1,0 +1,262 @@
+"""Kills, signals, rivals and full disks against the real program: the last complete checkpoint stays usable."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from phd_megatron.cli.main import main
+from phd_megatron.runtime import checkpoint_store as store
+
+from .conftest import ROOT, TINY_MODEL, flags, program_environment, read_metrics, run_program
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of another process and /proc are Linux's"),
+]
+
+PATIENCE = 180.0  # seconds for anything to happen on a busy machine
+#: 3.7 million parameters: 45 MB to write, which takes long enough to be killed in
+HEAVY = {"hidden-size": 256, "ffn-hidden-size": 768, "num-layers": 4}
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def pretrain(data: Path, save: Path, **changes: object) -> list[str]:
+    """A run that goes on until it is stopped, saves after every step and resumes from where it saves."""
+    options: dict[str, object] = {
+        **TINY_MODEL,
+        "norm-scheme": "hybrid_star",
+        "phd-repeat": 2,
+        "phd-window": 5,
+        "phd-chunk": 8,
+        "data-path": data,
+        "micro-batch-size": 2,
+        "global-batch-size": 4,
+        "train-iters": 5000,
+        "eval-iters": 0,
+        "log-interval": 1,
+        "device": "cpu",
+        "save": save,
+        "load": save,
+        "save-interval": 1,
+        "metrics-file": save.parent / "metrics.jsonl",
+    }
+    return ["pretrain", *flags(options | {name.replace("_", "-"): value for name, value in changes.items()})]
+
+
+class Running:
+    """The real program in a session of its own; what it prints goes to a file."""
+
+    def __init__(self, argv: list[str], log: Path, launcher: tuple[str, ...] = ()) -> None:
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "phd_megatron", *argv],
+                cwd=ROOT,
+                env=program_environment(),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_until(self, happened: Callable[[], bool], what: str, pause: float = 0.02) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            if self.process.poll() is not None:
+                pytest.fail(f"the program ended with {self.process.returncode} before {what}:\n{self.output}")
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {PATIENCE:.0f} s: {what}\n{self.output}")
+            time.sleep(pause)
+
+    def wait_for(self, pattern: str) -> None:
+        self.wait_until(lambda: re.search(pattern, self.output) is not None, f"printing {pattern!r}")
+
+    def kill(self) -> None:
+        """kill -9 of the process group."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> int:
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def running(argv: list[str], log: Path, launcher: tuple[str, ...] = ()) -> Iterator[Running]:
+    program = Running(argv, log, launcher)
+    try:
+        yield program
+    finally:
+        if program.process.poll() is None:
+            program.kill()
+
+
+def unfinished(save: Path) -> Path | None:
+    """The checkpoint that is being written: newer than every complete one."""
+    complete = store.complete_iterations(save)
+    for path in save.glob("iter_*"):
+        if complete and (store.iteration_of(path) or 0) > complete[-1] and not (path / store.METADATA).exists():
+            return path
+    return None
+
+
+def last_complete(save: Path) -> Path:
+    path = store.latest_complete(save, warn=lambda message: None)
+    assert path is not None
+    return path
+
+
+def resumed_from(output: str) -> int:
+    (start,) = re.findall(r"training from iteration (\d+)", output)
+    return int(start)
+
+
+def kill_in_a_save(argv: list[str], save: Path, part: str) -> None:
+    """Start the run, and kill -9 its process group when ``part`` of a checkpoint that is being written exists."""
+
+    def in_the_middle() -> bool:
+        path = unfinished(save)
+        return path is not None and (path / part).exists()
+
+    for _ in range(5):
+        with running(argv, save.parent / "killed.log") as program:
+            program.wait_until(in_the_middle, "a checkpoint was being written", pause=0.0005)
+            program.kill()
+        if unfinished(save) is not None:
+            return
+    pytest.fail("five times the save was complete before the kill arrived")
+
+
+def test_kill_9_during_a_save_and_sigterm(documents: Path, tmp_path: Path) -> None:
+    """Killed when a checkpoint's directory appears, resumed, killed when its tensors are written, resumed, stopped."""
+    save = tmp_path / "save"
+    argv = pretrain(documents, save, **HEAVY)
+    said = ""
+    for part in (".", "__0_0.distcp"):
+        kill_in_a_save(argv, save, part)
+        expected = last_complete(save)
+        with running(argv, tmp_path / "resumed.log") as program:
+            program.wait_for(r"iteration +\d+/")
+            assert f"loaded checkpoint {expected}" in program.output
+            assert resumed_from(program.output) == store.iteration_of(expected)
+            if part == ".":
+                program.kill()  # during training, or in whatever it does just now
+            else:
+                program.process.send_signal(signal.SIGTERM)
+                assert program.end() == 0, program.output
+            said = program.output
+    assert "received SIGTERM: saving and stopping after this step" in said
+    (stopped,) = re.findall(r"stopped at iteration (\d+): received SIGTERM", said)
+    assert last_complete(save) == store.iteration_dir(save, int(stopped))
+    assert f"saved checkpoint {last_complete(save)}" in said
+
+    # A step that was done again after a kill gave the same numbers.
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    seen: dict[float, tuple[float, float]] = {}
+    for line in lines:
+        numbers = (line["lm_loss"], line["grad_norm"])
+        assert seen.setdefault(line["iteration"], numbers) == numbers
+    assert len(seen) == int(stopped) and len(lines) > len(seen), "at least one step was done twice"
+
+
+def test_torchrun_kill_9_rival_and_sigterm(documents: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks with overlap; only the launcher is killed, so its workers must not go on saving."""
+    save = tmp_path / "save"
+    argv = pretrain(documents, save, overlap_grad_reduce=True, overlap_param_gather=True)
+    with running(argv, tmp_path / "killed.log", LAUNCHER) as program:
+        program.wait_until(lambda: len(store.complete_iterations(save)) >= 2, "two checkpoints")
+        program.kill()
+
+    with running(argv, tmp_path / "resumed.log", LAUNCHER) as program:
+        program.wait_for(r"training from iteration \d+\n(.*\n)*.*iteration +\d+/")
+        start = resumed_from(program.output)
+        assert start >= 2 and "another run" not in program.output
+
+        rival = run_program(*pretrain(documents, save))
+        assert rival.returncode == 2
+        assert "error: another run saves into" in rival.stdout and "Traceback" not in rival.stdout
+        (pid,) = re.findall(rf"process (\d+) on host {re.escape(socket.gethostname())} since \d{{4}}-", rival.stdout)
+        assert b"phd_megatron" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert not re.search(r"iteration +\d+/", rival.stdout)
+
+        program.process.send_signal(signal.SIGTERM)  # to torchrun, as Slurm and Kubernetes do
+        program.end()
+        said = program.output
+    (stopped,) = re.findall(r"stopped at iteration (\d+): received SIGTERM", said)
+    assert int(stopped) > start
+    assert last_complete(save) == store.iteration_dir(save, int(stopped))
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in said
+
+
+def test_disk_that_is_full_in_the_middle_of_a_save(documents: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the full disk: it needs no rights and fails in the same call."""
+    save = tmp_path / "save"
+    with running(pretrain(documents, save), tmp_path / "full.log") as program:
+        program.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
+        resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        assert program.end() == 2, program.output
+        said = program.output
+    last = last_complete(save)
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert re.search(rf"saving {save}/iter_\d+ failed: .*File too large", error)
+    assert error.endswith(f"the last complete checkpoint is {last}")
+    assert "Traceback" not in said
+    assert unfinished(save) is None, "the space of the half-written one is given back"
+    assert main(pretrain(documents, save, exit_interval=1)) == 0
+    assert last_complete(save) == store.iteration_dir(save, (store.iteration_of(last) or 0) + 1)
+
+
+@contextmanager
+def small_file_system(directory: Path, size: str) -> Iterator[Path]:
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_full_file_system(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_file_system(tmp_path / "disk", "4m") as disk:
+        metrics = tmp_path / "metrics.jsonl"
+        assert main(pretrain(documents, disk, metrics_file=metrics)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "no space left" in error and " are free; " in error
+        assert "lower keep_last, or choose another --save directory" in error
+        last = last_complete(disk)
+        assert error.rstrip().endswith(f"the last complete checkpoint is {last}")
+        assert unfinished(disk) is None
+        resumed = pretrain(documents, tmp_path / "elsewhere", load=disk, exit_interval=1, metrics_file=metrics)
+        assert main(resumed) == 0
+        assert f"loaded checkpoint {last}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_full_disk_under_the_metrics_does_not_end_a_run(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = pretrain(documents, tmp_path / "save", metrics_file="/dev/full", exit_interval=3)
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: metrics cannot be written any more") == 1 and "No space left on device" in out
+    assert last_complete(tmp_path / "save").name == "iter_0000003"
