@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import phd_attention
-from phd_megatron.kernels.rope import rope
+from phd_megatron.kernels.qkv_rope import rope, split_qkv_rope
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
 
@@ -33,6 +33,8 @@ class PHDSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
+        self.head_norms = submodules.head_norms
+        self.v_layernorm = None
         head_norm = norm_class(config.normalization)
         for name, attribute in (("q", "q_layernorm"), ("k", "k_layernorm"), ("v", "v_layernorm")):
             if name in submodules.head_norms:
@@ -40,18 +42,31 @@ class PHDSelfAttention(SelfAttention):
                 setattr(self, attribute, sum_gradient_over_tensor_parallel(norm))
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
-        """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.rope.rope_table`."""
+        """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.qkv_rope.rope_table`."""
         self._rope_table = rotary_pos_emb  # applied below, so that Megatron-Core's own, slower rotation has nothing to do
         return super().forward(hidden_states, *args, **kwargs)
 
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Projected, normed and turned: q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]``; v is not turned."""
-        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        if (norm := getattr(self, "v_layernorm", None)) is not None:
-            value = norm(value)
-        if self._rope_table is not None:
-            query, key = rope(query, self._rope_table), rope(key, self._rope_table)
-        return query, key, value
+        table = self._rope_table
+        if self.config.num_query_groups < self.world_size:
+            # A KV head is shared by several ranks: Megatron-Core gathers and cuts out this rank's heads.
+            query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        else:
+            mixed, _ = self.linear_qkv(hidden_states)
+            mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))  # [rows, b, ng, (np/ng + 2) * hn]
+            heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+            early = None if self.head_norms else table
+            query, key, value = split_qkv_rope(mixed, heads_per_group, early)
+            if not self.head_norms:
+                return query, key, value
+            query, key = (
+                norm(x) if norm is not None else x
+                for norm, x in ((self.q_layernorm, query), (self.k_layernorm, key))
+            )
+        if self.v_layernorm is not None:
+            value = self.v_layernorm(value)
+        return rope(query, table), rope(key, table), value
 
 
 class PHDCoreAttention(nn.Module):

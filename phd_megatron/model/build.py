@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -22,18 +23,29 @@ def use_transformer_engine(transformer_impl: str, on_cuda: bool) -> tuple[bool, 
     Raises:
         UserError: if it is asked for and cannot be had.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "local":
         return False, "asked for by transformer_impl=local"
-    if on_cuda and installed:
+    problem = _import_problem() if on_cuda else None
+    if on_cuda and problem is None:
         return True, "Transformer Engine is installed"
-    reason = "there is no CUDA device" if not on_cuda else "transformer-engine is not installed"
+    reason = problem or "there is no CUDA device"
     if transformer_impl == "transformer_engine":
         raise UserError(
             f"transformer_impl=transformer_engine, but {reason}; use transformer_impl=auto, or install "
             "'phd-megatron[te]' on a GPU machine"
         )
     return False, reason
+
+
+def _import_problem() -> str | None:
+    """Why Transformer Engine cannot be had: it is absent, or built for another CUDA or torch."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer-engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a library that does not fit raises anything: ImportError, OSError, RuntimeError
+        return f"transformer-engine is installed but does not import ({type(error).__name__}: {error})"
+    return None
 
 
 def build_model(

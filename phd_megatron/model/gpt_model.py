@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.rope import rope_table
+from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.phd.copies import join_copies, repeat_tokens
 
 

@@ -31,12 +31,16 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, scale = ctx.saved_tensors
-        normed = hidden.to(scale.dtype) * scale
-        grad = grad_output.to(scale.dtype)
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        grad = grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return grad.to(hidden.dtype), grad_weight.to(weight.dtype), None
+        width = hidden.size(-1)
+        rows, grad, scale = (x.to(scale.dtype).reshape(-1, x.size(-1)) for x in (hidden, grad_output, scale))
+        wide_weight = weight.to(scale.dtype)
+        # With n = x * scale: dweight = sum(g * n) and dx = scale * (g * w - n * mean(g * w * n)). Both sums are
+        # matrix-vector products with g * x, so the normed tensor is never formed.
+        product = grad * rows  # [rows, d]
+        grad_weight = (scale.mT @ product).flatten()
+        mean = (product @ wide_weight)[:, None].mul_(scale.pow(3)).div_(width)
+        grad_hidden = (grad * wide_weight).mul_(scale).addcmul_(rows, mean, value=-1)
+        return grad_hidden.view(hidden.shape).to(hidden.dtype), grad_weight.to(weight.dtype), None
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,11 +1,11 @@
-"""rope and swiglu against their definitions: values, gradients, odd shapes, strided input, types."""
+"""split_qkv_rope, rope and swiglu against their definitions: values, gradients, odd shapes, strided input, types."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from phd_megatron.kernels.rope import rope, rope_reference, rope_table
+from phd_megatron.kernels.qkv_rope import rope, rope_reference, rope_table, split_qkv_reference, split_qkv_rope
 from phd_megatron.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -35,6 +35,30 @@ def test_rope(dtype, tolerance, shape, share):
     wide = torch.randn(*shape[:3], 2 * shape[-1]).to(dtype)[..., 1 : 1 + shape[-1]]
     assert not wide.is_contiguous() or wide.numel() <= shape[-1]
     compare(lambda x: rope(x, angles), lambda x: rope_reference(x, angles), wide, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("shape", "per_group"), [((1, 1, 1, 4), 1), ((7, 3, 2, 6), 3), ((33, 2, 3, 10), 4)])
+@pytest.mark.parametrize("rotary", [None, 2, "all"])
+def test_split_qkv_rope(dtype, tolerance, shape, per_group, rotary):
+    *outer, width = shape
+    angles = None if rotary is None else table(shape[0], width // 2 * 2 if rotary == "all" else rotary, dtype)
+    mixed = torch.randn(*outer, (per_group + 2) * width).to(dtype)
+
+    def joined(split):
+        return torch.cat([part.flatten(2) for part in split], dim=-1)
+
+    def reference(x):
+        query, key, value = split_qkv_reference(x, per_group)
+        if angles is not None:
+            query, key = rope_reference(query, angles), rope_reference(key, angles)
+        return joined((query, key, value))
+
+    query, key, value = split_qkv_rope(mixed, per_group, angles)
+    assert query.shape == (*outer[:2], outer[2] * per_group, width) and key.shape == value.shape == shape
+    compare(lambda x: joined(split_qkv_rope(x, per_group, angles)), reference, mixed, tolerance)
+    wide = torch.randn(*outer, 2 * (per_group + 2) * width).to(dtype)[..., : (per_group + 2) * width]
+    compare(lambda x: joined(split_qkv_rope(x, per_group, angles)), reference, wide, tolerance)
 
 
 def test_rope_keeps_lengths_and_turns_back():
@@ -68,4 +92,7 @@ def test_gradcheck():
     x = torch.randn(3, 2, 2, 6, dtype=torch.float64, requires_grad=True)
     angles = table(3, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda x: rope(x, angles), x)
+    mixed = torch.randn(3, 2, 1, 18, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: split_qkv_rope(x, 1, angles), mixed)
+    assert torch.autograd.gradcheck(lambda x: split_qkv_rope(x, 1, None), mixed)
     assert torch.autograd.gradcheck(swiglu, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
