@@ -1,6 +1,7 @@
 """``phd-megatron bench attention``: forward + backward of PHD attention against its floor.
 
-The floor is ``K`` times vanilla causal attention over the originals: ``K`` copies of every query over the same keys.
+The floor is ``K`` times vanilla causal attention over the originals: ``K`` copies of every query over the same keys. On
+CUDA vanilla runs through each of torch's fused kernels, and the quickest counts.
 Contenders run interleaved, round by round, so that a busy machine slows all of them; the table shows medians. The
 results are compared with the dense-mask definition before anything is timed.
 """
@@ -21,7 +22,9 @@ from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+STEPS = 10  # on CUDA, per measurement: the first launches must not be what is timed
 REFERENCE_BYTES = 256 * 2**20  # the dense definition keeps several score tensors of this size; not timed above it
+VANILLA = "vanilla causal SDPA"
 
 
 @dataclass
@@ -142,6 +145,7 @@ def _worst_error(policy: Any, args: argparse.Namespace, device: Any, dtype: Any)
 def _contenders(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[Contender], list[str]]:
     """What is timed, and a note on each thing that is not."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
     from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
@@ -160,13 +164,30 @@ def _contenders(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) 
     def causal(q: Any, k: Any, v: Any) -> Any:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=args.heads != args.kv_heads)
 
+    def causal_by(kernel: Any) -> Callable[..., Any]:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            with sdpa_kernel(kernel):
+                return causal(q, k, v)
+
+        return attend
+
     def flat(count: int) -> list[tuple[int, ...]]:
         return [(batch, heads, count, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
 
     def copies(count: int) -> list[tuple[int, ...]]:
         return [(count, length, batch, heads, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
 
-    contenders, notes = [Contender("vanilla causal SDPA", step(causal, *flat(length)))], []
+    contenders, notes = [Contender(VANILLA, step(causal, *flat(length)))], []
+    if device.type == "cuda":
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            name = f"{VANILLA}, {kernel.name.split('_')[0].lower()}"
+            contender = Contender(name, step(causal_by(kernel), *flat(length)))
+            try:
+                contender.step()
+            except RuntimeError as error:
+                notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
+            else:
+                contenders.append(contender)
     for name in sorted(BACKENDS, reverse=True):
         scores = batch * args.heads * rows * rows * dtype.itemsize
         if name == "reference" and (args.only_phd or scores > REFERENCE_BYTES):
@@ -200,10 +221,11 @@ def _timed(step: Callable[[], None], device: Any) -> tuple[float, float]:
         stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
         start.record(stream)
-        step()
+        for _ in range(STEPS):
+            step()
         end.record(stream)
         end.synchronize()
-        return float(start.elapsed_time(end)), 0.0
+        return float(start.elapsed_time(end)) / STEPS, 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
@@ -229,11 +251,12 @@ def _results(
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
     """Table rows and JSON records; the floor comes second, right below what it is made of."""
     medians = {name: [statistics.median(x) for x in pair] for name, pair in samples.items()}
-    floor = [repeat * x for x in next(iter(medians.values()))]
+    floor = [repeat * min(pair[i] for name, pair in medians.items() if name.startswith(VANILLA)) for i in range(2)]
     names = list(medians)
     medians[f"floor: {repeat} x vanilla"] = floor
     rows, records = [], []
-    for name in [names[0], f"floor: {repeat} x vanilla", *names[1:]]:
+    vanilla = sum(name.startswith(VANILLA) for name in names)
+    for name in [*names[:vanilla], f"floor: {repeat} x vanilla", *names[vanilla:]]:
         wall, cpu = medians[name]
         record: dict[str, Any] = {"name": name, "milliseconds": wall, "ratio_to_floor": wall / floor[0]}
         row = [name, f"{wall:.3g}" if wall < 100 else f"{wall:.0f}", f"{wall / floor[0]:.3f}"]

@@ -2,8 +2,10 @@
 
 Contenders see the same batches and run interleaved, step by step, so that a busy machine slows all of them; the table
 shows medians. Ours is the whole step of ``pretrain`` (schedule, gradient buffers, clipping, distributed optimizer);
-Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(fused=True)``. Before anything is timed
-the two vanilla models, given the same weights, must have the same loss.
+Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(fused=True)``. With ``--bf16`` ours
+keeps float32 weights and gradients beside the bfloat16 ones, as ``pretrain`` does; Hugging Face's keeps bfloat16
+alone, which is less work, and once more float32 weights under autocast, as its Trainer does. Before anything is timed
+the vanilla models, given the same weights, must have the same loss.
 """
 
 from __future__ import annotations
@@ -44,8 +46,19 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "micro_batch_size": 1,
     },
+    "1p2b": {  # examples/phd_cswa_1p2b.yaml
+        "num_layers": 16,
+        "hidden_size": 2048,
+        "ffn_hidden_size": 8192,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "seq_length": 4096,
+        "vocab_size": 32000,
+        "micro_batch_size": 1,
+    },
 }
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+HUGGING_FACE, AUTOCAST = "Hugging Face Llama", "Hugging Face Llama, autocast"
 Step = Callable[[Any], float]
 
 
@@ -59,9 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each, after two to warm up")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 parameters")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--transformer-impl", choices=("auto", "local", "transformer_engine"), default="auto")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: one per usable core)")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers there")
-    parser.add_argument("--check", action="store_true", help="exit 1 if we are slower than Hugging Face or PHD exceeds K")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 if we are slower than Hugging Face or PHD exceeds K"
+    )
     return parser
 
 
@@ -77,12 +93,16 @@ def run(argv: list[str]) -> int:
             torch.set_num_threads(args.threads)
         runs = _runs(args)
         batches = _batches(runs["vanilla"])
-        steps: dict[str, Step] = {"Hugging Face Llama": _hugging_face_step(runs["vanilla"], runtime)}
+        weights = _our_weights(runs["vanilla"])
+        steps: dict[str, Step] = {HUGGING_FACE: _hugging_face_step(runs["vanilla"], weights, runtime)}
+        if args.bf16:
+            steps[AUTOCAST] = _hugging_face_step(runs["vanilla"], weights, runtime, autocast=True)
+        del weights
         for name, config in runs.items():
             steps[name] = _our_step(config, runtime)
         _check_losses(steps, batches, "bfloat16" if args.bf16 else "float32")
         seconds = _measure(steps, batches, args.rounds, runtime.synchronize)
-        return _show(args, runs["vanilla"], seconds, runtime.describe())
+        return _show(args, runs, seconds, runtime)
 
 
 def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
@@ -93,7 +113,7 @@ def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
                 raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
             size[name] = value
     micro_batch_size = size.pop("micro_batch_size")
-    model = ModelConfig(**size)
+    model = ModelConfig(**size, transformer_impl=args.transformer_impl)
     vanilla = RunConfig(
         model=model,
         training=TrainingConfig(micro_batch_size=micro_batch_size, train_iters=1, bf16=args.bf16),
@@ -142,28 +162,32 @@ def _our_step(config: RunConfig, runtime: Any) -> Step:
     return step
 
 
-def _hugging_face_step(config: RunConfig, runtime: Any) -> Step:
+def _hugging_face_step(config: RunConfig, weights: dict[str, Any], runtime: Any, autocast: bool = False) -> Step:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model_config, options = config.model, config.optimizer
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model_config.vocab_size,
-            hidden_size=model_config.hidden_size,
-            intermediate_size=model_config.ffn_hidden_size,
-            num_hidden_layers=model_config.num_layers,
-            num_attention_heads=model_config.num_attention_heads,
-            num_key_value_heads=model_config.num_query_groups,
-            max_position_embeddings=model_config.seq_length,
-            rms_norm_eps=model_config.layernorm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": model_config.rotary_base},
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(device=runtime.device, dtype=torch.bfloat16 if config.training.bf16 else torch.float32)
-    _give_our_weights(llama, config)
+    llama_config = LlamaConfig(
+        vocab_size=model_config.vocab_size,
+        hidden_size=model_config.hidden_size,
+        intermediate_size=model_config.ffn_hidden_size,
+        num_hidden_layers=model_config.num_layers,
+        num_attention_heads=model_config.num_attention_heads,
+        num_key_value_heads=model_config.num_query_groups,
+        max_position_embeddings=model_config.seq_length,
+        rms_norm_eps=model_config.layernorm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": model_config.rotary_base},
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    with torch.device(runtime.device):
+        llama = LlamaForCausalLM(llama_config)
+    if config.training.bf16 and not autocast:
+        llama = llama.to(torch.bfloat16)
+    missing, unexpected = llama.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise RuntimeError(f"weights do not match: missing {missing}, unexpected {unexpected}")
     betas = (options.adam_beta1, options.adam_beta2)
     optimizer = torch.optim.AdamW(
         llama.parameters(), options.lr, betas, options.adam_eps, options.weight_decay, fused=True
@@ -173,7 +197,8 @@ def _hugging_face_step(config: RunConfig, runtime: Any) -> Step:
         tokens = tokens.to(runtime.device)
         optimizer.zero_grad()
         # shift_labels: score every token, as we do; by default the last position of a sample is not trained on
-        loss = llama(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
+        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=autocast):
+            loss = llama(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip_grad)
         optimizer.step()
@@ -182,8 +207,8 @@ def _hugging_face_step(config: RunConfig, runtime: Any) -> Step:
     return step
 
 
-def _give_our_weights(llama: Any, config: RunConfig) -> None:
-    """The values that our initialisation draws, through the export's mapping."""
+def _our_weights(config: RunConfig) -> dict[str, Any]:
+    """The values that our initialisation draws, by Hugging Face's names, through the export's mapping."""
     import torch
 
     from phd_megatron.huggingface.architecture import Architecture
@@ -191,25 +216,25 @@ def _give_our_weights(llama: Any, config: RunConfig) -> None:
     from phd_megatron.model.build import build_model
 
     assert config.model.vocab_size is not None
-    ours = build_model(config, config.model.vocab_size, torch.device("cpu"))
-    tensors = dict(ours.named_parameters())
-    state = {}
+    local = replace(config, model=replace(config.model, transformer_impl="local"))  # this copy is on the CPU
+    tensors = dict(build_model(local, config.model.vocab_size, torch.device("cpu")).named_parameters())
+    weights: dict[str, Any] = {}
     for rule in dense_rules(Architecture.from_model(config.model, config.model.vocab_size)):
-        state.update(rule.to_hf(tensors[rule.mcore].detach()))
-    missing, unexpected = llama.load_state_dict(state, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise RuntimeError(f"weights do not match: missing {missing}, unexpected {unexpected}")
+        weights.update(rule.to_hf(tensors[rule.mcore].detach()))
+    return weights
 
 
 def _check_losses(steps: dict[str, Step], batches: list[Any], dtype: str) -> None:
     """First losses with equal weights; these steps are the warm-up too."""
     losses = {name: [step(batch) for batch in batches[:2]] for name, step in steps.items()}
-    expected, found = losses["Hugging Face Llama"][0], losses["vanilla"][0]
-    if abs(found - expected) > LOSS_TOLERANCE[dtype] * abs(expected):
-        raise UserError(
-            f"the vanilla model's loss is {found}, Hugging Face's with the same weights {expected}; they should agree "
-            f"within {LOSS_TOLERANCE[dtype]:g}, so a timing would compare different things. Please report this"
-        )
+    expected = losses[HUGGING_FACE][0]
+    for name in ("vanilla", AUTOCAST):
+        if name in losses and abs(losses[name][0] - expected) > LOSS_TOLERANCE[dtype] * abs(expected):
+            raise UserError(
+                f"the loss of {name} is {losses[name][0]}, Hugging Face's with the same weights {expected}; they "
+                f"should agree within {LOSS_TOLERANCE[dtype]:g}, so a timing would compare different things. "
+                "Please report this"
+            )
 
 
 def _measure(
@@ -226,26 +251,48 @@ def _measure(
     return seconds
 
 
-def _show(args: argparse.Namespace, config: RunConfig, seconds: dict[str, list[float]], where: str) -> int:
-    tokens = config.training.micro_batch_size * config.model.seq_length
+def _show(args: argparse.Namespace, runs: dict[str, RunConfig], seconds: dict[str, list[float]], runtime: Any) -> int:
+    from phd_megatron.model.transformer_config import padded_vocab_size
+    from phd_megatron.planning.flops import forward_flops
+    from phd_megatron.training.metrics import peak_tflops
+
+    config = runs["vanilla"]
+    size, model = config.training.micro_batch_size, config.model
+    assert model.vocab_size is not None
+    tokens, vocabulary = (
+        size * model.seq_length,
+        padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
+    )
     median = {name: statistics.median(values) for name, values in seconds.items()}
     # Ratios pair the steps of one round, so that a slow moment of the machine falls on both sides.
     ratio = {
         name: statistics.median(a / b for a, b in zip(values, seconds["vanilla"], strict=True))
         for name, values in seconds.items()
     }
+    tflops = {
+        name: forward_flops(runs.get(name, config).model, vocabulary).training * size / value / 1e12
+        for name, value in median.items()
+    }
+    peak = peak_tflops(None, runtime.device_name) if args.bf16 else None
     rows = [
-        [name, f"{value * 1e3:.1f}", f"{tokens / value:.0f}", f"{ratio[name]:.3f}"] for name, value in median.items()
+        [name, f"{value * 1e3:.1f}", f"{tokens / value:.0f}", f"{ratio[name]:.3f}", f"{tflops[name]:.3g}"]
+        + ([f"{tflops[name] / peak:.1%}"] if peak else [])
+        for name, value in median.items()
     ]
     precision = "bfloat16" if args.bf16 else "float32"
+    machine = platform.processor() or platform.machine() if runtime.on_cpu else runtime.device_name
+    where = f"{runtime.describe()}, {machine}"
     title = (
-        f"training step, {args.size}: {config.training.micro_batch_size} x {config.model.seq_length} tokens, {precision}, "
-        f"median of {args.rounds}; {where}, {platform.processor() or platform.machine()}"
+        f"training step, {args.size}: {size} x {model.seq_length} tokens, {precision}, median of {args.rounds}; {where}"
     )
-    print_table(title, ["model", "ms", "original tokens/s", "time / vanilla"], rows)
-    ahead, phd = ratio["Hugging Face Llama"], ratio[f"PHD K={args.repeat}"]
+    columns = ["model", "ms", "original tokens/s", "time / vanilla", "TFLOP/s"] + (["MFU"] if peak else [])
+    print_table(title, columns, rows)
+    if peak:
+        print(f"MFU is the share of {peak:g} TFLOP/s, the dense bfloat16 peak")
+    ahead, phd = ratio[HUGGING_FACE], ratio[f"PHD K={args.repeat}"]
     print(f"vanilla is {ahead:.3f} x as fast as Hugging Face; PHD K={args.repeat} takes {phd:.3f} x the vanilla step")
     if args.json is not None:
-        report = {"size": args.size, "precision": precision, "where": where, "seconds": seconds, "time_ratio": ratio}
+        report = {"size": args.size, "precision": precision, "where": where, "peak_tflops": peak}
+        report |= {"tokens": tokens, "seconds": seconds, "time_ratio": ratio, "tflops": tflops}
         args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return int(args.check and (ahead < 1.0 or phd > args.repeat))

@@ -26,7 +26,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
-from phd_megatron.training import agreement, checkpoint_format, rng_state
+from phd_megatron.training import adam_state, agreement, checkpoint_format, rng_state
 from phd_megatron.training.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -226,6 +226,8 @@ def load_checkpoint(
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:
         assert optimizer is not None
+        for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
+            adam_state.adapt(loaded["optimizer"], inner)
         optimizer.load_state_dict(loaded["optimizer"])
         for group, values in zip(_groups(optimizer), configured, strict=True):
             group.update(values)
@@ -417,9 +419,13 @@ def _check_contents(
     return absent
 
 
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
+def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [group for part in chained if part.optimizer is not None for group in part.optimizer.param_groups]
+    return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return [group for inner in _torch_optimizers(optimizer) for group in inner.param_groups]
 
 
 def _configured_groups(optimizer: Any) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("tiny_megatron.py")
 #: redirects that need a launch of their own to be shown needed
-ELSEWHERE = {"jit-fuser", "p2p", "moe-splits"}
+ELSEWHERE = {"jit-fuser", "p2p", "moe-splits", "cuda-packages"}
 CASES = (
     "cuda-names",
     "device-literals",
@@ -114,6 +114,20 @@ def test_fused_swiglu_needs_no_compiler():
     assert result_of(alone("train", "fused=1", **no_compiler).stdout)
     stock = alone("train", "fused=1", "skip=jit-fuser", **no_compiler)
     assert stock.returncode != 0 and "compiler" in stock.stderr.lower()
+
+
+def test_cpu_run_where_transformer_engine_is_installed(tmp_path):
+    """Stock megatron would take its optimizers, which want a GPU."""
+    optimizers = tmp_path / "transformer_engine" / "pytorch" / "optimizers.py"
+    optimizers.parent.mkdir(parents=True)
+    for directory in (optimizers.parents[1], optimizers.parent):
+        (directory / "__init__.py").touch()
+    optimizers.write_text("def FusedAdam(*args, **kwargs): raise RuntimeError('no GPU')\nFusedSGD = FusedAdam\n")
+    path = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(tmp_path)])}
+    done = alone("train", **path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result_of(done.stdout)
+    assert alone("train", "skip=cuda-packages", **path).returncode != 0
 
 
 @pytest.mark.parametrize("options", ["kind=fully_reshardable tp=2", "kind=dp_reshardable", "bf16=1", "sharded=0"])

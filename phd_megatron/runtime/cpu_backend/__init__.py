@@ -6,6 +6,7 @@ change is a row of :data:`REDIRECTS` with its reason, and each has a test that f
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -33,6 +34,8 @@ def install(skip: Collection[str] = ()) -> None:
     warnings.filterwarnings("ignore", message="When using .* CUDA_DEVICE_MAX_CONNECTIONS")
     if "tensor-cuda" not in skip:
         _tensor_cuda()
+    if "cuda-packages" not in skip:
+        _hide_cuda_packages()
     activate(redirect for redirect in _table(skip) if redirect.name not in skip)
 
 
@@ -66,6 +69,11 @@ def _tensor_cuda() -> None:
 
     torch.Tensor.cuda = cuda  # type: ignore[method-assign]
     torch.nn.Module.cuda = cuda  # type: ignore[method-assign]
+
+
+def _hide_cuda_packages() -> None:
+    for name in ("transformer_engine", "apex", "amp_C"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def _made_in_torch_names(module: Any) -> None:
@@ -148,8 +156,9 @@ def _moe_splits(module: Any) -> None:
     module.maybe_move_tensor_to_cpu = to_host
 
 
-#: redirects that change torch's own methods instead of a megatron module
-METHODS = ("tensor-cuda",)
+#: redirects that change no megatron module: torch's own ``cuda`` methods do nothing, and Transformer Engine and apex
+#: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them
+METHODS = ("tensor-cuda", "cuda-packages")
 
 #: every redirect of the CPU backend; those without modules are parts of "torch"
 REDIRECTS = (
