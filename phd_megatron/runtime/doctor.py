@@ -49,7 +49,7 @@ class Report:
         return asdict(self)
 
 
-_TE_COST = "no FP8, no fused linear and norm modules, no grouped GEMM for experts"
+_TE_COST = "no FP8, no fused Adam, no grouped GEMM for experts"
 #: name on PyPI, import name, what its absence costs, pip command; required packages first
 _PACKAGES = (
     ("torch", "torch", "nothing runs without it", "pip install 'torch>=2.10'"),
@@ -65,7 +65,7 @@ _PACKAGES = (
         _TE_COST,
         "pip install --no-build-isolation 'transformer_engine[pytorch]'",
     ),
-    ("apex", "apex", "no fused gradient accumulation in the local linear layers", "see https://github.com/NVIDIA/apex"),
+    ("apex", "apex", "nothing here needs it", "see https://github.com/NVIDIA/apex"),
     ("flash-attn", "flash_attn", "torch's own flash attention is used", "pip install --no-build-isolation flash-attn"),
     ("triton", "triton", "no Triton kernels", "comes with the CUDA builds of torch"),
     ("deepspeed", "deepspeed", "nothing here needs it", "pip install deepspeed"),
@@ -136,20 +136,9 @@ def examine(device: str = "auto") -> Report:
     report.operations = [
         _attention(report.device, dtype),
         Operation("linear layers", "Transformer Engine" if te else "torch matmul (megatron local layers)", te_reason),
-        Operation(
-            "gradient accumulation in the linear layers",
-            "fused into the weight-gradient GEMM" if te or apex else "a separate addition",
-            te_reason if te else "needs Transformer Engine or apex on CUDA",
-        ),
-        Operation("norms", "Transformer Engine" if te else "torch rms_norm / layer_norm", te_reason),
-        Operation(
-            "RoPE", "megatron, unfused", "the fused form needs Transformer Engine and is not used with q/k norms"
-        ),
-        Operation(
-            "SwiGLU and residual additions",
-            "fused by torch.compile" if on_cuda else "torch, unfused",
-            "jit on CUDA" if on_cuda else "torch.compile on CPU needs a C++ compiler, so it is off",
-        ),
+        Operation("norms", "torch rms_norm / layer_norm", "the norm schemes put norms where no fused module has them"),
+        Operation("RoPE", "phd_megatron.kernels", "one pass with the split of QKV; torch operations, no compiler"),
+        Operation("SwiGLU", "phd_megatron.kernels", "one differentiable function; torch operations, no compiler"),
         Operation("cross entropy", "megatron vocab-parallel", "works with and without tensor parallelism"),
         Operation(
             "optimizer",
@@ -162,11 +151,7 @@ def examine(device: str = "auto") -> Report:
             te_reason if te else f"grouped GEMM needs Transformer Engine; {te_reason}",
         ),
         Operation("FP8", "Transformer Engine" if te else "not available", te_reason),
-        Operation(
-            "checkpoint writer",
-            "megatron torch_dist" if _installed("psutil") else "broken",
-            "processes that write in parallel" if _installed("psutil") else "psutil is missing, so saving would hang",
-        ),
+        Operation("checkpoint writer", "torch distributed checkpoint", "one file per rank, written in this process"),
     ]
     return report
 
