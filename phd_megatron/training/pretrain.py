@@ -230,8 +230,9 @@ class Trainer:
         total, tokens = self.stepper.evaluate(stream, batches, count).tolist()
         loss = total / tokens
         interval.started += time.perf_counter() - started  # training time only in the step's figures
+        perplexity = math.exp(min(loss, 20))
         self.reporter.log(
-            f" validation loss at iteration {self.progress.iteration}: {loss:.6E} | PPL: {math.exp(min(loss, 20)):.6E} |"
+            f" validation loss at iteration {self.progress.iteration}: {loss:.6E} | PPL: {perplexity:.6E} |"
         )
         return loss
 
