@@ -7,13 +7,17 @@ out=${OUT:-runs/gpu}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=1
 status=0
-python3 -m phd_megatron doctor || status=1
-timeout 420 python3 -m pytest -q -rA -W ignore -p no:cacheprovider tests/gpu tests/kernels/test_elementwise.py \
-    2>&1 | tee "$out/tests.txt" || status=1
-for dtype in bfloat16; do
-    python3 -m phd_megatron bench attention --seq-length 4096 --heads 32 --kv-heads 8 --head-dim 64 --dtype $dtype \
-        --rounds 9 --json "$out/attention_$dtype.json" || status=1
+phd() { python3 -W ignore -m phd_megatron "$@" || status=1; }
+
+phd doctor
+timeout 420 python3 -m pytest -q -rA -W ignore -p no:cacheprovider tests/gpu 2>&1 | tee "$out/tests.txt" || status=1
+for repeat in 2 3; do
+    phd bench attention --seq-length 4096 --batch 4 --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 \
+        --repeat $repeat --rounds 9 --json "$out/attention_k$repeat.json"
 done
-python3 -W ignore -m phd_megatron bench train --size 12x768 --micro-batch-size 8 --bf16 --rounds 9 \
-    --json "$out/train.json" || status=1
+for implementation in auto local; do
+    phd bench train --size 12x768 --micro-batch-size 32 --bf16 --rounds 9 --transformer-impl $implementation \
+        --json "$out/train_12x768_$implementation.json"
+done
+phd bench train --size 1p2b --micro-batch-size 2 --bf16 --rounds 7 --json "$out/train_1p2b.json"
 exit $status

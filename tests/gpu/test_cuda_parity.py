@@ -1,6 +1,7 @@
-"""On a GPU the real program gives the numbers it gives on the CPU, with local and Transformer Engine layers.
+"""On a GPU the real program gives the numbers it gives on the CPU, with torch alone and with Transformer Engine.
 
-The CPU run also shows that the CPU backend serves a torch that has CUDA. Tolerances, relative as in
+The CPU run also shows that the CPU backend serves a torch that has CUDA, beside Transformer Engine where it is
+installed; "cuda" runs as if it were not. Tolerances, relative as in
 ``tests/integration/test_layout_parity.py``: 1e-4 for local float32 layers (sums in another order), 5e-3 for
 Transformer Engine's, whose float32 products run in TF32.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,22 +24,43 @@ if not torch.cuda.is_available():
 from phd_megatron.training.gradient_dump import load_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = {"pre-k1": ("pre", 1), "post-k2": ("post", 2), "hybrid_star-k2": ("hybrid_star", 2), "hybrid-k3": ("hybrid", 3)}
+MODELS = {
+    "pre-k1": ("pre", 1),
+    "post-k2": ("post", 2),
+    "hybrid_star-k2": ("hybrid_star", 2),
+    "hybrid-k3": ("hybrid", 3),
+}
 DEVICES = {"cpu": ["--device", "cpu"], "cuda": ["--device", "cuda", "--transformer-impl", "local"]}
 if importlib.util.find_spec("transformer_engine"):
     DEVICES["te"] = ["--device", "cuda", "--transformer-impl", "transformer_engine"]
 TOLERANCES = {"cuda": 1e-4, "te": 5e-3}
-SHAPE = (
-    "--num-layers 3 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2 --seq-length 48 "
-    "--phd-window 5 --phd-chunk 8 --micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-2 --eval-iters 0 "
-    "--log-interval 1"
-).split()
+SIZES = {"num-layers": 3, "hidden-size": 64, "ffn-hidden-size": 96, "num-attention-heads": 4, "num-query-groups": 2}
+SIZES |= {"seq-length": 48, "phd-window": 5, "phd-chunk": 8, "micro-batch-size": 2, "global-batch-size": 4}
+SIZES |= {"train-iters": 3, "lr": "1e-2", "eval-iters": 0, "log-interval": 1}
+SHAPE = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+WITHOUT_TE = "import runpy, sys; sys.modules['transformer_engine'] = None; sys.argv.pop(0); "
+WITHOUT_TE += "runpy.run_path(sys.argv[0], run_name='__main__')"
+RUN_CASES = str(ROOT / "tests" / "integration" / "run_cases.py")
 
 
 def program(*words: str, timeout: float = 300) -> str:
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def run_cases(device: str, cases: list[list[str]], path: Path) -> str:
+    """Several commands on one of DEVICES, in one process."""
+    path.write_text(json.dumps([[*case, *DEVICES[device]] for case in cases]))
+    return program(*(["-c", WITHOUT_TE] if device == "cuda" else []), RUN_CASES, str(path))
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +68,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("corpus")
     (directory / "text.txt").write_text("\n".join(f"{i} squared is {i * i}" for i in range(3000)))
     prefix = directory / "data"
-    program("-m", "phd_megatron", "prepare", "--input", str(directory), "--output-prefix", str(prefix), "--tokenizer", "byte")
+    program(
+        "-m",
+        "phd_megatron",
+        "prepare",
+        "--input",
+        str(directory),
+        "--output-prefix",
+        str(prefix),
+        "--tokenizer",
+        "byte",
+    )
     return prefix
 
 
 @pytest.fixture(scope="module")
 def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cuda")
-    for device, options in DEVICES.items():
+    for device in DEVICES:
         cases = []
         for name, (scheme, repeat) in MODELS.items():
             out = root / device / name
             cases.append(
                 [
-                    *("pretrain", *SHAPE, *options, "--data-path", str(corpus)),
+                    *("pretrain", *SHAPE, "--data-path", str(corpus)),
                     *("--norm-scheme", scheme, "--phd-repeat", str(repeat)),
                     *("--metrics-file", str(out / "metrics.jsonl"), "--dump-gradients-dir", str(out / "gradients")),
                 ]
             )
-        path = root / f"{device}.json"
-        path.write_text(json.dumps(cases))
-        program(str(ROOT / "tests" / "integration" / "run_cases.py"), str(path))
+        run_cases(device, cases, root / f"{device}.json")
     return root
 
 
@@ -92,6 +123,20 @@ def test_device_gives_the_numbers_of_the_cpu(results: Path, device: str, model: 
     worst = max(errors, key=errors.__getitem__)
     print(f"{device} {model}: worst {worst} {errors[worst]:.1e}")
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e}"
+
+
+def test_a_run_moves_between_devices(corpus: Path, tmp_path: Path) -> None:
+    """Checkpoints of the CPU and of a GPU, with either Adam, continue on the other."""
+    base = ["pretrain", *SHAPE, "--train-iters", "8", "--data-path", str(corpus), "--phd-repeat", "2"]
+    whole, parts, save = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "run"
+    run_cases("cpu", [[*base, "--metrics-file", str(whole)]], tmp_path / "whole.json")
+    base += ["--save", str(save), "--load", str(save), "--metrics-file", str(parts), "--exit-interval", "2"]
+    best = "te" if "te" in DEVICES else "cuda"
+    for number, device in enumerate(("cpu", best, "cuda", "cpu")):
+        run_cases(device, [base], tmp_path / f"{number}.json")
+    losses = [[json.loads(line)["lm_loss"] for line in path.read_text().splitlines()] for path in (whole, parts)]
+    print("whole, moved:", *losses)
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCES["te"])
 
 
 def test_bf16_run_resumes_and_exports(corpus: Path, tmp_path: Path) -> None:
