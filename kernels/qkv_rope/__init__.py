@@ -30,7 +30,7 @@ def split_qkv_rope(mixed: Tensor, heads_per_group: int, table: Tensor | None) ->
 
     Returns:
         Query ``[rows, b, groups * heads_per_group, d]``, key and value ``[rows, b, groups, d]``; the last dimension of
-        each is dense.
+        each is dense. What is not turned may share memory with ``mixed``: do not write into it.
     """
     return _SplitRope.apply(mixed, heads_per_group, table)
 
@@ -77,14 +77,13 @@ class _SplitRope(torch.autograd.Function):
         split = mixed.unflatten(-1, (heads_per_group + 2, -1))  # [rows, b, groups, heads_per_group + 2, d]
         query, key, value = split[..., :-2, :], split[..., -2:-1, :], split[..., -1, :]
         if table is None:
-            # Copies of all three: a view among the results would let a later change in place reach the others.
-            return query.flatten(2, 3).clone(), key.flatten(2, 3).clone(), value.clone()
+            return query.flatten(2, 3), key.flatten(2, 3), value
         out_query, out_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
         wide = table.unsqueeze(-2)  # [2, rows, 1, 1, 1, r/2]
         return (
             _turn(query, wide, out_query, 1).flatten(2, 3),
             _turn(key, wide, out_key, 1).flatten(2, 3),
-            value.clone(),
+            value,
         )
 
     @staticmethod

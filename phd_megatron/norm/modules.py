@@ -34,11 +34,11 @@ class _RMSNormFunction(torch.autograd.Function):
         width = hidden.size(-1)
         rows, grad, scale = (x.to(scale.dtype).reshape(-1, x.size(-1)) for x in (hidden, grad_output, scale))
         wide_weight = weight.to(scale.dtype)
-        # With n = x * scale: dweight = sum(g * n) and dx = scale * (g * w - n * mean(g * w * n)). Both sums are
-        # matrix-vector products with g * x, so the normed tensor is never formed.
+        # With n = x * scale: dweight = sum(g * n) and dx = scale * (g * w - n * mean(g * w * n)). Both sums start from
+        # g * x, so the normed tensor is never formed.
         product = grad * rows  # [rows, d]
-        grad_weight = (scale.mT @ product).flatten()
-        mean = (product @ wide_weight)[:, None].mul_(scale.pow(3)).div_(width)
+        mean = torch.mv(product, wide_weight)[:, None].mul_(scale.pow(3)).div_(width)
+        grad_weight = product.mul_(scale).sum(0)
         grad_hidden = (grad * wide_weight).mul_(scale).addcmul_(rows, mean, value=-1)
         return grad_hidden.view(hidden.shape).to(hidden.dtype), grad_weight.to(weight.dtype), None
 

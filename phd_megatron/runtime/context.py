@@ -180,6 +180,7 @@ class Runtime:
             backend = "nccl"
         else:
             device, backend = torch.device("cpu"), "gloo"
+            _keep_freed_memory()
             threads, reason = choose_threads(environment)
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -298,6 +299,23 @@ class Runtime:
         np.random.seed(stage_seed % 2**32)
         torch.manual_seed(stage_seed)
         model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the blocks that a step frees for the next step.
+
+    By default it gives large ones back to the kernel, which then zeroes them page by page again: thousands of page
+    faults a step, 5 % of a PHD step on CPU. Other C libraries are left alone.
+    """
+    import ctypes
+
+    trim_threshold, mmap_threshold, mebibyte = -1, -3, 2**20  # numbers from malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 32 * mebibyte)  # the most that glibc accepts
+    mallopt(trim_threshold, 1024 * mebibyte)
 
 
 def _minutes(minutes: float) -> int:
