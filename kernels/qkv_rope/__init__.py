@@ -1,4 +1,4 @@
-"""From the fused QKV projection to query, key and value, turned by their positions (RoPE, arXiv 2104.09864, halves layout).
+"""From the fused QKV projection to query, key and value, turned by position (RoPE, arXiv 2104.09864, halves).
 
 Composed of separate operations, splitting and rotating copy the query twice and its gradient three times. Here the
 forward writes each result once and the backward writes all three gradients into one tensor. :func:`split_qkv_reference`
@@ -36,7 +36,7 @@ def split_qkv_rope(mixed: Tensor, heads_per_group: int, table: Tensor | None) ->
 
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turn ``x`` ``[rows, b, heads, d]`` by a table ``[2, rows, 1, 1, r/2]``; dimensions beyond ``r`` stay as they are."""
+    """Turn ``x`` ``[rows, b, heads, d]`` by a table ``[2, rows, 1, 1, r/2]``; dimensions beyond ``r`` stay."""
     return _Rope.apply(x, table)
 
 
@@ -69,16 +69,16 @@ class _Rope(torch.autograd.Function):
 
 class _SplitRope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, mixed: Tensor, heads_per_group: int, table: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, mixed: Tensor, heads_per_group: int, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(table)
         ctx.heads_per_group = heads_per_group
         split = mixed.unflatten(-1, (heads_per_group + 2, -1))  # [rows, b, groups, heads_per_group + 2, d]
         # The query is copied before it is turned: over five dimensions with gaps the rotation is several times slower.
         query, key, value = split[..., :-2, :].flatten(2, 3), split[..., -2, :], split[..., -1, :]
         if table is not None:
-            query, key = (_turn(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device), 1) for x in (query, key))
+            query, key = (
+                _turn(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device), 1) for x in (query, key)
+            )
         return query, key, value
 
     @staticmethod

@@ -43,7 +43,9 @@ class PHDSelfAttention(SelfAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.qkv_rope.rope_table`."""
-        self._rope_table = rotary_pos_emb  # applied below, so that Megatron-Core's own, slower rotation has nothing to do
+        self._rope_table = (
+            rotary_pos_emb  # applied below, so that Megatron-Core's own, slower rotation has nothing to do
+        )
         return super().forward(hidden_states, *args, **kwargs)
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +63,7 @@ class PHDSelfAttention(SelfAttention):
             if not self.head_norms:
                 return query, key, value
             query, key = (
-                norm(x) if norm is not None else x
-                for norm, x in ((self.q_layernorm, query), (self.k_layernorm, key))
+                norm(x) if norm is not None else x for norm, x in ((self.q_layernorm, query), (self.k_layernorm, key))
             )
         if self.v_layernorm is not None:
             value = self.v_layernorm(value)

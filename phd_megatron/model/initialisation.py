@@ -70,7 +70,9 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
             std = output_projection_std(std, config.init_scheme, int(layer[1]) + 1, config.num_layers)
         full = draw(part.key, tuple(part.global_shape), std, seed)
         place = tuple(
-            slice(start, start + (1 if axis < part.prepend_axis_num else part.local_shape[axis - part.prepend_axis_num]))
+            slice(
+                start, start + (1 if axis < part.prepend_axis_num else part.local_shape[axis - part.prepend_axis_num])
+            )
             for axis, start in enumerate(part.global_offset)
         )
         part.data.copy_(full[place].view(part.data.shape))

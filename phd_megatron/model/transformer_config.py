@@ -64,7 +64,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
-        # phd_megatron.model.initialisation draws the values, the same in every layout. Not perform_initialization=False:
+        # phd_megatron.model.initialisation draws the values, equal in every layout. Not perform_initialization=False:
         # Megatron would also leave out the marks by which the gradient norm counts tensor-parallel weights.
         "init_method": _leave_alone,
         "output_layer_init_method": _leave_alone,

@@ -24,7 +24,9 @@ def compare(function, reference, x: torch.Tensor, tolerance: float) -> None:
     assert (gradient - wanted).norm() <= tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (7, 3, 5, 6), (33, 2, 3, 20)])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_rope(dtype, tolerance, shape, share):
@@ -37,7 +39,9 @@ def test_rope(dtype, tolerance, shape, share):
     compare(lambda x: rope(x, angles), lambda x: rope_reference(x, angles), wide, tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize(("shape", "per_group"), [((1, 1, 1, 4), 1), ((7, 3, 2, 6), 3), ((33, 2, 3, 10), 4)])
 @pytest.mark.parametrize("rotary", [None, 2, "all"])
 def test_split_qkv_rope(dtype, tolerance, shape, per_group, rotary):
@@ -79,7 +83,9 @@ def test_rope_is_megatrons_bit_for_bit():
     assert torch.equal(rope(x, rope_table(angles, x.dtype)), expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 6), (17, 1, 34)])
 def test_swiglu(dtype, tolerance, shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -1,4 +1,4 @@
-"""The model on one rank: K = 1 against Megatron-Core's own layers, pruning, recomputation, causality, initialisation."""
+"""The model on one rank: K = 1 against Megatron-Core's layers, pruning, recomputation, causality, initialisation."""
 
 from __future__ import annotations
 
@@ -253,5 +253,7 @@ def test_norms_follow_the_plan(runtime):
     assert layer(1, "self_attention.v_layernorm") not in names["pre_qk"]
     assert layer(2, "self_attn_bda.output_norm") in names["post"] and layer(2, "mlp_bda.output_norm") in names["post"]
     assert not any("input_layernorm" in name for name in names["post"] | names["hybrid"])
-    assert layer(0, "input_layernorm") in names["hybrid_star"] and layer(1, "input_layernorm") not in names["hybrid_star"]
+    assert (
+        layer(0, "input_layernorm") in names["hybrid_star"] and layer(1, "input_layernorm") not in names["hybrid_star"]
+    )
     assert layer(1, "self_attention.v_layernorm") in names["hybrid"]
