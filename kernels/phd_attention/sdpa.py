@@ -423,6 +423,18 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _vanilla(query: Tensor, key: Tensor, value: Tensor) -> Three:
+    """``[1, s, b, heads, d]`` as ``[b, heads, s, d]``.
+
+    A CPU reads keys and values once for every block of queries, and sequence-first rows of a batch lie so far apart
+    that they push each other out of its cache: a copy there pays for itself about ten times over.
+    """
+    q, k, v = (x[0].permute(1, 2, 0, 3) for x in (query, key, value))
+    if query.device.type == "cpu":
+        return _unit_stride(q), k.contiguous(), v.contiguous()
+    return _unit_stride(q), _unit_stride(k), _unit_stride(v)
+
+
 def _fold(x: Tensor, groups: int) -> Tensor:
     """Queries ``[Kq, s, b, heads, d]`` to ``[b * groups, s, Kq, r, d]``."""
     x = x.unflatten(3, (groups, x.size(3) // groups)).permute(2, 3, 1, 0, 4, 5)  # [b, g, s, Kq, r, d]
@@ -461,9 +473,9 @@ class _PHDAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
         copies, length, batch, _, width = query.shape
         kernel = SINGLE if length == 1 else causal_kernel(query.device, query.dtype, width)[0]
-        if policy.repeat == 1:  # vanilla: views in, a view out, nothing else
-            q, k, v = (_unit_stride(x[0].permute(1, 2, 0, 3)) for x in (query, key, value))
-            out, lse, extra = kernel.forward(q, k, v, scale)
+        if policy.repeat == 1:  # vanilla: views in, a view out
+            q, key, value = _vanilla(query, key, value)
+            out, lse, extra = kernel.forward(q, key, value, scale)
             result = out.permute(2, 0, 1, 3).unsqueeze(0)
         else:
             q_rows = _fold(query, key.size(3))
@@ -484,9 +496,8 @@ class _PHDAttention(torch.autograd.Function):
         q, key, value, result, lse = ctx.saved_tensors
         policy, scale, kernel, extra = ctx.policy, ctx.scale, ctx.kernel, ctx.extra
         if policy.repeat == 1:
-            k, v = (_unit_stride(x[0].permute(1, 2, 0, 3)) for x in (key, value))
             out, gradient = result[0].permute(1, 2, 0, 3), _unit_stride(grad[0].permute(1, 2, 0, 3))
-            grads = kernel.backward(gradient, q, k, v, out, lse, extra, scale)
+            grads = kernel.backward(gradient, q, key, value, out, lse, extra, scale)
             return *(x.permute(2, 0, 1, 3).unsqueeze(0) for x in grads), None, None
         copies, length, batch, _, _ = result.shape
         groups, hidden = key.size(3), slice(max(0, copies - policy.repeat + 1), None)

@@ -2,10 +2,11 @@
 
 Contenders see the same batches and run interleaved, step by step, so that a busy machine slows all of them; the table
 shows medians. Ours is the whole step of ``pretrain`` (schedule, gradient buffers, clipping, distributed optimizer);
-Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(fused=True)``. With ``--bf16`` ours
-keeps float32 weights and gradients beside the bfloat16 ones, as ``pretrain`` does; Hugging Face's keeps bfloat16
-alone, which is less work, and once more float32 weights under autocast, as its Trainer does. Before anything is timed
-the vanilla models, given the same weights, must have the same loss.
+Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(fused=True)`` in a process of its own
+(:mod:`phd_megatron.cli.bench_hugging_face`). With ``--bf16`` ours keeps float32 weights and gradients beside the
+bfloat16 ones, as ``pretrain`` does; Hugging Face's keeps bfloat16 alone, which is less work, and once more float32
+weights under autocast, as its Trainer does. Before anything is timed the vanilla models, given the same weights, must
+have the same loss.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.bench_hugging_face import HuggingFaceStep
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
@@ -58,8 +61,9 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-HUGGING_FACE, AUTOCAST = "Hugging Face Llama", "Hugging Face Llama, autocast"
-Step = Callable[[Any], float]
+HUGGING_FACE, SAME_MEMORY, AUTOCAST = (f"Hugging Face Llama{kind}" for kind in ("", ", our malloc", ", autocast"))
+#: a batch ``[b, s + 1]`` to its loss and the seconds that the step took
+Step = Callable[[Any], tuple[float, float]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,16 +97,26 @@ def run(argv: list[str]) -> int:
             torch.set_num_threads(args.threads)
         runs = _runs(args)
         batches = _batches(runs["vanilla"])
-        weights = _our_weights(runs["vanilla"])
-        steps: dict[str, Step] = {HUGGING_FACE: _hugging_face_step(runs["vanilla"], weights, runtime)}
-        if args.bf16:
-            steps[AUTOCAST] = _hugging_face_step(runs["vanilla"], weights, runtime, autocast=True)
-        del weights
-        for name, config in runs.items():
-            steps[name] = _our_step(config, runtime)
-        _check_losses(steps, batches, "bfloat16" if args.bf16 else "float32")
-        seconds = _measure(steps, batches, args.rounds, runtime.synchronize)
+        with ExitStack() as peers:
+            steps = _peers(args, runs["vanilla"], runtime, peers)
+            for name, config in runs.items():
+                steps[name] = _our_step(config, runtime)
+            _check_losses(steps, batches, "bfloat16" if args.bf16 else "float32")
+            seconds = _measure(steps, batches, args.rounds)
         return _show(args, runs, seconds, runtime)
+
+
+def _peers(args: argparse.Namespace, config: RunConfig, runtime: Any, peers: ExitStack) -> dict[str, Step]:
+    weights = _our_weights(config)
+    kinds: dict[str, dict[str, bool]] = {HUGGING_FACE: {}}
+    if runtime.on_cpu:
+        kinds[SAME_MEMORY] = {"keep_freed_memory": True}
+    if args.bf16:
+        kinds[AUTOCAST] = {"autocast": True}
+    return {
+        name: peers.enter_context(HuggingFaceStep(config, weights, runtime.device, **kind))
+        for name, kind in kinds.items()
+    }
 
 
 def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
@@ -153,57 +167,15 @@ def _our_step(config: RunConfig, runtime: Any) -> Step:
     positions = torch.arange(length).expand(size, -1)
     mask = torch.ones(size, length)
 
-    def step(tokens: Any) -> float:
+    def step(tokens: Any) -> tuple[float, float]:
         batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": mask}
+        runtime.synchronize()
+        start = time.perf_counter()
         total, count = stepper.train(iter([batch]), 1).loss.tolist()
-        return float(total / count)
+        runtime.synchronize()
+        return float(total / count), time.perf_counter() - start
 
     step.model = model  # type: ignore[attr-defined]
-    return step
-
-
-def _hugging_face_step(config: RunConfig, weights: dict[str, Any], runtime: Any, autocast: bool = False) -> Step:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model_config, options = config.model, config.optimizer
-    llama_config = LlamaConfig(
-        vocab_size=model_config.vocab_size,
-        hidden_size=model_config.hidden_size,
-        intermediate_size=model_config.ffn_hidden_size,
-        num_hidden_layers=model_config.num_layers,
-        num_attention_heads=model_config.num_attention_heads,
-        num_key_value_heads=model_config.num_query_groups,
-        max_position_embeddings=model_config.seq_length,
-        rms_norm_eps=model_config.layernorm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model_config.rotary_base},
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    with torch.device(runtime.device):
-        llama = LlamaForCausalLM(llama_config)
-    if config.training.bf16 and not autocast:
-        llama = llama.to(torch.bfloat16)
-    missing, unexpected = llama.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise RuntimeError(f"weights do not match: missing {missing}, unexpected {unexpected}")
-    betas = (options.adam_beta1, options.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        llama.parameters(), options.lr, betas, options.adam_eps, options.weight_decay, fused=True
-    )
-
-    def step(tokens: Any) -> float:
-        tokens = tokens.to(runtime.device)
-        optimizer.zero_grad()
-        # shift_labels: score every token, as we do; by default the last position of a sample is not trained on
-        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=autocast):
-            loss = llama(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), options.clip_grad)
-        optimizer.step()
-        return float(loss.detach())
-
     return step
 
 
@@ -226,7 +198,7 @@ def _our_weights(config: RunConfig) -> dict[str, Any]:
 
 def _check_losses(steps: dict[str, Step], batches: list[Any], dtype: str) -> None:
     """First losses with equal weights; these steps are the warm-up too."""
-    losses = {name: [step(batch) for batch in batches[:2]] for name, step in steps.items()}
+    losses = {name: [step(batch)[0] for batch in batches[:2]] for name, step in steps.items()}
     expected = losses[HUGGING_FACE][0]
     for name in ("vanilla", AUTOCAST):
         if name in losses and abs(losses[name][0] - expected) > LOSS_TOLERANCE[dtype] * abs(expected):
@@ -237,17 +209,11 @@ def _check_losses(steps: dict[str, Step], batches: list[Any], dtype: str) -> Non
             )
 
 
-def _measure(
-    steps: dict[str, Step], batches: list[Any], rounds: int, synchronize: Callable[[], None]
-) -> dict[str, list[float]]:
+def _measure(steps: dict[str, Step], batches: list[Any], rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step(batches[number % len(batches)])
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(step(batches[number % len(batches)])[1])
     return seconds
 
 

@@ -38,7 +38,7 @@ class _RMSNormFunction(torch.autograd.Function):
         # g * x, so the normed tensor is never formed.
         product = grad * rows  # [rows, d]
         mean = torch.mv(product, wide_weight)[:, None].mul_(scale.pow(3)).div_(width)
-        grad_weight = product.mul_(scale).sum(0)
+        grad_weight = torch.mv(product.T, scale[:, 0])
         grad_hidden = (grad * wide_weight).mul_(scale).addcmul_(rows, mean, value=-1)
         return grad_hidden.view(hidden.shape).to(hidden.dtype), grad_weight.to(weight.dtype), None
 

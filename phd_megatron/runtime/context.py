@@ -180,7 +180,7 @@ class Runtime:
             backend = "nccl"
         else:
             device, backend = torch.device("cpu"), "gloo"
-            _keep_freed_memory()
+            keep_freed_memory()
             threads, reason = choose_threads(environment)
             if threads is not None:
                 torch.set_num_threads(threads)
@@ -301,7 +301,7 @@ class Runtime:
         model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the blocks that a step frees for the next step.
 
     By default it gives large ones back to the kernel, which then zeroes them page by page again: thousands of page

@@ -153,6 +153,18 @@ def _te_general_gemm(module: Any) -> None:
         module.te_general_gemm = None
 
 
+def _scale_in_place(module: Any) -> None:
+    import torch
+
+    _ = module.local_multi_tensor_scale
+
+    def scale_all(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], scale: Any) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, scale, out=target)
+
+    module.local_multi_tensor_scale = scale_all
+
+
 REDIRECTS = (
     Redirect(
         "torch-adamw",
@@ -184,5 +196,11 @@ REDIRECTS = (
         ("megatron.core.transformer.moe.moe_utils",),
         _te_general_gemm,
         "the router's name for Transformer Engine's GEMM is unbound without it",
+    ),
+    Redirect(
+        "scale-in-place",
+        ("megatron.core.utils",),
+        _scale_in_place,
+        "clipping without Transformer Engine and apex makes a second copy of every gradient",
     ),
 )

@@ -156,6 +156,24 @@ def _moe_splits(module: Any) -> None:
     module.maybe_move_tensor_to_cpu = to_host
 
 
+def _single_rank(module: Any) -> None:
+    import functools
+
+    def alone(collective: Any) -> Any:
+        @functools.wraps(collective)
+        def run(output: Any, given: Any, *args: Any, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            if async_op or group.size() > 1:
+                return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
+            if output.data_ptr() != given.data_ptr():
+                output.copy_(given)
+            return None
+
+        return run
+
+    module.dist_all_gather_func = alone(module.dist_all_gather_func)
+    module.dist_reduce_scatter_func = alone(module.dist_reduce_scatter_func)
+
+
 #: redirects that change no megatron module: torch's own ``cuda`` methods do nothing, and Transformer Engine and apex
 #: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them
 METHODS = ("tensor-cuda", "cuda-packages")
@@ -195,5 +213,11 @@ REDIRECTS = (
         ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"),
         _moe_splits,
         "token counts stay tensors, because the conversion is only made for CUDA tensors",
+    ),
+    Redirect(
+        "single-rank",
+        ("megatron.core.distributed.param_and_grad_buffer",),
+        _single_rank,
+        "gloo copies all gradients and parameters to themselves where a group has one rank; NCCL leaves them",
     ),
 )
