@@ -27,6 +27,8 @@ CASES = (
     "padded-buckets",
     "checkpoint-without-output",
     "te-general-gemm",
+    "single-rank",
+    "scale-in-place",
 )
 
 

@@ -281,6 +281,35 @@ def _is_fused():
     return "fused"
 
 
+def _collectives_of_one_rank():
+    """Nothing is sent where there is nobody to send to."""
+    import torch
+
+    tiny = Tiny()
+    with torch.profiler.profile() as profile:
+        tiny.step(0)
+    names = {event.name for event in profile.events()}
+    heavy = {name for name in names if "reduce_scatter" in name or "allgather" in name or "all_gather" in name}
+    assert any("allreduce" in name for name in names), names  # the profiler does see collectives
+    assert not heavy, heavy
+    return "nothing sent"
+
+
+def _clips_in_place():
+    """The scaled gradients are where they were, right, and never exist twice."""
+    import torch
+    from megatron.core.utils import local_multi_tensor_scale
+
+    size = 1 << 22
+    gradient = torch.arange(float(size))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        local_multi_tensor_scale(65536, None, [[gradient], [gradient]], 0.5)
+    assert gradient[3] == 1.5
+    most = max((event.cpu_memory_usage for event in profile.events()), default=0)
+    assert most < size, f"{most} bytes were allocated"
+    return "in place"
+
+
 #: redirect, or redirect/aspect -> what needs it; a case returns something or raises
 CASES = {
     "cuda-names": lambda directory: _train(),
@@ -296,6 +325,8 @@ CASES = {
     "padded-buckets": lambda directory: _resume(directory, overlap=1),
     "checkpoint-without-output": lambda directory: _train(recompute="layernorm"),
     "te-general-gemm": lambda directory: _train(moe=1),
+    "single-rank": lambda directory: _collectives_of_one_rank(),
+    "scale-in-place": lambda directory: _clips_in_place(),
 }
 
 
