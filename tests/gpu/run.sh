@@ -16,7 +16,7 @@ for repeat in 2 3; do
         --repeat $repeat --rounds 9 --json "$out/attention_k$repeat.json"
 done
 for implementation in auto local; do
-    phd bench train --size 12x768 --micro-batch-size 32 --bf16 --rounds 9 --transformer-impl $implementation \
+    phd bench train --size 12x768 --micro-batch-size 8 --bf16 --rounds 9 --transformer-impl $implementation \
         --json "$out/train_12x768_$implementation.json"
 done
 phd bench train --size 1p2b --micro-batch-size 2 --bf16 --rounds 7 --json "$out/train_1p2b.json"
