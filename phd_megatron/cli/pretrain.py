@@ -116,7 +116,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 first_iteration=trainer.progress.iteration,
             )
         )
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        parameters = sum(p.numel() for model in trainer.models for p in model.parameters())
         start = trainer.progress.iteration
         reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
         reason = trainer.train(reporter, exits)
