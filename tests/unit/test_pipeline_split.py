@@ -1,4 +1,4 @@
-"""The cut of layers into chunks is the one that Megatron-Core makes; what it cannot make is refused with the numbers."""
+"""The cut of layers into chunks is Megatron-Core's own; what it cannot make is refused with the numbers."""
 
 from __future__ import annotations
 
