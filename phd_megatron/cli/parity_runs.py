@@ -70,7 +70,7 @@ def run_parity(
     work: Path,
     tolerances: Mapping[str, Tolerance],
     *,
-    worker: Sequence[str] = WORKER,
+    worker: Sequence[str] | None = None,
     log: Log = print,
     keep: bool = False,
     timeout: float | None = None,
@@ -83,7 +83,7 @@ def run_parity(
         work: an empty directory; the runs' files go there and are deleted when they have been compared, unless
             ``keep``.
         tolerances: of each model.
-        worker: the program of a rank.
+        worker: the program of a rank; default :data:`WORKER`.
         timeout: seconds of one launch.
 
     Returns:
@@ -102,7 +102,7 @@ def run_parity(
         ready = [case for case in due if not case.refused]
         if ready:
             log(f"{len(ready)} run{'s' * (len(ready) > 1)} of {ranks} rank{'s' * (ranks > 1)}: {_names(ready)}")
-            _run(ready, ranks, work, worker, timeout)
+            _run(ready, ranks, work, worker or WORKER, timeout)
         for name, (reference, *others) in cases.items():
             if reference in due and (reference.refused or reference.problem):
                 of = f" of {name}" if name else ""
