@@ -41,7 +41,7 @@ PIPELINE_CUT = (
     *("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
     *("num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout", "overlap_p2p_comm"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-    "microbatch_group_size_per_vp_stage",
+    *("microbatch_group_size_per_vp_stage", "overlap_p2p_comm_warmup_flush"),
 )
 """Fields that say how the layers of one pipeline size are cut: a resume with another size does not inherit them."""
 

@@ -63,6 +63,7 @@ class ParallelConfig:
     account_for_loss_in_pipeline_split: bool = False  #: the loss counts as a layer when layers are divided
     microbatch_group_size_per_vp_stage: int | None = None  #: micro-batches a chunk runs in a row; default PP
     overlap_p2p_comm: bool | None = None  #: pipeline transfers beside compute; default on with virtual stages
+    overlap_p2p_comm_warmup_flush: bool = False  #: also while the pipeline fills and drains; virtual stages only
     context_parallel_size: int = 1  #: CP
     expert_model_parallel_size: int = 1  #: EP
     expert_tensor_parallel_size: int | None = None  #: TP of the experts; default TP

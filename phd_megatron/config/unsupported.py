@@ -88,7 +88,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("hierarchical_context_parallel_sizes", "context parallelism is not available yet"),
     Unsupported("hybrid_context_parallel", "context parallelism is not available yet"),
     Unsupported("max_seqlen_per_dp_cp_rank", "context parallelism is not available yet"),
-    Unsupported("overlap_p2p_comm_warmup_flush", "it belongs to virtual pipeline stages, not available yet"),
     Unsupported("pipeline_model_parallel_comm_backend", "process groups exist before this field is read"),
     Unsupported("pipeline_dtype", "it follows bf16 and fp16"),
     Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),

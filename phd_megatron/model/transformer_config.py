@@ -103,6 +103,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "microbatch_group_size_per_vp_stage": parallel.microbatch_group_size_per_vp_stage,
         "overlap_p2p_comm": overlap_p2p,
         "batch_p2p_comm": not overlap_p2p,
+        "overlap_p2p_comm_warmup_flush": parallel.overlap_p2p_comm_warmup_flush,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,

@@ -166,7 +166,8 @@ class ParallelDims:
 
     def _check_interleaving(self, parallel: ParallelConfig) -> None:
         if self.vpp is None:
-            for name in ("overlap_p2p_comm", "microbatch_group_size_per_vp_stage"):
+            users = ("overlap_p2p_comm", "overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage")
+            for name in users:
                 if value := getattr(parallel, name):
                     raise UserError(
                         f"{name} is {value} without virtual pipeline stages, which alone use it; set "
@@ -177,6 +178,11 @@ class ParallelDims:
                 "overlap_p2p_comm is False with virtual stages on pipeline_model_parallel_size 2: a rank then sends "
                 "activations and gradients to one and the same neighbour in one batch, and they cross; leave it out "
                 "(true), or use 3 or more pipeline ranks"
+            )
+        elif parallel.overlap_p2p_comm_warmup_flush and parallel.overlap_p2p_comm is False:
+            raise UserError(
+                "overlap_p2p_comm_warmup_flush is True with overlap_p2p_comm False: it extends that overlap; leave "
+                "overlap_p2p_comm out"
             )
 
     def _check_depth(self, model: ModelConfig) -> None:

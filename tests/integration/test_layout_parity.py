@@ -52,12 +52,13 @@ NAMED = {
         },
         ranks=2,
     ),
-    "pp2+vpp2 in groups of 4": Layout(
-        "pp2+vpp2 in groups of 4",
+    "pp2+vpp2 in groups of 4, all transfers overlapped": Layout(
+        "pp2+vpp2 in groups of 4, all transfers overlapped",
         {
             "pipeline_model_parallel_size": 2,
             "virtual_pipeline_model_parallel_size": 2,
             "microbatch_group_size_per_vp_stage": 4,
+            "overlap_p2p_comm_warmup_flush": True,
         },
         ranks=2,
     ),
@@ -73,7 +74,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tp2+sp": EVERY,
     "pp2": (*TWO, "hybrid-k2-untied"),
     "pp2+vpp2": (*SIX, "hybrid-k2-untied"),
-    "pp2+vpp2 in groups of 4": ("hybrid_star-k2",),
+    "pp2+vpp2 in groups of 4, all transfers overlapped": ("hybrid_star-k2",),
     "pp2+first1": ("hybrid_star-k2", "hybrid-k2-untied"),
     "pp2+vpp3 with embedding and loss counted": ("hybrid_star-k3", "hybrid-k2-untied"),
     "dp2": TWO,
