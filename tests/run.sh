@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets the environment up, then lints and tests: bash tests/run.sh [--no-lint] [PYTEST ARGUMENTS]
+# Sets the environment up, then lints and tests: bash tests/run.sh [--no-lint] [--full] [PYTEST ARGUMENTS]
 #
 #   bash tests/run.sh                          everything
 #   bash tests/run.sh tests/unit -k policy     a part of it
+#   bash tests/run.sh --full                   instead: many models over many layouts, which writes docs/parity.md
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
 # Exits with 0 only if lint and tests are clean. Environment variables of the set-up: launch_scripts/_env.sh.
@@ -10,10 +11,15 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
 lint=1
-if [[ "${1:-}" == --no-lint ]]; then
-    lint=0
+selection=()
+while [[ "${1:-}" == --no-lint || "${1:-}" == --full ]]; do
+    if [[ "$1" == --full ]]; then
+        selection=(-m full)
+    else
+        lint=0
+    fi
     shift
-fi
+done
 began=$SECONDS
 invoked_from="$PWD"
 phd_environment test
@@ -45,7 +51,7 @@ for argument in "$@"; do
     fi
     arguments+=("$argument")
 done
-"$PYTHON" -m pytest -n "$workers" --dist loadfile "${arguments[@]}" || failed+=("pytest")
+"$PYTHON" -m pytest -n "$workers" --dist loadfile "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
 
 printf '\nset-up %d s, in all %d s\n' "$set_up" "$((SECONDS - began))"
 if ((${#failed[@]})); then

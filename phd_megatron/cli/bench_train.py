@@ -160,10 +160,10 @@ def _our_step(config: RunConfig, runtime: Any) -> Step:
     from phd_megatron.training.step import Stepper
 
     assert config.model.vocab_size is not None
-    model = wrap_data_parallel(build_model(config, config.model.vocab_size, runtime.device), config)
-    optimizer = build_optimizer([model], config)
+    models = wrap_data_parallel(build_model(config, config.model.vocab_size, runtime.device), config)
+    optimizer = build_optimizer(models, config)
     size, length = config.training.micro_batch_size, config.model.seq_length
-    stepper = Stepper(model, optimizer, runtime.device, size, length, config.model.phd_repeat)
+    stepper = Stepper(models, optimizer, runtime.device, size, length, config.model.phd_repeat)
     positions = torch.arange(length).expand(size, -1)
     mask = torch.ones(size, length)
 
@@ -175,7 +175,7 @@ def _our_step(config: RunConfig, runtime: Any) -> Step:
         runtime.synchronize()
         return float(total / count), time.perf_counter() - start
 
-    step.model = model  # type: ignore[attr-defined]
+    step.model = models[0]  # type: ignore[attr-defined]
     return step
 
 
@@ -189,7 +189,7 @@ def _our_weights(config: RunConfig) -> dict[str, Any]:
 
     assert config.model.vocab_size is not None
     local = replace(config, model=replace(config.model, transformer_impl="local"))  # this copy is on the CPU
-    tensors = dict(build_model(local, config.model.vocab_size, torch.device("cpu")).named_parameters())
+    tensors = dict(build_model(local, config.model.vocab_size, torch.device("cpu"))[0].named_parameters())
     weights: dict[str, Any] = {}
     for rule in dense_rules(Architecture.from_model(config.model, config.model.vocab_size)):
         weights.update(rule.to_hf(tensors[rule.mcore].detach()))

@@ -17,6 +17,7 @@ from phd_megatron.errors import UserError
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
     "pretrain": "train a model (also under torchrun)",
+    "parity": "compare every parallel layout of a configuration with one rank",
     "export": "write a checkpoint as a Hugging Face directory",
     "generate": "continue a prompt from a checkpoint or an exported directory",
     "doctor": "show versions and which implementation each operation uses here, and why",

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phd_megatron.config.help import format_config
-from phd_megatron.config.load import load_run_config
+from phd_megatron.config.load import LoadedConfig, load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
 from phd_megatron.runtime.parallel_dims import ParallelDims
+
+if TYPE_CHECKING:
+    from phd_megatron.data.tokenizers import Tokenizer
 
 
 def run(argv: list[str]) -> int:
@@ -23,27 +26,12 @@ def run(argv: list[str]) -> int:
     from phd_megatron.training.signals import die_with_launcher
 
     die_with_launcher()
-    install_backend(choose_device(_asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
-    config, notes, origins = _configure(argv, environment)
-
-    from phd_megatron.data.datasets import check_data, resolve_tokenizer
-    from phd_megatron.training.optimizer import plan_schedule
-
-    tokenizer = resolve_tokenizer(config)
-    if config.model.vocab_size is None:
-        config.model.vocab_size = tokenizer.vocab_size
-    dims = ParallelDims.from_config(config.parallel, environment.world_size)
-    config.parallel.sequence_parallel = dims.sp
-    if config.training.global_batch_size is None:
-        config.training.global_batch_size = config.training.micro_batch_size * dims.dp
-        notes.append(f"global_batch_size={config.training.global_batch_size}: micro_batch_size x DP {dims.dp}")
-    dims.validate(config.model, config.training)
-    schedule = plan_schedule(config, config.training.global_batch_size)
-    if config.data.data_horizon_samples is None:
-        config.data.data_horizon_samples = schedule.total
-    evaluated = config.training.eval_iters * config.training.global_batch_size
-    check_data(config, tokenizer, (schedule.total, evaluated, 0))
-
+    install_backend(choose_device(asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
+    loaded = load_config(argv)
+    config = loaded.config
+    require_for_pretraining(config)
+    tokenizer, derived = complete(config, environment.world_size)
+    notes = loaded.notes + derived
     runtime = Runtime.start(
         config.parallel,
         model=config.model,
@@ -54,12 +42,49 @@ def run(argv: list[str]) -> int:
     with runtime:
         for note in notes:
             runtime.log(f"note: {note}")
-        runtime.log(f"resolved configuration:\n{format_config(config, origins)}")
+        runtime.log(f"resolved configuration:\n{format_config(config, loaded.origins)}")
         _train(config, runtime, tokenizer)
     return 0
 
 
-def _asked_device(argv: list[str]) -> str:
+def load_config(argv: list[str]) -> LoadedConfig:
+    """The merged configuration of a command line, not completed yet. Imports Megatron for its field names."""
+    from phd_megatron.model.transformer_config import transformer_field_types
+
+    return load_run_config(argv, transformer_fields=transformer_field_types(), saved=_saved_configuration)
+
+
+def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
+    """Resolve a configuration for so many ranks, in place, and check it against the model, the layout and the data.
+
+    Returns:
+        The tokenizer, and notes on what was derived.
+
+    Raises:
+        UserError: for everything that can be known before ranks are connected.
+    """
+    from phd_megatron.data.datasets import check_data, resolve_tokenizer
+    from phd_megatron.training.optimizer import plan_schedule
+
+    notes = resolve(config)
+    tokenizer = resolve_tokenizer(config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    dims = ParallelDims.from_config(config.parallel, world_size)
+    config.parallel.sequence_parallel = dims.sp
+    if config.training.global_batch_size is None:
+        config.training.global_batch_size = config.training.micro_batch_size * dims.dp
+        notes.append(f"global_batch_size={config.training.global_batch_size}: micro_batch_size x DP {dims.dp}")
+    dims.validate(config.model, config.training)
+    schedule = plan_schedule(config, config.training.global_batch_size)
+    if config.data.data_horizon_samples is None:
+        config.data.data_horizon_samples = schedule.total
+    evaluated = config.training.eval_iters * config.training.global_batch_size
+    check_data(config, tokenizer, (schedule.total, evaluated, 0))
+    return tokenizer, notes
+
+
+def asked_device(argv: list[str]) -> str:
     """``device`` of the command line or the YAML file; needed before the configuration can be read in full."""
     asked = "auto"
     for index, word in enumerate(argv):
@@ -71,15 +96,6 @@ def _asked_device(argv: list[str]) -> str:
         elif name == "--device":
             return value
     return asked
-
-
-def _configure(argv: list[str], environment: Environment) -> tuple[RunConfig, list[str], dict[str, str]]:
-    from phd_megatron.model.transformer_config import transformer_field_types
-
-    loaded = load_run_config(argv, transformer_fields=transformer_field_types(), saved=_saved_configuration)
-    require_for_pretraining(loaded.config)
-    notes = loaded.notes + resolve(loaded.config)
-    return loaded.config, notes, loaded.origins
 
 
 def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
@@ -116,7 +132,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 first_iteration=trainer.progress.iteration,
             )
         )
-        parameters = sum(p.numel() for p in trainer.model.parameters())
+        parameters = sum(p.numel() for model in trainer.models for p in model.parameters())
         start = trainer.progress.iteration
         reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
         reason = trainer.train(reporter, exits)

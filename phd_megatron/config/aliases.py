@@ -59,7 +59,6 @@ class Refuse:
 
 Alias = Rename | Set | Accept | Choice | Refuse
 
-_VPP = Refuse("virtual pipeline stages are not available yet", "leave it out; plain pipeline parallelism works")
 _FILES = Refuse("tokenizers are read from a directory", "put tokenizer.json there and give --tokenizer DIRECTORY")
 _SAVES_ALL = Refuse("a checkpoint always holds everything", "skip it when loading: --no-load-optim, --no-load-rng")
 _FSDP = Refuse("FSDP is not available", "use --use-distributed-optimizer, which shards optimizer states")
@@ -87,8 +86,8 @@ ALIASES: dict[str, Alias] = {
     "fp4_format": Rename("fp4"),
     "fp8_param_gather": Rename("fp8_param"),
     # layout
-    "num_layers_per_virtual_pipeline_stage": _VPP,
-    "num_virtual_stages_per_pipeline_rank": _VPP,
+    "num_virtual_stages_per_pipeline_rank": Rename("virtual_pipeline_model_parallel_size"),
+    "no_overlap_p2p_communication": Set("overlap_p2p_comm", False),
     "decoder_first_pipeline_num_layers": Rename("num_layers_in_first_pipeline_stage"),
     "decoder_last_pipeline_num_layers": Rename("num_layers_in_last_pipeline_stage"),
     "distributed_backend": Choice(

@@ -32,9 +32,18 @@ ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction"),
     ("bf16", "fp16"),
     ("data_path", "train_data_path"),
+    ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),
 )
 """Fields that say the same thing in different ways: at most one of each group is given, and one that is given replaces
 the others of weaker sources."""
+
+PIPELINE_CUT = (
+    *("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
+    *("num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout", "overlap_p2p_comm"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("microbatch_group_size_per_vp_stage", "overlap_p2p_comm_warmup_flush"),
+)
+"""Fields that say how the layers of one pipeline size are cut: a resume with another size does not inherit them."""
 
 _HELP_LINE = re.compile(r"^ {4}(\w+):.*#: (.+)$", re.MULTILINE)
 

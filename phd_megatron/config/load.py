@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.aliases import Set
-from phd_megatron.config.catalog import ALTERNATIVES, NOT_INHERITED, fields
+from phd_megatron.config.catalog import ALTERNATIVES, NOT_INHERITED, PIPELINE_CUT, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
@@ -63,6 +63,9 @@ def load_run_config(
     if saved_data is not None:
         everything = flatten(saved_data, f"configuration saved in {load}", None)
         saved_values = {name: value for name, value in everything.items() if name not in NOT_INHERITED}
+        stages = {**yaml_values, **flags.values}.get("pipeline_model_parallel_size")
+        if stages not in (None, saved_values.get("pipeline_model_parallel_size")):
+            saved_values = {name: value for name, value in saved_values.items() if name not in PIPELINE_CUT}
 
     merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), list(flags.notes))
     _check_conditions_before(flags, {**saved_values, **yaml_values})

@@ -36,7 +36,7 @@ def resolve(config: RunConfig) -> list[str]:
         ]
     )
     raise_all([*problems(config), *_unknown_scheme(config.model)])
-    notes = _resolve_model(config.model) + _resolve_phd(config.model) + warnings(config)
+    notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
     raise_all(problems(config))
     return notes
 
@@ -61,6 +61,25 @@ def _resolve_model(model: ModelConfig) -> list[str]:
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
     return notes
+
+
+def _resolve_stages(config: RunConfig) -> list[str]:
+    """``num_layers_per_virtual_pipeline_stage`` to the number of chunks, as Megatron-LM does."""
+    parallel, layers = config.parallel, config.model.num_layers
+    per_chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    if per_chunk is None:
+        return []
+    assert layers is not None  # checked by resolve
+    if layers % (stages * per_chunk):
+        raise UserError(
+            f"num_layers_per_virtual_pipeline_stage={per_chunk}: num_layers={layers} is not a multiple of "
+            f"pipeline_model_parallel_size={stages} x {per_chunk}; use a number that divides, or "
+            "virtual_pipeline_model_parallel_size with an explicit split"
+        )
+    chunks = layers // (stages * per_chunk)
+    parallel.num_layers_per_virtual_pipeline_stage = None
+    parallel.virtual_pipeline_model_parallel_size = chunks
+    return [f"virtual_pipeline_model_parallel_size={chunks}: {layers} layers / ({stages} stages x {per_chunk})"]
 
 
 def _unknown_scheme(model: ModelConfig) -> list[str]:

@@ -55,6 +55,15 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1  #: TP
     pipeline_model_parallel_size: int = 1  #: PP
     virtual_pipeline_model_parallel_size: int | None = None  #: VPP, model chunks per pipeline rank
+    num_layers_per_virtual_pipeline_stage: int | None = None  #: says VPP by the layers of a chunk; resolved to it
+    num_layers_in_first_pipeline_stage: int | None = None  #: layers of the first stage, where it has fewer or more
+    num_layers_in_last_pipeline_stage: int | None = None  #: layers of the last stage
+    pipeline_model_parallel_layout: str | None = None  #: stages in letters, such as Ettt|tttt|tttt|tttL
+    account_for_embedding_in_pipeline_split: bool = False  #: the embedding counts as a layer when layers are divided
+    account_for_loss_in_pipeline_split: bool = False  #: the loss counts as a layer when layers are divided
+    microbatch_group_size_per_vp_stage: int | None = None  #: micro-batches a chunk runs in a row; default PP
+    overlap_p2p_comm: bool | None = None  #: pipeline transfers beside compute; default on with virtual stages
+    overlap_p2p_comm_warmup_flush: bool = False  #: also while the pipeline fills and drains; virtual stages only
     context_parallel_size: int = 1  #: CP
     expert_model_parallel_size: int = 1  #: EP
     expert_tensor_parallel_size: int | None = None  #: TP of the experts; default TP

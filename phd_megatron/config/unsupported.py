@@ -65,15 +65,11 @@ _NO_FP8 = "it has no effect without fp8"
 _NO_RECOMPUTE = "it has no effect without recompute_granularity"
 _RECOMPUTE = "set recompute_granularity to full or selective"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
-_EVEN = "layers are divided evenly over pipeline stages"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     # --- not built yet
     Unsupported("context_parallel_size", "context parallelism is not available yet", "use 1", _above_one),
-    Unsupported(
-        "virtual_pipeline_model_parallel_size", "virtual pipeline stages are not available yet", "use null", _above_one
-    ),
     Unsupported("expert_model_parallel_size", "mixture of experts is not available yet", "use 1", _above_one),
     Unsupported("expert_tensor_parallel_size", "mixture of experts is not available yet", "use null"),
     Unsupported("num_moe_experts", "mixture of experts is not available yet", "train a dense model"),
@@ -92,14 +88,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("hierarchical_context_parallel_sizes", "context parallelism is not available yet"),
     Unsupported("hybrid_context_parallel", "context parallelism is not available yet"),
     Unsupported("max_seqlen_per_dp_cp_rank", "context parallelism is not available yet"),
-    Unsupported("overlap_p2p_comm", "it belongs to virtual pipeline stages, not available yet"),
-    Unsupported("overlap_p2p_comm_warmup_flush", "it belongs to virtual pipeline stages, not available yet"),
-    Unsupported("microbatch_group_size_per_vp_stage", "it belongs to virtual pipeline stages, not available yet"),
-    Unsupported("pipeline_model_parallel_layout", _EVEN),
-    Unsupported("num_layers_in_first_pipeline_stage", _EVEN),
-    Unsupported("num_layers_in_last_pipeline_stage", _EVEN),
-    Unsupported("account_for_embedding_in_pipeline_split", _EVEN),
-    Unsupported("account_for_loss_in_pipeline_split", _EVEN),
     Unsupported("pipeline_model_parallel_comm_backend", "process groups exist before this field is read"),
     Unsupported("pipeline_dtype", "it follows bf16 and fp16"),
     Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),

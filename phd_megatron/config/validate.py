@@ -13,6 +13,8 @@ _AT_LEAST_ONE = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "seq_length", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage"),
+    *("num_layers_in_last_pipeline_stage", "microbatch_group_size_per_vp_stage"),
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "ddp_bucket_size"),
     *("data_horizon_samples", "micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
     *("eval_interval", "exit_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),

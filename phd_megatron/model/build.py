@@ -14,7 +14,11 @@ from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
-from phd_megatron.model.transformer_config import build_transformer_config, padded_vocab_size
+from phd_megatron.model.transformer_config import (
+    PHDTransformerConfig,
+    build_transformer_config,
+    padded_vocab_size,
+)
 
 
 def use_transformer_engine(transformer_impl: str, on_cuda: bool) -> tuple[bool, str]:
@@ -50,24 +54,42 @@ def _import_problem() -> str | None:
 
 def build_model(
     run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None = None
-) -> PHDGPTModel:
-    """The initialised model chunk of this rank, on ``device``, in the run's parameter type."""
+) -> list[PHDGPTModel]:
+    """The initialised model chunks of this rank, on ``device``, in the run's parameter type.
+
+    One, or with virtual pipeline stages one for each, in the order in which activations pass. They share one
+    configuration.
+    """
     config = build_transformer_config(run)
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual is None else range(virtual)
+    return [_build_chunk(run, config, true_vocab_size, device, pg_collection, stage) for stage in stages]
+
+
+def _build_chunk(
+    run: RunConfig,
+    config: PHDTransformerConfig,
+    true_vocab_size: int,
+    device: Any,
+    pg_collection: ProcessGroupCollection | None,
+    vp_stage: int | None,
+) -> PHDGPTModel:
     transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, device.type == "cuda")
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     model = PHDGPTModel(
         true_vocab_size=true_vocab_size,
         config=config,
-        transformer_layer_spec=block_spec(config, transformer_engine),
+        transformer_layer_spec=block_spec(config, transformer_engine, vp_stage),
         vocab_size=padded_vocab_size(true_vocab_size, run.model.make_vocab_size_divisible_by),
         max_sequence_length=run.model.max_position_embeddings or run.model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_percent=run.model.rotary_percent,
         rotary_base=run.model.rotary_base,
         pg_collection=pg_collection,
+        vp_stage=vp_stage,
     )
     initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)

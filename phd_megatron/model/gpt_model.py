@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.qkv_rope import rope_table
-from phd_megatron.phd.copies import join_copies, repeat_tokens
+from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
 
 
 class PHDGPTModel(GPTModel):
     """``GPTModel`` that repeats tokens after the embedding (PHD-Transformer, Sec. 2).
 
-    The copies are dropped inside the last decoder layer, so the final norm, the head and the loss see the last copy
-    only. ``vocab_size`` is the padded one; logits beyond ``true_vocab_size`` are minus infinity everywhere.
+    The copies are dropped inside the last decoder layer, or before the head where it has a pipeline stage of its own,
+    so the final norm, the head and the loss see the last copy only. ``vocab_size`` is the padded one; logits beyond
+    ``true_vocab_size`` are minus infinity everywhere.
 
     Args:
         true_vocab_size: tokens of the tokenizer.
@@ -30,6 +31,12 @@ class PHDGPTModel(GPTModel):
         self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Rows of the stage before, ``[K * s, b, h]``; a stage with the head alone goes on with ``[s, b, h]``."""
+        super().set_input_tensor(input_tensor)
+        if self.decoder.input_tensor is not None and not self.decoder.layers:
+            self.decoder.set_input_tensor(last_copy(self.decoder.input_tensor, self.repeat))
 
     def _preprocess(
         self,
@@ -49,7 +56,8 @@ class PHDGPTModel(GPTModel):
         if decoder_input is None and self.pre_process:
             decoder_input = repeat_tokens(self.embedding(input_ids=input_ids, position_ids=position_ids), self.repeat)
         rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
-        return decoder_input, self._rotary_table(rows.size(0)), None, None, None, None
+        table = self._rotary_table(rows.size(0)) if self.decoder.layers else None
+        return decoder_input, table, None, None, None, None
 
     def _rotary_table(self, rows: int) -> Tensor:
         """RoPE table for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""

@@ -62,6 +62,7 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
     column_linear, row_linear = linear_modules(transformer_engine)
     last_layer = layer_number == config.num_layers
     prune = config.phd_last_layer_pruning
+    drop_after = last_layer and not prune and not config.copies_dropped_at_head
     normed_residual = block.mlp.residual == "normed"
     return ModuleSpec(
         module=TransformerLayer,
@@ -88,7 +89,7 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
                     activation_func=SwiGLU if config.gated_linear_unit else None,
                 ),
             ),
-            mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=last_layer and not prune),
+            mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=drop_after),
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
         ),
     )

@@ -15,6 +15,7 @@ from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.runtime.pipeline_split import PipelineSplit
 
 
 @dataclass
@@ -25,6 +26,7 @@ class PHDTransformerConfig(TransformerConfig):
     norm_plan: tuple[BlockNorm, ...] = ()
     phd_attention_backend: str = "auto"
     phd_last_layer_pruning: bool = True
+    copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     init_scheme: str = "normal"
 
 
@@ -56,6 +58,10 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
     model, parallel = run.model, run.parallel
     policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
     dtype = params_dtype(run)
+    split = PipelineSplit.from_config(parallel)
+    # Rows between stages are K * s everywhere, so a head without a decoder layer on its stage gets all copies.
+    lone_head = model.num_layers is not None and split.layers(model.num_layers)[-1] == 0
+    overlap_p2p = split.vpp > 1 and parallel.overlap_p2p_comm is not False
     values: dict[str, Any] = {
         # A step computes in the order a single rank would; the fused kernels below need a compiler or TE.
         "bias_dropout_fusion": False,
@@ -88,7 +94,16 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "init_method_std": model.init_method_std,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": split.vpp if split.vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": split.first,
+        "num_layers_in_last_pipeline_stage": split.last,
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
+        "account_for_embedding_in_pipeline_split": split.embedding,
+        "account_for_loss_in_pipeline_split": split.loss,
+        "microbatch_group_size_per_vp_stage": parallel.microbatch_group_size_per_vp_stage,
+        "overlap_p2p_comm": overlap_p2p,
+        "batch_p2p_comm": not overlap_p2p,
+        "overlap_p2p_comm_warmup_flush": parallel.overlap_p2p_comm_warmup_flush,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
@@ -104,7 +119,8 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "kv_policy": policy,
         "norm_plan": norm_plan(model.norm_scheme, model.num_layers or 0),
         "phd_attention_backend": model.phd_attention_backend,
-        "phd_last_layer_pruning": model.phd_last_layer_pruning,
+        "phd_last_layer_pruning": model.phd_last_layer_pruning and not lone_head,
+        "copies_dropped_at_head": lone_head,
         "init_scheme": model.init,
     }
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.pipeline_split import PipelineSplit
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class ParallelDims:
     ep: int = 1  #: expert
     etp: int = 1  #: tensor size of the experts
     sp: bool = False  #: sequence parallelism within the tensor group
+    split: PipelineSplit = dataclasses.field(default=PipelineSplit(), compare=False)  #: layers of each stage
+    vpp_group: int | None = None  #: micro-batches that a chunk runs one after the other; default the pipeline size
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)  #: what was changed and why, for the log
 
     @classmethod
@@ -41,21 +45,24 @@ class ParallelDims:
                 "sequence_parallel is off: it splits over the tensor group, and tensor_model_parallel_size is 1"
             )
         etp = parallel.expert_tensor_parallel_size
-        vpp = parallel.virtual_pipeline_model_parallel_size
-        if vpp == 1:
-            vpp = None
+        _check_positive({"virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size})
+        _check_positive({"pipeline_model_parallel_size": parallel.pipeline_model_parallel_size})
+        split = PipelineSplit.from_config(parallel)
         dims = cls(
             world_size=world_size,
             tp=tp,
             pp=parallel.pipeline_model_parallel_size,
-            vpp=vpp,
+            vpp=split.vpp if split.vpp > 1 else None,
             cp=parallel.context_parallel_size,
             ep=parallel.expert_model_parallel_size,
             etp=tp if etp is None else etp,
             sp=sp,
+            split=split,
+            vpp_group=parallel.microbatch_group_size_per_vp_stage,
             notes=tuple(notes),
         )
         dims._check_sizes()
+        dims._check_interleaving(parallel)
         return dims
 
     @property
@@ -67,11 +74,6 @@ class ParallelDims:
     def dp(self) -> int:
         """Ranks that read different samples."""
         return self.world_size // self.model_parallel
-
-    @property
-    def stages(self) -> int:
-        """Pieces the layers are cut into: pipeline x virtual pipeline."""
-        return self.pp * (self.vpp or 1)
 
     def describe(self) -> str:
         """Sizes on one line; those of 1 are left out, except data parallelism."""
@@ -108,11 +110,7 @@ class ParallelDims:
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
         }
-        if self.vpp is not None:
-            sizes["virtual_pipeline_model_parallel_size"] = self.vpp
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"{name} is {size}: a group has at least one rank; set it to 1 or more")
+        _check_positive(sizes)
         product = self.model_parallel
         if self.world_size % product:
             usable = [n for n in range(product, self.world_size + product, product)][-2:]
@@ -124,7 +122,7 @@ class ParallelDims:
         if self.vpp is not None and self.pp == 1:
             raise UserError(
                 f"virtual_pipeline_model_parallel_size is {self.vpp} with pipeline_model_parallel_size 1: there is no "
-                "pipeline to interleave; raise the pipeline size or leave the virtual size out"
+                "pipeline to interleave; raise the pipeline size or set the virtual size to null"
             )
         experts = self.etp * self.ep * self.pp
         if self.world_size % experts:
@@ -166,26 +164,30 @@ class ParallelDims:
                     f"{self.tp}; set make_vocab_size_divisible_by to {math.lcm(multiple, self.tp)}"
                 )
 
-    def _check_depth(self, model: ModelConfig) -> None:
-        layers = model.num_layers
-        uneven = (
-            "num_layers_in_first_pipeline_stage",
-            "num_layers_in_last_pipeline_stage",
-            "pipeline_model_parallel_layout",
-        )
-        if layers is None or any(model.transformer.get(name) is not None for name in uneven):
-            return  # an uneven split is megatron's to check
-        splits = sum(
-            bool(model.transformer.get(name))
-            for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
-        )
-        if (layers + splits) % self.stages:
-            stages = f"pipeline {self.pp}" + (f" x virtual pipeline {self.vpp}" if self.vpp else "")
+    def _check_interleaving(self, parallel: ParallelConfig) -> None:
+        if self.vpp is None:
+            users = ("overlap_p2p_comm", "overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage")
+            for name in users:
+                if value := getattr(parallel, name):
+                    raise UserError(
+                        f"{name} is {value} without virtual pipeline stages, which alone use it; set "
+                        "virtual_pipeline_model_parallel_size, or leave it out"
+                    )
+        elif self.pp == 2 and parallel.overlap_p2p_comm is False:
             raise UserError(
-                f"num_layers {layers} is not divisible by {stages} = {self.stages}: every stage gets as many layers; "
-                f"use {_round_up(layers, self.stages)} layers, another pipeline size, or "
-                "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage"
+                "overlap_p2p_comm is False with virtual stages on pipeline_model_parallel_size 2: a rank then sends "
+                "activations and gradients to one and the same neighbour in one batch, and they cross; leave it out "
+                "(true), or use 3 or more pipeline ranks"
             )
+        elif parallel.overlap_p2p_comm_warmup_flush and parallel.overlap_p2p_comm is False:
+            raise UserError(
+                "overlap_p2p_comm_warmup_flush is True with overlap_p2p_comm False: it extends that overlap; leave "
+                "overlap_p2p_comm out"
+            )
+
+    def _check_depth(self, model: ModelConfig) -> None:
+        if model.num_layers is not None:
+            self.split.layers(model.num_layers)
 
     def _check_sequence(self, model: ModelConfig) -> None:
         slices = 2 * self.cp if self.cp > 1 else 1
@@ -209,18 +211,32 @@ class ParallelDims:
                 f"{self.dp} = {step} ({self.data_parallel_product()}); use {_round_up(batch, step)} or change one of "
                 "them"
             )
-        if self.vpp is not None and (batch // step) % self.pp:
-            raise UserError(
-                f"{batch // step} micro-batches per step (global_batch_size {batch} / {step}) are not a multiple of "
-                f"pipeline_model_parallel_size {self.pp}, which interleaved stages need; use "
-                f"global_batch_size {_round_up(batch, step * self.pp)}"
-            )
         for name, value in zip(("start", "increment"), training.rampup_batch_size or (), strict=False):
             if value % step:
                 raise UserError(
                     f"rampup_batch_size {name} {value} is not divisible by micro_batch_size {micro} x data-parallel "
                     f"size {self.dp} = {step}; use {_round_up(value, step)}"
                 )
+        if self.vpp is not None:
+            start, increment, _ = training.rampup_batch_size or (batch, batch, 0)
+            for size in {*range(start, batch, increment), batch}:
+                self._check_interleaved_batch(size, step)
+
+    def _check_interleaved_batch(self, batch: int, step: int) -> None:
+        """Megatron-Core's rule: whole groups of micro-batches, and a rest is not smaller than the pipeline."""
+        count, group = batch // step, self.vpp_group or self.pp
+        if group == self.pp and count % group:
+            raise UserError(
+                f"{count} micro-batches per step (global_batch_size {batch} / {step}) are not a multiple of "
+                f"pipeline_model_parallel_size {self.pp}, which interleaved stages need; use "
+                f"global_batch_size {_round_up(batch, step * self.pp)}"
+            )
+        if not self.pp <= group <= count or 0 < count % group < self.pp:
+            raise UserError(
+                f"microbatch_group_size_per_vp_stage {group} does not fit {count} micro-batches per step "
+                f"(global_batch_size {batch} / {step}) and pipeline_model_parallel_size {self.pp}: it lies between the "
+                f"two, and a last group that is smaller still has {self.pp}; leave it out for {self.pp}"
+            )
 
     def _check_experts(self, model: ModelConfig) -> None:
         experts: Any = model.transformer.get("num_moe_experts")
@@ -240,6 +256,12 @@ class ParallelDims:
             raise UserError(
                 f"experts with tensor_model_parallel_size {self.tp} need sequence_parallel in training; turn it on"
             )
+
+
+def _check_positive(sizes: Mapping[str, int | None]) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"{name} is {size}: a group has at least one rank; set it to 1 or more")
 
 
 def _round_up(value: int, multiple: int) -> int:

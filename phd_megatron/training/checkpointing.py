@@ -301,6 +301,7 @@ def _layout(optimizer: MegatronOptimizer | None) -> dict[str, Any]:
         "world_size": agreement.world_size(),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "use_distributed_optimizer": None if optimizer is None else optimizer.config.use_distributed_optimizer,

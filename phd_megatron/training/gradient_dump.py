@@ -7,6 +7,7 @@ together without any process group.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,25 @@ from torch import Tensor
 from phd_megatron.model.initialisation import sharded_tensors
 
 
-def dump_gradients(model: DistributedDataParallel, directory: Path, rank: int, dp_cp_group: Any) -> None:
+def dump_gradients(models: Sequence[DistributedDataParallel], directory: Path, rank: int, dp_cp_group: Any) -> None:
     """Write this rank's final gradients to ``directory/rank_<n>.safetensors``."""
-    _gather_reduced_shards(model)
-    module = model.module
-    while hasattr(module, "module"):
-        module = module.module
-    gradients = {
-        parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): parameter
-        for parameter in module.parameters()
-    }
     tensors: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
-    for part in sharded_tensors(module, dp_cp_group):
-        gradient = _gradient_of(part.data, gradients)
-        offset = [int(o) for o in part.global_offset]
-        name = f"{part.key}|{','.join(map(str, offset))}"
-        tensors[name] = gradient.float().cpu().contiguous().clone()
-        places[name] = {"key": part.key, "shape": [int(n) for n in part.global_shape], "offset": offset}
+    for model in models:
+        _gather_reduced_shards(model)
+        module = model.module
+        while hasattr(module, "module"):
+            module = module.module
+        gradients = {
+            parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): parameter
+            for parameter in module.parameters()
+        }
+        for part in sharded_tensors(module, dp_cp_group):
+            gradient = _gradient_of(part.data, gradients)
+            offset = [int(o) for o in part.global_offset]
+            name = f"{part.key}|{','.join(map(str, offset))}"
+            tensors[name] = gradient.float().cpu().contiguous().clone()
+            places[name] = {"key": part.key, "shape": [int(n) for n in part.global_shape], "offset": offset}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / f"rank_{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -88,18 +89,28 @@ def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
     return start
 
 
-def wrap_data_parallel(model: PHDGPTModel, run: RunConfig) -> DistributedDataParallel:
+def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[DistributedDataParallel]:
     """``Float16Module`` where half precision is asked for, then Megatron-Core's DDP with its gradient buffers."""
     half = run.training.bf16 or run.training.fp16
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=half and run.training.accumulate_allreduce_grads_in_fp32,
         overlap_grad_reduce=run.parallel.overlap_grad_reduce,
         overlap_param_gather=run.parallel.overlap_param_gather,
+        # An interleaved schedule starts the gathering of a chunk itself, at the same moment on all stages.
+        align_param_gather=run.parallel.overlap_param_gather and len(models) > 1,
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         bucket_size=run.parallel.ddp_bucket_size,
     )
-    config = model.config
-    return DistributedDataParallel(config, ddp_config, Float16Module(config, model) if half else model)
+    return [
+        DistributedDataParallel(
+            model.config,
+            ddp_config,
+            Float16Module(model.config, model) if half else model,
+            # The communication of later chunks is hidden behind the first chunk's compute as it is.
+            disable_bucketing=number > 0,
+        )
+        for number, model in enumerate(models)
+    ]
 
 
 def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
@@ -128,8 +139,13 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
     config = models[0].config
     config.grad_scale_func = built.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
+    interleaved = len(models) > 1
     if run.parallel.overlap_grad_reduce:
-        config.no_sync_func = models[0].no_sync
+        config.no_sync_func = [model.no_sync for model in models] if interleaved else models[0].no_sync
+    if run.parallel.overlap_grad_reduce and interleaved:
+        config.grad_sync_func = [model.start_grad_sync for model in models]
+    if run.parallel.overlap_param_gather and interleaved:
+        config.param_sync_func = [model.start_param_sync for model in models]
     return built
 
 

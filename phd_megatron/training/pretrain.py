@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,19 @@ class Trainer:
             run.training.micro_batch_size,
             dims.dp,
         )
-        model = build_model(run, run.model.vocab_size, runtime.device)
+        models = build_model(run, run.model.vocab_size, runtime.device)
+        self.flops_model = replace(run.model, phd_last_layer_pruning=models[0].config.phd_last_layer_pruning)
+        if run.model.phd_repeat > 1 and models[0].config.copies_dropped_at_head:
+            runtime.log("note: the head has a pipeline stage of its own, so the last decoder layer computes all copies")
         self.padded_vocab_size = padded_vocab_size(run.model.vocab_size, run.model.make_vocab_size_divisible_by)
-        self.model: DistributedDataParallel = wrap_data_parallel(model, run)
-        self.optimizer: MegatronOptimizer = build_optimizer([self.model], run)
+        self.models: list[DistributedDataParallel] = wrap_data_parallel(models, run)
+        self.optimizer: MegatronOptimizer = build_optimizer(self.models, run)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
         self.progress = Progress()
         if resume_from is not None:
             self._resume(resume_from)
         self.stepper = Stepper(
-            self.model,
+            self.models,
             self.optimizer,
             runtime.device,
             run.training.micro_batch_size,
@@ -103,7 +106,7 @@ class Trainer:
         run = self.run
         state = load_checkpoint(
             path,
-            models=[self.model],
+            models=self.models,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             run_config=run,
@@ -192,7 +195,7 @@ class Trainer:
             directory = Path(logging.dump_gradients_dir) / f"iter_{iteration:07d}"
 
             def dump() -> None:
-                dump_gradients(self.model, directory, self.runtime.rank, self.stepper.groups.dp_cp)
+                dump_gradients(self.models, directory, self.runtime.rank, self.stepper.groups.dp_cp)
 
         result = self.stepper.train(self.train_stream.microbatches(progress.consumed_samples, count), count, dump)
         progress.iteration = iteration
@@ -242,7 +245,7 @@ class Trainer:
         seconds = time.perf_counter() - interval.started
         losses = [total / tokens for total, tokens in (loss.tolist() for loss in interval.losses)]
         tokens_per_second = interval.samples * run.model.seq_length / seconds
-        flops = forward_flops(run.model, self.padded_vocab_size).training * interval.samples
+        flops = forward_flops(self.flops_model, self.padded_vocab_size).training * interval.samples
         tflops = flops / seconds / self.runtime.world_size / 1e12
         peak = peak_tflops(run.logging.peak_tflops, self.runtime.device_name)
         self.reporter.report(
@@ -273,7 +276,7 @@ class Trainer:
         save_checkpoint(
             Path(options.save),
             iteration=self.progress.iteration,
-            models=[self.model],
+            models=self.models,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             training_state=vars(self.progress).copy(),

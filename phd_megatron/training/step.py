@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Stepper:
     """Runs steps of one model over micro-batches.
 
     Args:
-        model: the wrapped model chunk of this rank.
+        models: the wrapped model chunks of this rank.
         optimizer: ``None`` for evaluation only.
         device: where batches go.
         micro_batch_size: samples per forward pass.
@@ -47,14 +48,14 @@ class Stepper:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        models: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         device: torch.device,
         micro_batch_size: int,
         seq_length: int,
         repeat: int,
     ) -> None:
-        self.model = model
+        self.models = list(models)
         self.optimizer = optimizer
         self.device = device
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -70,8 +71,9 @@ class Stepper:
 
         ``on_gradients`` is called between backward and update, when every gradient is final.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._run(batches, num_microbatches, forward_only=False)
         if on_gradients is not None:
@@ -82,19 +84,23 @@ class Stepper:
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_batches: int, num_microbatches: int) -> Tensor:
         """``[2]``: summed loss and token count over ``num_batches`` global batches."""
-        self.model.eval()
+        for model in self.models:
+            model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with synced_parameters(self.model):
+        with synced_parameters(self.models):
             for _ in range(num_batches):
                 total += self._run(batches, num_microbatches, forward_only=True)
-        self.model.train()
+        for model in self.models:
+            model.train()
         return total
 
     def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
+        # Every chunk of an interleaved pipeline reads all micro-batches at its own pace.
+        iterators = list(tee(batches, len(self.models)))
         reports = get_forward_backward_func()(
             forward_step_func=partial(forward_step, device=self.device),
-            data_iterator=batches,
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
             num_microbatches=num_microbatches,
             forward_only=forward_only,
             **self.shape,
@@ -131,13 +137,13 @@ def summed_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 @contextmanager
-def synced_parameters(model: DistributedDataParallel) -> Iterator[None]:
+def synced_parameters(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Parameters are whole inside: with overlapped gathering they otherwise arrive layer by layer."""
-    if not getattr(model, "use_forward_hook", False):
-        yield
-        return
-    model.disable_forward_pre_hook()
+    overlapping = [model for model in models if getattr(model, "use_forward_hook", False)]
+    for model in overlapping:
+        model.disable_forward_pre_hook()
     try:
         yield
     finally:
-        model.enable_forward_pre_hook()
+        for model in overlapping:
+            model.enable_forward_pre_hook()

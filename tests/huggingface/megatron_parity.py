@@ -55,7 +55,7 @@ def main(root: Path) -> None:
         for field, value in {**SIZES, **fields}.items():
             setattr(run.model, field, value)
         resolve(run)
-        model = build_model(run, 257, runtime.device).eval()
+        model = build_model(run, 257, runtime.device)[0].eval()
         with torch.no_grad():
             for key, parameter in model.named_parameters():  # initial norms and biases would hide a mix-up
                 noise = torch.randn(parameter.shape, generator=generator)

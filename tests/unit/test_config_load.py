@@ -348,6 +348,20 @@ def test_an_alternative_replaces_a_weaker_one(tmp_path: Path) -> None:
         assert fields().keys() >= set(group)
 
 
+def test_how_a_pipeline_is_cut_is_inherited_with_its_size_only() -> None:
+    cut = {"virtual_pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2}
+    saved = to_dict(from_dict({"parallel": {"pipeline_model_parallel_size": 2, **cut, "overlap_grad_reduce": True}}))
+    same = load("--load", "ckpt", "--pipeline-model-parallel-size", "2", saved=saved).config.parallel
+    other = load("--load", "ckpt", "--pipeline-model-parallel-size", "4", saved=saved).config.parallel
+    assert load("--load", "ckpt", saved=saved).config.parallel == same
+    assert (same.virtual_pipeline_model_parallel_size, same.num_layers_in_first_pipeline_stage) == (2, 2)
+    assert (other.virtual_pipeline_model_parallel_size, other.num_layers_in_first_pipeline_stage) == (None, None)
+    assert other.overlap_grad_reduce
+    replaced = load("--load", "ckpt", "--num-layers-per-virtual-pipeline-stage", "1", saved=saved)
+    assert replaced.config.parallel.virtual_pipeline_model_parallel_size is None
+    assert any("is replaced by num_layers_per_virtual_pipeline_stage=1" in note for note in replaced.notes)
+
+
 def test_a_saved_configuration_of_another_release_is_named() -> None:
     with pytest.raises(UserError, match=r"saved in ckpt.*no_such"):
         load("--load", "ckpt", saved={"model": {"no_such": 1}})

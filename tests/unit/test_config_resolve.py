@@ -182,10 +182,21 @@ def test_what_pretraining_needs() -> None:
     require_for_pretraining(resolved(train_samples=5, train_data_path=["A"]))
 
 
+def test_layers_of_a_virtual_stage_become_the_number_of_stages() -> None:
+    config = make(num_layers=8, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=2)
+    assert any("virtual_pipeline_model_parallel_size=2" in note for note in resolve(config))
+    assert config.parallel.virtual_pipeline_model_parallel_size == 2
+    before = copy.deepcopy(config)
+    resolve(config)
+    assert config == before, "a second call changes nothing"
+    with pytest.raises(UserError, match="num_layers_per_virtual_pipeline_stage=3: num_layers=8 is not a multiple of"):
+        resolve(make(num_layers=8, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3))
+
+
 # ---------------------------------------------------------------- refusals by name
 
 REFUSED_VALUES: dict[str, Any] = {
-    **{"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    **{"context_parallel_size": 2, "expert_model_parallel_size": 2},
     **{"expert_tensor_parallel_size": 2, "attention_dropout": 0.1, "softmax_type": "learnable", "fp8_*": 1},
     **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
     **{"recompute_modules": ["moe"], "cross_entropy_fusion_impl": "te", "perform_initialization": False},

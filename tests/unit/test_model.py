@@ -41,7 +41,7 @@ def make_run(**model) -> RunConfig:
 def build(run: RunConfig):
     from phd_megatron.model.build import build_model
 
-    return build_model(run, VOCAB, torch.device("cpu"))
+    return build_model(run, VOCAB, torch.device("cpu"))[0]
 
 
 def batch(seed: int = 0, length: int = 16):
@@ -104,7 +104,7 @@ def test_k1_is_stock_megatron_bit_for_bit_with_our_attention_and_norm(runtime):
     # The stock model has no mask over padding of the vocabulary, so leave none.
     from phd_megatron.model.build import build_model
 
-    ours = build_model(run, 64, torch.device("cpu"))
+    ours = build_model(run, 64, torch.device("cpu"))[0]
     stock = stock_model(run, PHDCoreAttention, RMSNorm)
     copy_by_name(ours, stock)
     assert dict(ours.named_parameters()).keys() == dict(stock.named_parameters()).keys()
@@ -120,7 +120,7 @@ def test_k1_matches_stock_megatron_with_its_own_attention_and_norm(runtime):
     from phd_megatron.model.build import build_model
 
     run = make_run()
-    ours = build_model(run, 64, torch.device("cpu")).double()
+    ours = build_model(run, 64, torch.device("cpu"))[0].double()
     stock = stock_model(run).double()
     copy_by_name(ours, stock)
     (loss, gradients), *_ = losses_and_gradients(ours, 1)

@@ -20,7 +20,7 @@ def dims(world_size=4, **parallel):
         "sp": "sequence_parallel",
     }
     return ParallelDims.from_config(
-        ParallelConfig(**{names[key]: value for key, value in parallel.items()}), world_size
+        ParallelConfig(**{names.get(key, key): value for key, value in parallel.items()}), world_size
     )
 
 
@@ -31,7 +31,7 @@ def model(**changes):
 
 def test_data_parallel_size_is_what_remains():
     found = dims(8, tp=2, pp=2)
-    assert (found.dp, found.model_parallel, found.stages) == (2, 4, 2)
+    assert (found.dp, found.model_parallel, found.split.chunks) == (2, 4, 2)
     assert found.describe() == "TP 2, PP 2, DP 2"
 
 
@@ -56,6 +56,10 @@ def test_sequence_parallel_without_tensor_parallel_is_a_note():
         (2, {"tp": 4}, "tensor 4 x pipeline 1 x context 1 = 4 does not divide world size 2"),
         (4, {"tp": 0}, "tensor_model_parallel_size is 0"),
         (4, {"vpp": 2}, "no pipeline to interleave"),
+        (4, {"pp": 2, "vpp": 0}, "virtual_pipeline_model_parallel_size is 0"),
+        (4, {"pp": 2, "overlap_p2p_comm": True}, "overlap_p2p_comm is True without virtual pipeline stages"),
+        (4, {"pp": 2, "microbatch_group_size_per_vp_stage": 2}, "microbatch_group_size_per_vp_stage is 2 without"),
+        (4, {"pp": 2, "vpp": 2, "overlap_p2p_comm": False}, "one and the same neighbour"),
         (4, {"ep": 3}, "expert tensor 1 x expert 3 x pipeline 1 = 3 does not divide world size 4"),
     ],
 )
@@ -91,13 +95,19 @@ def test_models_that_do_not_fit(parallel, changes, message):
     [
         ({}, {"micro_batch_size": 2, "global_batch_size": 12}, "data-parallel size 4 = 8"),
         ({"pp": 2, "vpp": 2}, {"global_batch_size": 6}, "3 micro-batches per step"),
+        (
+            {"pp": 2, "vpp": 2},
+            {"global_batch_size": 12, "rampup_batch_size": [4, 2, 100]},
+            "3 micro-batches per step (global_batch_size 6",
+        ),
+        (
+            {"pp": 2, "vpp": 2, "microbatch_group_size_per_vp_stage": 3},
+            {"global_batch_size": 8},
+            "microbatch_group_size_per_vp_stage 3 does not fit 4 micro-batches",
+        ),
         ({}, {"global_batch_size": 8, "rampup_batch_size": [2, 4, 100]}, "rampup_batch_size start 2"),
     ],
 )
 def test_batches_that_do_not_fit(parallel, training, message):
     with pytest.raises(UserError, match=re.escape(message)):
         dims(4, **parallel).validate(model(), TrainingConfig(**training))
-
-
-def test_uneven_pipeline_split_is_left_to_megatron():
-    dims(4, pp=2).validate(model(num_layers=7, transformer={"num_layers_in_first_pipeline_stage": 3}), TrainingConfig())

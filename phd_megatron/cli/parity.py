@@ -1,0 +1,149 @@
+"""``phd-megatron parity``: does every layout give the numbers of one rank, for this configuration on this machine?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.cli.tables import print_table
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.context import Environment, choose_device, install_backend, usable_cores
+
+COLUMNS = ("layout", "ranks", "loss", "grad norm", "gradients", "worst parameter", "result")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command; all others are pretrain's."""
+    from phd_megatron.training.parity_layouts import MEANINGS
+
+    words = "; ".join(f"{name}: {text}" for name, text in MEANINGS.items())
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron parity",
+        usage="phd-megatron parity --config FILE [--layouts LIST] [OPTIONS] [FLAGS OF pretrain]",
+        description="Train a few steps on one rank and in each layout, and compare losses, gradient norms and the "
+        "gradient of every parameter. The configuration's own layout, length, checkpoints and metrics are not used; "
+        "the micro-batch is the same everywhere and the global batch fits every layout. Exit code: 0 all equal, 1 a "
+        "tolerance is exceeded or a run failed, 2 bad input.",
+        epilog=f"Words of a layout, joined by +: {words}. All flags of pretrain are accepted: pretrain --help.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--layouts", metavar="LIST", help="such as tp2,tp2+sp,pp2 (default: a covering set that fits)")
+    parser.add_argument(
+        "--max-ranks", type=int, metavar="N", help="most ranks of a default layout (default: 8, or what fits here)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--work-dir", metavar="DIR", help="keep the runs' files there (default: a temporary directory)")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Compare, print, and say with the exit code whether all is equal."""
+    from phd_megatron.cli.pretrain import asked_device, load_config
+
+    options, rest = build_parser().parse_known_args(argv)
+    if Environment.read().launched:
+        raise UserError("parity starts torchrun by itself, once for each number of ranks; start it as a plain program")
+    if options.max_ranks is not None and options.max_ranks < 1:
+        raise UserError(f"--max-ranks {options.max_ranks}: use 1 or more")
+    device = choose_device(asked_device(rest))[0]
+    install_backend(device)  # before Megatron is imported
+
+    from phd_megatron.cli.parity_runs import run_parity
+    from phd_megatron.model.build import use_transformer_engine
+    from phd_megatron.training.parity_compare import tolerance_of
+    from phd_megatron.training.parity_layouts import covering, parse_layouts
+
+    most = _ranks_that_fit(device)
+    given = options.layouts is not None
+    layouts = parse_layouts(options.layouts) if given else covering(min(8, options.max_ranks or 8, most))
+    loaded = load_config(rest)
+    config = loaded.config
+    for note in loaded.notes:
+        print(f"note: {note}")
+    tolerance = tolerance_of(config, use_transformer_engine(config.model.transformer_impl, device == "cuda")[0])
+    beyond = [layout for layout in layouts if device == "cuda" and layout.ranks > most]
+    with _directory(options.work_dir) as work:
+        fitting = [layout for layout in layouts if layout not in beyond]
+        rows = run_parity({"": (config, fitting)}, work, {"": tolerance}, keep=options.work_dir is not None)[""]
+    if not given:
+        left_out = [row.layout for row in rows if row.status == "refused"]
+        rows = [row for row in rows if row.status != "refused"]
+        if left_out:
+            print(f"left out, since they do not fit this configuration: {', '.join(left_out)}")
+    rows += [_beyond(layout, most) for layout in beyond]
+    _report(rows, tolerance, options)
+    if all(row.status == "refused" for row in rows):
+        raise UserError("no layout could be run; the reasons are above")
+    return 1 if any(row.is_bad for row in rows) else 0
+
+
+def _ranks_that_fit(device: str) -> int:
+    """GPUs of this machine; on the CPU ranks may share cores."""
+    if device == "cpu":
+        return max(4, usable_cores())
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _beyond(layout: Any, most: int) -> Any:
+    from phd_megatron.cli.parity_runs import Row
+
+    return Row(layout.name, layout.ranks, "refused", note=f"{layout.ranks} ranks, and this machine has {most} devices")
+
+
+@contextlib.contextmanager
+def _directory(asked: str | None) -> Any:
+    if asked is None:
+        with tempfile.TemporaryDirectory(prefix="phd-megatron-parity-") as name:
+            yield Path(name)
+        return
+    path = Path(asked)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"--work-dir {asked} is not empty; give a new directory")
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
+
+
+def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) -> None:
+    title = (
+        f"relative errors against one rank, {tolerance.name}, at most {tolerance.value:g} "
+        f"(floor of a gradient: {tolerance.floor:g} of the global norm)"
+    )
+    table = [cells(row) for row in rows]
+    print_table(title, COLUMNS, table)
+    for row in rows:
+        if row.note:
+            print(f"{row.layout}: {row.status}: {row.note}")
+    if options.json:
+        content = {"tolerance": dataclasses.asdict(tolerance), "layouts": [dataclasses.asdict(row) for row in rows]}
+        _write(options.json, json.dumps(content, indent=1) + "\n")
+    if options.markdown:
+        notes = [f"\n{row.layout}: {row.note.splitlines()[0]}\n" for row in rows if row.note]
+        _write(options.markdown, f"{title}\n\n{markdown(COLUMNS, table)}" + "".join(notes))
+
+
+def cells(row: Any) -> list[str]:
+    """One line of the table."""
+    found = row.comparison
+    numbers = [""] * 3 if found is None else [f"{x:.1e}" for x in (found.loss, found.grad_norm, found.gradient)]
+    return [row.layout, str(row.ranks), *numbers, found.parameter if found else "", row.status]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give a file in an existing directory") from error
