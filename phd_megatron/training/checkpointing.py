@@ -25,7 +25,7 @@ from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
-from phd_megatron.training import adam_state, agreement, checkpoint_format, rng_state
+from phd_megatron.training import adam_state, agreement, checkpoint_format, optimizer_kind, rng_state
 from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
 from phd_megatron.training.checkpoint_saver import RuntimeLike
 from phd_megatron.training.checkpoint_state import chunks, content, rng_object, sharded_state
@@ -132,11 +132,12 @@ def load_checkpoint(
         for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
             runtime.log(note)
     if wants_optimizer:
-        _check_optimizer_kind(path, training_state, optimizer)
         _check_sharding(path, common)
     stored = reader.read_metadata().state_dict_metadata
     configured = _configured_groups(optimizer) if wants_optimizer else []
     state = sharded_state(models, optimizer if wants_optimizer else None, None, is_loading=True)
+    if wants_optimizer:
+        optimizer_kind.ask(state["optimizer"], optimizer, stored)
     absent = _check_contents(path, state, stored, wants_optimizer)
     if absent:
         state, _ = extract_matching_values(
@@ -156,6 +157,7 @@ def load_checkpoint(
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:
         assert optimizer is not None
+        optimizer_kind.adapt(loaded["optimizer"], optimizer)
         for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
             adam_state.adapt(loaded["optimizer"], inner)
         optimizer.load_state_dict(loaded["optimizer"])
@@ -202,16 +204,6 @@ def _check_resume(path: Path, run_config: RunConfig) -> list[str]:
     from phd_megatron.config.resume import check_resume
 
     return check_resume(load_yaml(path / RUN_CONFIG), run_config)
-
-
-def _check_optimizer_kind(path: Path, training_state: Mapping[str, Any], optimizer: Any) -> None:
-    saved = training_state.get("layout", {}).get("use_distributed_optimizer")
-    now = optimizer.config.use_distributed_optimizer
-    if saved is not None and saved != now:
-        raise UserError(
-            f"{path} was saved with use_distributed_optimizer = {saved} and this run has {now}; their optimizer "
-            f"states differ: set it to {saved}, or load parameters only with --no-load-optim or --finetune"
-        )
 
 
 def _check_sharding(path: Path, common: Mapping[str, Any]) -> None:

@@ -162,10 +162,9 @@ def train_step(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: 
 
 
 def digest(tensors: Any) -> str:
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+    """Of all values, whatever the order of the tensors: kinds of optimizers have orders of their own."""
+    each = [hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).digest() for t in tensors]
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()[:16]
 
 
 class Letters:
@@ -212,11 +211,15 @@ def try_refusals(args: argparse.Namespace, runtime: Runtime) -> None:
     for case in args.refusals:
         variant = argparse.Namespace(**{**vars(args), **case})
         model, optimizer, scheduler = build(variant)
+        before = digest(model.parameters())
         try:
-            load_checkpoint(case["load"], models=[model], optimizer=optimizer, scheduler=scheduler, runtime=runtime)
+            objects = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "runtime": runtime}
+            load_checkpoint(case["load"], verify=not case.get("no_verify"), **objects)
             message = "loaded"
         except UserError as error:
             message = str(error)
+            verified = (Path(case["load"]) / "checksums.json").exists()
+            assert not verified or digest(model.parameters()) == before, "refused, and yet something was loaded"
         print("REFUSAL " + json.dumps(message), flush=True)
 
 
