@@ -32,7 +32,8 @@ def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
     for part, its_state in _parts(optimizer, state):
         for number, parameter in enumerate(_parameters(part)):
             tensors = its_state["param_state"][number]
-            if parameter.dtype == torch.float32 and tensors["param"].key not in stored:
+            main = tensors.get("param")
+            if main is not None and parameter.dtype == torch.float32 and main.key not in stored:
                 del tensors["param"]  # `adapt` takes it from the model
 
 
