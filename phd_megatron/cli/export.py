@@ -28,6 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="load the result and compare every tensor with the checkpoint (on)",
     )
     parser.add_argument(
+        "--verify-checkpoint",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare every file of the checkpoint with its checksum first (on)",
+    )
+    parser.add_argument(
         "--native",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -49,6 +55,7 @@ def run(argv: list[str]) -> int:
         overwrite=args.overwrite,
         verify=args.verify,
         native=args.native,
+        verify_checkpoint=args.verify_checkpoint,
         log=lambda message: print(message, flush=True),
     )
     print(report)

@@ -27,6 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     parser.add_argument(
+        "--verify-checkpoint",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare every file of a pretrain checkpoint with its checksum first (on)",
+    )
+    parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's"
     )
     return parser
@@ -40,7 +46,7 @@ def run(argv: list[str]) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.greedy and sampling.options()["do_sample"]:
         raise UserError("--greedy and a sampling flag (--temperature, --top-k, --top-p) exclude each other; keep one")
-    model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code)
+    model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code, args.verify_checkpoint)
     result = generate_text(model, tokenizer, args.prompt, args.max_new_tokens, sampling)
     print(args.prompt + result.text)
     print()

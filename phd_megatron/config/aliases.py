@@ -128,7 +128,7 @@ ALIASES: dict[str, Alias] = {
     "use_checkpoint_args": Accept("the configuration saved in --load is always read"),
     "ckpt_format": Choice({"torch_dist": {}}, "checkpoints are torch_dist directories", "use torch_dist"),
     "use_dist_ckpt": Accept("checkpoints are always torch_dist"),
-    "async_save": Refuse("saving in the background is not available yet", "leave it out; use a larger --save-interval"),
+    "dist_ckpt_optim_fully_reshardable": Accept("optimizer states are always saved so that any layout can load them"),
     "no_save_optim": _SAVES_ALL,
     "no_save_rng": _SAVES_ALL,
     "pretrained_checkpoint": Refuse("there is one --load", "use --load DIR --finetune"),

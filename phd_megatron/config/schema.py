@@ -145,6 +145,8 @@ class CheckpointConfig:
     load: str | None = None  #: directory to resume from
     save_interval: int | None = None  #: steps between saves; a final save is always made
     keep_last: int | None = None  #: keep only the newest so many checkpoints; default all
+    async_save: bool = False  #: go on training while a checkpoint is written; one copy of the state in host memory
+    verify_checkpoint: bool = True  #: compare every file with its checksum before loading
     exit_on_missing_checkpoint: bool = False  #: refuse to start fresh when load holds no checkpoint
     finetune: bool = False  #: load parameters only and start at step 0
     no_load_optim: bool = False  #: do not load optimizer and schedule

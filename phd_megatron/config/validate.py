@@ -151,6 +151,11 @@ def _training(config: RunConfig) -> Iterator[str]:
         )
     if checkpoint.save_interval is not None and checkpoint.save is None:
         yield f"save_interval={checkpoint.save_interval} without a place to save; set save, or leave it out"
+    if checkpoint.async_save and checkpoint.save_interval is None:
+        yield (
+            "async_save=True without save_interval: the one save at the end is waited for in any case; set "
+            "save_interval, or leave it out"
+        )
     if checkpoint.load is None:
         for name in ("finetune", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):

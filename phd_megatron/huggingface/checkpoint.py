@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
+from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError, iteration_of, latest_complete
 from phd_megatron.runtime.dcp_reader import CheckpointReader
 
@@ -28,18 +30,28 @@ class MegatronCheckpoint:
 
     Args:
         path: that directory, or the one it was saved into, whose tracker then chooses.
+        verify: compare every file with its checksum first.
+        log: where a note goes when there are no checksums.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint, or it does not describe itself.
+        CheckpointError: if there is no complete checkpoint, a file is damaged, or it does not describe itself.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, *, verify: bool = True, log: Callable[[str], None] = lambda message: None
+    ) -> None:
         found = latest_complete(path)
         if found is None:
             raise CheckpointError(
                 f"{path} holds no complete checkpoint; give the directory of --save, or one iter_... directory in it"
             )
         self.directory = found
+        if verify:
+            manifest = checksums.read_manifest(found)
+            if manifest is None:
+                log(checksums.unverified(found))
+            else:
+                checksums.verify(found, manifest)
         config = found / "run_config.yaml"
         if not config.is_file():
             raise CheckpointError(

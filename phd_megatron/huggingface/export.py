@@ -64,6 +64,7 @@ def export_checkpoint(
     overwrite: bool = False,
     verify: bool = True,
     native: bool = True,
+    verify_checkpoint: bool = True,
     log: Log = lambda message: None,
 ) -> ExportReport:
     """Export the model of ``checkpoint`` into the directory ``output``, which appears complete or not at all.
@@ -76,11 +77,12 @@ def export_checkpoint(
         verify: load the result through ``AutoModelForCausalLM`` and compare every tensor with the checkpoint; needs
             memory for the whole model.
         native: use a class of transformers' own where it computes the same; False always bundles the model's code.
+        verify_checkpoint: compare every file of the checkpoint with its checksum first.
 
     Raises:
         UserError: for a checkpoint that cannot be exported exactly, with nothing left behind in ``output``.
     """
-    source = MegatronCheckpoint(checkpoint)
+    source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     limit = parse_size(max_shard_size)
     architecture, tokens = describe(source)
     rules = dense_rules(architecture)

@@ -77,7 +77,7 @@ class Continuation:
 
 
 @contextmanager
-def hf_directory(path: str | Path) -> Iterator[Path]:
+def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[Path]:
     """``path`` itself when it is an exported directory, else a temporary export of the checkpoint in it."""
     path = Path(path)
     if (path / "config.json").is_file():
@@ -87,7 +87,7 @@ def hf_directory(path: str | Path) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
         output = Path(parent) / "model"
-        export_checkpoint(path, output, verify=False)
+        export_checkpoint(path, output, verify=False, verify_checkpoint=verify_checkpoint)
         yield output
 
 
@@ -104,10 +104,13 @@ def check_code(directory: Path) -> None:
         )
 
 
-def load(path: str | Path, device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    path: str | Path, device: str | None = None, trust_remote_code: bool = False, verify_checkpoint: bool = True
+) -> tuple[Any, Any]:
     """Model, in eval mode, and tokenizer of an exported directory or a Megatron checkpoint.
 
-    Code in the directory is run only if it is byte for byte this package's, or ``trust_remote_code`` says so.
+    Code in the directory is run only if it is byte for byte this package's, or ``trust_remote_code`` says so. Files of
+    a checkpoint are compared with their checksums first, unless ``verify_checkpoint`` is false.
 
     Raises:
         UserError: if it cannot be loaded, or has no tokenizer.
@@ -117,7 +120,7 @@ def load(path: str | Path, device: str | None = None, trust_remote_code: bool = 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with hf_directory(path) as directory:
+    with hf_directory(path, verify_checkpoint) as directory:
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise UserError(f"{path} holds no tokenizer, so a prompt cannot be read; add its files beside the model")
         if not trust_remote_code:

@@ -154,11 +154,16 @@ def commit_iteration(root: str | os.PathLike[str], iteration: int, metadata: dic
     """
     path = iteration_dir(root, iteration)
     fsync_tree(path)
-    write_atomically(path / METADATA, json.dumps(metadata))
+    write_atomically(path / METADATA, metadata_text(metadata))
     _fsync_dir(path.parent)
     write_tracker(root, iteration)
     remove_checkpoint(_aside(path))
     return path
+
+
+def metadata_text(metadata: dict[str, Any]) -> str:
+    """What :func:`commit_iteration` writes into ``metadata.json``."""
+    return json.dumps(metadata)
 
 
 def abandon_iteration(root: str | os.PathLike[str], iteration: int) -> None:

@@ -1,24 +1,19 @@
-"""Megatron-core's torch_dist format, written and read in this process.
+"""Megatron-core's torch_dist format: what its files hold, and reading them without trusting them.
 
-megatron-core 0.16 writes through forked workers and a spawned queue server: seconds for the smallest model, and a
-worker that dies leaves the save waiting for ever. Here torch's own file writer does it: each rank writes and syncs one
-file, and an error on any rank is raised on all of them. The result is the same format.
+Written by `checkpoint_writer.py`.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -28,8 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from phd_megatron.runtime.checkpoint_store import METADATA, CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
-from phd_megatron.training import agreement
 
+#: beside the tensors: the resolved configuration, the place in the run, the tokenizer's files
+RUN_CONFIG, TRAINING_STATE, TOKENIZER = "run_config.yaml", "training_state.json", "tokenizer"
 #: content of metadata.json
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -37,72 +33,6 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-def prepare_save(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a sharded state dict into (sharded part, common part) and check that the shards cover every tensor once."""
-    return agreement.everywhere(lambda: save_preprocess(state, validate_access_integrity=True))
-
-
-def bytes_to_write(sharded: dict[str, Any]) -> int:
-    """Bytes of tensors that this rank will write."""
-    return sum(
-        value.data.numel() * value.data.element_size()
-        for value in nested_values(sharded)
-        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id) and value.data is not None
-    )
-
-
-def check_space(directory: Path, sharded: dict[str, Any]) -> int:
-    """Refuse a save that cannot fit, before anything is written.
-
-    Returns:
-        Bytes that all ranks together will write.
-
-    Raises:
-        CheckpointError: on all ranks, with the bytes needed and free.
-    """
-    total = sum(agreement.gather(bytes_to_write(sharded)))
-    needed = total + total // 50 + (1 << 20)  # names, headers and random-number states
-
-    def compare() -> None:
-        free = shutil.disk_usage(directory).free
-        if free < needed:
-            raise CheckpointError(
-                f"no space left for a checkpoint in {directory}: it needs {_size(needed)}, {_size(free)} are free; "
-                "free some, lower keep_last, or choose another --save directory"
-            )
-
-    agreement.from_rank_zero(compare)
-    return total
-
-
-def write(directory: Path, sharded: dict[str, Any], common: dict[str, Any]) -> None:
-    """Write common.pt, the .distcp files and .metadata; metadata.json, the commit, is the caller's.
-
-    Raises:
-        UserError: on all ranks, naming the rank and the system's error (no space left, quota, input/output error).
-    """
-
-    def write_common() -> None:
-        with _system_error(), open(directory / COMMON_STATE_FNAME, "wb") as stream:
-            torch.save(common, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    agreement.from_rank_zero(write_common)
-
-    def translate() -> dict[str, Any]:
-        by_key, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-        return mcore_torch.mcore_to_pyt_state_dict(by_key)
-
-    tensors = agreement.everywhere(translate)
-    planner = mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    writer = _Writer(directory, single_file_per_rank=True, sync_files=True, thread_count=1)
-    try:
-        dcp.save(tensors, storage_writer=writer, planner=planner)
-    except CheckpointException as error:
-        raise CheckpointError(_first_failure(error)) from error
 
 
 def read_common(directory: Path) -> dict[str, Any]:
@@ -127,26 +57,6 @@ def requested(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedObject]
         value.unique_key if isinstance(value, ShardedObject) else value.key: value
         for value in nested_values(extract_sharded_base(sharded)[0])
     }
-
-
-@contextmanager
-def _system_error() -> Iterator[None]:
-    """Raise the operating system's "No space left on device" where torch's archive writer hides it behind its own."""
-    try:
-        yield
-    except RuntimeError as error:
-        hidden: BaseException | None = error
-        while hidden is not None and not isinstance(hidden, OSError):
-            hidden = hidden.__cause__ or hidden.__context__
-        if hidden is None:
-            raise
-        raise OSError(hidden.errno, hidden.strerror, hidden.filename) from error
-
-
-class _Writer(dcp.FileSystemWriter):
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        with _system_error():
-            return super().write_data(plan, planner)
 
 
 class _LoadPlanner(mcore_torch.MCoreLoadPlanner):
@@ -186,7 +96,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         try:
             dcp.state_dict_loader._load_state_dict(state, self._reader, planner=planner)
         except CheckpointException as error:
-            raise CheckpointError(_first_failure(error)) from error
+            raise CheckpointError(first_failure(error)) from error
         loaded = {key: mcore_torch._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
         result = mcore_torch._replace_sharded_keys_with_state_dict_keys(loaded, flat_mapping, rename_mapping)
         mcore_torch._restore_dict_types(result, sharded_state_dict)
@@ -208,7 +118,8 @@ def names(keys: Iterable[str], limit: int = 3) -> str:
     return ", ".join(ordered[:limit]) + (f" and {len(ordered) - limit} more" if len(ordered) > limit else "")
 
 
-def _first_failure(error: CheckpointException) -> str:
+def first_failure(error: CheckpointException) -> str:
+    """What went wrong on the first rank that failed, in one sentence."""
     failures = {number: pair[0] for number, pair in error.failures.items()}
     texts = {}
     for number, cause in failures.items():
@@ -219,7 +130,3 @@ def _first_failure(error: CheckpointException) -> str:
     number, text = min(texts.items())
     others = f" (and {len(texts) - 1} more ranks)" if len(texts) > 1 else ""
     return f"rank {number}: {text}{others}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

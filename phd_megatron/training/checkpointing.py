@@ -1,8 +1,7 @@
-"""Saving and loading a training state, so that a crash at any moment leaves the last complete checkpoint usable.
+"""Finding and loading a checkpoint, whatever layout saved it.
 
-Order of a save: space check, ``common.pt``, one ``.distcp`` file per rank, ``.metadata``, the sidecars
-(``run_config.yaml``, ``training_state.json``, ``tokenizer/``), sync, ``metadata.json`` (the commit), tracker, pruning.
-Where the files lie is `runtime/checkpoint_store.py`'s business, their format `checkpoint_format.py`'s.
+Where the files lie is `runtime/checkpoint_store.py`'s business, their format `checkpoint_format.py`'s, and what they
+hold `checkpoint_state.py`'s; `checkpoint_saver.py` saves.
 """
 
 from __future__ import annotations
@@ -10,52 +9,34 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import dump_yaml, load_yaml
+from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import checkpoint_store as store
+from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
-from phd_megatron.training import adam_state, agreement, checkpoint_format, rng_state
+from phd_megatron.training import adam_state, agreement, checkpoint_format, optimizer_kind, rng_state
+from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
+from phd_megatron.training.checkpoint_saver import RuntimeLike
+from phd_megatron.training.checkpoint_state import chunks, content, rng_object, sharded_state
 from phd_megatron.training.run_lock import RunLock
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-RUN_CONFIG = "run_config.yaml"
-TRAINING_STATE = "training_state.json"
-TOKENIZER = "tokenizer"
 #: hyper-parameters of an optimizer group that come from this run's configuration, not from the checkpoint
 _CONFIGURED = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
-
-
-class RuntimeLike(Protocol):
-    """The part of the runtime that checkpoints need."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of this rank."""
-
-    def log(self, message: str, /) -> Any:
-        """Print once per run."""
-
-
-class Saveable(Protocol):
-    """A tokenizer that can write its files into a directory."""
-
-    def save(self, directory: Any, /) -> Any:
-        """Write the files."""
 
 
 def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
@@ -107,62 +88,6 @@ def find_checkpoint(
 
 
 @torch.no_grad()
-def save_checkpoint(
-    save_dir: str | os.PathLike[str],
-    *,
-    iteration: int,
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    training_state: Mapping[str, Any],
-    run_config: RunConfig,
-    tokenizer: Saveable | None,
-    runtime: RuntimeLike,
-    keep_last: int | None = None,
-) -> Path:
-    """Write ``save_dir/iter_<iteration>`` and make it the one to load; collective.
-
-    Args:
-        iteration: optimizer steps done.
-        models: this rank's model chunks, wrapped or not (one, or one per virtual pipeline stage).
-        training_state: JSON-able facts such as ``consumed_samples``.
-        run_config: the resolved configuration.
-        keep_last: afterwards delete all but the newest so many complete checkpoints.
-
-    Returns:
-        The checkpoint's directory.
-
-    Raises:
-        UserError: on all ranks, when the disk is full or a write failed anywhere. The unfinished directory is removed
-            and the checkpoint before stays the one to load.
-    """
-    began = time.perf_counter()
-    state_text = json.dumps({**training_state, "iteration": iteration, "layout": _layout(optimizer)}, indent=1)
-    with _gathered_parameters(models):
-        state = _state(models, optimizer, scheduler, is_loading=False)
-        state["rng_state"] = _rng_object(rng_state.capture(runtime.device))
-        state["content_metadata"] = _content()
-        sharded, common = checkpoint_format.prepare_save(state)
-        path = agreement.from_rank_zero(lambda: store.prepare_iteration(save_dir, iteration))
-        try:
-            size = checkpoint_format.check_space(path, sharded)
-            checkpoint_format.write(path, sharded, common)
-            agreement.from_rank_zero(lambda: _write_sidecars(path, state_text, run_config, tokenizer))
-            # A manifest of checksums belongs here: everything is written, nothing is committed.
-            agreement.from_rank_zero(lambda: store.commit_iteration(save_dir, iteration, checkpoint_format.FORMAT))
-        except (UserError, OSError) as error:
-            agreement.from_rank_zero(lambda: store.abandon_iteration(save_dir, iteration))
-            raise CheckpointError(_save_failure(path, error)) from error
-    seconds = time.perf_counter() - began
-    runtime.log(f"saved checkpoint {path} ({size / 2**20:.1f} MiB of tensors) in {seconds:.2f} s")
-    if keep_last is not None:
-        deleted = agreement.from_rank_zero(lambda: _prune(save_dir, keep_last, iteration))
-        if deleted:
-            runtime.log(f"keep_last = {keep_last}: deleted {', '.join(item.name for item in deleted)}")
-    return path
-
-
-@torch.no_grad()
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -173,6 +98,7 @@ def load_checkpoint(
     run_config: RunConfig | None = None,
     load_optimizer: bool = True,
     load_rng: bool = True,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Load one complete checkpoint (see :func:`find_checkpoint`) into freshly built objects; collective.
 
@@ -182,6 +108,7 @@ def load_checkpoint(
     Args:
         run_config: this run's configuration; when given, another architecture is refused field by field.
         load_optimizer: False loads the parameters only, not the optimizer and not the schedule.
+        verify: compare every file with its checksum first; each rank reads its share of the files.
 
     Returns:
         The ``training_state`` that was saved, with ``iteration`` and ``layout``.
@@ -190,6 +117,8 @@ def load_checkpoint(
         UserError: on all ranks, for another architecture or a damaged file, which is named.
     """
     path = Path(path)
+    if verify:
+        _verify(path, runtime)
     wants_optimizer = load_optimizer and optimizer is not None
     reader = CheckpointReader(path)
 
@@ -203,17 +132,19 @@ def load_checkpoint(
         for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
             runtime.log(note)
     if wants_optimizer:
-        _check_optimizer_kind(path, training_state, optimizer)
+        _check_sharding(path, common)
     stored = reader.read_metadata().state_dict_metadata
     configured = _configured_groups(optimizer) if wants_optimizer else []
-    state = _state(models, optimizer if wants_optimizer else None, None, is_loading=True)
+    state = sharded_state(models, optimizer if wants_optimizer else None, None, is_loading=True)
+    if wants_optimizer:
+        optimizer_kind.ask(state["optimizer"], optimizer, stored)
     absent = _check_contents(path, state, stored, wants_optimizer)
     if absent:
         state, _ = extract_matching_values(
             state, lambda value: not (isinstance(value, ShardedObject) and value.unique_key in absent)
         )
     if load_rng:
-        wanted = _rng_object(None)
+        wanted = rng_object(None)
         if wanted.unique_key in stored:
             state["rng_state"] = wanted
         elif any(key.startswith("rng_state/") for key in stored):
@@ -222,10 +153,11 @@ def load_checkpoint(
             runtime.log(f"note: {path} holds no random-number state")
 
     loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
-    for key, model in _chunks(models):
+    for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:
         assert optimizer is not None
+        optimizer_kind.adapt(loaded["optimizer"], optimizer)
         for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
             adam_state.adapt(loaded["optimizer"], inner)
         optimizer.load_state_dict(loaded["optimizer"])
@@ -241,106 +173,17 @@ def load_checkpoint(
     return training_state
 
 
-def _chunks(models: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
-    """(key in the state dict, bare model) of each chunk, named as Megatron-LM does."""
-    bare = []
-    for model in models:
-        inner: Any = model
-        while hasattr(inner, "module"):  # DistributedDataParallel, Float16Module
-            inner = inner.module
-        bare.append(inner)
-    return [("model" if len(bare) == 1 else f"model{number}", model) for number, model in enumerate(bare)]
-
-
-def _content() -> dict[str, Any]:
-    return {
-        # the only type of megatron-core 0.16 that loads under other TP and PP sizes
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # layers of a HybridNorm* model differ, so they cannot be stacked into one tensor
-        "non_homogeneous_layers": True,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def _state(
-    models: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
-    *,
-    is_loading: bool,
-) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**_content(), "dp_cp_group": group}
-    state = {key: model.sharded_state_dict(metadata=metadata) for key, model in _chunks(models)}
-    if optimizer is not None:
-        # given the models' dict alone: the optimizer's tensors are named after the parameters in it
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
-    if scheduler is not None:
-        state["opt_param_scheduler"] = scheduler.state_dict()
-    return state
-
-
-def _rng_object(state: dict[str, Any] | None) -> ShardedObject:
-    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    sizes = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        data.size(),
-    )
-    place = (
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-        data.rank(),
-    )
-    return ShardedObject("rng_state", state, sizes, place)
-
-
-def _layout(optimizer: MegatronOptimizer | None) -> dict[str, Any]:
-    return {
-        "world_size": agreement.world_size(),
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
-        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
-        "use_distributed_optimizer": None if optimizer is None else optimizer.config.use_distributed_optimizer,
-    }
-
-
-@contextmanager
-def _gathered_parameters(models: Sequence[Any]) -> Iterator[None]:
-    """With overlapped parameter gathering the updated shards only arrive in the next forward pass; fetch them now."""
-    overlapping = [model for model in models if getattr(model, "remove_forward_pre_hook_handles", None)]
-    for model in overlapping:
-        model.disable_forward_pre_hook(param_sync=True)
-    try:
-        yield
-    finally:
-        for model in overlapping:
-            model.enable_forward_pre_hook()
-
-
-def _write_sidecars(path: Path, state_text: str, run_config: RunConfig, tokenizer: Saveable | None) -> None:
-    dump_yaml(run_config, path / RUN_CONFIG)
-    (path / TRAINING_STATE).write_text(state_text, encoding="utf-8")
-    if tokenizer is not None:
-        (path / TOKENIZER).mkdir()
-        tokenizer.save(path / TOKENIZER)
-
-
-def _prune(save_dir: str | os.PathLike[str], keep_last: int, iteration: int) -> list[Path]:
-    try:
-        return store.prune(save_dir, keep_last, current=iteration)
-    except (OSError, CheckpointError) as error:
-        print(f"warning: keep_last = {keep_last} could not delete an old checkpoint: {error}", flush=True)
-        return []
-
-
-def _save_failure(path: Path, error: Exception) -> str:
-    last = agreement.from_rank_zero(lambda: store.latest_complete(path.parent, warn=lambda _: None))
-    rest = f"the last complete checkpoint is {last}" if last else "there is no complete checkpoint yet"
-    return f"saving {path} failed: {error}; {rest}"
+def _verify(path: Path, runtime: RuntimeLike) -> None:
+    manifest = agreement.from_rank_zero(lambda: checksums.read_manifest(path))
+    if manifest is None:
+        runtime.log(checksums.unverified(path))
+        return
+    began = time.perf_counter()
+    part, parts = agreement.rank(), agreement.world_size()
+    agreement.everywhere(lambda: checksums.verify(path, manifest, part=part, parts=parts))
+    size = sum(entry.size for entry in manifest.values())
+    seconds = time.perf_counter() - began
+    runtime.log(f"verified the checksums of {path}: {len(manifest)} files, {size / 2**20:.1f} MiB in {seconds:.2f} s")
 
 
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -363,13 +206,14 @@ def _check_resume(path: Path, run_config: RunConfig) -> list[str]:
     return check_resume(load_yaml(path / RUN_CONFIG), run_config)
 
 
-def _check_optimizer_kind(path: Path, training_state: Mapping[str, Any], optimizer: Any) -> None:
-    saved = training_state.get("layout", {}).get("use_distributed_optimizer")
-    now = optimizer.config.use_distributed_optimizer
-    if saved is not None and saved != now:
-        raise UserError(
-            f"{path} was saved with use_distributed_optimizer = {saved} and this run has {now}; their optimizer "
-            f"states differ: set it to {saved}, or load parameters only with --no-load-optim or --finetune"
+def _check_sharding(path: Path, common: Mapping[str, Any]) -> None:
+    """Megatron-LM can write optimizer states that load under one layout only."""
+    expected = content()["distrib_optim_sharding_type"]
+    found = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type", expected)
+    if found != expected:
+        raise CheckpointError(
+            f"{path} holds optimizer states of sharding type {found}, which load under the layout that saved them "
+            f"only; save it again as {expected}, or load parameters only with --no-load-optim or --finetune"
         )
 
 

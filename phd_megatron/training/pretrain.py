@@ -24,7 +24,8 @@ from phd_megatron.model.build import build_model
 from phd_megatron.model.transformer_config import padded_vocab_size
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from phd_megatron.training.checkpoint_saver import CheckpointSaver
+from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.gradient_dump import dump_gradients
 from phd_megatron.training.metrics import Reporter, StepMetrics, peak_tflops
 from phd_megatron.training.optimizer import (
@@ -100,6 +101,7 @@ class Trainer:
             run.model.seq_length,
             run.model.phd_repeat,
         )
+        self.saver = self._open_saver()
         self._open_data()
 
     def _resume(self, path: Path) -> None:
@@ -113,6 +115,7 @@ class Trainer:
             runtime=self.runtime,
             load_optimizer=not (run.checkpoint.finetune or run.checkpoint.no_load_optim),
             load_rng=not (run.checkpoint.finetune or run.checkpoint.no_load_rng),
+            verify=run.checkpoint.verify_checkpoint,
         )
         if run.checkpoint.finetune:
             return
@@ -162,12 +165,13 @@ class Trainer:
             if exit_reason and not last:
                 reason = exit_reason
                 break
+            started = time.perf_counter()
             if run.checkpoint.save_interval and progress.iteration % run.checkpoint.save_interval == 0 and not last:
-                started = time.perf_counter()
-                self.save()
-                interval.started += time.perf_counter() - started  # not the time of a training step
-        if run.checkpoint.save:
-            self.save()
+                self.save(background=run.checkpoint.async_save)
+            elif self.saver is not None:
+                self.saver.poll()
+            interval.started += time.perf_counter() - started  # not the time of a training step
+        self.save()
         return reason
 
     def _next_batch(self, consumed_samples: int) -> int:
@@ -209,6 +213,8 @@ class Trainer:
             progress.skipped_iterations += 1
             interval.skipped += 1
         if not math.isfinite(result.grad_norm) and not self.run.training.fp16:
+            if self.saver is not None:
+                self.saver.wait()  # every rank comes here: the norm is that of the whole model
             raise UserError(
                 f"the gradient norm of iteration {iteration} is {result.grad_norm} (samples "
                 f"{progress.consumed_samples - samples} to {progress.consumed_samples - 1}); the parameters are not "
@@ -268,26 +274,34 @@ class Trainer:
 
     # ---------------------------------------------------------------- saving
 
-    def save(self) -> None:
-        """Write a checkpoint of the present state."""
+    def _open_saver(self) -> CheckpointSaver | None:
         options = self.run.checkpoint
         if options.save is None:
-            return
-        save_checkpoint(
-            Path(options.save),
-            iteration=self.progress.iteration,
-            models=self.models,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            training_state=vars(self.progress).copy(),
+            return None
+        return CheckpointSaver(
+            options.save,
             run_config=self.run,
             tokenizer=self.tokenizer,
             runtime=self.runtime,
             keep_last=options.keep_last,
         )
 
+    def save(self, background: bool = False) -> None:
+        """Write a checkpoint of the present state; in the background it is complete some steps later."""
+        if self.saver is not None:
+            self.saver.save(
+                iteration=self.progress.iteration,
+                models=self.models,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                training_state=vars(self.progress).copy(),
+                background=background,
+            )
+
     def close(self) -> None:
-        """Stop data workers and forget Megatron's global batch-size calculator."""
+        """Let a save's thread end, stop data workers and forget Megatron's global batch-size calculator."""
+        if self.saver is not None:
+            self.saver.close()
         self.train_stream.close()
         if self.valid_stream is not None:
             self.valid_stream.close()

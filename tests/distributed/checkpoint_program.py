@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import torch
 
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.checkpoint_store import read_tracker
 from phd_megatron.runtime.context import Runtime
+
+SLOW = threading.Event()  # lets the writer of the faults "slow" and "kill-while-writing" go on
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--load")
     parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
-    parser.add_argument("--fault", choices=["kill-before-commit", "file-size", "full"])
+    parser.add_argument("--background", action="store_true")
+    parser.add_argument("--fault", choices=["kill-before-commit", "file-size", "full", "slow", "kill-while-writing"])
     parser.add_argument("--fault-at", type=int, default=0)
     parser.add_argument("--fault-rank", type=int, default=0)
     parser.add_argument("--refusals", type=json.loads, help="list of {load, layers, hidden, ...}: try each, print why")
@@ -157,10 +162,9 @@ def train_step(args: argparse.Namespace, model: Any, optimizer: Any, scheduler: 
 
 
 def digest(tensors: Any) -> str:
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+    """Of all values, whatever the order of the tensors: kinds of optimizers have orders of their own."""
+    each = [hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy().tobytes()).digest() for t in tensors]
+    return hashlib.sha256(b"".join(sorted(each))).hexdigest()[:16]
 
 
 class Letters:
@@ -178,6 +182,19 @@ def install_fault(fault: str | None) -> None:
 
     if fault == "kill-before-commit":
         store.commit_iteration = die
+    elif fault in ("slow", "kill-while-writing"):
+        from phd_megatron.training import checkpoint_writer
+
+        original = checkpoint_writer.ShardWrite.write
+
+        def wait(write: Any) -> None:
+            SLOW.wait(30)  # until training has gone on for two steps
+            if fault == "kill-while-writing":
+                (write._directory / "__0_0.distcp").write_bytes(b"half")
+                die()
+            original(write)
+
+        checkpoint_writer.ShardWrite.write = wait  # type: ignore[method-assign]
     elif fault == "file-size":
         # what a quota or a full disk looks like to the writer: write() fails half-way through a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -194,11 +211,15 @@ def try_refusals(args: argparse.Namespace, runtime: Runtime) -> None:
     for case in args.refusals:
         variant = argparse.Namespace(**{**vars(args), **case})
         model, optimizer, scheduler = build(variant)
+        before = digest(model.parameters())
         try:
-            load_checkpoint(case["load"], models=[model], optimizer=optimizer, scheduler=scheduler, runtime=runtime)
+            objects = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "runtime": runtime}
+            load_checkpoint(case["load"], verify=not case.get("no_verify"), **objects)
             message = "loaded"
         except UserError as error:
             message = str(error)
+            verified = (Path(case["load"]) / "checksums.json").exists()
+            assert not verified or digest(model.parameters()) == before, "refused, and yet something was loaded"
         print("REFUSAL " + json.dumps(message), flush=True)
 
 
@@ -206,14 +227,15 @@ def main() -> None:
     args = parse()
     parallel = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp, device="cpu")
     runtime = Runtime.start(parallel, verbose=False)
-    from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir, save_checkpoint
+    from phd_megatron.training.checkpoint_saver import CheckpointSaver
+    from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir
     from phd_megatron.training.signals import ExitController, die_with_launcher
 
     die_with_launcher()
     if args.refusals:
         try_refusals(args, runtime)
         return
-    result: dict[str, Any] = {"rank": runtime.rank, "losses": [], "exit": None}
+    result: dict[str, Any] = {"rank": runtime.rank, "losses": [], "exit": None, "tracker": []}
     lock = lock_save_dir(args.save) if args.save else None
     model, optimizer, scheduler = build(args)
     start = 0
@@ -225,24 +247,37 @@ def main() -> None:
             start = state["iteration"]
             assert args.no_load_optim or state["consumed_samples"] == 4 * start
     result["start"] = start
-    options = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "runtime": runtime}
-    save_options = {"run_config": RunConfig(), "tokenizer": Letters(), "keep_last": args.keep_last, **options}
+    options = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "background": args.background}
+    saver = (
+        CheckpointSaver(
+            args.save, run_config=RunConfig(), tokenizer=Letters(), runtime=runtime, keep_last=args.keep_last
+        )
+        if args.save
+        else None
+    )
     with ExitController() as exits:
         for step in range(start + 1, args.steps + 1):
             result["losses"].append(train_step(args, model, optimizer, scheduler, step).hex())
             result["exit"] = exits.should_exit(step)
-            if step in args.save_at or (args.save and result["exit"]):
+            if saver and (step in args.save_at or result["exit"]):
                 if step == args.fault_at and runtime.rank == args.fault_rank:
                     install_fault(args.fault)
                 began = time.perf_counter()
                 state = {"consumed_samples": 4 * step}
-                save_checkpoint(args.save, iteration=step, training_state=state, **save_options)
+                saver.save(iteration=step, training_state=state, **options)
                 result["save_seconds"] = time.perf_counter() - began
+            elif saver:
+                saver.poll()
+            result["tracker"].append(read_tracker(args.save) if args.save else None)
             if result["exit"]:
                 break
+            if step >= args.fault_at + 2:
+                SLOW.set()
             if args.sleep:
                 print(f"step {step}", flush=True)
                 time.sleep(args.sleep)
+    if saver:
+        saver.wait()
     if args.overlap:
         model.disable_forward_pre_hook(param_sync=True)
     inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]

@@ -46,7 +46,7 @@ def main(root: Path) -> None:
     from phd_megatron.data.tokenizers import load_tokenizer
     from phd_megatron.huggingface.export import export_checkpoint
     from phd_megatron.model.build import build_model
-    from phd_megatron.training.checkpointing import save_checkpoint
+    from phd_megatron.training.checkpoint_saver import CheckpointSaver
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (2, 48), generator=generator)
@@ -61,17 +61,9 @@ def main(root: Path) -> None:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * (0.2 if "norm" in key or "bias" in key else 0.1))
             expected = model(tokens, torch.arange(48).expand(2, -1), None)[..., :257]
-        save_checkpoint(
-            root / f"{number}",
-            iteration=1,
-            models=[model],
-            optimizer=None,
-            scheduler=None,
-            training_state={"consumed_samples": 2},
-            run_config=run,
-            tokenizer=load_tokenizer("byte"),
-            runtime=runtime,
-        )
+        saver = CheckpointSaver(root / f"{number}", run_config=run, tokenizer=load_tokenizer("byte"), runtime=runtime)
+        state = {"consumed_samples": 2}
+        saver.save(iteration=1, models=[model], optimizer=None, scheduler=None, training_state=state)
         report = export_checkpoint(root / f"{number}", root / f"{number}-hf")
         exported = AutoModelForCausalLM.from_pretrained(report.output, trust_remote_code=True).eval()
         with torch.no_grad():

@@ -19,6 +19,7 @@ from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export import describe, export_checkpoint, parse_size
 from phd_megatron.huggingface.mapping import dense_rules
 from phd_megatron.norm.schemes import NORM_SCHEMES
+from phd_megatron.runtime import checksums
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +201,29 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(make_checkpoint, tmp_path
     with pytest.raises(UserError, match=message):
         export_checkpoint(source, tmp_path / "out" / "hf")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_flipped_byte_is_refused_and_named(make_checkpoint, tmp_path):
+    source = make_checkpoint(**PHD)
+    said: list[str] = []
+    export_checkpoint(source, tmp_path / "old", verify=False, log=said.append)
+    assert any("has no checksums.json" in line for line in said), "an earlier release saved it"
+
+    directory = source / "iter_0000100"
+    checksums.write_manifest(directory, {}, {})
+    export_checkpoint(source, tmp_path / "good", verify=False)
+    shard = next(directory.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{shard} is damaged: its crc32"):
+        export_checkpoint(source, tmp_path / "hf")
+    command = ["generate", "--checkpoint", str(source), "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]
+    assert main(command) == 2
+    assert main([*command, "--no-verify-checkpoint"]) == 0
+    assert main(["export", "--checkpoint", str(source), "--output", str(tmp_path / "hf")]) == 2
+    assert not (tmp_path / "hf").exists()
+    export_checkpoint(source, tmp_path / "hf", verify=False, verify_checkpoint=False)
 
 
 def test_damaged_files_and_settings_are_named(make_checkpoint, tmp_path):

@@ -142,10 +142,11 @@ def kill_in_a_save(argv: list[str], save: Path, part: str) -> None:
     pytest.fail("five times the save was complete before the kill arrived")
 
 
-def test_kill_9_during_a_save_and_sigterm(documents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_kill_9_during_a_save_and_sigterm(documents: Path, tmp_path: Path, background: bool) -> None:
     """Killed when a checkpoint's directory appears, resumed, killed when its tensors are written, resumed, stopped."""
     save = tmp_path / "save"
-    argv = pretrain(documents, save, **HEAVY)
+    argv = pretrain(documents, save, **HEAVY, **({"async_save": True} if background else {}))
     said = ""
     for part in (".", "__0_0.distcp"):
         kill_in_a_save(argv, save, part)
@@ -164,6 +165,7 @@ def test_kill_9_during_a_save_and_sigterm(documents: Path, tmp_path: Path) -> No
     (stopped,) = re.findall(r"stopped at iteration (\d+): received SIGTERM", said)
     assert last_complete(save) == store.iteration_dir(save, int(stopped))
     assert f"saved checkpoint {last_complete(save)}" in said
+    assert ("in the background" in said) == background
 
     # A step that was done again after a kill gave the same numbers.
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -203,10 +205,13 @@ def test_torchrun_kill_9_rival_and_sigterm(documents: Path, tmp_path: Path) -> N
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in said
 
 
-def test_disk_that_is_full_in_the_middle_of_a_save(documents: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [{}, {"async_save": True}], ids=["waited-for", "background"])
+def test_disk_that_is_full_in_the_middle_of_a_save(
+    documents: Path, tmp_path: Path, background: dict[str, object]
+) -> None:
     """A limit on the size of files stands in for the full disk: it needs no rights and fails in the same call."""
     save = tmp_path / "save"
-    with running(pretrain(documents, save), tmp_path / "full.log") as program:
+    with running(pretrain(documents, save, **background), tmp_path / "full.log") as program:
         program.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
         resource.prlimit(program.process.pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
         assert program.end() == 2, program.output

@@ -142,6 +142,7 @@ def test_resolve_is_idempotent(values: dict[str, Any]) -> None:
         ({"save_interval": 5}, ["save_interval=5", "set save"]),
         ({"finetune": True}, ["finetune=True", "set load"]),
         ({"exit_on_missing_checkpoint": True}, ["exit_on_missing_checkpoint=True", "set load"]),
+        ({"save": "out", "async_save": True}, ["async_save=True", "set save_interval"]),
         ({"dump_gradients_iterations": [0]}, ["dump_gradients_iterations", "counted from 1"]),
     ],
 )

@@ -1,0 +1,228 @@
+"""Saving a training state, so that a crash at any moment leaves the last complete checkpoint usable.
+
+Order of a save: space check, the sidecars (``run_config.yaml``, ``training_state.json``, ``tokenizer/``), ``common.pt``
+and one ``.distcp`` file per rank, ``.metadata``, ``checksums.json``, sync, ``metadata.json`` (the commit), tracker,
+pruning. Where the files lie is `runtime/checkpoint_store.py`'s business, how they are written `checkpoint_writer.py`'s.
+
+In the background a thread of each rank writes ``common.pt`` and the ``.distcp`` files from a copy in host memory. All
+that the ranks do together stays in the main thread, before the writing and, once every rank's thread is done, after it;
+so there is no collective that a training step's could cross.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import dump_yaml
+from phd_megatron.errors import UserError
+from phd_megatron.runtime import checkpoint_store as store
+from phd_megatron.runtime import checksums
+from phd_megatron.runtime.checkpoint_store import CheckpointError
+from phd_megatron.runtime.checksums import FileSum
+from phd_megatron.training import agreement, checkpoint_format, checkpoint_state, checkpoint_writer, rng_state
+from phd_megatron.training.checkpoint_format import RUN_CONFIG, TOKENIZER, TRAINING_STATE
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+class RuntimeLike(Protocol):
+    """The part of the runtime that checkpoints need."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+
+    def log(self, message: str, /) -> Any:
+        """Print once per run."""
+
+
+class Saveable(Protocol):
+    """A tokenizer that can write its files into a directory."""
+
+    def save(self, directory: Any, /) -> Any:
+        """Write the files."""
+
+
+@dataclass
+class _Save:
+    """One save between its start and its commit."""
+
+    iteration: int
+    path: Path
+    write: checkpoint_writer.ShardWrite
+    size: int
+    began: float
+    thread: threading.Thread | None = None
+    in_the_way: float = 0.0  # seconds for which training stood still at the start
+
+
+class CheckpointSaver:
+    """The saves of one run. Every rank makes one and calls the same methods in the same order.
+
+    Args:
+        save_dir: directory of the ``iter_...`` directories.
+        run_config: the resolved configuration.
+        keep_last: after each save delete all but the newest so many complete checkpoints.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        *,
+        run_config: RunConfig,
+        tokenizer: Saveable | None,
+        runtime: RuntimeLike,
+        keep_last: int | None = None,
+    ) -> None:
+        self._root = Path(save_dir)
+        self._run_config, self._tokenizer, self._runtime = run_config, tokenizer, runtime
+        self._keep_last = keep_last
+        self._under_way: _Save | None = None
+
+    @torch.no_grad()
+    def save(
+        self,
+        *,
+        iteration: int,
+        models: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        scheduler: OptimizerParamScheduler | None,
+        training_state: Mapping[str, Any],
+        background: bool = False,
+    ) -> Path:
+        """Write ``iter_<iteration>`` and make it the one to load; collective. An earlier save is completed first.
+
+        Args:
+            iteration: optimizer steps done.
+            models: this rank's model chunks, wrapped or not (one, or one per virtual pipeline stage).
+            training_state: JSON-able facts such as ``consumed_samples``.
+            background: return as soon as the state is copied to host memory; :meth:`poll` and :meth:`wait` complete it.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            UserError: on all ranks, when the disk is full or a write failed anywhere. The unfinished directory is
+                removed and the checkpoint before stays the one to load.
+        """
+        self.wait()
+        began = time.perf_counter()
+        facts = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
+        state_text = json.dumps(facts, indent=1)
+        with checkpoint_state.whole_parameters(models):
+            state = checkpoint_state.sharded_state(models, optimizer, scheduler, is_loading=False)
+            state["rng_state"] = checkpoint_state.rng_object(rng_state.capture(self._runtime.device))
+            state["content_metadata"] = checkpoint_state.content()
+            sharded, common = checkpoint_writer.prepare_save(state)
+            path = agreement.from_rank_zero(lambda: store.prepare_iteration(self._root, iteration))
+            try:
+                size = checkpoint_writer.check_space(path, sharded)
+                agreement.from_rank_zero(lambda: self._write_sidecars(path, state_text))
+                write = checkpoint_writer.ShardWrite(path, sharded, common)
+                if background:
+                    agreement.everywhere(write.copy_to_host)
+            except (UserError, OSError) as error:
+                raise self._failure(iteration, path, error) from error
+            self._under_way = save = _Save(iteration, path, write, size, began)
+            if background:
+                # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
+                save.thread = threading.Thread(target=write.write, name=f"save-{iteration}")
+                save.thread.start()
+                save.in_the_way = time.perf_counter() - began
+            else:
+                write.write()
+        if not background:
+            self._finish()
+        return path
+
+    def poll(self) -> None:
+        """Complete the save in the background if all ranks have written; collective, and does not wait for any.
+
+        Raises:
+            UserError: on all ranks, when writing failed anywhere.
+        """
+        if self._under_way is not None and not agreement.maximum([int(self._is_writing)])[0]:
+            self._finish()
+
+    def wait(self) -> None:
+        """Complete the save in the background, if there is one; collective.
+
+        Raises:
+            UserError: on all ranks, when writing failed anywhere.
+        """
+        if self._under_way is not None:
+            self.close()
+            self._finish()
+
+    def close(self) -> None:
+        """Let this rank's thread end, complete or not; not collective. For the way out after an error."""
+        if self._under_way is not None and self._under_way.thread is not None:
+            self._under_way.thread.join()
+
+    @property
+    def _is_writing(self) -> bool:
+        thread = self._under_way.thread if self._under_way is not None else None
+        return thread is not None and thread.is_alive()
+
+    def _finish(self) -> None:
+        save, self._under_way = self._under_way, None
+        assert save is not None
+        started = time.perf_counter()
+
+        def commit(known: Mapping[str, FileSum]) -> None:
+            text = store.metadata_text(checkpoint_format.FORMAT)
+            checksums.write_manifest(save.path, known, {store.METADATA: text})
+            store.commit_iteration(self._root, save.iteration, checkpoint_format.FORMAT)
+
+        try:
+            save.write.finish(commit)
+        except (UserError, OSError) as error:
+            raise self._failure(save.iteration, save.path, error) from error
+        now = time.perf_counter()
+        message = f"saved checkpoint {save.path} ({save.size / 2**20:.1f} MiB of tensors) in {now - save.began:.2f} s"
+        if save.thread is not None:
+            message += f" in the background; training stood still for {save.in_the_way + now - started:.2f} s"
+        self._runtime.log(message)
+        if self._keep_last is not None:
+            deleted = agreement.from_rank_zero(lambda: self._prune(save.iteration))
+            if deleted:
+                names = ", ".join(item.name for item in deleted)
+                self._runtime.log(f"keep_last = {self._keep_last}: deleted {names}")
+
+    def _write_sidecars(self, path: Path, state_text: str) -> None:
+        dump_yaml(self._run_config, path / RUN_CONFIG)
+        (path / TRAINING_STATE).write_text(state_text, encoding="utf-8")
+        if self._tokenizer is not None:
+            (path / TOKENIZER).mkdir()
+            self._tokenizer.save(path / TOKENIZER)
+
+    def _prune(self, iteration: int) -> list[Path]:
+        assert self._keep_last is not None
+        try:
+            return store.prune(self._root, self._keep_last, current=iteration)
+        except (OSError, CheckpointError) as error:
+            print(f"warning: keep_last = {self._keep_last} could not delete an old checkpoint: {error}", flush=True)
+            return []
+
+    def _failure(self, iteration: int, path: Path, error: Exception) -> CheckpointError:
+        """Give the space back; the error that all ranks raise."""
+
+        def abandon() -> Path | None:
+            store.abandon_iteration(self._root, iteration)
+            return store.latest_complete(self._root, warn=lambda _: None)
+
+        last = agreement.from_rank_zero(abandon)
+        rest = f"the last complete checkpoint is {last}" if last else "there is no complete checkpoint yet"
+        return CheckpointError(f"saving {path} failed: {error}; {rest}")

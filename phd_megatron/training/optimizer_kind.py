@@ -1,0 +1,69 @@
+"""Optimizer states that move between the distributed optimizer and the plain one.
+
+Both save the moments of a parameter under the same name and with its shape, but Megatron-Core loads only what the same
+kind saved: main parameters have two names (``param`` and ``fp32_param``), the plain optimizer of an fp32 model saves
+none since they are the model's own, and the parameter groups lie at two depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+_NAMES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+
+
+def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
+    """Before a load: ask for main parameters under the name that the checkpoint has, in place.
+
+    Args:
+        state: sharded state dict of ``optimizer``, a Megatron optimizer.
+        stored: names in the checkpoint.
+    """
+    for entry in nested_values(state):
+        for name, other in (_NAMES, _NAMES[::-1]):
+            key = getattr(entry, "key", "")
+            if key.startswith(name) and key not in stored and key.replace(name, other) in stored:
+                entry.key = key.replace(name, other)
+                break
+    for part, its_state in _parts(optimizer, state):
+        for number, parameter in enumerate(_parameters(part)):
+            tensors = its_state["param_state"][number]
+            main = tensors.get("param")
+            if main is not None and parameter.dtype == torch.float32 and main.key not in stored:
+                del tensors["param"]  # `adapt` takes it from the model
+
+
+def adapt(loaded: dict[Any, Any], optimizer: Any) -> None:
+    """After the load, and after the model's: bring the states into the form of ``optimizer``'s kind, in place."""
+    for part, saved in _parts(optimizer, loaded):
+        inner = saved.get("optimizer")
+        if part.config.use_distributed_optimizer:
+            if "param_groups" in saved:
+                saved["optimizer"] = {name: saved.pop(name) for name in ("param_groups", "state")}
+            saved.setdefault("param_state_sharding_type", "fully_reshardable")
+            for number, parameter in enumerate(_parameters(part)):
+                tensors = saved["param_state"][number]
+                if not any(name in tensors for name in ("param", "fp32_param")):
+                    tensors["param"] = parameter.detach()
+        elif "param_groups" in saved and isinstance(inner, dict):
+            for group, others in zip(saved["param_groups"], inner["param_groups"], strict=True):
+                group.update({name: value for name, value in others.items() if name != "params"})
+            del saved["optimizer"]
+
+
+def _parts(optimizer: Any, state: dict[Any, Any]) -> Iterator[tuple[Any, dict[Any, Any]]]:
+    """(optimizer, its part of the state) of a chain; Megatron-Core numbers the parts when there are several."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    for number, part in enumerate(chain):
+        yield part, state if len(chain) == 1 else state[number]
+
+
+def _parameters(part: Any) -> Iterator[torch.nn.Parameter]:
+    """Model parameters of a distributed optimizer in the order of its ``param_state``; none of a plain one."""
+    if part.config.use_distributed_optimizer:
+        for buffer in part.buffers:
+            yield from buffer.param_index_map
