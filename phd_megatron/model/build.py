@@ -14,6 +14,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
+from phd_megatron.model.moe import mark_expert_parameters
 from phd_megatron.model.transformer_config import build_transformer_config, padded_vocab_size
 
 
@@ -69,5 +70,6 @@ def build_model(
         rotary_base=run.model.rotary_base,
         pg_collection=pg_collection,
     )
+    mark_expert_parameters(model)
     initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)
