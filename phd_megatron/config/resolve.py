@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.moe import router_losses
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
@@ -60,6 +61,10 @@ def _resolve_model(model: ModelConfig) -> list[str]:
     if model.init == "auto":
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
+    has_experts = model.transformer.get("num_moe_experts") is not None
+    if has_experts and model.transformer.get("moe_ffn_hidden_size") is None:
+        model.transformer["moe_ffn_hidden_size"] = model.ffn_hidden_size
+        notes.append(f"moe_ffn_hidden_size={model.ffn_hidden_size}: ffn_hidden_size")
     return notes
 
 
@@ -112,6 +117,16 @@ def warnings(config: RunConfig) -> list[str]:
             f"moe_expert_capacity_factor={extra['moe_expert_capacity_factor']} with phd_repeat={model.phd_repeat}: "
             "copies compete with original tokens for room in the experts, so originals are no longer those of the "
             "vanilla model; leave it out for dropless routing"
+        )
+    if extra.get("moe_expert_capacity_factor") is not None:
+        found.append(
+            f"moe_expert_capacity_factor={extra['moe_expert_capacity_factor']}: what is dropped depends on the rows "
+            "that a rank holds, so layouts with other tensor or context sizes train a little differently"
+        )
+    if "global_load_balancing_loss" in router_losses(model):
+        found.append(
+            "global_aux_loss counts the micro-batches seen so far in the step, so another data-parallel or micro-batch "
+            "size trains a little differently"
         )
     backend = extra.get("attention_backend")
     if backend not in (None, "auto"):

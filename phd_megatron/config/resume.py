@@ -17,6 +17,9 @@ EXECUTION_ONLY = (
     *("tp_comm_*", "tp_only_amax_red", "batch_p2p_*", "deallocate_pipeline_outputs", "attention_backend"),
     *("deterministic_mode", "num_microbatches_with_partial_activation_checkpoints", "barrier_with_L1_time"),
     *("async_tensor_model_parallel_allreduce", "clone_scatter_output_in_embedding", "config_logger_dir", "test_mode"),
+    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_shared_expert_overlap", "moe_router_dtype"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate"),
+    *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy"),
     *("disable_*", "gradient_accumulation_fusion", "activation_func_fp8_input_store", "use_te_activation_func"),
 )
 """Fields of the model section (with ``*`` patterns) that change how a step is computed, not what is trained."""

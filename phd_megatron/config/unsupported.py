@@ -44,7 +44,11 @@ def _without(switch: str) -> Test:
 
 
 def _holds(*items: str) -> Test:
-    return lambda value, config: isinstance(value, list) and any(item in items for item in value)
+    return lambda value, config: any(item in items for item in (value if isinstance(value, list) else [value]))
+
+
+def _holds_without(switch: str, *items: str) -> Test:
+    return lambda value, config: _holds(*items)(value, config) and _without(switch)(value, config)
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,17 @@ _TE_CURE = "install transformer_engine and do not ask for transformer_impl=local
 _NO_FP8 = "it has no effect without fp8"
 _NO_RECOMPUTE = "it has no effect without recompute_granularity"
 _RECOMPUTE = "set recompute_granularity to full or selective"
+_SCHEDULE = "it needs a pipeline schedule of Megatron-Core that runs layers in pieces, which PHD's model does not offer"
+_NO_EXPERTS = "it has no effect without experts"
+_EXPERTS = "set num_moe_experts, or leave it out"
+_TE_GROUPED = "it needs Transformer Engine's grouped linear layers, which are not used here"
+_FLEX = "the flex dispatcher needs DeepEP or HybridEP, which are not supported"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     # --- not built yet
     Unsupported("context_parallel_size", "context parallelism is not available yet", "use 1", _above_one),
-    Unsupported("expert_model_parallel_size", "mixture of experts is not available yet", "use 1", _above_one),
-    Unsupported("expert_tensor_parallel_size", "mixture of experts is not available yet", "use null"),
-    Unsupported("num_moe_experts", "mixture of experts is not available yet", "train a dense model"),
-    Unsupported("moe_*", "mixture of experts is not available yet"),
     Unsupported(
         "reset_attention_mask", "PHD attention has no document mask yet, so documents would see each other", "use false"
     ),
@@ -93,13 +98,64 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),
     Unsupported("defer_embedding_wgrad_compute", "the output layer of PHD models does not keep what it needs"),
     Unsupported("wgrad_deferral_limit", "the output layer of PHD models does not keep what it needs", refused=_not(0)),
-    Unsupported("overlap_moe_expert_parallel_comm", "mixture of experts is not available yet"),
-    Unsupported("ep_overlap_early_attn_memory_release", "mixture of experts is not available yet"),
-    Unsupported("delay_wgrad_compute", "it belongs to overlapped expert parallelism, not available yet"),
+    Unsupported("overlap_moe_expert_parallel_comm", _SCHEDULE),
+    Unsupported("ep_overlap_early_attn_memory_release", _SCHEDULE),
+    Unsupported("delay_wgrad_compute", _SCHEDULE),
     Unsupported("use_ring_exchange_p2p", "it needs a PyTorch built with ring exchange"),
     Unsupported("tp_comm_overlap", _TE, _TE_CURE, _without_transformer_engine),
     Unsupported(
         "tp_comm_*", "it has no effect without tp_comm_overlap", "set tp_comm_overlap", _without("tp_comm_overlap")
+    ),
+    # --- mixture of experts
+    Unsupported("expert_tensor_parallel_size", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
+    Unsupported("moe_*", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
+    Unsupported("moe_grouped_gemm", _TE_GROUPED, _TE_CURE, _without_transformer_engine),
+    Unsupported(
+        "moe_use_legacy_grouped_gemm", "Megatron-Core has given its grouped_gemm layer up", "use moe_grouped_gemm"
+    ),
+    Unsupported("moe_token_dispatcher_type", _FLEX, "use alltoall or allgather", _holds("flex")),
+    Unsupported("moe_enable_deepep", _FLEX, "use moe_token_dispatcher_type alltoall"),
+    Unsupported("moe_flex_dispatcher_backend", _FLEX, "use moe_token_dispatcher_type alltoall"),
+    Unsupported("moe_deepep_num_sms", _FLEX),
+    Unsupported("moe_hybridep_num_sms", _FLEX),
+    Unsupported("moe_permute_fusion", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("moe_router_fusion", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("moe_latent_size", "latent projections around experts are not available, and not in any export"),
+    Unsupported(
+        "moe_router_load_balancing_type",
+        "Sinkhorn balances the rows of one rank, so each layout would route differently",
+        "use aux_loss, seq_aux_loss or global_aux_loss",
+        _holds("sinkhorn"),
+    ),
+    Unsupported("moe_input_jitter_eps", "noise on the router's input would differ from layout to layout"),
+    Unsupported("moe_router_force_load_balancing", "it routes at random, for measurements only"),
+    Unsupported("moe_enable_routing_replay", "nothing here records or replays routes"),
+    Unsupported("moe_apply_probs_on_input", "probabilities scale what experts put out, as in exports"),
+    Unsupported(
+        "moe_token_dropping", "Megatron-Core accepts it and reads it nowhere", "use moe_expert_capacity_factor"
+    ),
+    Unsupported("moe_layer_recompute", "Megatron-Core has given it up", "use recompute_modules: [moe]"),
+    Unsupported(
+        "moe_router_topk_limited_devices",
+        "it ties the model to a layout",
+        "use moe_router_num_groups and moe_router_group_topk",
+    ),
+    Unsupported(
+        "moe_router_padding_for_fp8", "Megatron-Core has renamed it", "use moe_router_padding_for_quantization"
+    ),
+    Unsupported("moe_router_padding_for_quantization", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
+    Unsupported("moe_per_layer_logging", "the metrics file holds the load of every layer's experts"),
+    Unsupported(
+        "moe_router_bias_update_rate",
+        "it has no effect without an expert bias",
+        "set moe_router_enable_expert_bias",
+        _without("moe_router_enable_expert_bias"),
+    ),
+    Unsupported(
+        "moe_token_drop_policy",
+        "it has no effect without a capacity",
+        "set moe_expert_capacity_factor",
+        _without("moe_expert_capacity_factor"),
     ),
     # --- precision
     Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
@@ -184,9 +240,27 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("recompute_modules", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
     Unsupported(
         "recompute_modules",
-        "moe_act, moe, shared_experts and mla_up_proj are parts that the model does not have",
-        "use core_attn, layernorm or mlp",
-        _holds("moe_act", "moe", "shared_experts", "mla_up_proj"),
+        "mla_up_proj is a part that the model does not have",
+        "use core_attn, layernorm, mlp or moe",
+        _holds("mla_up_proj"),
+    ),
+    Unsupported(
+        "recompute_modules",
+        "moe, moe_act and shared_experts are parts that the model does not have",
+        "set num_moe_experts, or use core_attn, layernorm or mlp",
+        _holds_without("num_moe_experts", "moe", "moe_act", "shared_experts"),
+    ),
+    Unsupported(
+        "recompute_modules",
+        "moe_act is a part of grouped experts",
+        "use moe, or set moe_grouped_gemm",
+        _holds_without("moe_grouped_gemm", "moe_act"),
+    ),
+    Unsupported(
+        "recompute_modules",
+        "there are no shared experts",
+        "set moe_shared_expert_intermediate_size, or leave shared_experts out",
+        _holds_without("moe_shared_expert_intermediate_size", "shared_experts"),
     ),
     Unsupported("distribute_saved_activations", _NO_RECOMPUTE, _RECOMPUTE, _without("recompute_granularity")),
     Unsupported("cpu_offloading*", "activation offloading is not available yet", "use recompute_granularity"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phd_megatron.config.catalog import ALTERNATIVES, fields
+from phd_megatron.config.moe import moe_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import raise_all
@@ -171,6 +172,7 @@ def problems(config: RunConfig) -> list[str]:
         *_data(config.data),
         *_optimizer(config.optimizer),
         *_training(config),
+        *moe_problems(config.model),
     ]
 
 

@@ -76,6 +76,12 @@ class Architecture:
         Raises:
             UserError: for something the exported model could not honour.
         """
+        experts = model.transformer.get("num_moe_experts")
+        if experts is not None:
+            raise UserError(
+                f"num_moe_experts={experts}: models with experts cannot be exported to Hugging Face, or generate, yet; "
+                "the checkpoint trains on, and evaluates with eval_iters"
+            )
         for name, value in model.transformer.items():
             unset = value is None or value is False or _NEUTRAL.get(name) == value
             if not unset and not any(fnmatchcase(name, pattern) for pattern in _TRAINING_ONLY):

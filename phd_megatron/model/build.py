@@ -14,6 +14,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
+from phd_megatron.model.moe import mark_expert_parameters
 from phd_megatron.model.transformer_config import (
     PHDTransformerConfig,
     build_transformer_config,
@@ -91,5 +92,6 @@ def _build_chunk(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    mark_expert_parameters(model)
     initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)

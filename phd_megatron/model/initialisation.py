@@ -1,9 +1,9 @@
 """Initial values that do not depend on the layout.
 
-A parameter's values follow from the seed and its name in the checkpoint alone: the full tensor is drawn in float32
-from a CPU generator seeded by both, then this rank's slice is copied into place. What the slice is, Megatron-Core's
-own sharded state dict says, so tensor, pipeline and expert parallelism, fused and separate modules, and tied weights
-on two stages all agree.
+A parameter's values follow from the seed and its name in the checkpoint (with its expert's global number) alone: the
+full tensor is drawn in float32 from a CPU generator seeded by both, then this rank's slice is copied into place. What
+the slice is, Megatron-Core's own sharded state dict says, so tensor, pipeline and expert parallelism, fused, grouped
+and separate modules, and tied weights on two stages all agree.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
         layer = _LAYER.match(part.key)
         if layer and part.key.endswith(_OUTPUT_PROJECTIONS):
             std = output_projection_std(std, config.init_scheme, int(layer[1]) + 1, config.num_layers)
-        full = draw(part.key, tuple(part.global_shape), std, seed)
+        # Axes before a parameter's own count its siblings (experts); each is drawn alone, by its global number.
+        own = part.prepend_axis_num
+        name = "/".join([part.key, *map(str, part.global_offset[:own])])
+        full = draw(name, tuple(part.global_shape[own:]), std, seed)
         place = tuple(
-            slice(
-                start, start + (1 if axis < part.prepend_axis_num else part.local_shape[axis - part.prepend_axis_num])
-            )
-            for axis, start in enumerate(part.global_offset)
+            slice(start, start + size) for start, size in zip(part.global_offset[own:], part.local_shape, strict=True)
         )
-        part.data.copy_(full[place].view(part.data.shape))
+        part.data.copy_(full[place])
     for name, parameter in model.named_parameters():
         if covered.get(parameter.untyped_storage().data_ptr(), 0) < parameter.numel():
             raise RuntimeError(f"parameter {name} {tuple(parameter.shape)} was not initialised")

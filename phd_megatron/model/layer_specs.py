@@ -18,8 +18,10 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from phd_megatron.config.moe import layer_pattern
 from phd_megatron.kernels.swiglu import swiglu
 from phd_megatron.model.attention import PHDCoreAttention, PHDSelfAttention, PHDSelfAttentionSubmodules
+from phd_megatron.model.moe import moe_spec
 from phd_megatron.model.residual import SublayerResidual
 from phd_megatron.norm.modules import norm_class
 
@@ -81,17 +83,22 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
             self_attn_bda=_residual(config, block.attention.output_norm, drop_copies=last_layer and prune),
             pre_cross_attn_layernorm=norm if normed_residual else IdentityOp,
             pre_mlp_layernorm=norm if block.mlp.input_norm and not normed_residual else IdentityOp,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=column_linear,
-                    linear_fc2=row_linear,
-                    activation_func=SwiGLU if config.gated_linear_unit else None,
-                ),
-            ),
+            mlp=_ffn_spec(config, layer_number, transformer_engine),
             mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=drop_after),
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
         ),
+    )
+
+
+def _ffn_spec(config: PHDTransformerConfig, layer_number: int, transformer_engine: bool) -> ModuleSpec:
+    activation = SwiGLU if config.gated_linear_unit else None
+    has_experts = config.num_moe_experts is not None
+    if has_experts and layer_pattern(config.moe_layer_freq, config.num_layers)[layer_number - 1]:
+        return moe_spec(config, transformer_engine, activation)
+    column_linear, row_linear = linear_modules(transformer_engine)
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear, activation_func=activation),
     )
 
 

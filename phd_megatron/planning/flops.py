@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phd_megatron.config.moe import MoE
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -35,10 +36,11 @@ class ForwardFlops:
 
 
 def forward_flops(model: ModelConfig, padded_vocab_size: int) -> ForwardFlops:
-    """Operations of one sample of ``seq_length`` original tokens through a resolved dense model.
+    """Operations of one sample of ``seq_length`` original tokens through a resolved model.
 
-    With pruning the QKV projection of the last layer still covers all copies: query, key and value are one matrix
-    product (about 0.2 % of the whole).
+    Layers with experts count the router, the ``moe_router_topk`` experts of each row (whatever a capacity drops) and
+    the shared experts. With pruning the QKV projection of the last layer still covers all copies: query, key and value
+    are one matrix product (about 0.2 % of the whole).
     """
     layers, hidden, ffn = model.num_layers, model.hidden_size, model.ffn_hidden_size
     heads, groups, head_dim = model.num_attention_heads, model.num_query_groups, model.kv_channels
@@ -48,10 +50,11 @@ def forward_flops(model: ModelConfig, padded_vocab_size: int) -> ForwardFlops:
     tokens = model.seq_length
     qkv = 2 * hidden * head_dim * (heads + 2 * groups)
     projection = 2 * heads * head_dim * hidden
-    mlp = 2 * hidden * ffn * (3 if model.gated_linear_unit else 2)
     last_copies = 1 if model.phd_last_layer_pruning else policy.repeat
     linear = tokens * (policy.repeat * layers * qkv)
-    linear += tokens * (policy.repeat * (layers - 1) + last_copies) * (projection + mlp)
+    for layer in range(layers):
+        rows = tokens * (policy.repeat if layer < layers - 1 else last_copies)
+        linear += rows * (projection + _ffn(model, layer))
     per_pair = 4 * heads * head_dim  # scores and weighted sum
     original, hidden_pairs = policy.pairs(tokens)
     last_original, last_hidden = policy.pairs(tokens, last_copies)
@@ -61,3 +64,14 @@ def forward_flops(model: ModelConfig, padded_vocab_size: int) -> ForwardFlops:
         attention_hidden=per_pair * ((layers - 1) * hidden_pairs + last_hidden),
         head=2 * tokens * hidden * padded_vocab_size,
     )
+
+
+def _ffn(model: ModelConfig, layer: int) -> int:
+    """Operations of the FFN of the layer with this 0-based index, for one row."""
+    assert model.hidden_size and model.ffn_hidden_size
+    per_width = 2 * model.hidden_size * (3 if model.gated_linear_unit else 2)
+    moe = MoE.from_model(model)
+    if moe is None or not moe.layers[layer]:
+        return per_width * model.ffn_hidden_size
+    router = 2 * model.hidden_size * (moe.experts + moe.shared_gate)
+    return router + per_width * (moe.topk * moe.ffn_hidden_size + moe.shared_hidden_size)

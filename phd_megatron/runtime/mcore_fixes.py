@@ -60,9 +60,16 @@ def torch_adamw() -> type:
 
         def state_dict(self) -> dict[str, Any]:
             self._make_state()
-            return super().state_dict()
+            saved = super().state_dict()
+            if not self.state:
+                # A pipeline stage without experts holds an optimizer without parameters. Megatron asks it for its step
+                # all the same; on loading, training/adam_state.py takes the step of the optimizers beside it.
+                saved["state"] = {0: {"step": torch.zeros(())}}
+            return saved
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            if not any(group["params"] for group in self.param_groups):
+                state_dict = {**state_dict, "state": {}}
             super().load_state_dict(state_dict)
             for state in self.state.values():
                 if "step" in state:

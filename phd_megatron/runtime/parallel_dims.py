@@ -79,6 +79,8 @@ class ParallelDims:
         """Sizes on one line; those of 1 are left out, except data parallelism."""
         sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp or 1, "CP": self.cp, "EP": self.ep}
         parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+        if self.etp != self.tp:
+            parts.append(f"ETP {self.etp}")
         if self.sp:
             parts.append("SP")
         return ", ".join([*parts, f"DP {self.dp}"])
@@ -252,6 +254,13 @@ class ParallelDims:
                 f"num_moe_experts {experts} is not divisible by expert_model_parallel_size {self.ep}; change one of "
                 "them"
             )
+        for name, kind, share in (
+            ("moe_ffn_hidden_size", "expert_tensor_parallel_size", self.etp),
+            ("moe_shared_expert_intermediate_size", "tensor_model_parallel_size", self.tp),
+        ):
+            size: Any = model.transformer.get(name)
+            if size is not None and size % share:
+                raise UserError(f"{name} {size} is not divisible by {kind} {share}; use {_round_up(size, share)}")
         if self.tp > 1 and not self.sp:
             raise UserError(
                 f"experts with tensor_model_parallel_size {self.tp} need sequence_parallel in training; turn it on"

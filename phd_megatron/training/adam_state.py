@@ -7,7 +7,7 @@ machine with or without Transformer Engine, or goes from a GPU to the CPU, needs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,24 @@ def adapt(saved: Any, optimizer: torch.optim.Optimizer) -> None:
         saved: the loaded state dict of a megatron optimizer: sharded, not sharded, or chained.
         optimizer: the torch optimizer inside the megatron optimizer that will load it.
     """
+    parts = list(_parts(saved))
+    step = max(map(_step, parts), default=0)
+    for part in parts:
+        _adapt_one(part, step, optimizer.defaults)
+
+
+def _parts(saved: Any) -> Iterator[dict[str, Any]]:
+    """The state dicts with groups inside a chain of optimizers."""
     if not isinstance(saved, dict):
         return
     if isinstance(saved.get("param_groups"), list):
-        _adapt_one(saved, optimizer.defaults)
+        yield saved
     else:
         for part in saved.values():
-            adapt(part, optimizer)
+            yield from _parts(part)
 
 
-def _adapt_one(saved: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    step = _step(saved)
+def _adapt_one(saved: dict[str, Any], step: int, defaults: Mapping[str, Any]) -> None:
     for group in saved["param_groups"]:
         for name, value in defaults.items():
             group.setdefault(name, value)
@@ -45,7 +52,10 @@ def _adapt_one(saved: dict[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def _step(saved: Mapping[str, Any]) -> int:
-    """Steps done: one number for all parameters, which is all that Megatron-Core knows too."""
+    """Steps done: one number for all parameters, which is all that Megatron-Core knows too.
+
+    0 where the rank that wrote it had no parameters in this optimizer, so the whole chain's is the largest.
+    """
     state = saved.get("state")
     common = state.get("common_step") if isinstance(state, dict) else None
     candidates = [common, *(group.get("step") for group in saved["param_groups"])]

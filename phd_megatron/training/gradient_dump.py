@@ -33,12 +33,21 @@ def dump_gradients(models: Sequence[DistributedDataParallel], directory: Path, r
             parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): parameter
             for parameter in module.parameters()
         }
+        written = 0
         for part in sharded_tensors(module, dp_cp_group):
             gradient = _gradient_of(part.data, gradients)
+            if gradient is None:
+                continue  # a buffer, such as a router's expert bias
             offset = [int(o) for o in part.global_offset]
             name = f"{part.key}|{','.join(map(str, offset))}"
             tensors[name] = gradient.float().cpu().contiguous().clone()
             places[name] = {"key": part.key, "shape": [int(n) for n in part.global_shape], "offset": offset}
+            written += tensors[name].numel()
+        expected = sum(parameter.numel() for parameter in gradients.values())
+        if written != expected:
+            raise RuntimeError(
+                f"gradients of {written} elements found, of {expected} in the parameters of this model chunk"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / f"rank_{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
 
@@ -54,14 +63,14 @@ def _gather_reduced_shards(model: DistributedDataParallel) -> None:
             torch.distributed.all_gather(list(shards), shards[group.rank()].clone(), group=group)
 
 
-def _gradient_of(data: Tensor, parameters: dict[int, Any]) -> Tensor:
-    """The main gradient of the parameter (or of the row block of it) whose memory ``data`` is."""
+def _gradient_of(data: Tensor, parameters: dict[int, Any]) -> Tensor | None:
+    """The main gradient of the parameter (or of the row block of it) whose memory ``data`` is; None for a buffer."""
     address = data.untyped_storage().data_ptr() + data.storage_offset() * data.element_size()
     for start, parameter in parameters.items():
         begin = (address - start) // data.element_size()
         if 0 <= begin < parameter.numel():
             return parameter.main_grad.view(-1)[begin : begin + data.numel()].view(data.shape)
-    raise RuntimeError("a sharded tensor shares no memory with a parameter")
+    return None
 
 
 def load_gradients(directory: Path) -> dict[str, Tensor]:

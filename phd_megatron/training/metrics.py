@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class StepMetrics:
     mfu: float | None
     skipped_iterations: int
     validation_loss: float | None = None
+    router: dict[str, Any] = field(default_factory=dict)  #: of models with experts; its entries stand beside the others
 
 
 def peak_tflops(given: float | None, device_name: str) -> float | None:
@@ -101,6 +102,7 @@ class Reporter:
             return
         self.log(log_line(metrics, self.total_iterations))
         values = asdict(metrics)
+        values |= values.pop("router")
         for sink in [*self._sinks]:
             try:
                 sink(values)
@@ -143,7 +145,7 @@ class Reporter:
 
         def sink(values: dict[str, Any]) -> None:
             for name, value in values.items():
-                if name != "iteration" and value is not None:
+                if name != "iteration" and isinstance(value, int | float):
                     writer.add_scalar(name, value, values["iteration"])
 
         self._sinks.append(sink)
@@ -190,6 +192,9 @@ def log_line(metrics: StepMetrics, total_iterations: int) -> str:
         f"number of skipped iterations: {metrics.skipped_iterations:3d}",
         f"tokens/s: {metrics.tokens_per_second:.0f}",
         f"processed tokens/s: {metrics.processed_tokens_per_second:.0f}",
+    ]
+    fields += [
+        f"{name.replace('_', ' ')}: {value:.6E}" for name, value in metrics.router.items() if isinstance(value, float)
     ]
     if metrics.mfu is not None:
         fields.append(f"MFU: {metrics.mfu:.1%}")

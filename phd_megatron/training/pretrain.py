@@ -35,6 +35,7 @@ from phd_megatron.training.optimizer import (
     plan_schedule,
     wrap_data_parallel,
 )
+from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.signals import ExitController
 from phd_megatron.training.step import Stepper
 
@@ -56,6 +57,7 @@ class Interval:
     losses: list[Any] = field(default_factory=list)
     samples: int = 0
     steps: int = 0
+    microbatches: int = 0  #: of each data-parallel rank
     skipped: int = 0
 
 
@@ -207,6 +209,7 @@ class Trainer:
         interval.losses.append(result.loss)
         interval.samples += samples
         interval.steps += 1
+        interval.microbatches += count
         if result.updated:
             self.scheduler.step(samples)
         else:
@@ -269,6 +272,9 @@ class Trainer:
                 mfu=None if peak is None else tflops / peak,
                 skipped_iterations=interval.skipped,
                 validation_loss=validation_loss,
+                router=collect_router_metrics(
+                    self.models, run.model, interval.microbatches * self.runtime.dims.dp, self.runtime.device
+                ),
             )
         )
 

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("tiny_megatron.py")
 #: redirects that need a launch of their own to be shown needed
-ELSEWHERE = {"jit-fuser", "p2p", "moe-splits", "cuda-packages"}
+ELSEWHERE = {"jit-fuser", "p2p", "moe-splits", "cuda-packages", "uneven-splits"}
 CASES = (
     "cuda-names",
     "device-literals",
@@ -108,6 +108,13 @@ def test_expert_parallel_and_its_redirect(torchrun):
     assert result_of(torchrun(2, SCRIPT, "train", "moe=1", "ep=2").stdout)
     stock = torchrun(2, SCRIPT, "train", "moe=1", "ep=2", "skip=moe-splits", check=False)
     assert stock.returncode != 0 and "RESULT" not in stock.stdout
+
+
+def test_experts_with_tensor_parallelism_and_their_redirect(torchrun):
+    layout = ("moe=1", "ep=2", "tp=2", "sp=1")
+    assert result_of(torchrun(4, SCRIPT, "train", *layout).stdout)
+    stock = torchrun(4, SCRIPT, "train", *layout, "skip=uneven-splits", check=False)
+    assert stock.returncode != 0 and "invalid tensor size" in stock.stdout
 
 
 def test_fused_swiglu_needs_no_compiler():

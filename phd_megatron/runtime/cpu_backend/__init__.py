@@ -156,6 +156,13 @@ def _moe_splits(module: Any) -> None:
     module.maybe_move_tensor_to_cpu = to_host
 
 
+def _uneven_splits(module: Any) -> None:
+    from phd_megatron.runtime.cpu_backend import uneven_splits
+
+    module._gather_along_first_dim = uneven_splits.gather(module._gather_along_first_dim)
+    module._reduce_scatter_along_first_dim = uneven_splits.reduce_scatter(module._reduce_scatter_along_first_dim)
+
+
 def _single_rank(module: Any) -> None:
     import functools
 
@@ -213,6 +220,12 @@ REDIRECTS = (
         ("megatron.core.transformer.moe.moe_utils", "megatron.core.transformer.moe.token_dispatcher"),
         _moe_splits,
         "token counts stay tensors, because the conversion is only made for CUDA tensors",
+    ),
+    Redirect(
+        "uneven-splits",
+        ("megatron.core.tensor_parallel.mappings",),
+        _uneven_splits,
+        "gloo gathers and scatters equal shares only; experts with tensor parallelism get unequal ones",
     ),
     Redirect(
         "single-rank",

@@ -1,0 +1,58 @@
+"""Router losses and the load of every expert, summed over all ranks, for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from phd_megatron.config.moe import MoE, router_losses
+from phd_megatron.config.schema import ModelConfig
+from phd_megatron.model.moe import PHDRouter
+
+
+@torch.no_grad()
+def collect_router_metrics(
+    models: Sequence[nn.Module], options: ModelConfig, num_microbatches: int, device: torch.device
+) -> dict[str, Any]:
+    """What the routers counted since the last call; collective, the same on all ranks.
+
+    Args:
+        models: the wrapped model chunks of this rank.
+        options: of a resolved run.
+        num_microbatches: over all data-parallel ranks, since the last call.
+
+    Returns:
+        Nothing for a dense model. Else each router loss (Megatron-Core's name; mean over micro-batches and layers,
+        without its coefficient), ``max_expert_load`` (rows of the busiest expert of any layer over the layer's mean; 1
+        is balance) and ``tokens_per_expert`` (1-based layer number to the rows of each expert: processed tokens times
+        topk, less what a capacity drops).
+    """
+    moe = MoE.from_model(options)
+    if moe is None:
+        return {}
+    names = router_losses(options)
+    # One row a layer: losses, then rows of each expert. Layers of other stages stay 0; no two ranks count the same.
+    table = torch.zeros(len(moe.layers), len(names) + moe.experts, dtype=torch.float64, device=device)
+    for router in (module for model in models for module in model.modules() if isinstance(module, PHDRouter)):
+        losses, load = router.take_statistics()
+        row = table[router.layer_number - 1]
+        for column, name in enumerate(names):
+            if name in losses:
+                row[column] = losses[name]
+        if load is not None:
+            row[len(names) :] = load
+    torch.distributed.all_reduce(table)
+    layers = [index for index, has_experts in enumerate(moe.layers) if has_experts]
+    means = (table[layers, : len(names)].mean(dim=0) / num_microbatches).tolist()
+    loads = table[layers, len(names) :]
+    imbalance = (loads.max(dim=1).values / loads.mean(dim=1).clamp(min=1)).max()
+    return {
+        **dict(zip(names, means, strict=True)),
+        "max_expert_load": float(imbalance),
+        "tokens_per_expert": {
+            index + 1: list(map(int, load)) for index, load in zip(layers, loads.tolist(), strict=True)
+        },
+    }
