@@ -25,17 +25,32 @@ TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
 PP2: dict[str, object] = {"pipeline-model-parallel-size": 2}
 SP: dict[str, object] = {"sequence-parallel": True}
 OVERLAP: dict[str, object] = {"overlap-grad-reduce": True, "overlap-param-gather": True, "ddp-bucket-size": 3000}
+PLAIN_OPTIMIZER: dict[str, object] = {"use-distributed-optimizer": False}
+#: every option of a layout or of saving that a table below may change. A load takes from the checkpoint what is not
+#: given, so it is given all.
+DEFAULTS: dict[str, object] = {
+    "tensor-model-parallel-size": 1,
+    "pipeline-model-parallel-size": 1,
+    "sequence-parallel": False,
+    "overlap-grad-reduce": False,
+    "overlap-param-gather": False,
+    "ddp-bucket-size": "null",
+    "use-distributed-optimizer": True,
+    "save": "null",
+    "save-interval": "null",
+    "async-save": False,
+}
 Layouts = dict[str, tuple[int, dict[str, object]]]
 #: layout -> ranks, options
 SAVED: Layouts = {
     "single": (1, {}),
     "tp2+sp": (2, {**TP2, **SP}),
     "dp2+overlap+async": (2, {**OVERLAP, "save-interval": 3, "async-save": True}),
-    "dp2+no-distopt": (2, {"no-use-distributed-optimizer": True}),
+    "dp2+no-distopt": (2, PLAIN_OPTIMIZER),
     "tp2+pp2": (4, {**TP2, **PP2}),
 }
 LOADED: Layouts = {
-    "single+no-distopt": (1, {"no-use-distributed-optimizer": True}),
+    "single+no-distopt": (1, PLAIN_OPTIMIZER),
     "tp2": (2, TP2),
     "pp2": (2, PP2),
     "dp2": (2, {}),
@@ -62,8 +77,11 @@ def start(root: Path, data: Path, case: str, **changes: object) -> list[str]:
         "log-interval": 1,
         "device": "cpu",
         "metrics-file": root / f"{case}.jsonl",
+        **DEFAULTS,
     }
-    return ["pretrain", *flags(options | {name.replace("_", "-"): value for name, value in changes.items()})]
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    switched_off = {f"no-{name}": True for name, value in options.items() if value is False}
+    return ["pretrain", *flags({name: value for name, value in options.items() if value is not False} | switched_off)]
 
 
 @pytest.fixture(scope="module")
