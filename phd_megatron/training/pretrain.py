@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -287,11 +288,19 @@ class Trainer:
         )
 
     def close(self) -> None:
-        """Stop data workers and forget Megatron's global batch-size calculator."""
+        """Stop data workers, forget Megatron's global batch-size calculator, and let go of the model.
+
+        A process that trains several models one after the other would otherwise keep all of them, with the threads of
+        their process groups: DDP hangs on hooks of autograd's gradient accumulators, a cycle that the garbage collector
+        cannot see. So the wrappers are emptied; they cannot be used afterwards.
+        """
         self.train_stream.close()
         if self.valid_stream is not None:
             self.valid_stream.close()
         microbatches.destroy_num_microbatches_calculator()
+        for model in self.models:
+            vars(model).clear()
+        RotaryEmbedding.forward.cache_clear()
 
 
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:
