@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,11 +124,20 @@ def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) ->
         if row.note:
             print(f"{row.layout}: {row.status}: {row.note}")
     if options.json:
-        content = {"tolerance": dataclasses.asdict(tolerance), "layouts": [dataclasses.asdict(row) for row in rows]}
+        content = {"tolerance": dataclasses.asdict(tolerance), "layouts": [_plain(row) for row in rows]}
         _write(options.json, json.dumps(content, indent=1) + "\n")
     if options.markdown:
         notes = [f"\n{row.layout}: {row.note.splitlines()[0]}\n" for row in rows if row.note]
         _write(options.markdown, f"{title}\n\n{markdown(COLUMNS, table)}" + "".join(notes))
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A row as JSON has it, which knows no infinity: an error that is not finite is null."""
+    values = dataclasses.asdict(row)
+    for name, value in (values["comparison"] or {}).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values["comparison"][name] = None
+    return values
 
 
 def cells(row: Any) -> list[str]:

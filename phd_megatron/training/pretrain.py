@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -305,13 +306,21 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Let a save's thread end, stop data workers and forget Megatron's global batch-size calculator."""
+        """End the saver's thread and data workers, forget the global batch-size calculator, and let go of the model.
+
+        A process that trains several models one after the other would otherwise keep all of them, with the threads of
+        their process groups: DDP hangs on hooks of autograd's gradient accumulators, a cycle that the garbage collector
+        cannot see. So the wrappers are emptied; they cannot be used afterwards.
+        """
         if self.saver is not None:
             self.saver.close()
         self.train_stream.close()
         if self.valid_stream is not None:
             self.valid_stream.close()
         microbatches.destroy_num_microbatches_calculator()
+        for model in self.models:
+            vars(model).clear()
+        RotaryEmbedding.forward.cache_clear()
 
 
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:

@@ -40,10 +40,11 @@ def digest(words: str) -> str:
         from phd_megatron.model.build import build_model
         from phd_megatron.model.initialisation import sharded_tensors
 
-        model = build_model(run, 50, runtime.device)
+        models = build_model(run, 50, runtime.device)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         parts = {
             f"{part.key}|{tuple(map(int, part.global_offset))}": (tuple(part.global_shape), part.data.detach())
+            for model in models
             for part in sharded_tensors(model, group)
         }
         gathered: list = [None] * runtime.world_size

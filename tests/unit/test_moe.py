@@ -44,7 +44,7 @@ def make_run(model: dict | None = None, **transformer) -> RunConfig:
 def build(run: RunConfig, dtype: torch.dtype = torch.float64):
     from phd_megatron.model.build import build_model
 
-    model = build_model(run, VOCAB, torch.device("cpu"))
+    model = build_model(run, VOCAB, torch.device("cpu"))[0]
     for router in routers(model):
         router._maintain_float32_expert_bias()
     return model.to(dtype)
