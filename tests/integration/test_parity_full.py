@@ -59,8 +59,56 @@ DENSE_LAYOUTS = (
     *("pp2+last3+dp2+overlap", "tp2+sp+dp2+overlap+recompute", "dp4+overlap", "tp2+sp+pp2+vpp2+dp2+overlap"),
     *("tp2+sp+pp4", "pp4+dp2+overlap", "tp4+sp+pp2+vpp2", "tp2+pp2+dp2+nodist", "dp8+overlap"),
 )
+#: slices of 12 tokens with two context-parallel ranks and of 6 with four; chunks of 6 divide them, those of 8 do not
+CONTEXT: Models = {
+    f"{scheme} K={repeat} {name}".replace("K=1 vanilla", "K=1"): {
+        "seq-length": 48,
+        "norm-scheme": scheme,
+        "phd-repeat": repeat,
+        "phd-window": window,
+        "phd-chunk": chunk,
+    }
+    for scheme in ("pre", "hybrid_star")
+    for repeat, name, window, chunk in (
+        (1, "vanilla", 1, "null"),
+        (2, "PHD", 1, "null"),
+        (2, "SWA", 5, "null"),
+        (2, "CSWA, chunks in slices", 5, 6),
+        (3, "CSWA, chunks across slices", 5, 8),
+    )
+}
+CONTEXT_LAYOUTS = (
+    *("cp2", "cp2+p2p", "cp4", "cp4+p2p", "cp2+recompute", "tp2+cp2+p2p", "tp2+sp+cp2", "cp2+pp2", "cp2+pp2+p2p"),
+    *("cp2+pp2+vpp2", "cp2+dp2+overlap", "cp2+dp2+nodist", "tp2+sp+cp2+pp2", "tp2+sp+cp2+dp2+overlap", "cp4+pp2+p2p"),
+)
+ROUTER: dict[str, object] = {
+    **{"num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 24, "moe-router-dtype": "fp32"},
+    **{"moe-router-load-balancing-type": ["aux_loss", "seq_aux_loss"], "moe-aux-loss-coeff": [0.1, 0.2]},
+    **{"moe-z-loss-coeff": 0.05},
+}
+EXPERTS: Models = {
+    f"{scheme} K={repeat}, {dispatcher}": {
+        **ROUTER,
+        "norm-scheme": scheme,
+        "phd-repeat": repeat,
+        "moe-token-dispatcher-type": dispatcher,
+        "moe-layer-freq": [0, 1, 1, 1] if dispatcher == "alltoall" else 1,
+        **(ATTENTION["CSWA"] if repeat > 1 else {}),
+    }
+    for scheme in ("pre", "hybrid_star")
+    for repeat in (1, 2)
+    for dispatcher in ("alltoall", "allgather")
+}
+EXPERTS_LAYOUTS = (
+    *("dp2", "ep2", "ep2+nodist", "ep4", "tp2+sp", "tp2+sp+etp1", "tp2+sp+ep2+etp1", "tp2+sp+ep2", "pp2", "pp2+ep2"),
+    *("pp2+vpp2+ep2", "ep2+dp4+overlap", "cp2+ep2", "tp2+sp+cp2+ep2", "tp2+sp+pp2+ep2", "tp2+sp+pp2+vpp2+ep2+etp1"),
+)
 #: family -> models and layouts
-FAMILIES: dict[str, tuple[Models, tuple[str, ...]]] = {"dense": (DENSE, DENSE_LAYOUTS)}
+FAMILIES: dict[str, tuple[Models, tuple[str, ...]]] = {
+    "dense": (DENSE, DENSE_LAYOUTS),
+    "context-parallel": (CONTEXT, CONTEXT_LAYOUTS),
+    "mixture-of-experts": (EXPERTS, EXPERTS_LAYOUTS),
+}
 LAYOUTS_A_MODEL, MODELS_A_LAYOUT = 6, 4
 
 
