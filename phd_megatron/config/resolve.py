@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from phd_megatron.config.catalog import nearest
-from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
 from phd_megatron.errors import UserError
@@ -94,6 +94,9 @@ def warnings(config: RunConfig) -> list[str]:
             "copies compete with original tokens for room in the experts, so originals are no longer those of the "
             "vanilla model; leave it out for dropless routing"
         )
+    parallel = config.parallel
+    if parallel.context_parallel_size == 1 and parallel.cp_comm_type != ParallelConfig.cp_comm_type:
+        found.append(f"cp_comm_type={parallel.cp_comm_type} has no effect at context_parallel_size=1")
     backend = extra.get("attention_backend")
     if backend not in (None, "auto"):
         found.append(

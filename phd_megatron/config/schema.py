@@ -56,6 +56,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1  #: PP
     virtual_pipeline_model_parallel_size: int | None = None  #: VPP, model chunks per pipeline rank
     context_parallel_size: int = 1  #: CP
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"  #: how keys and values reach the other CP ranks
     expert_model_parallel_size: int = 1  #: EP
     expert_tensor_parallel_size: int | None = None  #: TP of the experts; default TP
     sequence_parallel: bool = False  #: split norms and residuals over the TP group

@@ -66,11 +66,12 @@ _NO_RECOMPUTE = "it has no effect without recompute_granularity"
 _RECOMPUTE = "set recompute_granularity to full or selective"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _EVEN = "layers are divided evenly over pipeline stages"
+_FLAT_CP = "every sample is cut over all context-parallel ranks alike, in one group"
+_FLAT_CP_CURE = "use context_parallel_size and cp_comm_type"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     # --- not built yet
-    Unsupported("context_parallel_size", "context parallelism is not available yet", "use 1", _above_one),
     Unsupported(
         "virtual_pipeline_model_parallel_size", "virtual pipeline stages are not available yet", "use null", _above_one
     ),
@@ -88,10 +89,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "attention_dropout", "PHD attention has no dropout on its weights", "use 0, or hidden_dropout", _not(0)
     ),
     # --- parallel features of Megatron-Core
-    Unsupported("cp_comm_type", "context parallelism is not available yet"),
-    Unsupported("hierarchical_context_parallel_sizes", "context parallelism is not available yet"),
-    Unsupported("hybrid_context_parallel", "context parallelism is not available yet"),
-    Unsupported("max_seqlen_per_dp_cp_rank", "context parallelism is not available yet"),
+    Unsupported("hierarchical_context_parallel_sizes", _FLAT_CP, _FLAT_CP_CURE),
+    Unsupported("hybrid_context_parallel", _FLAT_CP, _FLAT_CP_CURE),
+    Unsupported("max_seqlen_per_dp_cp_rank", _FLAT_CP, _FLAT_CP_CURE),
     Unsupported("overlap_p2p_comm", "it belongs to virtual pipeline stages, not available yet"),
     Unsupported("overlap_p2p_comm_warmup_flush", "it belongs to virtual pipeline stages, not available yet"),
     Unsupported("microbatch_group_size_per_vp_stage", "it belongs to virtual pipeline stages, not available yet"),
