@@ -15,6 +15,7 @@ ranks are fetched a second time then, because keeping them would need the memory
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -65,17 +66,17 @@ class _Call(NamedTuple):
     padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
 
     @classmethod
-    def run(cls, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, _Call]:
+    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, _Call]:
+        """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
         kernel, _ = sdpa.causal_kernel(q.device, q.dtype, q.size(-1), causal)
-        out, lse, extra = kernel.forward(q, k, v, scale, causal)
+        out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
         rows = q.size(2)
         return out, lse[..., :rows].contiguous(), cls(kernel, causal, extra, lse.size(-1) - rows)
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> sdpa.Three:
+    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> sdpa.Three:
+        """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
         lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
-        return self.kernel.backward(grad, q, k, v, out, lse, self.extra, scale, self.causal)
+        return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
 
 
 class _ContextParallelAttention(torch.autograd.Function):
@@ -100,7 +101,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         q_rows = sdpa._fold(query, key.size(3))  # [G, s_rank, Kq, r, d]
         q = sdpa._heads(q_rows)  # [G, Kq*r, s_rank, d]
         context.note("compute", 0)
-        out, lse, call = _Call.run(q, *own.unsqueeze(2), scale, causal=True)
+        out, lse, call = _Call.run(q, own.unsqueeze(2), scale, causal=True)
         calls = [call]
         out = out.to(torch.promote_types(q.dtype, torch.float32))
         if hidden is not None:
@@ -120,9 +121,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         for step, (sources, kv) in enumerate(originals, start=1):
             context.note("compute", step)
             first, stop = shape.block(sources)
-            found, found_lse, call = _Call.run(
-                q[:, :, first:].contiguous(), *_block_keys(kv, stop), scale, causal=False
-            )
+            found, found_lse, call = _Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
             calls.append(call)
             _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
         result = sdpa._unfold(sdpa._rows(out.to(q.dtype), copies), batch)
@@ -141,7 +140,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         out_rows, grad_rows = sdpa._fold(result, groups), sdpa._fold(grad, groups)
         out, gradient = sdpa._heads(out_rows), sdpa._heads(grad_rows)
         context.note("compute", 0)
-        dq, dk, dv = calls[0].backward(gradient, q, *own.unsqueeze(2), out, lse, scale)
+        dq, dk, dv = calls[0].backward(gradient, q, own.unsqueeze(2), out, lse, scale)
         accumulate = torch.promote_types(q.dtype, torch.float32)
         dq = dq.to(accumulate)
         if hidden is not None:
@@ -166,7 +165,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             context.note("compute", step)
             first, stop = shape.block(sources)
             q_part, out_part, grad_part, lse_part = (x[:, :, first:].contiguous() for x in (q, out, gradient, lse))
-            more, *rest = call.backward(grad_part, q_part, *_block_keys(kv, stop), out_part, lse_part, scale)
+            more, *rest = call.backward(grad_part, q_part, _block_keys(kv, stop), out_part, lse_part, scale)
             dq[:, :, first:] += more
             homeward.add(sources, _block_gradients(rest, kv, stop))
         doriginals = homeward.total(torch.stack([dk, dv]).squeeze(2)).unsqueeze(3)  # [2, G, s_rank, 1, d]
@@ -236,7 +235,7 @@ def reference_context_parallel(
     scale: float | None = None,
 ) -> Tensor:
     """As :func:`sdpa_context_parallel`, with one dense mask over global positions and plain autograd."""
-    copies, rows, batch, heads, width = query.shape
+    copies, rows, _, heads, width = query.shape
     repeat, groups, size = policy.repeat, key.size(3), context.size
     scale = width**-0.5 if scale is None else scale
     length = rows * size
@@ -260,7 +259,7 @@ def reference_context_parallel(
             position.append([n for n in places for _ in range(repeat - 1)])
             copy.append(list(range(2, repeat + 1)) * len(places))
     device = query.device
-    key_position, key_copy = (torch.tensor(sum(lists, []), device=device) for lists in (position, copy))
+    key_position, key_copy = (torch.tensor([*chain(*lists)], device=device) for lists in (position, copy))
     query_position = torch.tensor(mine, device=device).repeat(copies)[:, None]
     query_copy = torch.arange(repeat - copies + 1, repeat + 1, device=device).repeat_interleave(rows)[:, None]
     mask = policy.visible(query_position, query_copy, key_position, key_copy)  # [Kq*s_rank, keys]

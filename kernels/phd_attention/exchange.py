@@ -33,7 +33,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Event(NamedTuple):
-    """One line of a trace: ``start`` and ``wait`` of a transfer, or ``compute``, with its step and the time in s."""
+    """One line of a trace: ``compute``, or ``start``, ``wait`` or ``arrived`` of a transfer, its step, the time in s.
+
+    On a GPU the times are those at which the host gave the work to the device.
+    """
 
     what: str
     step: int
@@ -145,8 +148,9 @@ class Originals:
     def _from_ring(self) -> Iterator[tuple[range, Tensor]]:
         context = self._context
         for step in range(1, context.size):
-            (arrived,) = self._ring.wait()
             context.note("wait", step)
+            (arrived,) = self._ring.wait()
+            context.note("arrived", step)
             if step + 1 < context.size:
                 context.note("start", step + 1)
                 self._ring = _around(context, "p2p", arrived, _KV_TAG)

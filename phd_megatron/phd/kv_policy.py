@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -225,7 +226,7 @@ class KVPolicy:
         starts = sorted(owner)
         wanted = (
             Halo(number, owner[before], owner[start], range(start - self.halo(start), start))
-            for number, (before, start) in enumerate(zip(starts, starts[1:], strict=False), start=1)
+            for number, (before, start) in enumerate(pairwise(starts), start=1)
         )
         return tuple(halo for halo in wanted if halo.positions)
 

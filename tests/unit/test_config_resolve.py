@@ -185,7 +185,7 @@ def test_what_pretraining_needs() -> None:
 # ---------------------------------------------------------------- refusals by name
 
 REFUSED_VALUES: dict[str, Any] = {
-    **{"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    **{"virtual_pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
     **{"expert_tensor_parallel_size": 2, "attention_dropout": 0.1, "softmax_type": "learnable", "fp8_*": 1},
     **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
     **{"recompute_modules": ["moe"], "cross_entropy_fusion_impl": "te", "perform_initialization": False},
@@ -236,6 +236,8 @@ def test_warnings() -> None:
     assert "copies compete" in warnings(make(phd_repeat=2, moe_expert_capacity_factor=1.0))[0]
     assert warnings(make(phd_repeat=1, moe_expert_capacity_factor=1.0)) == []
     assert "phd_attention_backend" in warnings(make(attention_backend="flash"))[0]
+    assert "no effect at context_parallel_size=1" in warnings(make(cp_comm_type="p2p"))[0]
+    assert warnings(make(cp_comm_type="p2p", context_parallel_size=2)) == []
 
 
 # ---------------------------------------------------------------- as data and YAML
