@@ -13,12 +13,23 @@ from torch import Tensor
 from phd_megatron.errors import UserError
 from phd_megatron.phd.kv_policy import KVPolicy
 
+from .context_parallel import reference_context_parallel, sdpa_context_parallel
+from .exchange import COMM_TYPES, ContextParallel
 from .reference import reference_attention
 from .sdpa import causal_kernel, sdpa_attention
 
 BACKENDS = {"reference": reference_attention, "sdpa": sdpa_attention}
+CONTEXT_PARALLEL = {"reference": reference_context_parallel, "sdpa": sdpa_context_parallel}
 
-__all__ = ["BACKENDS", "attention_backends", "choose_backend", "phd_attention"]
+__all__ = [
+    "BACKENDS",
+    "COMM_TYPES",
+    "CONTEXT_PARALLEL",
+    "ContextParallel",
+    "attention_backends",
+    "choose_backend",
+    "phd_attention",
+]
 
 
 def phd_attention(
@@ -30,6 +41,7 @@ def phd_attention(
     scale: float | None = None,
     backend: str = "auto",
     query_copies: int | None = None,
+    context: ContextParallel | None = None,
 ) -> Tensor:
     """Attention of the last ``Kq`` copies of every token over all ``K`` copies, as ``policy`` allows (Eq. 2).
 
@@ -42,17 +54,21 @@ def phd_attention(
         scale: factor on the scores, default ``d ** -0.5``.
         backend: ``auto`` or a name of :data:`BACKENDS`.
         query_copies: ``Kq``, if the caller wants it checked.
+        context: the ranks that share the sequence, where there are several. ``s`` is this rank's part then: the two
+            slices of ``policy.context_parallel_slices``, one after the other.
 
     Returns:
         ``[Kq, s, b, heads, d]``.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together.
+        ValueError: if shapes, dtypes or devices do not fit together, or the policy does not fit the slices.
         UserError: if the backend is unknown.
     """
     _check(query, key, value, policy, query_copies)
     if backend == "auto" or backend not in BACKENDS:
         backend, _ = choose_backend(query.device, query.dtype, query.size(-1), backend=backend)
+    if context is not None and context.size > 1:
+        return CONTEXT_PARALLEL[backend](query, key, value, policy, context, scale=scale)
     return BACKENDS[backend](query, key, value, policy, scale=scale)
 
 

@@ -66,9 +66,10 @@ _FLOATS = _HALF | {torch.float32, torch.float64}
 class CausalKernel(NamedTuple):
     """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
 
-    ``forward(q, k, v, scale) -> out, lse [B, H, >= s], extra``;
-    ``backward(grad, q, k, v, out, lse, extra, scale) -> dq, dk, dv``. The limits say what may even be tried: outside
-    them cuDNN was seen to return NaN (float32) and to crash the process instead of refusing.
+    ``forward(q, k, v, scale, causal=True) -> out, lse [B, H, >= s], extra``;
+    ``backward(grad, q, k, v, out, lse, extra, scale, causal=True) -> dq, dk, dv``. Without ``causal`` every query sees
+    every key, and there may be any number of keys. The limits say what may even be tried: outside them cuDNN was seen
+    to return NaN (float32) and to crash the process instead of refusing.
     """
 
     name: str
@@ -84,86 +85,129 @@ def _aten(name: str) -> Any:
     return getattr(torch.ops.aten, name)
 
 
-def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
-    out, lse = _aten("_scaled_dot_product_flash_attention_for_cpu")(q, k, v, 0.0, True, scale=scale)
+def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    out, lse = _aten("_scaled_dot_product_flash_attention_for_cpu")(q, k, v, 0.0, causal, scale=scale)
     return out, lse, ()
 
 
 def _cpu_flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
 ) -> Three:
     op = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
-    return op(grad, q, k, v, out, lse, 0.0, True, scale=scale)
+    return op(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
-def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
-    out, lse, *extra = _aten("_scaled_dot_product_flash_attention")(q, k, v, 0.0, True, False, scale=scale)
+def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    out, lse, *extra = _aten("_scaled_dot_product_flash_attention")(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse, tuple(extra[:6])
 
 
 def _cuda_flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
 ) -> Three:
     cum_q, cum_k, max_q, max_k, seed, offset = extra
     op = _aten("_scaled_dot_product_flash_attention_backward")
-    return op(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset, scale=scale)
+    return op(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
     op = _aten("_scaled_dot_product_cudnn_attention")
-    out, lse, *extra = op(q, k, v, None, True, 0.0, True, False, scale=scale)
+    out, lse, *extra = op(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out, lse.view(q.shape[:3]), tuple(extra[:6])
 
 
 def _cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
 ) -> Three:
     cum_q, cum_k, max_q, max_k, seed, offset = extra
     op = _aten("_scaled_dot_product_cudnn_attention_backward")
     lse = lse.unsqueeze(-1)
-    return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True, scale=scale)
+    return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))  # this operator has no grouped queries
     op = _aten("_scaled_dot_product_efficient_attention")
-    out, lse, seed, offset = op(q, k, v, None, True, 0.0, True, scale=scale)
+    out, lse, seed, offset = op(q, k, v, None, True, 0.0, causal, scale=scale)
     return out, lse, (seed, offset)
 
 
 def _efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
 ) -> Three:
     ratio = q.size(1) // k.size(1)
     wide_k, wide_v = (x.repeat_interleave(ratio, 1) for x in (k, v))
     op = _aten("_scaled_dot_product_efficient_attention_backward")
     wanted = [True, True, True, False]
-    dq, dk, dv, _ = op(grad, q, wide_k, wide_v, None, out, lse, *extra, 0.0, wanted, True, scale=scale)
+    dq, dk, dv, _ = op(grad, q, wide_k, wide_v, None, out, lse, *extra, 0.0, wanted, causal, scale=scale)
     return dq, dk.unflatten(1, (-1, ratio)).sum(2), dv.unflatten(1, (-1, ratio)).sum(2)
 
 
-def _causal_scores(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
-    """Scores ``[B, G, r, rows, keys]`` of some query rows over the keys up to the last of them; later ones -inf."""
+def _plain_scores(q: Tensor, k: Tensor, rows: slice, scale: float, causal: bool) -> Tensor:
+    """Scores ``[B, G, r, rows, keys]`` of some query rows; causal ones end at the last row, later keys -inf."""
+    if not causal:
+        return q[..., rows, :] @ k[:, :, None].mT * scale
     scores = q[..., rows, :] @ k[:, :, None, : rows.stop].mT * scale
     position = torch.arange(rows.stop, device=q.device)
     return scores.masked_fill_(position > position[rows, None], -math.inf)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     length, groups = q.size(2), k.size(1)
     grouped, k, v = q.unflatten(1, (groups, -1)).to(accumulate), k.to(accumulate), v.to(accumulate)
     out, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1])
     for start in range(0, length, PLAIN_ROWS):
         rows = slice(start, min(start + PLAIN_ROWS, length))
-        scores = _causal_scores(grouped, k, rows, scale)
+        keys = rows.stop if causal else k.size(2)
+        scores = _plain_scores(grouped, k, rows, scale, causal)
         lse[..., rows] = scores.logsumexp(-1)
-        out[..., rows, :] = scores.softmax(-1) @ v[:, :, None, : rows.stop]
+        out[..., rows, :] = scores.softmax(-1) @ v[:, :, None, :keys]
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), ()
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
 ) -> Three:
     dtype, length, groups = q.dtype, q.size(2), k.size(1)
     accumulate = torch.promote_types(dtype, torch.float32)
@@ -173,12 +217,13 @@ def _plain_backward(
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for start in range(0, length, PLAIN_ROWS):
         rows = slice(start, min(start + PLAIN_ROWS, length))
-        weights = _causal_scores(q, k, rows, scale).sub_(lse[..., rows, None]).exp_()
+        keys = rows.stop if causal else k.size(2)
+        weights = _plain_scores(q, k, rows, scale, causal).sub_(lse[..., rows, None]).exp_()
         gradient = grad[..., rows, :]
-        dv[:, :, : rows.stop] += (weights.mT @ gradient).sum(2)
-        slope = (gradient @ v[:, :, None, : rows.stop].mT).sub_(delta[..., rows, None]).mul_(weights).mul_(scale)
-        dq[..., rows, :] = slope @ k[:, :, None, : rows.stop]
-        dk[:, :, : rows.stop] += (slope.mT @ q[..., rows, :]).sum(2)
+        dv[:, :, :keys] += (weights.mT @ gradient).sum(2)
+        slope = (gradient @ v[:, :, None, :keys].mT).sub_(delta[..., rows, None]).mul_(weights).mul_(scale)
+        dq[..., rows, :] = slope @ k[:, :, None, :keys]
+        dk[:, :, :keys] += (slope.mT @ q[..., rows, :]).sum(2)
     return dq.flatten(1, 2).to(dtype), dk.to(dtype), dv.to(dtype)
 
 
@@ -214,23 +259,33 @@ EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backwa
 _PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, CUDA_FLASH, EFFICIENT)}
 
 
-def causal_kernel(device: torch.device, dtype: torch.dtype, width: int) -> tuple[CausalKernel, str]:
-    """The quickest operator that computes part (a) right here, and why it was taken. ``width`` is the head dim."""
-    return _causal_kernel(device.type, device.index, dtype, width)
+def causal_kernel(
+    device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+) -> tuple[CausalKernel, str]:
+    """The quickest operator that computes part (a) right here, and why it was taken. ``width`` is the head dim.
+
+    Without ``causal`` it is the one for blocks in which every query sees every key (context parallelism).
+    """
+    return _causal_kernel(device.type, device.index, dtype, width, causal)
 
 
 @lru_cache(maxsize=64)
-def _causal_kernel(kind: str, index: int | None, dtype: torch.dtype, width: int) -> tuple[CausalKernel, str]:
+def _causal_kernel(
+    kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool
+) -> tuple[CausalKernel, str]:
     reasons: list[str] = []
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
     for kernel in _PREFERRED.get(kind, ()):
-        problem = _probe(kernel, torch.device(kind, index) if index is not None else torch.device(kind), dtype, width)
+        problem = _probe(kernel, device, dtype, width, causal)
         if problem is None:
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
         reasons.append(f"{kernel.name} not used: {problem}")
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
 
 
-def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def _probe(
+    kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+) -> str | None:
     """Run a private operator once, both ways with grouped queries, against the plain path: it may change or go."""
     if dtype not in kernel.dtypes or width % kernel.multiple or width > kernel.widest:
         return f"not for {str(dtype).removeprefix('torch.')} with head dimension {width}"
@@ -240,13 +295,15 @@ def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width
     wave = (step * step * 0.37).sin().to(device, dtype)  # scattered values that leave every random state alone
     q, grad = wave.view(2, 2, 4, 5, width)
     k, v = wave.flip(0)[: 2 * 2 * 2 * 5 * width].view(2, 2, 2, 5, width)
+    if not causal:
+        k, v = (torch.cat([x, x.flip(2)[:, :, :3]], 2) for x in (k, v))  # 8 keys for 5 queries
     try:
-        out, lse, extra = kernel.forward(q, k, v, scale)
-        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale))
+        out, lse, extra = kernel.forward(q, k, v, scale, causal)
+        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale, causal))
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
-    want_out, want_lse, _ = _plain_forward(q, k, v, scale)
-    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale))
+    want_out, want_lse, _ = _plain_forward(q, k, v, scale, causal)
+    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale, causal))
     for found, expected in zip(got, want, strict=True):
         if found.shape != expected.shape:
             return f"it returns shape {tuple(found.shape)} where {tuple(expected.shape)} is right"
@@ -262,40 +319,45 @@ def _probe(kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width
 
 
 class _Blocks(NamedTuple):
-    """``number`` blocks of ``size`` positions, whose queries also see the ``back`` positions before the block."""
+    """``number`` blocks of ``size`` positions, whose queries also see the ``back`` positions before the block.
+
+    The first query is at position ``start``; keys begin ``halo`` positions before it (context parallelism).
+    """
 
     policy: KVPolicy
     size: int
     back: int
     number: int
+    start: int = 0
+    halo: int = 0
 
 
-def _plan(policy: KVPolicy, length: int) -> _Blocks | None:
+def _plan(policy: KVPolicy, length: int, start: int = 0, halo: int = 0) -> _Blocks | None:
     """How part (b) is cut up; None when a token sees nothing but its own copies."""
-    span = min(policy.span, length)
+    span = min(policy.span, length + halo)
     if span == 1:
         return None
     size = max(MIN_BLOCK, span - 1)
     back = span - 1
-    if policy.chunk is not None:
+    if policy.chunk is not None and start % policy.chunk == 0:
         whole = policy.chunk * -(-MIN_BLOCK // policy.chunk)  # whole chunks only: nothing before the block is seen
         if whole <= size + back:
             size, back = whole, 0
     if size >= length:
-        return _Blocks(policy, length, 0, 1)
-    return _Blocks(policy, size, back, -(-length // size))
+        return _Blocks(policy, length, halo, 1, start, halo)
+    return _Blocks(policy, size, back, -(-length // size), start, halo)
 
 
 def _block_mask(plan: _Blocks, query_copies: int, device: torch.device) -> Tensor:
     """True where a key is *not* seen: ``[blocks or 1, size, j, 1, keys * i]``, one for all blocks where they agree."""
     number = plan.number if plan.back else 1
     policy, repeat = plan.policy, plan.policy.repeat
-    start = torch.arange(number, device=device).view(-1, 1, 1, 1, 1, 1) * plan.size
+    start = torch.arange(number, device=device).view(-1, 1, 1, 1, 1, 1) * plan.size + plan.start
     query = start + torch.arange(plan.size, device=device).view(-1, 1, 1, 1, 1)
     key = start + torch.arange(-plan.back, plan.size, device=device).view(-1, 1)
     query_copy = torch.arange(repeat - query_copies + 1, repeat + 1, device=device).view(-1, 1, 1, 1)
     key_copy = torch.arange(2, repeat + 1, device=device)
-    return ~(policy.hidden_visible(query, query_copy, key, key_copy) & (key >= 0)).flatten(-2)
+    return ~(policy.hidden_visible(query, query_copy, key, key_copy) & (key >= plan.start - plan.halo)).flatten(-2)
 
 
 def _query_blocks(x: Tensor, plan: _Blocks) -> Tensor:
@@ -313,10 +375,10 @@ def _unblock_queries(x: Tensor, like: Tensor, plan: _Blocks) -> Tensor:
 
 
 def _key_blocks(x: Tensor, plan: _Blocks) -> Tensor:
-    """``[G, s, i, d]`` to ``[G * blocks, (back + size) * i, d]``; neighbouring blocks overlap by ``back``."""
-    tail = plan.size * plan.number - x.size(1)
-    if plan.back or tail:
-        x = pad(x, [0, 0, 0, 0, plan.back, tail])
+    """``[G, halo + s, i, d]`` to ``[G * blocks, (back + size) * i, d]``; neighbouring blocks overlap by ``back``."""
+    front, tail = plan.back - plan.halo, plan.size * plan.number + plan.halo - x.size(1)
+    if front or tail:
+        x = pad(x, [0, 0, 0, 0, front, tail])
     if not plan.back:
         return x.reshape(x.size(0) * plan.number, -1, x.size(3))
     blocks = x.unfold(1, plan.back + plan.size, plan.size)  # [G, blocks, i, d, back + size]
@@ -324,13 +386,14 @@ def _key_blocks(x: Tensor, plan: _Blocks) -> Tensor:
 
 
 def _unblock_keys(x: Tensor, like: Tensor, plan: _Blocks) -> Tensor:
-    """Gradients of overlapping key blocks added up: ``[G, s, i, d]``."""
+    """Gradients of overlapping key blocks added up: ``[G, halo + s, i, d]``."""
     blocks = x.view(like.size(0), plan.number, plan.back + plan.size, *like.shape[2:])
     total = blocks[:, :, plan.back :]
     if plan.back:
         total = total.contiguous()
         total[:, :-1, plan.size - plan.back :] += blocks[:, 1:, : plan.back]
-    return total.flatten(1, 2)[:, : like.size(1)]
+    total = total.flatten(1, 2)[:, : like.size(1) - plan.halo]
+    return torch.cat([blocks[:, 0, plan.back - plan.halo : plan.back], total], 1) if plan.halo else total
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

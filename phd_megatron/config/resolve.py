@@ -10,7 +10,7 @@ import math
 
 from phd_megatron.config.catalog import nearest
 from phd_megatron.config.moe import router_losses
-from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
 from phd_megatron.errors import UserError
@@ -128,6 +128,9 @@ def warnings(config: RunConfig) -> list[str]:
             "global_aux_loss counts the micro-batches seen so far in the step, so another data-parallel or micro-batch "
             "size trains a little differently"
         )
+    parallel = config.parallel
+    if parallel.context_parallel_size == 1 and parallel.cp_comm_type != ParallelConfig.cp_comm_type:
+        found.append(f"cp_comm_type={parallel.cp_comm_type} has no effect at context_parallel_size=1")
     backend = extra.get("attention_backend")
     if backend not in (None, "auto"):
         found.append(

@@ -65,6 +65,7 @@ class ParallelConfig:
     overlap_p2p_comm: bool | None = None  #: pipeline transfers beside compute; default on with virtual stages
     overlap_p2p_comm_warmup_flush: bool = False  #: also while the pipeline fills and drains; virtual stages only
     context_parallel_size: int = 1  #: CP
+    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"  #: how keys and values reach the other CP ranks
     expert_model_parallel_size: int = 1  #: EP
     expert_tensor_parallel_size: int | None = None  #: TP of the experts; default TP
     sequence_parallel: bool = False  #: split norms and residuals over the TP group

@@ -74,11 +74,12 @@ _EXPERTS = "set num_moe_experts, or leave it out"
 _TE_GROUPED = "it needs Transformer Engine's grouped linear layers, which are not used here"
 _FLEX = "the flex dispatcher needs DeepEP or HybridEP, which are not supported"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
+_FLAT_CP = "every sample is cut over all context-parallel ranks alike, in one group"
+_FLAT_CP_CURE = "use context_parallel_size and cp_comm_type"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
     # --- not built yet
-    Unsupported("context_parallel_size", "context parallelism is not available yet", "use 1", _above_one),
     Unsupported(
         "reset_attention_mask", "PHD attention has no document mask yet, so documents would see each other", "use false"
     ),
@@ -89,10 +90,9 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "attention_dropout", "PHD attention has no dropout on its weights", "use 0, or hidden_dropout", _not(0)
     ),
     # --- parallel features of Megatron-Core
-    Unsupported("cp_comm_type", "context parallelism is not available yet"),
-    Unsupported("hierarchical_context_parallel_sizes", "context parallelism is not available yet"),
-    Unsupported("hybrid_context_parallel", "context parallelism is not available yet"),
-    Unsupported("max_seqlen_per_dp_cp_rank", "context parallelism is not available yet"),
+    Unsupported("hierarchical_context_parallel_sizes", _FLAT_CP, _FLAT_CP_CURE),
+    Unsupported("hybrid_context_parallel", _FLAT_CP, _FLAT_CP_CURE),
+    Unsupported("max_seqlen_per_dp_cp_rank", _FLAT_CP, _FLAT_CP_CURE),
     Unsupported("pipeline_model_parallel_comm_backend", "process groups exist before this field is read"),
     Unsupported("pipeline_dtype", "it follows bf16 and fp16"),
     Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),

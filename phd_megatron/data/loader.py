@@ -8,7 +8,8 @@ the stream of one rank is contiguous, whatever the batch-size ramp-up makes of M
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+def _collate(samples: list[dict[str, Any]], slices: Sequence[range] | None = None) -> dict[str, torch.Tensor]:
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+    if slices is None:
+        return batch
+    return {key: torch.cat([x[:, part.start : part.stop] for part in slices], 1) for key, x in batch.items()}
 
 
 def _quiet_worker(worker: int) -> None:
@@ -45,7 +49,8 @@ class SampleStream:
     """Micro-batches of a map-style dataset for one data-parallel rank.
 
     ``wrap`` starts over at the end of the dataset (validation); otherwise asking beyond it is an error. With
-    ``num_workers`` > 0 that many processes read ahead; the order and contents are the same.
+    ``num_workers`` > 0 that many processes read ahead; the order and contents are the same. ``slices`` are the token
+    positions of a context-parallel rank; all ranks of a context-parallel group read the same samples.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class SampleStream:
         num_workers: int = 0,
         wrap: bool = False,
         pin_memory: bool = False,
+        slices: Sequence[range] | None = None,
     ) -> None:
         if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or num_workers < 0:
             raise ValueError(
@@ -66,7 +72,7 @@ class SampleStream:
             )
         self._dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
         self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
-        self._workers, self._wrap, self._pin = num_workers, wrap, pin_memory
+        self._workers, self._wrap, self._pin, self._slices = num_workers, wrap, pin_memory, slices
         self._iterator: Iterator[dict[str, torch.Tensor]] | None = None
         self._next = -1  # consumed samples at which the iterator's next micro-batch lies
 
@@ -77,7 +83,8 @@ class SampleStream:
     def microbatches(self, consumed_samples: int, num_microbatches: int) -> Iterator[dict[str, torch.Tensor]]:
         """The ``num_microbatches`` of the step that starts at ``consumed_samples``.
 
-        Each is a dict of tokens, labels, position_ids int64 and loss_mask float32, all [micro_batch_size, seq_length].
+        Each is a dict of tokens, labels, position_ids int64 and loss_mask float32, all [micro_batch_size, seq_length],
+        or with as many columns as ``slices`` have positions.
         Steps that follow each other continue one read-ahead; another ``consumed_samples`` starts a new one. An
         iterator is to be drawn before the next is asked for. Raises ValueError beyond the end unless ``wrap``.
         """
@@ -105,7 +112,7 @@ class SampleStream:
             self._dataset,
             batch_sampler=positions,
             num_workers=self._workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, slices=self._slices),
             worker_init_fn=_quiet_worker,
             pin_memory=self._pin,
             # The base seed of workers is drawn from here, not from the global generator, whose state is the model's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.phd_attention import phd_attention
+from phd_megatron.kernels.phd_attention import ContextParallel, phd_attention
 from phd_megatron.kernels.qkv_rope import rope, split_qkv_rope
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
@@ -75,16 +76,28 @@ class PHDCoreAttention(nn.Module):
 
     Rows arrive as ``[ranks*K*s_rank]``: under sequence parallelism the linear layer before gathered the
     tensor-parallel ranks, each of which holds ``[K, s_rank]``; without it ``ranks`` is 1. In a pruned last layer only
-    the last copy's queries are computed, so ``[ranks*s_rank]`` rows leave.
+    the last copy's queries are computed, so ``[ranks*s_rank]`` rows leave. Under context parallelism the rows are
+    this rank's two slices of the sequence, and keys and values are exchanged as ``cp_comm_type`` says.
     """
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         pg_collection = kwargs["pg_collection"]
         self.policy = config.kv_policy
         self.backend = config.phd_attention_backend
         self.scale = softmax_scale
         self.ranks = pg_collection.tp.size() if config.sequence_parallel else 1
+        self.layer_number = layer_number
+        self.context_parallel: ContextParallel | None = None
+        if config.context_parallel_size > 1:
+            self.context_parallel = ContextParallel(pg_collection.cp, cp_comm_type or "all_gather")
         last_layer = layer_number == config.num_layers
         self.query_copies = 1 if last_layer and config.phd_last_layer_pruning else self.policy.repeat
 
@@ -109,7 +122,20 @@ class PHDCoreAttention(nn.Module):
         key = split_copies(key, repeat, self.ranks)  # [K, s, b, ng, hn]
         value = split_copies(value, repeat, self.ranks)
         context = phd_attention(
-            query, key, value, self.policy, scale=self.scale, backend=self.backend, query_copies=self.query_copies
+            query,
+            key,
+            value,
+            self.policy,
+            scale=self.scale,
+            backend=self.backend,
+            query_copies=self.query_copies,
+            context=self.context_parallel,
         )
         # [Kq, s, b, np, hn] -> [ranks*Kq*s_rank, b, np*hn]
         return join_copies(context, self.ranks).flatten(2)
+
+
+def context_parallel_bytes(models: Sequence[nn.Module]) -> dict[int, dict[str, int]]:
+    """Bytes that this rank has sent since the start, by layer number and kind of transfer; empty without CP."""
+    cores = (module for model in models for module in model.modules() if isinstance(module, PHDCoreAttention))
+    return {core.layer_number: dict(core.context_parallel.sent) for core in cores if core.context_parallel is not None}

@@ -105,6 +105,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "batch_p2p_comm": not overlap_p2p,
         "overlap_p2p_comm_warmup_flush": parallel.overlap_p2p_comm_warmup_flush,
         "context_parallel_size": parallel.context_parallel_size,
+        "cp_comm_type": parallel.cp_comm_type,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,

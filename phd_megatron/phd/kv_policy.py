@@ -12,13 +12,60 @@ torch and the standard library alone, because it also ships inside an exported H
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 DEFAULT_WINDOW = 16
 DEFAULT_CHUNK = 32
+
+
+class Halo(NamedTuple):
+    """Hidden KV that a context-parallel slice sees of the slice before it.
+
+    Attributes:
+        slice: number of the slice that sees it; the one before it holds it.
+        sender: context-parallel rank of the slice before.
+        receiver: context-parallel rank of the slice.
+        positions: token positions, the last ones of the slice before.
+    """
+
+    slice: int
+    sender: int
+    receiver: int
+    positions: range
+
+
+class ContextParallelTraffic(NamedTuple):
+    """What one context-parallel rank sends in one layer and sequence, in *entries*.
+
+    An entry is the key and the value of one position and copy: ``2 * groups * head_dim`` numbers. The forward sends
+    ``originals + halo_sent``. The backward fetches the originals again, which were not kept, and sends all gradients
+    to the ranks that the keys came from: ``2 * originals + halo_returned``.
+
+    Attributes:
+        originals: ``(size - 1) * length / size``, the same for every K.
+        halo_sent: hidden entries that slices on other ranks see.
+        halo_returned: hidden entries of other ranks that this rank sees, whose gradients go back.
+    """
+
+    originals: int
+    halo_sent: int
+    halo_returned: int
+
+    @property
+    def forward(self) -> int:
+        """Entries sent in a forward pass."""
+        return self.originals + self.halo_sent
+
+    @property
+    def backward(self) -> int:
+        """Entries sent in a backward pass."""
+        return 2 * self.originals + self.halo_returned
 
 
 @dataclass(frozen=True)
@@ -155,34 +202,74 @@ class KVPolicy:
         if size == 1:
             return (range(length),)
         slice_length, rest = divmod(length, 2 * size)
-        if rest:
+        if rest or not slice_length:
+            near = [n for n in (length - rest, length - rest + 2 * size) if n]
             raise ValueError(
                 f"seq_length={length} is not a multiple of 2 * context_parallel_size = {2 * size}; "
-                f"use {length - rest} or {length - rest + 2 * size}"
+                f"use {' or '.join(map(str, near))}"
             )
-        slices = tuple(range(i * slice_length, (i + 1) * slice_length) for i in (rank, 2 * size - 1 - rank))
-        if max(self.halo(s.start) for s in slices) > slice_length:
+        if max(self.halo(i * slice_length) for i in range(2 * size)) > slice_length:
             raise ValueError(
-                f"phd_window={self.window} reaches further back than one context-parallel slice of {slice_length} "
-                f"tokens; use a smaller window, a chunk that divides {slice_length}, or a smaller context_parallel_size"
+                f"phd_window={self.window} reaches {self.window - 1} positions back, further than one context-parallel "
+                f"slice of {slice_length} tokens; use a window of at most {slice_length + 1}, a chunk that divides "
+                f"{slice_length}, or a smaller context_parallel_size"
             )
-        return slices
+        return tuple(range(i * slice_length, (i + 1) * slice_length) for i in (rank, 2 * size - 1 - rank))
 
     def halo(self, slice_start: int) -> int:
         """Hidden positions before ``slice_start`` that queries of the slice see: at most ``W - 1``, in-chunk only."""
         return 0 if self.repeat == 1 else slice_start - self.first_hidden_key(slice_start)
 
+    def halos(self, length: int, size: int) -> tuple[Halo, ...]:
+        """Every halo of a sequence, by slice. The middle one stays on its rank: both slices around it are there."""
+        owner = {part.start: rank for rank in range(size) for part in self.context_parallel_slices(length, size, rank)}
+        starts = sorted(owner)
+        wanted = (
+            Halo(number, owner[before], owner[start], range(start - self.halo(start), start))
+            for number, (before, start) in enumerate(pairwise(starts), start=1)
+        )
+        return tuple(halo for halo in wanted if halo.positions)
+
+    @staticmethod
+    def original_block(rank: int, source: int) -> tuple[int, int]:
+        """What ``rank`` sees of the originals of another context-parallel rank, as ``(first, stop)``.
+
+        Its queries from its local slice ``first`` on (0 or 1 of two) see all keys of the source's slices before
+        ``stop``, and nothing else is seen: zigzag order leaves no partly masked block between two ranks. Within a
+        rank its two slices in a row are plainly causal.
+        """
+        if rank == source:
+            raise ValueError(f"context-parallel rank {rank} sees its own originals causally, not as a block")
+        return (0, 1) if source < rank else (1, 2)
+
+    def context_parallel_traffic(self, length: int, size: int, rank: int) -> ContextParallelTraffic:
+        """What a rank sends in one layer and sequence. K enters through the halo alone."""
+        halos = self.halos(length, size) if size > 1 else ()
+        sent = [h for h in halos if h.sender != h.receiver and rank == h.sender]
+        returned = [h for h in halos if h.sender != h.receiver and rank == h.receiver]
+        return ContextParallelTraffic(
+            originals=(size - 1) * (length // size),
+            halo_sent=(self.repeat - 1) * sum(len(h.positions) for h in sent),
+            halo_returned=(self.repeat - 1) * sum(len(h.positions) for h in returned),
+        )
+
     # ---------------------------------------------------------------- counting
 
-    def pairs(self, length: int, query_copies: int | None = None) -> tuple[int, int]:
+    def pairs(
+        self, length: int, query_copies: int | None = None, slices: Iterable[range] | None = None
+    ) -> tuple[int, int]:
         """Visible (query, key) pairs of one sequence as ``(part a, part b)``, exactly.
 
-        ``query_copies`` counts only the last so many copies as queries: 1 is the pruned last layer.
+        ``query_copies`` counts only the last so many copies as queries: 1 is the pruned last layer. ``slices`` counts
+        only queries at those positions: the work of a context-parallel rank.
         """
         copies = self.repeat if query_copies is None else query_copies
         if not 1 <= copies <= self.repeat:
             raise ValueError(f"query_copies={query_copies} is not in 1..{self.repeat}")
-        earlier = sum(n - self.first_hidden_key(n) for n in range(length)) if self.repeat > 1 else 0
+        slices = (range(length),) if slices is None else tuple(slices)
+        positions = sum(len(part) for part in slices)
+        seen = sum((part.start + part.stop + 1) * len(part) // 2 for part in slices)  # n + 1 originals at position n
+        earlier = sum(n - self.first_hidden_key(n) for part in slices for n in part) if self.repeat > 1 else 0
         hidden_queries = range(max(2, self.repeat - copies + 1), self.repeat + 1)
-        own = sum(j - 1 for j in hidden_queries) * length
-        return copies * length * (length + 1) // 2, own + len(hidden_queries) * (self.repeat - 1) * earlier
+        own = sum(j - 1 for j in hidden_queries) * positions
+        return copies * seen, own + len(hidden_queries) * (self.repeat - 1) * earlier

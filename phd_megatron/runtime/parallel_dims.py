@@ -201,6 +201,14 @@ class ParallelDims:
                 f"seq_length {model.seq_length} is not divisible by {share}: {' and '.join(why)}; use "
                 f"{_round_up(model.seq_length, share)}"
             )
+        if self.cp > 1:
+            from phd_megatron.phd.kv_policy import KVPolicy  # imports torch
+
+            policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+            try:
+                policy.context_parallel_slices(model.seq_length, self.cp, 0)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     def _check_batch(self, training: TrainingConfig) -> None:
         micro, batch = training.micro_batch_size, training.global_batch_size

@@ -21,8 +21,10 @@ from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
+from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
 from phd_megatron.model.transformer_config import padded_vocab_size
+from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
@@ -144,7 +146,16 @@ class Trainer:
             num_workers=self.run.data.num_workers,
             wrap=wrap,
             pin_memory=not self.runtime.on_cpu,
+            slices=self._context_parallel_slices(),
         )
+
+    def _context_parallel_slices(self) -> tuple[range, ...] | None:
+        """Token positions of this rank; ``None`` where it holds whole sequences."""
+        model, size = self.run.model, self.runtime.dims.cp
+        if size == 1:
+            return None
+        policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+        return policy.context_parallel_slices(model.seq_length, size, parallel_state.get_context_parallel_rank())
 
     # ---------------------------------------------------------------- the loop
 
@@ -155,8 +166,11 @@ class Trainer:
         interval = Interval(time.perf_counter())
         reason = "finished"
         last = self._next_batch(progress.consumed_samples) == 0
+        first_iteration = progress.iteration + 1
         while not last:
             grad_norm = self._one_step(interval)
+            if progress.iteration == first_iteration:
+                self._report_exchange()
             reporter.advance(progress.iteration)
             last = self._next_batch(progress.consumed_samples) == 0
             evaluate = self._evaluates(last)
@@ -278,6 +292,13 @@ class Trainer:
                 ),
             )
         )
+
+    def _report_exchange(self) -> None:
+        """Say once what the first step sent between context-parallel ranks, as counted."""
+        steps = microbatches.get_num_microbatches()
+        for layer, sent in context_parallel_bytes(self.models).items():
+            kinds = ", ".join(f"{kind} {count // steps}" for kind, count in sent.items() if count)
+            self.reporter.log(f"context parallelism: bytes sent in layer {layer} per micro-batch: {kinds}")
 
     # ---------------------------------------------------------------- saving
 

@@ -116,7 +116,8 @@ def pretrain(options: Options, *more: str) -> list[str]:
         ("--lr-decay-style cosin", ("lr_decay_style='cosin'", "did you mean cosine?")),
         ("--bf16 maybe", ("'maybe'", "belongs to no flag")),
         ("--norm-scheme hybrid_sta", ("norm_scheme", "hybrid_sta", "hybrid_star")),
-        ("--context-parallel-size 2", ("context_parallel_size=2", "not available", "use 1")),
+        ("--cp-comm-type a2a", ("cp_comm_type='a2a'", "all_gather, p2p")),
+        ("--hybrid-context-parallel", ("hybrid_context_parallel=True", "alike", "use context_parallel_size")),
         ("--num-query-groups 3", ("num_attention_heads=4", "num_query_groups=3", "use one of 1, 2, 4")),
         ("--micro-batch-size 0", ("micro_batch_size=0", "at least 1")),
         ("--lr -1", ("lr=-1.0", "above 0")),
@@ -168,6 +169,21 @@ def test_length_and_data_are_asked_for(place: Place, refused: Callable[..., str]
         ),
         (2, {"ffn_hidden_size": 49, "tensor_model_parallel_size": 2}, ("ffn_hidden_size 49", "use 50")),
         (1, {"tensor_model_parallel_size": 2}, ("= 2 does not divide world size 1", "start 2 ranks")),
+        (
+            2,
+            {"context_parallel_size": 2, "seq_length": 26},
+            ("seq_length 26 is not divisible by 4", "context parallelism cuts 2 x 2 slices", "use 28"),
+        ),
+        (
+            4,
+            {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 28},
+            ("seq_length 28 is not divisible by 8", "2 x 2 slices", "sequence parallelism", "use 32"),
+        ),
+        (
+            2,
+            {"context_parallel_size": 2, "phd_repeat": 2, "phd_window": 8},
+            ("phd_window=8 reaches 7 positions back", "slice of 6 tokens", "at most 7", "smaller context_parallel"),
+        ),
     ],
 )
 def test_layouts(

@@ -197,7 +197,6 @@ def test_layers_of_a_virtual_stage_become_the_number_of_stages() -> None:
 # ---------------------------------------------------------------- refusals by name
 
 REFUSED_VALUES: dict[str, Any] = {
-    **{"context_parallel_size": 2},
     **{"expert_tensor_parallel_size": 2, "attention_dropout": 0.1, "softmax_type": "learnable", "fp8_*": 1},
     **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
     **{"cross_entropy_fusion_impl": "te", "perform_initialization": False},
@@ -325,6 +324,8 @@ def test_warnings() -> None:
     balanced = make(num_moe_experts=4, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.1)
     assert "data-parallel" in warnings(balanced)[0]
     assert "phd_attention_backend" in warnings(make(attention_backend="flash"))[0]
+    assert "no effect at context_parallel_size=1" in warnings(make(cp_comm_type="p2p"))[0]
+    assert warnings(make(cp_comm_type="p2p", context_parallel_size=2)) == []
 
 
 # ---------------------------------------------------------------- as data and YAML

@@ -115,11 +115,87 @@ def test_halo_is_what_a_slice_sees_before_itself(policy: KVPolicy) -> None:
         assert all(policy.halo(start) == 0 for start in range(0, length, 8))
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_halos_carry_what_the_mask_needs_and_no_more(policy: KVPolicy, size: int) -> None:
+    length = 48
+    try:
+        parts = [policy.context_parallel_slices(length, size, rank) for rank in range(size)]
+    except ValueError:
+        assert policy.window > length // (2 * size) + 1
+        return
+    mask = policy.mask(length).view(policy.repeat, length, policy.repeat, length)
+    reach = mask[1:, :, 1:, :].any(2).any(0) if policy.repeat > 1 else torch.zeros(length, length, dtype=torch.bool)
+    halos = policy.halos(length, size)
+    for rank, slices in enumerate(parts):
+        for part in slices:
+            number = part.start // len(part)
+            outside = reach[part.start : part.stop, : part.start].any(0).nonzero().flatten().tolist()
+            mine = [halo for halo in halos if halo.slice == number]
+            assert [n for halo in mine for n in halo.positions] == outside
+            for halo in mine:
+                assert halo.receiver == rank and halo.positions
+                assert any(set(halo.positions) <= set(held) for held in parts[halo.sender])
+                assert (halo.sender == halo.receiver) == (number == size), "the middle one is local"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_blocks_of_originals_make_up_the_causal_mask(size: int) -> None:
+    """Own slices in a row are causal, other ranks' are seen whole or not at all."""
+    length, policy = 48, KVPolicy(1)
+    half = length // (2 * size)
+    for rank in range(size):
+        queries = torch.tensor([n for part in policy.context_parallel_slices(length, size, rank) for n in part])
+        for source in range(size):
+            keys = torch.tensor([n for part in policy.context_parallel_slices(length, size, source) for n in part])
+            needed = policy.original_visible(queries[:, None], keys)
+            if source == rank:
+                assert torch.equal(needed, torch.ones_like(needed).tril())
+                continue
+            first, stop = policy.original_block(rank, source)
+            seen = torch.zeros_like(needed)
+            seen[first * half :, : stop * half] = True
+            assert torch.equal(seen, needed)
+    with pytest.raises(ValueError, match="causally"):
+        policy.original_block(1, 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_work_of_a_rank_counts_the_mask_and_is_balanced(policy: KVPolicy) -> None:
+    length, size = 144, 3
+    mask = policy.mask(length).view(policy.repeat, length, policy.repeat, length)
+    works = []
+    for rank in range(size):
+        slices = KVPolicy(policy.repeat).context_parallel_slices(length, size, rank)  # any window can be counted
+        rows = mask[:, [n for part in slices for n in part]]
+        works.append(policy.pairs(length, slices=slices))
+        assert works[-1] == (int(rows[:, :, 0].sum()), int(rows[:, :, 1:].sum()))
+    assert len({original for original, _ in works}) == 1, "the quadratic part is equal on all ranks"
+    assert tuple(map(sum, zip(*works, strict=True))) == policy.pairs(length)
+
+
+def test_traffic_is_vanillas_and_the_halo() -> None:
+    length, size = 96, 4  # slices of 12
+    vanilla = KVPolicy(1).context_parallel_traffic(length, size, 0)
+    assert (vanilla.originals, vanilla.forward, vanilla.backward) == (72, 72, 144)
+    for policy in (KVPolicy(5, 1), KVPolicy(3, 16, 12), KVPolicy(2, 9, 6)):
+        assert policy.context_parallel_traffic(length, size, 1) == vanilla
+    window = KVPolicy(3, 5)
+    total = [window.context_parallel_traffic(length, size, rank) for rank in range(size)]
+    # Each of the 7 slices after the first sees 4 positions of 2 hidden copies; one of them is on the same rank.
+    assert sum(t.halo_sent for t in total) == sum(t.halo_returned for t in total) == 6 * 4 * 2
+    assert window.context_parallel_traffic(length, 1, 0).forward == 0
+
+
 def test_slices_that_cannot_be_exact_are_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"seq_length=50.*48 or 54"):
         KVPolicy(2, 4).context_parallel_slices(50, 3, 0)
-    with pytest.raises(ValueError, match=r"phd_window=10.*8 tokens"):
-        KVPolicy(2, 10).context_parallel_slices(48, 3, 0)
+    for rank in range(3):  # every rank refuses, also one whose own slices would do
+        with pytest.raises(ValueError, match=r"phd_window=10 .*8 tokens; use a window of at most 9"):
+            KVPolicy(2, 10).context_parallel_slices(48, 3, rank)
+    assert KVPolicy(2, 9).context_parallel_slices(48, 3, 0)
+    with pytest.raises(ValueError, match=r"use 6$"):
+        KVPolicy(1).context_parallel_slices(2, 3, 0)
     assert KVPolicy(1, 10).context_parallel_slices(48, 3, 0), "nothing is hidden in a vanilla model"
     with pytest.raises(ValueError, match="rank 3"):
         KVPolicy(2, 4).context_parallel_slices(48, 3, 3)

@@ -111,3 +111,17 @@ def test_workers_ignore_signals_and_the_global_generator_is_left_alone():
     assert len(pids) == 2 and os.getpid() not in pids
     stream.close()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_context_parallel_ranks_share_samples_and_split_their_tokens():
+    slices = [(range(0, 1), range(3, 4)), (range(1, 2), range(2, 3))]
+    whole = next(SampleStream(Numbered(), 2, 1, 2).microbatches(8, 1))
+    for workers in (0, 1):
+        streams = [SampleStream(Numbered(), 2, 1, 2, slices=part, num_workers=workers) for part in slices]
+        parts = [next(stream.microbatches(8, 1)) for stream in streams]
+        assert [part["position_ids"].tolist() for part in parts] == [[[0, 3]] * 2, [[1, 2]] * 2]
+        for key, tensor in whole.items():
+            columns = torch.cat([part[key] for part in parts], 1)
+            assert torch.equal(columns, tensor[:, [0, 3, 1, 2]])
+        for stream in streams:
+            stream.close()

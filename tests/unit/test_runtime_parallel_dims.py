@@ -78,6 +78,12 @@ def test_sizes_that_do_not_fit(world_size, parallel, message):
         ({"tp": 4}, {"vocab_size": 250, "make_vocab_size_divisible_by": 1}, "the padded vocabulary 250"),
         ({"tp": 4, "sp": True}, {"seq_length": 66}, "seq_length 66 is not divisible by 4"),
         ({"cp": 2}, {"seq_length": 66}, "seq_length 66 is not divisible by 4"),
+        ({"cp": 2, "tp": 2, "sp": True}, {"seq_length": 68}, "seq_length 68 is not divisible by 8"),
+        (
+            {"cp": 4},
+            {"phd_repeat": 2, "phd_window": 10},
+            "phd_window=10 reaches 9 positions back, further than one context-parallel slice of 8 tokens",
+        ),
         ({"pp": 2}, {"num_layers": 7}, "num_layers 7 is not divisible by pipeline 2 = 2"),
         ({"pp": 2, "vpp": 2}, {"num_layers": 6}, "pipeline 2 x virtual pipeline 2 = 4"),
         ({"ep": 2}, {}, "the model has no experts"),

@@ -1,0 +1,312 @@
+"""PHD attention over a sequence that is spread over context-parallel ranks.
+
+A rank holds two zigzag slices of the sequence (:meth:`KVPolicy.context_parallel_slices`), one early and one late, so
+that causal work is balanced. Only originals' keys and values go to every rank; hidden ones stay, except a halo of at
+most ``W - 1`` positions for the slice that follows. Every query row is then the log-sum-exp merge of
+
+- causal attention over the originals of its own rank: the two slices in a row, since the late one sees the early one;
+- attention without a mask over blocks of other ranks' originals (:meth:`KVPolicy.original_block`): zigzag order leaves
+  no partly masked block between two ranks, and so no need for more than the kernels that a single rank uses;
+- hidden queries over hidden keys, slice by slice, with the halo before the slice.
+
+The backward runs each part with the merged output and the merged log-sum-exp, as in ring attention. Originals of other
+ranks are fetched a second time then, because keeping them would need the memory of the whole sequence in every layer.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from phd_megatron.phd.kv_policy import KVPolicy
+
+from . import sdpa
+from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
+
+
+def sdpa_context_parallel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: KVPolicy,
+    context: ContextParallel,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """PHD attention of this rank's queries over the whole sequence, with gradients for every rank's keys.
+
+    Args:
+        query: ``[Kq, s_rank, b, heads, d]``, the last ``Kq`` of the ``K`` copies; the two slices one after the other.
+        key, value: ``[K, s_rank, b, groups, d]``, originals first.
+        policy: repeat ``K``, window and chunk.
+        context: the ranks that share the sequence and how they exchange.
+        scale: factor on the scores, default ``d ** -0.5``.
+
+    Returns:
+        ``[Kq, s_rank, b, heads, d]``, contiguous.
+
+    Raises:
+        ValueError: if ``policy`` cannot be exact on slices of this length.
+    """
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    return _ContextParallelAttention.apply(query, key, value, policy, context, scale)
+
+
+class _Call(NamedTuple):
+    """One forward of a kernel, as its backward needs it."""
+
+    kernel: sdpa.CausalKernel
+    causal: bool
+    extra: sdpa.Extra
+    padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
+
+    @classmethod
+    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, _Call]:
+        """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
+        kernel, _ = sdpa.causal_kernel(q.device, q.dtype, q.size(-1), causal)
+        out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
+        rows = q.size(2)
+        return out, lse[..., :rows].contiguous(), cls(kernel, causal, extra, lse.size(-1) - rows)
+
+    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> sdpa.Three:
+        """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
+        lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
+        return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
+
+
+class _ContextParallelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        policy: KVPolicy,
+        context: ContextParallel,
+        scale: float,
+    ) -> Tensor:
+        copies, rows, batch, _, _ = query.shape
+        shape = _Shape(policy, context, rows)
+        own = torch.stack([sdpa._fold_keys(x[:1]).squeeze(2) for x in (key, value)])  # [2, G, s_rank, d]
+        originals = Originals(own, context)
+        hidden = near = None
+        if policy.repeat > 1:
+            hidden = torch.stack([sdpa._fold_keys(x[1:]) for x in (key, value)])  # [2, G, s_rank, i, d]
+            halo = HaloKeys(hidden, shape.halos, context)
+        q_rows = sdpa._fold(query, key.size(3))  # [G, s_rank, Kq, r, d]
+        q = sdpa._heads(q_rows)  # [G, Kq*r, s_rank, d]
+        context.note("compute", 0)
+        out, lse, call = _Call.run(q, own.unsqueeze(2), scale, causal=True)
+        calls = [call]
+        out = out.to(torch.promote_types(q.dtype, torch.float32))
+        if hidden is not None:
+            near = halo.wait()
+            out_rows, lse_rows = sdpa._rows(out, copies), sdpa._rows(lse, copies)
+            for index, part in enumerate(shape.parts):
+                where = shape.hidden_queries(index, copies)
+                keys, values = torch.cat([near[index], hidden[:, :, part]], 2)  # [G, halo + s_rank/2, i, d]
+                plan = shape.plan(index, near[index].size(2))
+                q_part = q_rows[where]
+                found, total, top = (
+                    sdpa._token_forward(q_part, keys, values, scale)
+                    if plan is None
+                    else sdpa._block_forward(q_part, keys, values, plan, scale)
+                )
+                _merge(out_rows[where], lse_rows[where], found / total, (total.log() + top).squeeze(-1))
+        for step, (sources, kv) in enumerate(originals, start=1):
+            context.note("compute", step)
+            first, stop = shape.block(sources)
+            found, found_lse, call = _Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
+            calls.append(call)
+            _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
+        result = sdpa._unfold(sdpa._rows(out.to(q.dtype), copies), batch)
+        ctx.save_for_backward(q, own, result, lse, hidden, *(near or ()))
+        ctx.shape, ctx.calls, ctx.context, ctx.scale = shape, calls, context, scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, own, result, lse, hidden, *near = ctx.saved_tensors
+        shape, calls, context, scale = ctx.shape, ctx.calls, ctx.context, ctx.scale
+        copies, _, batch, _, _ = result.shape
+        groups = own.size(1) // batch
+        originals, homeward = Originals(own, context), OriginalGradients(context)
+        out_rows, grad_rows = sdpa._fold(result, groups), sdpa._fold(grad, groups)
+        out, gradient = sdpa._heads(out_rows), sdpa._heads(grad_rows)
+        context.note("compute", 0)
+        dq, dk, dv = calls[0].backward(gradient, q, own.unsqueeze(2), out, lse, scale)
+        accumulate = torch.promote_types(q.dtype, torch.float32)
+        dq = dq.to(accumulate)
+        if hidden is not None:
+            dhidden, dnear = [], []
+            for index, part in enumerate(shape.parts):
+                where = shape.hidden_queries(index, copies)
+                keys, values = torch.cat([near[index], hidden[:, :, part]], 2)
+                halo = near[index].size(2)
+                plan = shape.plan(index, halo)
+                delta = (grad_rows[where].to(accumulate) * out_rows[where].to(accumulate)).sum(-1, keepdim=True)
+                total = sdpa._rows(lse, copies)[where].unsqueeze(-1)
+                inputs = (grad_rows[where], sdpa._rows(q, copies)[where], keys, values, total, delta)
+                more, *rest = (
+                    sdpa._token_backward(*inputs, scale) if plan is None else sdpa._block_backward(*inputs, plan, scale)
+                )
+                sdpa._rows(dq, copies)[where] += more
+                both = torch.stack([x.to(q.dtype) for x in rest])  # [2, G, halo + s_rank/2, i, d]
+                dnear.append(both[:, :, :halo])
+                dhidden.append(both[:, :, halo:])
+            returning = HaloGradients(dnear, shape.halos, context)
+        for step, ((sources, kv), call) in enumerate(zip(originals, calls[1:], strict=True), start=1):
+            context.note("compute", step)
+            first, stop = shape.block(sources)
+            q_part, out_part, grad_part, lse_part = (x[:, :, first:].contiguous() for x in (q, out, gradient, lse))
+            more, *rest = call.backward(grad_part, q_part, _block_keys(kv, stop), out_part, lse_part, scale)
+            dq[:, :, first:] += more
+            homeward.add(sources, _block_gradients(rest, kv, stop))
+        doriginals = homeward.total(torch.stack([dk, dv]).squeeze(2)).unsqueeze(3)  # [2, G, s_rank, 1, d]
+        both = doriginals
+        if hidden is not None:
+            gathered = torch.cat(dhidden, 2)
+            returning.add_to(gathered)
+            both = torch.cat([doriginals, gathered], 3)  # [2, G, s_rank, K, d]
+        dkey, dvalue = (sdpa._unfold_keys(x, batch) for x in both)
+        return sdpa._unfold(sdpa._rows(dq.to(q.dtype), copies), batch), dkey, dvalue, None, None, None
+
+
+class _Shape:
+    """How this rank's rows lie in the sequence."""
+
+    def __init__(self, policy: KVPolicy, context: ContextParallel, rows: int) -> None:
+        length = rows * context.size
+        self.policy, self.rank, self.half = policy, context.rank, rows // 2
+        self.slices = policy.context_parallel_slices(length, context.size, context.rank)
+        self.halos = policy.halos(length, context.size)
+        self.parts = (slice(0, self.half), slice(self.half, rows))  # rows of the two slices
+
+    def plan(self, index: int, halo: int) -> sdpa._Blocks | None:
+        """How part (b) of one slice is cut up."""
+        return sdpa._plan(self.policy, self.half, self.slices[index].start, halo)
+
+    def hidden_queries(self, index: int, copies: int) -> tuple[slice, slice, slice]:
+        """Rows and copies of the hidden queries of one slice in a ``[G, s_rank, Kq, ...]`` tensor."""
+        return slice(None), self.parts[index], slice(max(0, copies - self.policy.repeat + 1), None)
+
+    def block(self, sources: range) -> tuple[int, int]:
+        """(first query row, key rows of each source) of the block that this rank sees of ``sources``."""
+        first, stop = self.policy.original_block(self.rank, sources[0])
+        return first * self.half, stop * self.half
+
+
+def _block_keys(kv: Tensor, stop: int) -> Tensor:
+    """``[sources, 2, G, s_rank, d]`` to key and value ``[2, G, 1, sources * stop, d]``."""
+    return kv[:, :, :, :stop].permute(1, 2, 0, 3, 4).flatten(2, 3).unsqueeze(2)
+
+
+def _block_gradients(found: list[Tensor], kv: Tensor, stop: int) -> Tensor:
+    """Inverse of :func:`_block_keys` for dk and dv ``[G, 1, sources * stop, d]``; zero for keys that are not seen."""
+    both = torch.stack(found).squeeze(2).unflatten(2, (kv.size(0), stop))  # [2, G, sources, stop, d]
+    return pad(both.permute(2, 0, 1, 3, 4), [0, 0, 0, kv.size(3) - stop])
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Make ``out [..., d]`` and ``lse [...]`` those of the union with a further set of keys, in place."""
+    merged = torch.logaddexp(lse, more_lse)
+    out.mul_((lse - merged).exp().unsqueeze(-1)).addcmul_(
+        more.to(out.dtype), (more_lse - merged).exp().unsqueeze(-1).to(out.dtype)
+    )
+    lse.copy_(merged)
+
+
+# -------------------------------------------------------------------- the same thing, plainly
+
+
+def reference_context_parallel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: KVPolicy,
+    context: ContextParallel,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """As :func:`sdpa_context_parallel`, with one dense mask over global positions and plain autograd."""
+    copies, rows, _, heads, width = query.shape
+    repeat, groups, size = policy.repeat, key.size(3), context.size
+    scale = width**-0.5 if scale is None else scale
+    length = rows * size
+    slices = [policy.context_parallel_slices(length, size, rank) for rank in range(size)]
+    mine = [n for part in slices[context.rank] for n in part]
+    everyone = [n for parts in slices for part in parts for n in part]
+    originals = torch.stack([key[0], value[0]]).transpose(1, 2)  # [2, b, s_rank, g, d]
+    gathered = _GatherOriginals.apply(originals.contiguous(), context)  # [size, 2, b, s_rank, g, d]
+    keys = [gathered.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)]  # [2, b, s, g, d]
+    position, copy = [everyone], [[1] * length]
+    if repeat > 1:
+        halos = policy.halos(length, size)
+        hidden = torch.stack([key[1:], value[1:]]).permute(0, 3, 2, 1, 4, 5)  # [2, b, s_rank, i, g, d]
+        hidden, *near = _FetchHalos.apply(hidden.contiguous(), halos, context)
+        held = [(hidden, mine)]
+        for halo in halos:
+            if halo.receiver == context.rank != halo.sender:
+                held.append((near[0 if halo.slice == context.rank else 1], list(halo.positions)))
+        for tensor, places in held:
+            keys.append(tensor.flatten(2, 3))
+            position.append([n for n in places for _ in range(repeat - 1)])
+            copy.append(list(range(2, repeat + 1)) * len(places))
+    device = query.device
+    key_position, key_copy = (torch.tensor([*chain(*lists)], device=device) for lists in (position, copy))
+    query_position = torch.tensor(mine, device=device).repeat(copies)[:, None]
+    query_copy = torch.arange(repeat - copies + 1, repeat + 1, device=device).repeat_interleave(rows)[:, None]
+    mask = policy.visible(query_position, query_copy, key_position, key_copy)  # [Kq*s_rank, keys]
+    all_keys, all_values = torch.cat(keys, 2)  # [b, keys, g, d]
+    q = query.flatten(0, 1).unflatten(2, (groups, heads // groups))  # [Kq*s_rank, b, g, r, d]
+    scores = torch.einsum("qbgrd,bkgd->bgrqk", q, all_keys) * scale
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bgrqk,bkgd->qbgrd", weights, all_values).reshape(query.shape)
+
+
+class _GatherOriginals(torch.autograd.Function):
+    """``[2, ...]`` of every rank, by rank; the gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, context: ContextParallel) -> Tensor:
+        ctx.context = context
+        result = own.new_empty(context.size, *own.shape)
+        result[context.rank] = own
+        for sources, kv in Originals(own, context):
+            result[sources.start : sources.stop] = kv
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        context, homeward = ctx.context, OriginalGradients(ctx.context)
+        for step in range(1, context.size):  # the order of a ring
+            source = (context.rank - step) % context.size
+            homeward.add(range(source, source + 1), grad[source : source + 1])
+        return homeward.total(grad[context.rank].contiguous()), None
+
+
+class _FetchHalos(torch.autograd.Function):
+    """``hidden`` itself and what :class:`HaloKeys` brings for both slices.
+
+    Gradients go back to where the positions are held. ``hidden`` passes through, so that the backward of a rank that
+    sees no halo runs all the same and receives what others found.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, halos: Any, context: ContextParallel) -> tuple[Tensor, ...]:
+        ctx.halos, ctx.context = halos, context
+        return hidden.clone(), *(x.clone() for x in HaloKeys(hidden, halos, context).wait())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, own: Tensor, *near: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = own.clone(memory_format=torch.contiguous_format)
+        HaloGradients(near, ctx.halos, ctx.context).add_to(gradient)
+        return gradient, None, None

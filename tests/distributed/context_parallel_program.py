@@ -1,0 +1,160 @@
+"""Context-parallel attention on real process groups, against the same attention on one rank.
+
+Runs under torchrun with the names of what to do: ``cases`` compares outputs, all gradients and bytes sent, ``halves``
+does so in bfloat16, ``broken`` takes parts away, ``overlap`` prints a trace of the ring.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from datetime import timedelta
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phd_megatron.kernels.phd_attention import COMM_TYPES, ContextParallel, phd_attention
+from phd_megatron.phd.kv_policy import KVPolicy
+
+BATCH, GROUPS, RATIO, WIDTH = 2, 2, 2, 8
+SLICE = 12  # tokens of one of the 2 * size slices
+# vanilla, plain PHD, chunks that divide a slice, chunks that do not, a window as long as it may be, no chunks
+POLICIES = (
+    KVPolicy(1),
+    KVPolicy(2, 1),
+    KVPolicy(3, 5, 4),
+    KVPolicy(2, 16, 12),
+    KVPolicy(2, 4, 8),
+    KVPolicy(3, 6, 7),
+    KVPolicy(3, 40, 5),
+    KVPolicy(2, SLICE + 1, 24),
+    KVPolicy(3, SLICE + 1),
+    KVPolicy(2, 6),
+    KVPolicy(5, 3, 18),
+)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+def draw(policy: KVPolicy, length: int, query_copies: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key, value and incoming gradient of the whole sequence, equal on all ranks."""
+    generator = torch.Generator().manual_seed(7)
+
+    def one(copies: int, heads: int) -> Tensor:
+        return torch.randn(copies, length, BATCH, heads, WIDTH, generator=generator, dtype=torch.float64)
+
+    heads = GROUPS * RATIO
+    return one(query_copies, heads), one(policy.repeat, GROUPS), one(policy.repeat, GROUPS), one(query_copies, heads)
+
+
+def attend(inputs: tuple[Tensor, ...], grad: Tensor, policy: KVPolicy, **options: object) -> list[Tensor]:
+    """Output, then the gradients of query, key and value."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = phd_attention(*leaves, policy, **options)  # type: ignore[arg-type]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def case(policy: KVPolicy, backend: str, comm_type: str, dtype: torch.dtype, query_copies: int) -> float:
+    """Worst relative error on this rank; bytes are checked against the formula."""
+    group = dist.group.WORLD
+    size, rank = dist.get_world_size(), dist.get_rank()
+    length = 2 * size * SLICE
+    *inputs, grad = draw(policy, length, query_copies)
+    expected = attend(tuple(inputs), grad, policy, backend="reference")
+    mine = torch.tensor([n for part in policy.context_parallel_slices(length, size, rank) for n in part])
+    local = [x[:, mine].to(dtype) for x in (*inputs, grad)]
+    context = ContextParallel(group, comm_type)
+    found = attend(tuple(local[:3]), local[3], policy, backend=backend, context=context)
+    worst = 0.0
+    for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        assert a.dtype is dtype
+        floor = 1e-3 * float(grad.norm())
+        error = float((a.double() - b[:, mine]).norm()) / max(float(b[:, mine].norm()), floor)
+        assert error <= TOLERANCE[dtype], f"{policy.name} {backend} {comm_type} {dtype}: {name} off by {error:.1e}"
+        worst = max(worst, error)
+    traffic = policy.context_parallel_traffic(length, size, rank)
+    entry = 2 * BATCH * GROUPS * WIDTH * dtype.itemsize
+    fetched_again = traffic.originals if backend == "sdpa" else 0  # the plain path keeps the whole sequence
+    formula = (traffic.forward + traffic.backward - traffic.originals + fetched_again) * entry
+    sent = sum(context.sent.values())
+    assert sent == formula, f"{policy.name} {comm_type}: sent {sent} bytes, the formula says {formula}"
+    assert context.sent["halo"] == traffic.halo_sent * entry
+    assert context.sent["halo_gradient"] == traffic.halo_returned * entry
+    return worst
+
+
+def cases() -> None:
+    """Every policy, backend and way of exchange."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    for policy in POLICIES:
+        errors = []
+        for backend, comm_type, dtype in itertools.product(
+            ("sdpa", "reference"), COMM_TYPES, (torch.float64, torch.float32)
+        ):
+            for query_copies in {policy.repeat, 1}:
+                errors.append(case(policy, backend, comm_type, dtype, query_copies))
+        traffic = policy.context_parallel_traffic(2 * size * SLICE, size, rank)
+        vanilla = KVPolicy(1).context_parallel_traffic(2 * size * SLICE, size, rank)
+        assert traffic.originals == vanilla.originals
+        print(f"OK rank {rank} {policy.name}: worst {max(errors):.1e}, {traffic}\n", end="", flush=True)
+
+
+def halves() -> None:
+    """bfloat16: the merges run in float32."""
+    for policy, comm_type in itertools.product((KVPolicy(1), KVPolicy(3, 6, 7)), COMM_TYPES):
+        case(policy, "sdpa", comm_type, torch.bfloat16, policy.repeat)
+    print("OK bfloat16", flush=True)
+
+
+def no_halo(policy: KVPolicy, slice_start: int) -> int:
+    return 0
+
+
+def every_source_is_earlier(rank: int, source: int) -> tuple[int, int]:
+    """What contiguous slices would allow: all of the ranks before, for all queries."""
+    return (0, 2) if source < rank else (1, 1)
+
+
+def broken() -> None:
+    """Without the halo, or with blocks that do not follow zigzag order, the numbers are wrong."""
+    for name, change in (
+        ("halo", mock.patch.object(KVPolicy, "halo", no_halo)),
+        ("zigzag", mock.patch.object(KVPolicy, "original_block", staticmethod(every_source_is_earlier))),
+    ):
+        wrong = torch.zeros(1)
+        with change:
+            try:
+                case(KVPolicy(2, 6), "sdpa", "all_gather", torch.float64, 2)
+            except AssertionError as error:
+                assert "off by" in str(error), error
+                wrong += 1
+        dist.all_reduce(wrong)
+        if dist.get_rank() == 0:
+            print(f"without {name}: wrong on {int(wrong)} ranks", flush=True)
+
+
+def overlap() -> None:
+    """Trace of a longer pass around the ring, forward and backward."""
+    size = dist.get_world_size()
+    policy, length = KVPolicy(2, 16, 32), 2 * size * 256
+    rows = torch.tensor([n for part in policy.context_parallel_slices(length, size, dist.get_rank()) for n in part])
+    *inputs, grad = (x[:, rows].float() for x in draw(policy, length, policy.repeat))
+    context = ContextParallel(dist.group.WORLD, "p2p", trace=[])
+    out = phd_attention(*[x.requires_grad_() for x in inputs], policy, backend="sdpa", context=context)
+    forward, context.trace = context.trace or [], []
+    out.backward(grad)
+    if dist.get_rank() == 0:
+        for name, events in (("forward", forward), ("backward", context.trace)):
+            for event in events:
+                milliseconds = 1e3 * (event.seconds - events[0].seconds)
+                print(f"TRACE {name} {event.what} {event.step} {milliseconds:.2f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    for part in sys.argv[1:]:
+        {"cases": cases, "halves": halves, "broken": broken, "overlap": overlap}[part]()
+    dist.barrier()
+    dist.destroy_process_group()

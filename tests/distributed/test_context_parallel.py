@@ -1,0 +1,34 @@
+"""Context-parallel attention over gloo process groups, started by torchrun."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "context_parallel_program.py"
+Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_outputs_gradients_and_bytes(torchrun: Launcher, ranks: int) -> None:
+    output = torchrun(ranks, PROGRAM, "cases", "halves", timeout=300).stdout
+    lines = re.findall(r"OK rank \d+ (\S+): .*", output)
+    assert len(lines) == 11 * ranks and {"vanilla", "PHD-2", "PHD-SWA-2-6-inf", "PHD-CSWA-3-6-7"} <= set(lines)
+    assert output.count("OK bfloat16") == ranks
+
+
+def test_parts_that_must_not_go_missing_and_overlap(torchrun: Launcher) -> None:
+    output = torchrun(3, PROGRAM, "broken", "overlap", timeout=300).stdout
+    print(output)
+    for name in ("halo", "zigzag"):
+        wrong = re.search(rf"without {name}: wrong on (\d) ranks", output)
+        assert wrong and int(wrong[1]) >= 1
+    for direction in ("forward", "backward"):
+        events = re.findall(rf"TRACE {direction} (\w+) (\d)", output)
+        # Each transfer is under way before the block already there is computed, and waited for only afterwards.
+        expected = ["start 1", "compute 0", "wait 1", "arrived 1", "start 2", "compute 1", "wait 2", "arrived 2"]
+        assert [" ".join(event) for event in events] == [*expected, "compute 2"]
