@@ -240,6 +240,8 @@ def test_damaged_files_and_settings_are_named(make_checkpoint, tmp_path):
     (source / "iter_0000100" / "run_config.yaml").unlink()
     with pytest.raises(UserError, match=r"run_config.yaml is missing"):
         export_checkpoint(source, tmp_path / "hf")
+    with pytest.raises(UserError, match=r"num_moe_experts=4: models with experts cannot be exported"):
+        export_checkpoint(make_checkpoint("experts", transformer={"num_moe_experts": 4}), tmp_path / "hf")
     with pytest.raises(UserError, match=r"softmax_scale=0.5"):
         export_checkpoint(make_checkpoint("scaled", transformer={"softmax_scale": 0.5}), tmp_path / "hf")
     with pytest.raises(UserError, match=r"tokenizer .* has 257 tokens, the model 200"):

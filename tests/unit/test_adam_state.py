@@ -81,3 +81,14 @@ def test_sharded_groups_get_the_step_alone() -> None:
     adapt(saved, trained(0))
     assert [group["step"] for group in saved["optimizer"]["param_groups"]] == [5, 5]
     assert "state" not in saved["optimizer"] and saved["param_state"] == {0: {"exp_avg": 1}}
+
+
+def test_a_rank_without_parameters_takes_the_chains_step() -> None:
+    """A pipeline stage without experts writes the step 0 for them; megatron asks every optimizer for one."""
+    empty = torch_adamw()([{"params": []}], lr=0.1)
+    assert [float(state["step"]) for state in empty.state_dict()["state"].values()] == [0.0]
+    empty.load_state_dict(empty.state_dict())
+    assert len(empty.state) == 0
+    saved = {0: {"optimizer": {"param_groups": [{"step": 3}]}}, 1: {"optimizer": {"param_groups": [{"step": 0}]}}}
+    adapt(saved, trained(0))
+    assert [part["optimizer"]["param_groups"][0]["step"] for part in saved.values()] == [3, 3]

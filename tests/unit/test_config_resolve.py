@@ -369,7 +369,10 @@ def test_printed_form_shows_every_field_and_its_origin() -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.stem)
 def test_examples_are_valid(path: Path) -> None:
-    resolve(load_run_config(["--config", str(path), "--save", "x"], transformer_fields={}).config)
+    from phd_megatron.model.transformer_config import transformer_field_types
+
+    argv = ["--config", str(path), "--save", "x"]
+    resolve(load_run_config(argv, transformer_fields=transformer_field_types()).config)
 
 
 def test_the_examples_are_found() -> None:

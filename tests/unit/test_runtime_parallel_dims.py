@@ -33,6 +33,7 @@ def test_data_parallel_size_is_what_remains():
     found = dims(8, tp=2, pp=2)
     assert (found.dp, found.model_parallel, found.split.chunks) == (2, 4, 2)
     assert found.describe() == "TP 2, PP 2, DP 2"
+    assert dims(4, tp=2, sp=True, ep=2, etp=1).describe() == "TP 2, EP 2, ETP 1, SP, DP 2"
 
 
 def test_valid_layout_passes():
@@ -89,6 +90,16 @@ def test_sizes_that_do_not_fit(world_size, parallel, message):
         ({"ep": 2}, {}, "the model has no experts"),
         ({"ep": 4}, {"transformer": {"num_moe_experts": 6}}, "num_moe_experts 6"),
         ({"tp": 2}, {"transformer": {"num_moe_experts": 4}}, "need sequence_parallel"),
+        (
+            {"tp": 2, "sp": True},
+            {"transformer": {"num_moe_experts": 4, "moe_ffn_hidden_size": 25}},
+            "moe_ffn_hidden_size 25 is not divisible by expert_tensor_parallel_size 2; use 26",
+        ),
+        (
+            {"tp": 4, "sp": True, "etp": 1},
+            {"transformer": {"num_moe_experts": 4, "moe_shared_expert_intermediate_size": 6}},
+            "moe_shared_expert_intermediate_size 6 is not divisible by tensor_model_parallel_size 4; use 8",
+        ),
     ],
 )
 def test_models_that_do_not_fit(parallel, changes, message):
