@@ -175,6 +175,22 @@ def test_wrong_and_damaged_checkpoints_are_named(tensor_parallel: Any, tmp_path:
     assert "has shape" in wider and "(64," in wider and "another architecture" in wider
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", "tokenizer/tokenizer.json"])
+def test_a_flipped_byte_ends_all_ranks_whichever_read_the_file(
+    torchrun: Any, tensor_parallel: Any, tmp_path: Path, name: str
+) -> None:
+    """The files are divided over the ranks, so a rank learns of some from another one."""
+    copy = shutil.copytree(tensor_parallel[0], tmp_path / "save") / "iter_0000002" / name
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    copy.write_bytes(content)
+    done = torchrun(2, PROGRAM, "--tp", 2, "--steps", 4, "--load", tmp_path / "save", check=False, env=QUIET)
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert errors and all(f"{copy} is damaged" in line for line in errors), done.stdout
+    assert "RESULT" not in done.stdout and "loaded checkpoint" not in done.stdout
+
+
 @pytest.mark.parametrize("precision", [(), ("--bf16",)], ids=["fp32", "bf16"])
 def test_optimizer_states_move_between_the_distributed_and_the_plain_optimizer(
     tmp_path: Path, precision: tuple[str, ...]
