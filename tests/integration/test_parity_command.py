@@ -91,3 +91,33 @@ def test_bad_input_is_refused(config: Path, words: list[str], message: str) -> N
     done = run_program("parity", "--config", config, *words)
     assert done.returncode == 2, done.stdout
     assert message in done.stdout and "Traceback" not in done.stdout
+
+
+def test_a_process_keeps_no_model_of_the_run_before(config: Path, tmp_path: Path) -> None:
+    """Many runs share a process here: one that stays would take its memory and its process groups' threads along."""
+    script = tmp_path / "twice.py"
+    words = ["--config", str(config), "--tensor-model-parallel-size", "1", "--save", "null", "--load", "null"]
+    words += ["--save-interval", "null", "--train-iters", "1", "--eval-iters", "0", "--lr-warmup-iters", "0"]
+    script.write_text(
+        f"""
+import gc, os
+from phd_megatron.cli import pretrain
+
+for _ in range(2):
+    pretrain.run({[*words, "--metrics-file", str(tmp_path / "metrics.jsonl")]!r})
+    gc.collect()
+    kept = [type(x).__name__ for x in gc.get_objects() if type(x).__name__ in ("PHDGPTModel", "DistributedOptimizer")]
+    print("KEPT", kept)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env=program_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("KEPT")] == ["KEPT []"] * 2, done.stdout
