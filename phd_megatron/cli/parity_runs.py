@@ -30,8 +30,8 @@ from phd_megatron.training.parity_layouts import SINGLE, Layout, microbatches
 #: the program of a rank, as torchrun takes it
 WORKER = ("-m", "phd_megatron.cli.parity_worker")
 #: Adam's first update is g / (|g| + eps). With the usual 1e-8 it turns the rounding error of a gradient of that size,
-#: which any other order of summation changes, into an update of the size of the learning rate, and the steps that follow
-#: compare noise.
+#: which any other order of summation changes, into an update of the size of the learning rate, and later steps compare
+#: noise.
 ADAM_EPS = 1e-5
 Log = Callable[[str], None]
 
