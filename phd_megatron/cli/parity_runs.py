@@ -29,6 +29,10 @@ from phd_megatron.training.parity_layouts import SINGLE, Layout, microbatches
 
 #: the program of a rank, as torchrun takes it
 WORKER = ("-m", "phd_megatron.cli.parity_worker")
+#: Adam's first update is g / (|g| + eps). With the usual 1e-8 it turns the rounding error of a gradient of that size,
+#: which any other order of summation changes, into an update of the size of the learning rate, and later steps compare
+#: noise.
+ADAM_EPS = 1e-5
 Log = Callable[[str], None]
 
 
@@ -118,7 +122,8 @@ def run_parity(
 def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     """``base`` as a run of a few steps that touches none of its files, with the same batches in all layouts.
 
-    The learning rate is constant, so that every step changes the parameters.
+    The learning rate is constant, so that every step changes the parameters, and Adam's epsilon at least
+    :data:`ADAM_EPS`.
     """
     config = copy.deepcopy(base)
     config.checkpoint, config.logging = CheckpointConfig(), LoggingConfig(log_interval=1, progress="off")
@@ -136,7 +141,8 @@ def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     own = config.optimizer
     config.optimizer = type(own)(
         **{name: getattr(own, name) for name in ("lr", "weight_decay", "decay_norms", "clip_grad")},
-        **{name: getattr(own, name) for name in ("adam_beta1", "adam_beta2", "adam_eps")},
+        **{name: getattr(own, name) for name in ("adam_beta1", "adam_beta2")},
+        adam_eps=max(own.adam_eps, ADAM_EPS),
         lr_decay_style="constant",
     )
     config.data.data_horizon_samples = None
