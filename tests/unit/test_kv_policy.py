@@ -194,7 +194,7 @@ def test_slices_that_cannot_be_exact_are_refused_with_the_numbers() -> None:
         with pytest.raises(ValueError, match=r"phd_window=10 .*8 tokens; use a window of at most 9"):
             KVPolicy(2, 10).context_parallel_slices(48, 3, rank)
     assert KVPolicy(2, 9).context_parallel_slices(48, 3, 0)
-    with pytest.raises(ValueError, match="use 6$"):
+    with pytest.raises(ValueError, match=r"use 6$"):
         KVPolicy(1).context_parallel_slices(2, 3, 0)
     assert KVPolicy(1, 10).context_parallel_slices(48, 3, 0), "nothing is hidden in a vanilla model"
     with pytest.raises(ValueError, match="rank 3"):
