@@ -60,6 +60,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], dict[str, object]]] = {
     "cp2+dp2+no-distopt": (4, ("swa",), CP2 | P2P | {"no-use-distributed-optimizer": True}),
 }
 BROKEN = {"halo": "swa", "zigzag": "vanilla", "loss": "vanilla"}
+SAVED = "swa"  #: saved after two steps with CP2, continued under each of these with four ranks
+CONTINUED = {"cp4": CP4 | P2P, "cp2+tp2": CP2 | TP2, "dp4": {}}
 PAIRS = [(layout, model) for layout, (_, models, _) in LAYOUTS.items() if layout != "single" for model in models]
 
 
@@ -106,6 +108,14 @@ def results(
             for what, model in BROKEN.items():
                 name = f"without-{what}"
                 cases.append((f"{name}/{model}", what, arguments(documents, root / name / model, model, CP2)))
+            saving = {**CP2, "save": str(root / "saved"), "exit-interval": 2}
+            cases.append(("saved", None, arguments(documents, root / "half", SAVED, saving)))
+        if world_size == 4:
+            for layout, options in CONTINUED.items():
+                name = f"continued-{layout}"
+                words = arguments(documents, root / name, SAVED, {**options, "load": str(root / "saved")})
+                words[words.index("--micro-batch-size") + 1] = "1"
+                cases.append((name, None, words))
         path = root / f"cases{world_size}.json"
         path.write_text(json.dumps(cases), encoding="utf-8")
         program = Path(__file__).parent / "context_parallel_cases.py"
@@ -150,6 +160,19 @@ def test_what_is_left_out_shows(results: Results, what: str) -> None:
     worst = max(errors.values())
     print(f"without {what}: worst gradient off by {worst:.1e}")
     assert worst > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", CONTINUED)
+def test_a_checkpoint_continues_under_another_layout(results: Results, layout: str) -> None:
+    """Same samples, parameters and optimizer states: step 3 is that of the run that was never stopped."""
+    whole = read_metrics(results.root / "single" / SAVED / "metrics.jsonl")
+    half = read_metrics(results.root / "half" / "metrics.jsonl")
+    rest = read_metrics(results.root / f"continued-{layout}" / "metrics.jsonl")
+    assert [m["iteration"] for m in (*half, *rest)] == [1, 2, 3]
+    for found, expected in zip((*half, *rest), whole, strict=True):
+        for name in ("consumed_samples", "lm_loss", "grad_norm", "learning_rate"):
+            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE), name
+    assert rest[0]["validation_loss"] == pytest.approx(whole[2]["validation_loss"], rel=TOLERANCE)
 
 
 def sent_bytes(printed: str) -> dict[int, dict[str, int]]:
