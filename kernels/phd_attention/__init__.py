@@ -13,10 +13,11 @@ from torch import Tensor
 from phd_megatron.errors import UserError
 from phd_megatron.phd.kv_policy import KVPolicy
 
+from .causal import causal_kernel
 from .context_parallel import reference_context_parallel, sdpa_context_parallel
 from .exchange import COMM_TYPES, ContextParallel
 from .reference import reference_attention
-from .sdpa import causal_kernel, sdpa_attention
+from .sdpa import sdpa_attention
 
 BACKENDS = {"reference": reference_attention, "sdpa": sdpa_attention}
 CONTEXT_PARALLEL = {"reference": reference_context_parallel, "sdpa": sdpa_context_parallel}

@@ -25,8 +25,10 @@ from torch.nn.functional import pad
 
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from . import sdpa
+from .causal import CausalKernel, Extra, Three, causal_kernel
 from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
+from .folding import as_heads, as_rows, fold_keys, fold_queries, unfold_keys, unfold_queries
+from .local import Blocks, local_backward, local_forward, local_plan
 
 
 def sdpa_context_parallel(
@@ -60,20 +62,20 @@ def sdpa_context_parallel(
 class _Call(NamedTuple):
     """One forward of a kernel, as its backward needs it."""
 
-    kernel: sdpa.CausalKernel
+    kernel: CausalKernel
     causal: bool
-    extra: sdpa.Extra
+    extra: Extra
     padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
 
     @classmethod
     def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, _Call]:
         """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
-        kernel, _ = sdpa.causal_kernel(q.device, q.dtype, q.size(-1), causal)
+        kernel, _ = causal_kernel(q.device, q.dtype, q.size(-1), causal)
         out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
         rows = q.size(2)
         return out, lse[..., :rows].contiguous(), cls(kernel, causal, extra, lse.size(-1) - rows)
 
-    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> sdpa.Three:
+    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Three:
         """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
         lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
         return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
@@ -92,31 +94,27 @@ class _ContextParallelAttention(torch.autograd.Function):
     ) -> Tensor:
         copies, rows, batch, _, _ = query.shape
         shape = _Shape(policy, context, rows)
-        own = torch.stack([sdpa._fold_keys(x[:1]).squeeze(2) for x in (key, value)])  # [2, G, s_rank, d]
+        own = torch.stack([fold_keys(x[:1]).squeeze(2) for x in (key, value)])  # [2, G, s_rank, d]
         originals = Originals(own, context)
         hidden = near = None
         if policy.repeat > 1:
-            hidden = torch.stack([sdpa._fold_keys(x[1:]) for x in (key, value)])  # [2, G, s_rank, i, d]
+            hidden = torch.stack([fold_keys(x[1:]) for x in (key, value)])  # [2, G, s_rank, i, d]
             halo = HaloKeys(hidden, shape.halos, context)
-        q_rows = sdpa._fold(query, key.size(3))  # [G, s_rank, Kq, r, d]
-        q = sdpa._heads(q_rows)  # [G, Kq*r, s_rank, d]
+        q_rows = fold_queries(query, key.size(3))  # [G, s_rank, Kq, r, d]
+        q = as_heads(q_rows)  # [G, Kq*r, s_rank, d]
         context.note("compute", 0)
         out, lse, call = _Call.run(q, own.unsqueeze(2), scale, causal=True)
         calls = [call]
         out = out.to(torch.promote_types(q.dtype, torch.float32))
         if hidden is not None:
             near = halo.wait()
-            out_rows, lse_rows = sdpa._rows(out, copies), sdpa._rows(lse, copies)
+            out_rows, lse_rows = as_rows(out, copies), as_rows(lse, copies)
             for index, part in enumerate(shape.parts):
                 where = shape.hidden_queries(index, copies)
                 keys, values = torch.cat([near[index], hidden[:, :, part]], 2)  # [G, halo + s_rank/2, i, d]
                 plan = shape.plan(index, near[index].size(2))
                 q_part = q_rows[where]
-                found, total, top = (
-                    sdpa._token_forward(q_part, keys, values, scale)
-                    if plan is None
-                    else sdpa._block_forward(q_part, keys, values, plan, scale)
-                )
+                found, total, top = local_forward(q_part, keys, values, plan, scale)
                 _merge(out_rows[where], lse_rows[where], found / total, (total.log() + top).squeeze(-1))
         for step, (sources, kv) in enumerate(originals, start=1):
             context.note("compute", step)
@@ -124,7 +122,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             found, found_lse, call = _Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
             calls.append(call)
             _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
-        result = sdpa._unfold(sdpa._rows(out.to(q.dtype), copies), batch)
+        result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
         ctx.save_for_backward(q, own, result, lse, hidden, *(near or ()))
         ctx.shape, ctx.calls, ctx.context, ctx.scale = shape, calls, context, scale
         return result
@@ -137,8 +135,8 @@ class _ContextParallelAttention(torch.autograd.Function):
         copies, _, batch, _, _ = result.shape
         groups = own.size(1) // batch
         originals, homeward = Originals(own, context), OriginalGradients(context)
-        out_rows, grad_rows = sdpa._fold(result, groups), sdpa._fold(grad, groups)
-        out, gradient = sdpa._heads(out_rows), sdpa._heads(grad_rows)
+        out_rows, grad_rows = fold_queries(result, groups), fold_queries(grad, groups)
+        out, gradient = as_heads(out_rows), as_heads(grad_rows)
         context.note("compute", 0)
         dq, dk, dv = calls[0].backward(gradient, q, own.unsqueeze(2), out, lse, scale)
         accumulate = torch.promote_types(q.dtype, torch.float32)
@@ -151,12 +149,10 @@ class _ContextParallelAttention(torch.autograd.Function):
                 halo = near[index].size(2)
                 plan = shape.plan(index, halo)
                 delta = (grad_rows[where].to(accumulate) * out_rows[where].to(accumulate)).sum(-1, keepdim=True)
-                total = sdpa._rows(lse, copies)[where].unsqueeze(-1)
-                inputs = (grad_rows[where], sdpa._rows(q, copies)[where], keys, values, total, delta)
-                more, *rest = (
-                    sdpa._token_backward(*inputs, scale) if plan is None else sdpa._block_backward(*inputs, plan, scale)
-                )
-                sdpa._rows(dq, copies)[where] += more
+                total = as_rows(lse, copies)[where].unsqueeze(-1)
+                inputs = (grad_rows[where], as_rows(q, copies)[where], keys, values, total, delta)
+                more, *rest = local_backward(*inputs, plan, scale)
+                as_rows(dq, copies)[where] += more
                 both = torch.stack([x.to(q.dtype) for x in rest])  # [2, G, halo + s_rank/2, i, d]
                 dnear.append(both[:, :, :halo])
                 dhidden.append(both[:, :, halo:])
@@ -174,8 +170,8 @@ class _ContextParallelAttention(torch.autograd.Function):
             gathered = torch.cat(dhidden, 2)
             returning.add_to(gathered)
             both = torch.cat([doriginals, gathered], 3)  # [2, G, s_rank, K, d]
-        dkey, dvalue = (sdpa._unfold_keys(x, batch) for x in both)
-        return sdpa._unfold(sdpa._rows(dq.to(q.dtype), copies), batch), dkey, dvalue, None, None, None
+        dkey, dvalue = (unfold_keys(x, batch) for x in both)
+        return unfold_queries(as_rows(dq.to(q.dtype), copies), batch), dkey, dvalue, None, None, None
 
 
 class _Shape:
@@ -188,9 +184,9 @@ class _Shape:
         self.halos = policy.halos(length, context.size)
         self.parts = (slice(0, self.half), slice(self.half, rows))  # rows of the two slices
 
-    def plan(self, index: int, halo: int) -> sdpa._Blocks | None:
+    def plan(self, index: int, halo: int) -> Blocks | None:
         """How part (b) of one slice is cut up."""
-        return sdpa._plan(self.policy, self.half, self.slices[index].start, halo)
+        return local_plan(self.policy, self.half, self.slices[index].start, halo)
 
     def hidden_queries(self, index: int, copies: int) -> tuple[slice, slice, slice]:
         """Rows and copies of the hidden queries of one slice in a ``[G, s_rank, Kq, ...]`` tensor."""

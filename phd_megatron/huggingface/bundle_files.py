@@ -7,6 +7,7 @@ from pathlib import Path
 
 import phd_megatron.kernels
 
+_ATTENTION = ("reference.py", "sdpa.py", "causal.py", "local.py", "folding.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -26,8 +27,7 @@ def bundle_files() -> dict[str, Path]:
         **own,
         "kv_policy.py": _PACKAGE / "phd" / "kv_policy.py",
         "norm_schemes.py": _PACKAGE / "norm" / "schemes.py",
-        "reference.py": _kernel("phd_attention/reference.py"),
-        "sdpa.py": _kernel("phd_attention/sdpa.py"),
+        **{name: _kernel(f"phd_attention/{name}") for name in _ATTENTION},
     }
 
 

@@ -157,7 +157,8 @@ def generate_text(
     seconds = time.perf_counter() - began
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Continuation(text, length, len(tokens), seconds, **_cache_size(model, result.past_key_values))
+    cache = result["cache" if "cache" in result else "past_key_values"]  # renamed in transformers 5.24
+    return Continuation(text, length, len(tokens), seconds, **_cache_size(model, cache))
 
 
 def _cache_size(model: Any, cache: Any) -> dict[str, int]:

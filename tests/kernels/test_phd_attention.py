@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, choose_backend, phd_attention, sdpa
+from phd_megatron.huggingface.bundle_files import bundle_files
+from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, causal, choose_backend, phd_attention, sdpa
 from phd_megatron.phd.kv_policy import KVPolicy
 
 REPEATS = (1, 2, 3, 5)
@@ -177,7 +178,7 @@ def test_one_copy_costs_one_operator_call(monkeypatch: pytest.MonkeyPatch) -> No
     def forbidden(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("part (b) ran for a vanilla model")
 
-    for name in ("_plan", "_merge", "_fold", "_fold_keys", "_block_forward", "_token_forward"):
+    for name in ("_merge", "fold_queries", "fold_keys", "local_plan", "local_forward", "local_backward"):
         monkeypatch.setattr(sdpa, name, forbidden)
     query, key, value, grad = make(KVPolicy(1), 33)
     run(phd_attention, (query, key, value), grad, KVPolicy(1))
@@ -236,16 +237,16 @@ def test_expanded_gradient_and_single_head() -> None:
 
 @pytest.fixture
 def fresh_choice():  # type: ignore[no-untyped-def]
-    sdpa._causal_kernel.cache_clear()
+    causal._causal_kernel.cache_clear()
     yield
-    sdpa._causal_kernel.cache_clear()
+    causal._causal_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("fault", ["missing forward", "missing backward", "wrong", "no groups"])
 def test_plain_path_when_the_private_operators_are_not_there(
     fault: str, monkeypatch: pytest.MonkeyPatch, fresh_choice: None
 ) -> None:
-    genuine = sdpa._aten
+    genuine = causal._aten
 
     def aten(name: str):  # type: ignore[no-untyped-def]
         if fault == "missing backward" and not name.endswith("_backward"):
@@ -256,8 +257,8 @@ def test_plain_path_when_the_private_operators_are_not_there(
             raise RuntimeError("number of heads in query/key/value should match")
         return genuine(name + "_that_this_torch_lacks")
 
-    monkeypatch.setattr(sdpa, "_aten", aten)
-    assert sdpa.causal_kernel(torch.device("cpu"), torch.float64, WIDTH)[0] is sdpa.PLAIN
+    monkeypatch.setattr(causal, "_aten", aten)
+    assert causal.causal_kernel(torch.device("cpu"), torch.float64, WIDTH)[0] is causal.PLAIN
     assert "cpu flash not used" in choose_backend("cpu", torch.float64, WIDTH)[1]
     for policy in (KVPolicy(1), KVPolicy(3, 4, 8), KVPolicy(2, 1), KVPolicy(2, 16)):
         *inputs, grad = make(policy, 33, ratio=3)
@@ -269,20 +270,20 @@ def test_operators_are_not_even_tried_outside_their_limits(monkeypatch: pytest.M
     def forbidden(name: str) -> None:
         raise AssertionError(f"{name} was called")
 
-    monkeypatch.setattr(sdpa, "_aten", forbidden)
+    monkeypatch.setattr(causal, "_aten", forbidden)
     for kernel, dtype, width in (
-        (sdpa.CUDNN, torch.float32, 64),
-        (sdpa.CUDNN, torch.bfloat16, 256),
-        (sdpa.CUDA_FLASH, torch.float16, 36),
-        (sdpa.EFFICIENT, torch.float64, 64),
+        (causal.CUDNN, torch.float32, 64),
+        (causal.CUDNN, torch.bfloat16, 256),
+        (causal.CUDA_FLASH, torch.float16, 36),
+        (causal.EFFICIENT, torch.float64, 64),
     ):
-        problem = sdpa._probe(kernel, torch.device("cpu"), dtype, width)
+        problem = causal._probe(kernel, torch.device("cpu"), dtype, width)
         assert problem is not None and f"head dimension {width}" in problem
 
 
 def test_plain_path_over_several_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "PLAIN_ROWS", 10)
-    monkeypatch.setattr(sdpa, "causal_kernel", lambda *_: (sdpa.PLAIN, "test"))
+    monkeypatch.setattr(causal, "PLAIN_ROWS", 10)
+    monkeypatch.setattr(sdpa, "causal_kernel", lambda *_: (causal.PLAIN, "test"))
     policy = KVPolicy(2, 4, 8)
     *inputs, grad = make(policy, 33)
     found = run(BACKENDS["sdpa"], tuple(inputs), grad, policy)
@@ -355,15 +356,17 @@ def test_table_for_doctor() -> None:
 
 def test_parts_work_as_flat_files_without_the_package(tmp_path: Path) -> None:
     """They ship next to kv_policy.py inside an exported model."""
-    for module in (sdpa, sys.modules[BACKENDS["reference"].__module__], sys.modules[KVPolicy.__module__]):
-        assert module.__file__ is not None
-        shutil.copy(module.__file__, tmp_path)
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    for name, source in bundle_files().items():
+        if not name.endswith("_phd.py"):
+            shutil.copy(source, exported / name)
     program = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import torch
-from kv_policy import KVPolicy
-from reference import reference_attention
-from sdpa import sdpa_attention
+from exported.kv_policy import KVPolicy
+from exported.reference import reference_attention
+from exported.sdpa import sdpa_attention
 q, k, v = torch.randn(3, 2, 9, 1, 2, 4, dtype=torch.float64)
 p = KVPolicy(2, 3, 4)
 assert torch.allclose(sdpa_attention(q, k, v, p), reference_attention(q, k, v, p), rtol=1e-12)

@@ -26,7 +26,7 @@ class PHDConfig(PreTrainedConfig):
     """
 
     model_type = "phd_transformer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a plain list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers reads a plain list)
 
     vocab_size: int = 32000
     hidden_size: int = 2048

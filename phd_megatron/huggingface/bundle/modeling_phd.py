@@ -8,6 +8,8 @@ compute.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -21,6 +23,9 @@ from .cache_phd import PHDCache
 from .configuration_phd import PHDConfig
 from .norm_schemes import BlockNorm, norm_plan
 from .rows_phd import LayerRows, StepRows, kept_slots
+
+# transformers 5.24 calls the cache `cache`, in arguments and outputs; earlier versions, `past_key_values`.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class PHDRMSNorm(nn.Module):
@@ -135,11 +140,11 @@ class PHDDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(block.mlp.input_norm)
         self.mlp_output_layernorm = norm(block.mlp.output_norm == "sum")
 
-    def forward(self, hidden: Tensor, rows: LayerRows, past_key_values: PHDCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, rows: LayerRows, cache: PHDCache | None = None) -> Tensor:
         """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
         normed = self.input_layernorm(hidden)
         residual = rows.select(normed if self.block.attention.residual == "normed" else hidden)
-        hidden = residual + self.self_attn(normed, rows, past_key_values, self.layer_index)
+        hidden = residual + self.self_attn(normed, rows, cache, self.layer_index)
         hidden = self.attention_output_layernorm(hidden)
         normed = self.post_attention_layernorm(hidden)
         residual = normed if self.block.mlp.residual == "normed" else hidden
@@ -154,7 +159,7 @@ class PHDPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PHDDecoderLayer"]  # noqa: RUF012 (transformers reads a plain list)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -194,6 +199,7 @@ class PHDModel(PHDPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: PHDCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the decoder over ``n`` new tokens of ``b`` sequences.
@@ -202,7 +208,7 @@ class PHDModel(PHDPreTrainedModel):
             input_ids: [b, n]; or ``inputs_embeds`` [b, n, h].
             attention_mask: [b, p + n], 0 for padding on either side, ``p`` being the cached slots.
             position_ids: [b, n]; default from the mask and the cache. They must count up by one in each sequence.
-            past_key_values: a :class:`PHDCache` to continue.
+            past_key_values, cache: a :class:`PHDCache` to continue, by the name of either generation of transformers.
             output_hidden_states: also return the last copy's states before each layer and after the final norm.
             logits_to_keep: as in :class:`PHDForCausalLM`; the rows before the first wanted slot are not computed.
 
@@ -219,13 +225,16 @@ class PHDModel(PHDPreTrainedModel):
             use_cache = False
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        if past_key_values is not None and not isinstance(past_key_values, PHDCache):
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, PHDCache):
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, which has no place for hidden copies; "
+                f"the cache is a {type(cache).__name__}, which has no place for hidden copies; "
                 "leave it out or pass PHDCache(model.config), which model.make_cache() builds"
             )
-        if use_cache and past_key_values is None:
-            past_key_values = PHDCache(config)
+        if use_cache and cache is None:
+            cache = PHDCache(config)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         step = StepRows.plan(
             config.kv_policy(),
@@ -233,7 +242,7 @@ class PHDModel(PHDPreTrainedModel):
             hidden,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             0 if output_hidden_states else logits_to_keep,
         )
         hidden = step.first_rows(hidden)
@@ -242,16 +251,16 @@ class PHDModel(PHDPreTrainedModel):
             rows = step.layer(index)
             if output_hidden_states:
                 states.append(rows.last_copy(hidden))
-            hidden = layer(hidden, rows, past_key_values=past_key_values)
+            hidden = layer(hidden, rows, cache=cache)
         hidden = self.norm(hidden)
-        if past_key_values is not None and step.cache_step is not None:
-            past_key_values.end(step.cache_step)
+        if cache is not None and step.cache_step is not None:
+            cache.end(step.cache_step)
         if output_hidden_states:
             states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -290,6 +299,7 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: PHDCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the mean loss when ``labels`` [b, n] are given (-100 is ignored).
@@ -305,6 +315,7 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -320,8 +331,8 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
@@ -330,8 +341,8 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: this model generates with its own "
                 "PHDCache, as small as vanilla's; leave cache_implementation out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = self.make_cache()
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache:
+            model_kwargs[CACHE] = self.make_cache()
 
 
 __all__ = ["PHDCache", "PHDForCausalLM", "PHDModel", "PHDPreTrainedModel"]

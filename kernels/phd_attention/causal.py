@@ -1,0 +1,277 @@
+"""Part (a) of PHD attention: attention over originals, by whatever fused operator this machine has.
+
+Plain causal attention, or no mask at all where context parallelism looks at other ranks' keys. Every kernel also gives
+the log-sum-exp of its rows, and its backward takes a log-sum-exp from outside, so that parts can be merged. Private
+operators of torch are tried once against the plain path before they are trusted. Needs torch alone, since it also ships
+inside an exported Hugging Face model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+PLAIN_ROWS = 256  # query rows at a time in the plain path, so that its scores stay small
+
+Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Extra: TypeAlias = tuple[Any, ...]  # what an operator wants back in its backward: random state, lengths
+Forward: TypeAlias = tuple[Tensor, Tensor, Extra]
+
+
+_HALF = frozenset({torch.float16, torch.bfloat16})
+_FLOATS = _HALF | {torch.float32, torch.float64}
+
+
+class CausalKernel(NamedTuple):
+    """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
+
+    ``forward(q, k, v, scale, causal=True) -> out, lse [B, H, >= s], extra``;
+    ``backward(grad, q, k, v, out, lse, extra, scale, causal=True) -> dq, dk, dv``. Without ``causal`` every query sees
+    every key, and there may be any number of keys. The limits say what may even be tried: outside them cuDNN was seen
+    to return NaN (float32) and to crash the process instead of refusing.
+    """
+
+    name: str
+    forward: Callable[..., Forward]
+    backward: Callable[..., Three]
+    dtypes: frozenset[torch.dtype] = _FLOATS
+    multiple: int = 1  # of the head dimension
+    widest: int = 1 << 30  # head dimension
+
+
+def _aten(name: str) -> Any:
+    """A private torch operator, or AttributeError where this torch has none of that name."""
+    return getattr(torch.ops.aten, name)
+
+
+def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    out, lse = _aten("_scaled_dot_product_flash_attention_for_cpu")(q, k, v, 0.0, causal, scale=scale)
+    return out, lse, ()
+
+
+def _cpu_flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    op = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
+    return op(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+
+
+def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    out, lse, *extra = _aten("_scaled_dot_product_flash_attention")(q, k, v, 0.0, causal, False, scale=scale)
+    return out, lse, tuple(extra[:6])
+
+
+def _cuda_flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    op = _aten("_scaled_dot_product_flash_attention_backward")
+    return op(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    op = _aten("_scaled_dot_product_cudnn_attention")
+    out, lse, *extra = op(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, lse.view(q.shape[:3]), tuple(extra[:6])
+
+
+def _cudnn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    op = _aten("_scaled_dot_product_cudnn_attention_backward")
+    lse = lse.unsqueeze(-1)
+    return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale)
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))  # this operator has no grouped queries
+    op = _aten("_scaled_dot_product_efficient_attention")
+    out, lse, seed, offset = op(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse, (seed, offset)
+
+
+def _efficient_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    ratio = q.size(1) // k.size(1)
+    wide_k, wide_v = (x.repeat_interleave(ratio, 1) for x in (k, v))
+    op = _aten("_scaled_dot_product_efficient_attention_backward")
+    wanted = [True, True, True, False]
+    dq, dk, dv, _ = op(grad, q, wide_k, wide_v, None, out, lse, *extra, 0.0, wanted, causal, scale=scale)
+    return dq, dk.unflatten(1, (-1, ratio)).sum(2), dv.unflatten(1, (-1, ratio)).sum(2)
+
+
+def _plain_scores(q: Tensor, k: Tensor, rows: slice, scale: float, causal: bool) -> Tensor:
+    """Scores ``[B, G, r, rows, keys]`` of some query rows; causal ones end at the last row, later keys -inf."""
+    if not causal:
+        return q[..., rows, :] @ k[:, :, None].mT * scale
+    scores = q[..., rows, :] @ k[:, :, None, : rows.stop].mT * scale
+    position = torch.arange(rows.stop, device=q.device)
+    return scores.masked_fill_(position > position[rows, None], -math.inf)
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    length, groups = q.size(2), k.size(1)
+    grouped, k, v = q.unflatten(1, (groups, -1)).to(accumulate), k.to(accumulate), v.to(accumulate)
+    out, lse = torch.empty_like(grouped), grouped.new_empty(grouped.shape[:-1])
+    for start in range(0, length, PLAIN_ROWS):
+        rows = slice(start, min(start + PLAIN_ROWS, length))
+        keys = rows.stop if causal else k.size(2)
+        scores = _plain_scores(grouped, k, rows, scale, causal)
+        lse[..., rows] = scores.logsumexp(-1)
+        out[..., rows, :] = scores.softmax(-1) @ v[:, :, None, :keys]
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), ()
+
+
+def _plain_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    dtype, length, groups = q.dtype, q.size(2), k.size(1)
+    accumulate = torch.promote_types(dtype, torch.float32)
+    grad, q, out = (x.unflatten(1, (groups, -1)).to(accumulate) for x in (grad, q, out))
+    k, v, lse = k.to(accumulate), v.to(accumulate), lse.unflatten(1, (groups, -1))
+    delta = (grad * out).sum(-1)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for start in range(0, length, PLAIN_ROWS):
+        rows = slice(start, min(start + PLAIN_ROWS, length))
+        keys = rows.stop if causal else k.size(2)
+        weights = _plain_scores(q, k, rows, scale, causal).sub_(lse[..., rows, None]).exp_()
+        gradient = grad[..., rows, :]
+        dv[:, :, :keys] += (weights.mT @ gradient).sum(2)
+        slope = (gradient @ v[:, :, None, :keys].mT).sub_(delta[..., rows, None]).mul_(weights).mul_(scale)
+        dq[..., rows, :] = slope @ k[:, :, None, :keys]
+        dk[:, :, :keys] += (slope.mT @ q[..., rows, :]).sum(2)
+    return dq.flatten(1, 2).to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    ratio = q.size(1) // k.size(1)
+    lse = (q.to(accumulate) * k.repeat_interleave(ratio, 1).to(accumulate)).sum(-1) * scale
+    return v.repeat_interleave(ratio, 1), lse, ()
+
+
+def _single_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
+) -> Three:
+    dtype, ratio = q.dtype, q.size(1) // k.size(1)
+    accumulate = torch.promote_types(dtype, torch.float32)
+    grad, q, out = (x.to(accumulate) for x in (grad, q, out))
+    wide_k, wide_v = (x.repeat_interleave(ratio, 1).to(accumulate) for x in (k, v))
+    weights = ((q * wide_k).sum(-1) * scale - lse).exp()[..., None]
+    # One sum for both terms: with a single key they cancel to exactly 0, where a flash kernel leaves rounding noise.
+    slope = weights * (grad * (wide_v - out)).sum(-1, keepdim=True) * scale
+    grads = (slope * q, weights * grad)
+    dk, dv = (x.unflatten(1, (-1, ratio)).sum(2).to(dtype) for x in grads)
+    return (slope * wide_k).to(dtype), dk, dv
+
+
+PLAIN = CausalKernel("plain", _plain_forward, _plain_backward)
+SINGLE = CausalKernel("single", _single_forward, _single_backward)
+CPU_FLASH = CausalKernel("cpu flash", _cpu_flash_forward, _cpu_flash_backward)
+CUDA_FLASH = CausalKernel("cuda flash", _cuda_flash_forward, _cuda_flash_backward, _HALF, 8, 256)
+CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128)
+EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward, _HALF | {torch.float32}, 8)
+
+_PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, CUDA_FLASH, EFFICIENT)}
+
+
+def causal_kernel(
+    device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+) -> tuple[CausalKernel, str]:
+    """The quickest operator that computes part (a) right here, and why it was taken. ``width`` is the head dim.
+
+    Without ``causal`` it is the one for blocks in which every query sees every key (context parallelism).
+    """
+    return _causal_kernel(device.type, device.index, dtype, width, causal)
+
+
+@lru_cache(maxsize=64)
+def _causal_kernel(
+    kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool
+) -> tuple[CausalKernel, str]:
+    reasons: list[str] = []
+    device = torch.device(kind, index) if index is not None else torch.device(kind)
+    for kernel in _PREFERRED.get(kind, ()):
+        problem = _probe(kernel, device, dtype, width, causal)
+        if problem is None:
+            return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
+        reasons.append(f"{kernel.name} not used: {problem}")
+    return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
+
+
+def _probe(
+    kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+) -> str | None:
+    """Run a private operator once, both ways with grouped queries, against the plain path: it may change or go."""
+    if dtype not in kernel.dtypes or width % kernel.multiple or width > kernel.widest:
+        return f"not for {str(dtype).removeprefix('torch.')} with head dimension {width}"
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
+    scale = width**-0.5
+    step = torch.arange(2 * 4 * 5 * width * 2, dtype=torch.float64, device="cpu")
+    wave = (step * step * 0.37).sin().to(device, dtype)  # scattered values that leave every random state alone
+    q, grad = wave.view(2, 2, 4, 5, width)
+    k, v = wave.flip(0)[: 2 * 2 * 2 * 5 * width].view(2, 2, 2, 5, width)
+    if not causal:
+        k, v = (torch.cat([x, x.flip(2)[:, :, :3]], 2) for x in (k, v))  # 8 keys for 5 queries
+    try:
+        out, lse, extra = kernel.forward(q, k, v, scale, causal)
+        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale, causal))
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    want_out, want_lse, _ = _plain_forward(q, k, v, scale, causal)
+    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale, causal))
+    for found, expected in zip(got, want, strict=True):
+        if found.shape != expected.shape:
+            return f"it returns shape {tuple(found.shape)} where {tuple(expected.shape)} is right"
+        off = float((found.double() - expected.double()).norm() / expected.double().norm())
+        if not off <= tolerance:
+            return f"its result is off by {off:.1e}"
+    return None
