@@ -86,8 +86,10 @@ class PHDCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
+        super().reset()  # in some versions of transformers this only writes zeros
         self.hidden_keys = self.hidden_values = None
-        super().reset()
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the surviving beams."""
