@@ -113,7 +113,8 @@ def results(
         if world_size == 4:
             for layout, options in CONTINUED.items():
                 name = f"continued-{layout}"
-                words = arguments(documents, root / name, SAVED, {**options, "load": str(root / "saved")})
+                places = {"load": str(root / "saved"), "save": str(root / name / "save")}
+                words = arguments(documents, root / name, SAVED, {**options, **places})
                 words[words.index("--micro-batch-size") + 1] = "1"
                 cases.append((name, None, words))
         path = root / f"cases{world_size}.json"
