@@ -20,7 +20,7 @@ from phd_megatron.training.pretrain import Trainer
 
 def in_clip_norm(trainer: Trainer, parameters: list[Any]) -> set[int]:
     """Numbers of the parameters whose gradients this rank adds up for the clip norm: planted gradients are found."""
-    trainer.model.zero_grad_buffer()
+    trainer.models[0].zero_grad_buffer()
     for number, parameter in enumerate(parameters, 1):
         parameter.main_grad.fill_(number)
     found = set()
@@ -28,7 +28,7 @@ def in_clip_norm(trainer: Trainer, parameters: list[Any]) -> set[int]:
         part._copy_model_grads_to_main_grads()
         found |= {int(gradient.flatten()[0]) - 1 for gradient in part.get_main_grads_for_grad_norm()}
     trainer.optimizer.zero_grad()
-    trainer.model.zero_grad_buffer()
+    trainer.models[0].zero_grad_buffer()
     return found
 
 
@@ -49,7 +49,7 @@ def owner(data: torch.Tensor, parameters: list[Any]) -> int:
 
 
 def audit(trainer: Trainer, directory: Path) -> None:
-    module: Any = trainer.model.module
+    module: Any = trainer.models[0].module
     parameters = list(module.parameters())
     counted = in_clip_norm(trainer, parameters)
     rows, values = [], {}

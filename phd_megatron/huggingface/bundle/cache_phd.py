@@ -89,7 +89,7 @@ class PHDCacheLayer(DynamicLayer):
         super().reset()  # in some versions of transformers this only writes zeros
         self.hidden_keys = self.hidden_values = None
         self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False
+        self.is_initialized: bool = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the surviving beams."""
