@@ -181,7 +181,7 @@ def test_length_and_data_are_asked_for(place: Place, refused: Callable[..., str]
         ),
         (
             2,
-            {"context_parallel_size": 2, "phd_repeat": 2, "phd_window": 8},
+            {"context_parallel_size": 2, "phd_repeat": 2, "phd_window": 8, "phd_chunk": 24},
             ("phd_window=8 reaches 7 positions back", "slice of 6 tokens", "at most 7", "smaller context_parallel"),
         ),
     ],
