@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
@@ -133,7 +134,9 @@ def test_closed_output_is_no_traceback(code: str, unbuffered: str, monkeypatch: 
 
 
 def test_ctrl_c_is_no_traceback() -> None:
-    process = child("    print('ready', flush=True)\n    time.sleep(60)")
+    # a test run in the background of a shell ignores the signal, and its children would inherit that
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = child("    print('ready', flush=True)\n    time.sleep(60)", preexec_fn=listen)
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
