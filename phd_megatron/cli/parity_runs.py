@@ -245,9 +245,6 @@ def layout_dependent(config: RunConfig) -> str:
         "moe_expert_capacity_factor drops tokens among those that meet on a rank": extra.get(
             "moe_expert_capacity_factor"
         ),
-        "in half precision rounding decides which experts some tokens go to; check experts in float32": (
-            extra.get("num_moe_experts") and (config.training.bf16 or config.training.fp16)
-        ),
         f"moe_input_jitter_eps={extra.get('moe_input_jitter_eps')} draws from a stream of each rank": extra.get(
             "moe_input_jitter_eps"
         ),
