@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import phd_megatron
-from phd_megatron.cli.parity_worker import CONFIG, OUTCOME
+from phd_megatron.cli.parity_worker import CONFIG, COUNTS, OUTCOME
 from phd_megatron.cli.pretrain import complete
 from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
 from phd_megatron.config.serialize import dump_yaml
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
-from phd_megatron.training.parity_compare import GRADIENTS, METRICS, STEPS, Comparison, Tolerance, compare
+from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, METRICS, STEPS, Comparison, Tolerance, compare
 from phd_megatron.training.parity_layouts import SINGLE, Layout, microbatches
 
 #: the program of a rank, as torchrun takes it
@@ -60,13 +60,20 @@ class Row:
 
 @dataclass
 class Case:
-    """One run: a model in a layout, in a directory of its own."""
+    """One run: a model in a layout, in a directory of its own.
+
+    Attributes:
+        routing: arguments of :class:`~phd_megatron.model.routing_replay.RoutingReplay`, or None.
+        note: what it has to say about itself.
+    """
 
     layout: Layout
     config: RunConfig
     directory: Path
+    routing: dict[str, object] | None = None
     problem: str = ""
     refused: bool = False
+    note: str = ""
 
 
 def run_parity(
@@ -96,7 +103,7 @@ def run_parity(
     Raises:
         UserError: when a single-rank run is refused or fails.
     """
-    cases = {name: _cases(name, config, layouts, work) for name, (config, layouts) in models.items()}
+    cases = {name: _cases(name, config, layouts, work, tolerances[name]) for name, (config, layouts) in models.items()}
     everything = [case for group in cases.values() for case in group]
     rows: dict[tuple[str, str], Row] = {}
     for ranks in sorted({case.layout.ranks for case in everything}):
@@ -149,8 +156,9 @@ def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     return config
 
 
-def _cases(name: str, base: RunConfig, layouts: Sequence[Layout], work: Path) -> list[Case]:
+def _cases(name: str, base: RunConfig, layouts: Sequence[Layout], work: Path, tolerance: Tolerance) -> list[Case]:
     shared = fixed_steps(base, layouts)
+    replayed = tolerance is not FLOAT32 and has_replayable_routing(base)
     shared.data.data_cache_path = str(work / "cache")
     cases = []
     for layout in (SINGLE, *layouts):
@@ -158,8 +166,19 @@ def _cases(name: str, base: RunConfig, layouts: Sequence[Layout], work: Path) ->
         config = layout.apply(shared)
         config.logging.metrics_file = str(directory / METRICS)
         config.logging.dump_gradients_dir = str(directory / GRADIENTS)
-        cases.append(Case(layout, config, directory))
+        routing = {"directory": str(work / name / "routing"), "record": layout is SINGLE} if replayed else None
+        cases.append(Case(layout, config, directory, routing))
     return cases
+
+
+def has_replayable_routing(config: RunConfig) -> bool:
+    """Whether the ranks of a layout can be given the experts that one rank chose.
+
+    Where float32 rounds otherwise two scores are hardly ever close enough to change places; in half precision a few
+    are, and the layouts then train on other experts.
+    """
+    extra = config.model.transformer
+    return extra.get("num_moe_experts") is not None and not extra.get("moe_router_fusion")
 
 
 def _check(case: Case) -> None:
@@ -182,7 +201,8 @@ def _run(cases: list[Case], ranks: int, work: Path, worker: Sequence[str], timeo
     """Run the cases; where one takes the launch down, it has failed and the others get a new launch."""
     waiting = list(cases)
     while waiting:
-        (work / "cases.json").write_text(json.dumps([str(case.directory) for case in waiting]), encoding="utf-8")
+        due = [{"directory": str(case.directory), "routing": case.routing} for case in waiting]
+        (work / "cases.json").write_text(json.dumps(due), encoding="utf-8")
         output = _launch([*worker, str(work / "cases.json")], ranks, work / "output.txt", timeout)
         while waiting and _has_ended(waiting[0], ranks):
             waiting.pop(0)
@@ -210,9 +230,15 @@ def _has_ended(case: Case, ranks: int) -> bool:
     outcomes = [case.directory / OUTCOME.format(rank=rank) for rank in range(ranks)]
     if not all(path.is_file() for path in outcomes):
         return False
-    problems = [json.loads(path.read_text(encoding="utf-8")).get("refused") for path in outcomes]
-    case.problem = next(filter(None, problems), "")
+    said = [json.loads(path.read_text(encoding="utf-8")) for path in outcomes]
+    case.problem = next(filter(None, (outcome.get("refused") for outcome in said)), "")
     case.refused = bool(case.problem)
+    if case.routing and not case.routing["record"] and not case.problem:
+        rows, changed, gap = zip(*([outcome[name] for name in COUNTS] for outcome in said), strict=True)
+        case.note = (
+            f"took the experts that one rank chose; {sum(changed)} of {sum(rows)} rows would have gone to others "
+            f"(scores closer than {max(gap):.1e})"
+        )
     return True
 
 
@@ -225,9 +251,10 @@ def _row(case: Case, reference: Case, tolerance: Tolerance) -> Row:
     except ValueError as error:
         return Row(layout.name, layout.ranks, "failed", note=str(error))
     if comparison.within(tolerance):
-        return Row(layout.name, layout.ranks, "equal", comparison)
+        return Row(layout.name, layout.ranks, "equal", comparison, case.note)
     reason = layout_dependent(case.config)
-    return Row(layout.name, layout.ranks, "layout-dependent" if reason else "differs", comparison, reason)
+    note = "; ".join(filter(None, (reason, case.note)))
+    return Row(layout.name, layout.ranks, "layout-dependent" if reason else "differs", comparison, note)
 
 
 def layout_dependent(config: RunConfig) -> str:

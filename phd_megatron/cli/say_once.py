@@ -22,7 +22,9 @@ def say_once(message: str) -> None:
     key = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
     if store is not None and _is_said_by_another(store, key):
         return
-    print(message, file=sys.stderr, flush=True)
+    # One write: under torchrun's -u print makes two, and what another rank says gets between a line and its end.
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
     if store is not None:
         try:
             store.set(f"{key}/done", "1")

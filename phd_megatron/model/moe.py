@@ -15,6 +15,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from phd_megatron.model.routing_replay import choices_of
+
 if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
 
@@ -36,6 +38,7 @@ class PHDRouter(TopKRouter):
 
     def __init__(self, config: PHDTransformerConfig, pg_collection: Any = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.router_replay = choices_of(self)
         self.losses: dict[str, Tensor] = {}
         self.load: Tensor | None = None
 

@@ -299,5 +299,6 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", flush=True)
+        sys.stdout.write(f"error: {error}\n")  # one write: torchrun's -u makes print two, and two ranks' lines mix
+        sys.stdout.flush()
         os._exit(2)

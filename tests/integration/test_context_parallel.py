@@ -18,11 +18,10 @@ import pytest
 import torch
 
 from phd_megatron.phd.kv_policy import KVPolicy
-from phd_megatron.training.gradient_dump import load_gradients
+from phd_megatron.training.parity_compare import FLOAT32, compare
 
 from .conftest import TINY_MODEL, flags, read_metrics
 
-TOLERANCE = 1e-5
 LENGTH, MICRO_BATCH = 48, 2  # slices of 12 tokens with 2 ranks, of 6 with 4
 
 MODELS: dict[str, tuple[str, KVPolicy]] = {
@@ -126,41 +125,25 @@ def results(
     return Results(root, printed)
 
 
-def gradient_errors(reference: Path, other: Path) -> dict[str, float]:
-    """Relative error of every parameter's gradient in the first step."""
-    expected, found = (load_gradients(d / "gradients" / "iter_0000001") for d in (reference, other))
-    assert expected.keys() == found.keys()
-    total = torch.stack([g.double().norm() for g in expected.values()]).norm()
-    return {
-        key: float((found[key] - gradient).double().norm() / max(gradient.double().norm(), 1e-6 * total))
-        for key, gradient in expected.items()
-    }
-
-
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("layout", "model"), PAIRS)
 def test_ranks_that_share_a_sequence_give_the_numbers_of_one(results: Results, layout: str, model: str) -> None:
     reference, other = results.root / "single" / model, results.root / layout / model
     expected, found = read_metrics(reference / "metrics.jsonl"), read_metrics(other / "metrics.jsonl")
     assert len(expected) == len(found) == 3
-    for one, two in zip(expected, found, strict=True):
-        assert two["lm_loss"] == pytest.approx(one["lm_loss"], rel=TOLERANCE)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=TOLERANCE)
-        assert two["consumed_samples"] == one["consumed_samples"]
-    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=TOLERANCE)
-    errors = gradient_errors(reference, other)
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= TOLERANCE, f"{worst}: {errors[worst]:.2e}"
+    assert [line["consumed_samples"] for line in found] == [line["consumed_samples"] for line in expected]
+    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=FLOAT32.value)
+    comparison = compare(reference, other, FLOAT32)
+    assert comparison.within(FLOAT32), comparison
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_left_out_shows(results: Results, what: str) -> None:
     """The comparison above would fail without the halo, the zigzag order, or the global token count."""
     model = BROKEN[what]
-    errors = gradient_errors(results.root / "single" / model, results.root / f"without-{what}" / model)
-    worst = max(errors.values())
-    print(f"without {what}: worst gradient off by {worst:.1e}")
-    assert worst > 100 * TOLERANCE
+    comparison = compare(results.root / "single" / model, results.root / f"without-{what}" / model, FLOAT32)
+    print(f"without {what}: worst gradient off by {comparison.gradient:.1e}")
+    assert comparison.gradient > 100 * FLOAT32.value
 
 
 @pytest.mark.parametrize("layout", CONTINUED)
@@ -172,8 +155,8 @@ def test_a_checkpoint_continues_under_another_layout(results: Results, layout: s
     assert [m["iteration"] for m in (*half, *rest)] == [1, 2, 3]
     for found, expected in zip((*half, *rest), whole, strict=True):
         for name in ("consumed_samples", "lm_loss", "grad_norm", "learning_rate"):
-            assert found[name] == pytest.approx(expected[name], rel=TOLERANCE), name
-    assert rest[0]["validation_loss"] == pytest.approx(whole[2]["validation_loss"], rel=TOLERANCE)
+            assert found[name] == pytest.approx(expected[name], rel=FLOAT32.value), name
+    assert rest[0]["validation_loss"] == pytest.approx(whole[2]["validation_loss"], rel=FLOAT32.value)
 
 
 def sent_bytes(printed: str) -> dict[int, dict[str, int]]:
