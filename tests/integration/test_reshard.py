@@ -38,7 +38,7 @@ DEFAULTS: dict[str, object] = {
     "pipeline-model-parallel-size": 1,
     "virtual-pipeline-model-parallel-size": "null",
     "context-parallel-size": 1,
-    "cp-comm-type": "null",
+    "cp-comm-type": "all_gather",
     "expert-model-parallel-size": 1,
     "expert-tensor-parallel-size": "null",
     "sequence-parallel": False,
