@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from phd_megatron.cli.parity_runs import layout_dependent
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, METRICS, compare
@@ -35,6 +36,23 @@ from phd_megatron.training.parity_layouts import (
 )
 def test_fewest_ranks_that_hold_a_layout(name: str, ranks: int) -> None:
     assert parse_layout(name).ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("moe_router_load_balancing_type", ["aux_loss", "global_aux_loss"], "global auxiliary loss"),
+        ("moe_router_load_balancing_type", "global_aux_loss", "global auxiliary loss"),
+        ("moe_expert_capacity_factor", 1.25, "moe_expert_capacity_factor drops tokens"),
+        ("moe_router_load_balancing_type", "seq_aux_loss", ""),
+        ("moe_expert_capacity_factor", None, ""),
+    ],
+)
+def test_what_may_depend_on_the_layout(field: str, value: object, words: str) -> None:
+    config = RunConfig()
+    config.model.transformer |= {"num_moe_experts": 4, field: value}
+    reason = layout_dependent(config)
+    assert words in reason and bool(reason) == bool(words)
 
 
 def test_layout_replaces_the_runs_own() -> None:
