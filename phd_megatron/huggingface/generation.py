@@ -87,7 +87,7 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
 
     with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
         output = Path(parent) / "model"
-        export_checkpoint(path, output, verify=False, verify_checkpoint=verify_checkpoint)
+        export_checkpoint(path, output, verify="none", verify_checkpoint=verify_checkpoint)
         yield output
 
 
