@@ -13,8 +13,13 @@ from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
 
 BUNDLED = "PHDForCausalLM"
-_MODEL_TYPES = {BUNDLED: "phd_transformer", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
-_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM"}
+_MODEL_TYPES = {
+    BUNDLED: "phd_transformer",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "Olmo2ForCausalLM": "olmo2",
+}
+_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 _AUTO_MAP = {
     "AutoConfig": "configuration_phd.PHDConfig",
     "AutoModel": "modeling_phd.PHDModel",
@@ -171,7 +176,7 @@ class Architecture:
             "dtype": dtype,
             "transformers_version": importlib.metadata.version("transformers"),
         }
-        if model_class != "Qwen3ForCausalLM":
+        if model_class in (BUNDLED, "LlamaForCausalLM"):
             config["mlp_bias"] = self.linear_bias
         if model_class == BUNDLED:
             config |= {

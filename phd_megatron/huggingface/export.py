@@ -85,10 +85,10 @@ def export_checkpoint(
     source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     limit = parse_size(max_shard_size)
     architecture, tokens = describe(source)
-    rules = dense_rules(architecture)
+    model_class = architecture.model_class(native)
+    rules = dense_rules(architecture, model_class)
     check_complete(source, rules)
     target = _target_dtype(source, rules, dtype)
-    model_class = architecture.model_class(native)
     with _atomic_directory(Path(output), overwrite) as directory:
         shards = _plan_shards(source, rules, target, limit)
         written = _write_shards(directory, source, shards, target, log)

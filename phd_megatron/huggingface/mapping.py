@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.architecture import Architecture
+from phd_megatron.huggingface.architecture import BUNDLED, Architecture
+from phd_megatron.norm.schemes import BlockNorm, norm_scheme
 
 
 @dataclass(frozen=True)
@@ -98,27 +99,39 @@ class VocabRows(Rule):
         return torch.cat([rows, rows.new_zeros(missing, rows.size(1))]) if missing else rows
 
 
-def dense_rules(architecture: Architecture) -> list[Rule]:
-    """Every tensor of a dense model, in the order of the forward pass."""
-    return list(_rules(architecture))
+#: classes of transformers that call the norms after a sublayer otherwise than the bundled code
+_OUTPUT_NORMS = {
+    "Olmo2ForCausalLM": {
+        "attention_output_layernorm": "post_attention_layernorm",
+        "mlp_output_layernorm": "post_feedforward_layernorm",
+    }
+}
 
 
-def _rules(a: Architecture) -> Iterator[Rule]:
+def dense_rules(architecture: Architecture, model_class: str = BUNDLED) -> list[Rule]:
+    """Every tensor of a dense model, in the order of the forward pass, with the names of ``model_class``."""
+    return list(_rules(architecture, _OUTPUT_NORMS.get(model_class, {})))
+
+
+def _rules(a: Architecture, names: Mapping[str, str]) -> Iterator[Rule]:
     hidden, vocabulary = a.hidden_size, (a.vocab_size, a.hidden_size)
     yield VocabRows("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
+    if norm_scheme(a.norm_scheme).embed_norm:
+        yield from _norm(a, "embed_norm", "model.embed_norm", hidden)
     for index, block in enumerate(a.blocks):
         mcore, hf = f"decoder.layers.{index}", f"model.layers.{index}"
         if block.attention.input_norm:
             yield from _norm(a, f"{mcore}.input_layernorm", f"{hf}.input_layernorm", hidden)
-        yield from _attention(a, f"{mcore}.self_attention", f"{hf}.self_attn", block.heads)
+        yield from _attention(a, f"{mcore}.self_attention", f"{hf}.self_attn", block)
         if block.attention.output_norm:
             name = "attention_output_layernorm"
-            yield from _norm(a, f"{mcore}.{name}", f"{hf}.{name}", hidden)
+            yield from _norm(a, f"{mcore}.{name}", f"{hf}.{names.get(name, name)}", hidden)
         if block.mlp.input_norm:
             yield from _norm(a, f"{mcore}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm", hidden)
         yield from _mlp(a, f"{mcore}.mlp", f"{hf}.mlp")
         if block.mlp.output_norm:
-            yield from _norm(a, f"{mcore}.mlp_output_layernorm", f"{hf}.mlp_output_layernorm", hidden)
+            name = "mlp_output_layernorm"
+            yield from _norm(a, f"{mcore}.{name}", f"{hf}.{names.get(name, name)}", hidden)
     yield from _norm(a, "decoder.final_layernorm", "model.norm", hidden)
     if not a.tied:
         yield VocabRows("output_layer.weight", ("lm_head.weight",), vocabulary)
@@ -135,14 +148,15 @@ def _linear(mcore: str, hf: str, rows: int, columns: int, bias: bool) -> Iterato
         yield Rule(f"{mcore}.bias", (f"{hf}.bias",), (rows,))
 
 
-def _attention(a: Architecture, mcore: str, hf: str, normed: str) -> Iterator[Rule]:
+def _attention(a: Architecture, mcore: str, hf: str, block: BlockNorm) -> Iterator[Rule]:
     rows = (a.heads + 2 * a.groups) * a.head_dim
     for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
         names = tuple(f"{hf}.{part}_proj.{kind}" for part in "qkv")
         shape = (rows, a.hidden_size) if kind == "weight" else (rows,)
         yield QKV(f"{mcore}.linear_qkv.{kind}", names, shape, a.groups, a.heads // a.groups, a.head_dim)
-    for part in normed:
-        yield from _norm(a, f"{mcore}.{part}_layernorm", f"{hf}.{part}_norm", a.head_dim)
+    full = {"q": a.heads, "k": a.groups} if block.qk_norm_width == "full" else {}
+    for part in block.heads:
+        yield from _norm(a, f"{mcore}.{part}_layernorm", f"{hf}.{part}_norm", full.get(part, 1) * a.head_dim)
     yield from _linear(f"{mcore}.linear_proj", f"{hf}.o_proj", a.hidden_size, a.heads * a.head_dim, a.linear_bias)
 
 

@@ -16,7 +16,7 @@ def test_logits_of_every_scheme_and_repeat(tmp_path):
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
     errors = {name: error for name, _, error in rows}
     classes = {name: cls for name, cls, _ in rows}
-    assert len(errors) == 17
+    assert len(errors) == 19
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
     native = {name: cls for name, cls in classes.items() if cls != "PHDForCausalLM"}
-    assert native == {"pre K=1": "LlamaForCausalLM", "pre_qk K=1": "Qwen3ForCausalLM"}
+    assert native == {"pre K=1": "LlamaForCausalLM", "pre_qk K=1": "Qwen3ForCausalLM", "olmo2 K=1": "Olmo2ForCausalLM"}
