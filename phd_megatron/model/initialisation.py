@@ -51,7 +51,7 @@ def draw(key: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
 
 
 def scale_by_gain(key: str, full: Tensor, config: Any) -> None:
-    """Multiply by ``config.init_gain``, in place, what DeepNorm (Sec. 4) scales: all but query, key and router."""
+    """Multiply by ``config.init_gain``, in place, what DeepNorm (arXiv 2203.00555) scales: not query, key, router."""
     if key.endswith("linear_qkv.weight"):
         groups = full.unflatten(0, (config.num_query_groups, -1, config.kv_channels))  # query heads, key, value of each
         groups[:, -1].mul_(config.init_gain)
