@@ -58,6 +58,9 @@ def block(scheme, index, layers, x, mha, ffn, norm):
     if scheme == "olmo2":
         y = x + attention_out(mha(x, "QK"))
         return y + ffn_out(ffn(y))
+    if scheme == "olmoe":
+        y = x + mha(before(x), "QK")
+        return y + ffn(between(y))
     if scheme == "deepnorm":
         alpha = (2 * layers) ** (1 / 4)
         y = attention_out(mha(x, "") + alpha * x)

@@ -217,6 +217,11 @@ NORM_SCHEMES: dict[str, NormScheme] = {
         "as outputnorm, with the QK norms over all heads at once",
         "OLMo 2 (arXiv 2501.00656)",
     ),
+    "olmoe": NormScheme(
+        _same(BlockNorm(PRE, PRE, "qk", "full")),
+        "as pre_qk, with the QK norms over all heads at once",
+        "OLMoE (arXiv 2409.02060)",
+    ),
     "deepnorm": NormScheme(
         _deepnorm,
         "Y = Norm(MHA(X) + a X); X' = Norm(FFN(Y) + a Y), a = (2 L)^(1/4); "

@@ -105,11 +105,11 @@ def close(found, expected, floor=1e-30, tolerance=1e-9):
 
 
 def test_the_table_has_every_name():
-    """design.md, section 3."""
+    """Those of the HybridNorm paper, OLMo 2 and OLMoE."""
     befores, afters = ("", "pre_"), ("pre", "post")
     products = {f"{before}{heads}_{after}" for before in befores for heads in HEAD_SETS for after in afters}
     others = "pre post pre_post post_pre hybrid hybrid_star pre_qk first_qkv_pre embed_norm mix_ln sandwich outputnorm"
-    names = products | {*others.split(), "olmo2", "deepnorm", "hybrid_star_7b"}
+    names = products | {*others.split(), "olmo2", "olmoe", "deepnorm", "hybrid_star_7b"}
     assert {*NORM_SCHEMES, *ALIASES} == names and len(products) == 24
     assert norm_scheme("qkv_post") is NORM_SCHEMES["hybrid"] and norm_scheme("pre_qk_pre") is NORM_SCHEMES["pre_qk"]
     assert make_run(norm_scheme="qkv_post").model.norm_scheme == "hybrid"
