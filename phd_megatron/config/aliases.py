@@ -69,7 +69,7 @@ ALIASES: dict[str, Alias] = {
     "swiglu": Set("gated_linear_unit", True),
     "norm_epsilon": Rename("layernorm_epsilon"),
     "disable_bias_linear": Set("add_bias_linear", False),
-    "qk_layernorm": Set("norm_scheme", "pre_qk", only_over=("pre", "pre_qk")),
+    "qk_layernorm": Set("norm_scheme", "pre_qk", only_over=("pre", "pre_qk", "pre_qk_pre")),
     "apply_layernorm_1p": Rename("layernorm_zero_centered_gamma"),
     "position_embedding_type": Choice({"rope": {}}, "positions are rotary (RoPE) only", "use rope"),
     "use_rotary_position_embeddings": Accept("positions are always rotary"),

@@ -14,7 +14,7 @@ from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import NORM_SCHEMES, norm_scheme
+from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
 
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 
@@ -36,7 +36,7 @@ def resolve(config: RunConfig) -> list[str]:
             if getattr(config.model, name) is None
         ]
     )
-    raise_all([*problems(config), *_unknown_scheme(config.model)])
+    raise_all([*problems(config), *_unknown_scheme(config.model), *_unfitting_init(config.model)])
     notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
     raise_all(problems(config))
     return notes
@@ -58,6 +58,9 @@ def _resolve_model(model: ModelConfig) -> list[str]:
         model.init_method_std = 1 / math.sqrt(2.5 * model.hidden_size)
         notes.append(f"init_method_std={model.init_method_std:.6g}: 1/sqrt(2.5 * hidden_size)")
     scheme = norm_scheme(model.norm_scheme)
+    if model.norm_scheme in ALIASES:
+        alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
+        notes.append(f"norm_scheme={model.norm_scheme}: another name of {alias}")
     if model.init == "auto":
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
@@ -91,9 +94,21 @@ def _unknown_scheme(model: ModelConfig) -> list[str]:
     try:
         norm_scheme(model.norm_scheme)
     except ValueError as error:
-        hint = nearest(model.norm_scheme, NORM_SCHEMES)
+        hint = nearest(model.norm_scheme, [*NORM_SCHEMES, *ALIASES])
         return [f"{error}; {hint}" if hint else str(error)]
     return []
+
+
+def _unfitting_init(model: ModelConfig) -> list[str]:
+    """DeepNorm's scaled residual and its initial values belong together."""
+    try:
+        has_gain = norm_scheme(model.norm_scheme).init_gain is not None
+    except ValueError:
+        return []  # said by _unknown_scheme
+    if model.init == "auto" or (model.init == "deepnorm") == has_gain:
+        return []
+    cure = "which brings its own; use init=auto" if has_gain else "which has no scaled residual; use another init"
+    return [f"init={model.init} does not fit norm_scheme={model.norm_scheme}, {cure}"]
 
 
 def _resolve_phd(model: ModelConfig) -> list[str]:

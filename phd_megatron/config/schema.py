@@ -41,7 +41,7 @@ class ModelConfig:
     phd_chunk: int | None = None  #: C, the window stays inside chunks of C positions; null is PHD-SWA
     phd_last_layer_pruning: bool = True  #: compute only the last copy's query, projection and FFN in the last layer
     norm_scheme: str = "pre"  #: row of the norm-scheme table
-    init: Literal["auto", "normal", "depth_scaled", "megatron"] = "auto"  #: initialisation; auto is the scheme's own
+    init: Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"] = "auto"  #: auto is the norm scheme's own
     init_method_std: float | None = None  #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
     phd_attention_backend: Literal["auto", "reference", "sdpa"] = "auto"  #: implementation of PHD attention
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  #: linear and norm modules

@@ -18,11 +18,17 @@ _MODEL_TYPES = {
     BUNDLED: "phd_transformer",
     "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
+    "Olmo2ForCausalLM": "olmo2",
     "MixtralForCausalLM": "mixtral",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
 }
-_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM"}
-_NATIVE_SCHEMES_WITH_EXPERTS = {"pre": "MixtralForCausalLM", "pre_qk": "Qwen3MoeForCausalLM"}
+_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+_NATIVE_SCHEMES_WITH_EXPERTS = {
+    "pre": "MixtralForCausalLM",
+    "pre_qk": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+}
 _AUTO_MAP = {
     "AutoConfig": "configuration_phd.PHDConfig",
     "AutoModel": "modeling_phd.PHDModel",
@@ -164,8 +170,10 @@ class Architecture:
         simple = moe.score_function == "softmax" and moe.groups is None and moe.scaling == 1.0
         if not simple or moe.shared_hidden_size or moe.router_dtype not in (None, "fp32"):
             return BUNDLED
-        if name == "MixtralForCausalLM" and (moe.pre_softmax or not all(moe.layers)):
-            return BUNDLED  # it has experts in all layers, and weights that add up to 1
+        if name != "Qwen3MoeForCausalLM" and not all(moe.layers):
+            return BUNDLED
+        if name == "MixtralForCausalLM" and moe.pre_softmax:
+            return BUNDLED  # its weights add up to 1
         return name
 
     def hf_config(self, model_class: str, dtype: str, tokens: TokenIds) -> dict[str, Any]:
@@ -230,8 +238,12 @@ def _experts_config(moe: MoE, model_class: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "num_experts": moe.experts,
         "num_experts_per_tok": moe.topk,
-        "moe_intermediate_size": moe.ffn_hidden_size,
         "norm_topk_prob": not moe.pre_softmax,
+    }
+    if model_class == "OlmoeForCausalLM":
+        return {**config, "intermediate_size": moe.ffn_hidden_size}
+    config |= {
+        "moe_intermediate_size": moe.ffn_hidden_size,
         "mlp_only_layers": [index for index, has_experts in enumerate(moe.layers) if not has_experts],
     }
     if model_class == BUNDLED:

@@ -15,6 +15,7 @@ from torch import Tensor
 from phd_megatron.config.moe import MoE
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
+from phd_megatron.norm.schemes import BlockNorm, norm_scheme
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,18 @@ class VocabRows(Rule):
 class Names:
     """What a class of transformers calls the parts of a block whose names differ between classes."""
 
+    attention_output_norm: str = "attention_output_layernorm"
+    mlp_output_norm: str = "mlp_output_layernorm"
     experts: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
 
 
-_NAMES = {"MixtralForCausalLM": Names(experts="block_sparse_moe", gate="w1", up="w3", down="w2")}
+_NAMES = {
+    "Olmo2ForCausalLM": Names("post_attention_layernorm", "post_feedforward_layernorm"),
+    "MixtralForCausalLM": Names(experts="block_sparse_moe", gate="w1", up="w3", down="w2"),
+}
 
 
 def model_rules(architecture: Architecture, model_class: str) -> list[Rule]:
@@ -154,14 +160,15 @@ def model_rules(architecture: Architecture, model_class: str) -> list[Rule]:
 def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     hidden, vocabulary = a.hidden_size, (a.vocab_size, a.hidden_size)
     yield VocabRows("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
+    if norm_scheme(a.norm_scheme).embed_norm:
+        yield from _norm(a, "embed_norm", "model.embed_norm", hidden)
     for index, block in enumerate(a.blocks):
         mcore, hf = f"decoder.layers.{index}", f"model.layers.{index}"
         if block.attention.input_norm:
             yield from _norm(a, f"{mcore}.input_layernorm", f"{hf}.input_layernorm", hidden)
-        yield from _attention(a, f"{mcore}.self_attention", f"{hf}.self_attn", block.heads)
+        yield from _attention(a, f"{mcore}.self_attention", f"{hf}.self_attn", block)
         if block.attention.output_norm:
-            name = "attention_output_layernorm"
-            yield from _norm(a, f"{mcore}.{name}", f"{hf}.{name}", hidden)
+            yield from _norm(a, f"{mcore}.attention_output_layernorm", f"{hf}.{names.attention_output_norm}", hidden)
         if block.mlp.input_norm:
             yield from _norm(a, f"{mcore}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm", hidden)
         if a.moe is not None and a.moe.layers[index]:
@@ -169,7 +176,7 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
         else:
             yield from _mlp(a, f"{mcore}.mlp", f"{hf}.mlp", a.ffn_hidden_size)
         if block.mlp.output_norm:
-            yield from _norm(a, f"{mcore}.mlp_output_layernorm", f"{hf}.mlp_output_layernorm", hidden)
+            yield from _norm(a, f"{mcore}.mlp_output_layernorm", f"{hf}.{names.mlp_output_norm}", hidden)
     yield from _norm(a, "decoder.final_layernorm", "model.norm", hidden)
     if not a.tied:
         yield VocabRows("output_layer.weight", ("lm_head.weight",), vocabulary)
@@ -186,14 +193,15 @@ def _linear(mcore: str, hf: str, rows: int, columns: int, bias: bool) -> Iterato
         yield Rule(f"{mcore}.bias", (f"{hf}.bias",), (rows,))
 
 
-def _attention(a: Architecture, mcore: str, hf: str, normed: str) -> Iterator[Rule]:
+def _attention(a: Architecture, mcore: str, hf: str, block: BlockNorm) -> Iterator[Rule]:
     rows = (a.heads + 2 * a.groups) * a.head_dim
     for kind in ("weight", "bias") if a.qkv_bias else ("weight",):
         names = tuple(f"{hf}.{part}_proj.{kind}" for part in "qkv")
         shape = (rows, a.hidden_size) if kind == "weight" else (rows,)
         yield QKV(f"{mcore}.linear_qkv.{kind}", names, shape, a.groups, a.heads // a.groups, a.head_dim)
-    for part in normed:
-        yield from _norm(a, f"{mcore}.{part}_layernorm", f"{hf}.{part}_norm", a.head_dim)
+    full = {"q": a.heads, "k": a.groups} if block.qk_norm_width == "full" else {}
+    for part in block.heads:
+        yield from _norm(a, f"{mcore}.{part}_layernorm", f"{hf}.{part}_norm", full.get(part, 1) * a.head_dim)
     yield from _linear(f"{mcore}.linear_proj", f"{hf}.o_proj", a.hidden_size, a.heads * a.head_dim, a.linear_bias)
 
 

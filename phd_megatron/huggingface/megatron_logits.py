@@ -50,8 +50,9 @@ def fill(model: Any, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
     from phd_megatron.model.initialisation import sharded_tensors
 
     key, whole = "", torch.empty(0)
-    for part in sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True)):
-        if part.key != key:  # parts of a tensor follow one another
+    parts = sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
+    for part in sorted(parts, key=lambda part: part.key):  # experts' tensors take turns otherwise
+        if part.key != key:
             key, whole = part.key, source.read(part.key)
             whole = whole if key.endswith("expert_bias") else whole.to(dtype)
         part.data.copy_(whole[part.global_slice()].view_as(part.data))

@@ -1,4 +1,4 @@
-"""Self-attention with PHD's core attention and per-head norms on q, k, v and the context."""
+"""Self-attention with PHD's core attention and the norm scheme's norms on q, k, v and the context."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from torch import Tensor, nn
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import ContextParallel, phd_attention
 from phd_megatron.kernels.qkv_rope import rope, split_qkv_rope
+from phd_megatron.model.full_width_norm import FullWidthNorm
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
 
 
 @dataclass
 class PHDSelfAttentionSubmodules(SelfAttentionSubmodules):
-    """Adds the set of per-head norms, a subset of ``"qkvc"``."""
+    """Adds the norms on q, k and v: ``heads`` and ``qk_norm_width`` of the block's record."""
 
     head_norms: str = ""
+    qk_norm_width: str = "head"
+
+
+def per_head_norm(config: Any, head_dim: int) -> nn.Module:
+    """A norm of one head at a time, whose weight all heads of all tensor-parallel ranks share."""
+    norm = norm_class(config.normalization)(config, head_dim, config.layernorm_epsilon)
+    return sum_gradient_over_tensor_parallel(norm)
 
 
 class PHDSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention with norms of size ``head_dim`` on q, k and v, before RoPE (HybridNorm, Eq. 5)."""
+    """Megatron-Core's self-attention with norms on q, k and v before RoPE (HybridNorm, Eq. 5; OLMo 2)."""
 
     def __init__(
         self,
@@ -36,11 +44,16 @@ class PHDSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, **kwargs)
         self.head_norms = submodules.head_norms
         self.v_layernorm = None
-        head_norm = norm_class(config.normalization)
-        for name, attribute in (("q", "q_layernorm"), ("k", "k_layernorm"), ("v", "v_layernorm")):
-            if name in submodules.head_norms:
-                norm = head_norm(config, self.hidden_size_per_attention_head, config.layernorm_epsilon)
-                setattr(self, attribute, sum_gradient_over_tensor_parallel(norm))
+        head_dim = self.hidden_size_per_attention_head
+        full = {"q": config.num_attention_heads, "k": config.num_query_groups}
+        for name in [name for name in "qkv" if name in self.head_norms]:
+            full_width = submodules.qk_norm_width == "full" and name in full
+            norm: nn.Module = (
+                FullWidthNorm(config, full[name], head_dim, self.pg_collection.tp)
+                if full_width
+                else per_head_norm(config, head_dim)
+            )
+            setattr(self, f"{name}_layernorm", norm)
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.qkv_rope.rope_table`."""
@@ -78,6 +91,9 @@ class PHDCoreAttention(nn.Module):
     tensor-parallel ranks, each of which holds ``[K, s_rank]``; without it ``ranks`` is 1. In a pruned last layer only
     the last copy's queries are computed, so ``[ranks*s_rank]`` rows leave. Under context parallelism the rows are
     this rank's two slices of the sequence, and keys and values are exchanged as ``cp_comm_type`` says.
+
+    Args:
+        context_norm: norm each head of the result (the C of the norm schemes).
     """
 
     def __init__(
@@ -86,6 +102,7 @@ class PHDCoreAttention(nn.Module):
         layer_number: int,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
+        context_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -95,6 +112,7 @@ class PHDCoreAttention(nn.Module):
         self.scale = softmax_scale
         self.ranks = pg_collection.tp.size() if config.sequence_parallel else 1
         self.layer_number = layer_number
+        self.c_layernorm = per_head_norm(config, config.kv_channels) if context_norm else None
         self.context_parallel: ContextParallel | None = None
         if config.context_parallel_size > 1:
             self.context_parallel = ContextParallel(pg_collection.cp, cp_comm_type or "all_gather")
@@ -131,6 +149,8 @@ class PHDCoreAttention(nn.Module):
             query_copies=self.query_copies,
             context=self.context_parallel,
         )
+        if self.c_layernorm is not None:
+            context = self.c_layernorm(context)
         # [Kq, s, b, np, hn] -> [ranks*Kq*s_rank, b, np*hn]
         return join_copies(context, self.ranks).flatten(2)
 

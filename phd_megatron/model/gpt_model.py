@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.qkv_rope import rope_table
+from phd_megatron.norm.modules import norm_class
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
 
 
@@ -18,7 +19,7 @@ class PHDGPTModel(GPTModel):
 
     The copies are dropped inside the last decoder layer, or before the head where it has a pipeline stage of its own,
     so the final norm, the head and the loss see the last copy only. ``vocab_size`` is the padded one; logits beyond
-    ``true_vocab_size`` are minus infinity everywhere.
+    ``true_vocab_size`` are minus infinity everywhere. A norm follows the embedding where the scheme has one.
 
     Args:
         true_vocab_size: tokens of the tokenizer.
@@ -28,6 +29,9 @@ class PHDGPTModel(GPTModel):
     def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.repeat = self.config.kv_policy.repeat
+        if self.pre_process and self.config.embed_norm:
+            norm = norm_class(self.config.normalization)
+            self.embed_norm = norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
         self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
@@ -54,7 +58,10 @@ class PHDGPTModel(GPTModel):
                 "model; generate from an export instead (phd-megatron generate)"
             )
         if decoder_input is None and self.pre_process:
-            decoder_input = repeat_tokens(self.embedding(input_ids=input_ids, position_ids=position_ids), self.repeat)
+            embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.config.embed_norm:
+                embedded = self.embed_norm(embedded)
+            decoder_input = repeat_tokens(embedded, self.repeat)
         rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
         table = self._rotary_table(rows.size(0)) if self.decoder.layers else None
         return decoder_input, table, None, None, None, None

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_FFN = re.compile(r"\.mlp\..*linear_fc[12]\.weight$")
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -38,7 +39,7 @@ def sharded_tensors(model: MegatronModule, dp_cp_group: Any) -> Iterator[Sharded
 
 def output_projection_std(std: float, scheme: str, layer_number: int, num_layers: int) -> float:
     """Std of attention-out and FFN-out weights (HybridNorm, Sec. 3): ``layer_number`` is 1-based and global."""
-    depth = {"normal": None, "depth_scaled": layer_number, "megatron": num_layers}[scheme]
+    depth = {"normal": None, "depth_scaled": layer_number, "megatron": num_layers, "deepnorm": None}[scheme]
     return std if depth is None else std / (2 * depth) ** 0.5
 
 
@@ -47,6 +48,15 @@ def draw(key: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
+def scale_by_gain(key: str, full: Tensor, config: Any) -> None:
+    """Multiply by ``config.init_gain``, in place, what DeepNorm (arXiv 2203.00555) scales: not query, key, router."""
+    if key.endswith("linear_qkv.weight"):
+        groups = full.unflatten(0, (config.num_query_groups, -1, config.kv_channels))  # query heads, key, value of each
+        groups[:, -1].mul_(config.init_gain)
+    elif key.endswith("linear_proj.weight") or _FFN.search(key):
+        full.mul_(config.init_gain)
 
 
 @torch.no_grad()
@@ -72,6 +82,8 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
         own = part.prepend_axis_num
         name = "/".join([part.key, *map(str, part.global_offset[:own])])
         full = draw(name, tuple(part.global_shape[own:]), std, seed)
+        if layer and config.init_gain != 1:
+            scale_by_gain(part.key, full, config)
         place = tuple(
             slice(start, start + size) for start, size in zip(part.global_offset[own:], part.local_shape, strict=True)
         )

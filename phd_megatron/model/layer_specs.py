@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -16,7 +18,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from phd_megatron.config.moe import layer_pattern
 from phd_megatron.kernels.swiglu import swiglu
@@ -27,13 +29,31 @@ from phd_megatron.norm.modules import norm_class
 
 if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
+    from phd_megatron.norm.schemes import SublayerNorm
 
 # One checkpoint name per role, whatever slot of Megatron-Core's layer the scheme uses for it.
 _CHECKPOINT_NAMES = {
     "pre_cross_attn_layernorm.": "pre_mlp_layernorm.",
+    "residual_layernorm.": "input_layernorm.",
     "self_attn_bda.output_norm.": "attention_output_layernorm.",
     "mlp_bda.output_norm.": "mlp_output_layernorm.",
+    "self_attention.core_attention.c_layernorm.": "self_attention.c_layernorm.",
 }
+
+
+class NormedResidualLayer(TransformerLayer):
+    """A layer whose attention has its normed input for residual too; Megatron-Core has no slot before the two part.
+
+    Args:
+        residual_norm: class of that norm.
+    """
+
+    def __init__(self, config: PHDTransformerConfig, *args: Any, residual_norm: type[nn.Module], **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.residual_layernorm = residual_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super()._forward_attention(self.residual_layernorm(hidden_states), *args, **kwargs)
 
 
 class SwiGLU(MegatronModule):
@@ -57,7 +77,8 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
     """Spec of the layer with 1-based global number ``layer_number``.
 
     The FFN's norm sits in the slot before Megatron-Core's (absent) cross-attention when its output is also the
-    residual (HybridNorm, Eq. 6): what leaves that slot becomes input and residual of the FFN.
+    residual (HybridNorm, Eq. 6): what leaves that slot becomes input and residual of the FFN. For attention there is
+    :class:`NormedResidualLayer`.
     """
     block = config.norm_plan[layer_number - 1]
     norm = norm_class(config.normalization)
@@ -66,25 +87,30 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int, transformer_engi
     prune = config.phd_last_layer_pruning
     drop_after = last_layer and not prune and not config.copies_dropped_at_head
     normed_residual = block.mlp.residual == "normed"
-    return ModuleSpec(
-        module=TransformerLayer,
+    layer = ModuleSpec(module=TransformerLayer)
+    input_norm = norm if block.attention.input_norm else IdentityOp
+    if block.attention.residual == "normed":
+        layer, input_norm = ModuleSpec(module=NormedResidualLayer, params={"residual_norm": norm}), IdentityOp
+    return replace(
+        layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm if block.attention.input_norm else IdentityOp,
+            input_layernorm=input_norm,
             self_attention=ModuleSpec(
                 module=PHDSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=PHDSelfAttentionSubmodules(
                     linear_qkv=column_linear,
-                    core_attention=PHDCoreAttention,
+                    core_attention=partial(PHDCoreAttention, context_norm="c" in block.heads),
                     linear_proj=row_linear,
                     head_norms=block.heads,
+                    qk_norm_width=block.qk_norm_width,
                 ),
             ),
-            self_attn_bda=_residual(config, block.attention.output_norm, drop_copies=last_layer and prune),
+            self_attn_bda=_residual(config, block.attention, drop_copies=last_layer and prune),
             pre_cross_attn_layernorm=norm if normed_residual else IdentityOp,
             pre_mlp_layernorm=norm if block.mlp.input_norm and not normed_residual else IdentityOp,
             mlp=_ffn_spec(config, layer_number, transformer_engine),
-            mlp_bda=_residual(config, block.mlp.output_norm, drop_copies=drop_after),
+            mlp_bda=_residual(config, block.mlp, drop_copies=drop_after),
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
         ),
     )
@@ -102,8 +128,8 @@ def _ffn_spec(config: PHDTransformerConfig, layer_number: int, transformer_engin
     )
 
 
-def _residual(config: PHDTransformerConfig, output_norm: str | None, drop_copies: bool) -> ModuleSpec:
-    params = {"config": config, "output_norm": output_norm == "sum", "drop_copies": drop_copies}
+def _residual(config: PHDTransformerConfig, norms: SublayerNorm, drop_copies: bool) -> ModuleSpec:
+    params = {"config": config, "norms": norms, "drop_copies": drop_copies}
     return ModuleSpec(module=SublayerResidual, params=params)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phd_megatron.norm.modules import norm_class
 from phd_megatron.phd.copies import last_copy
+
+if TYPE_CHECKING:
+    from phd_megatron.norm.schemes import SublayerNorm
 
 
 class SublayerResidual(nn.Module):
@@ -17,19 +21,22 @@ class SublayerResidual(nn.Module):
 
     Args:
         config: the transformer configuration.
-        output_norm: norm the sum (Post-Norm), as :class:`~phd_megatron.norm.schemes.SublayerNorm` says.
+        norms: the sublayer's record: scale of the residual, norm of the output or of the sum. Dropout comes after a
+            norm of the output, as in OLMo 2.
         drop_copies: this sublayer's output holds the last copy only (see ``phd_last_layer_pruning``), or shall from
             here on; the rows of the other copies leave the residual.
     """
 
-    def __init__(self, config: Any, output_norm: bool, drop_copies: bool) -> None:
+    def __init__(self, config: Any, norms: SublayerNorm, drop_copies: bool) -> None:
         super().__init__()
         self.repeat = config.kv_policy.repeat if drop_copies else 1
-        self.output_norm = (
-            norm_class(config.normalization)(config, config.hidden_size, config.layernorm_epsilon)
-            if output_norm
-            else None
-        )
+        self.scale = norms.residual_scale
+        self.norms_branch = norms.output_norm == "branch"
+        self.output_norm: nn.Module | None = None
+        if norms.output_norm is not None:
+            norm = norm_class(config.normalization)(config, config.hidden_size, config.layernorm_epsilon)
+            nn.init.constant_(norm.weight, norms.output_norm_init)  # type: ignore[arg-type]
+            self.output_norm = norm
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """Megatron-Core asks for the function first, then calls it."""
@@ -41,9 +48,11 @@ class SublayerResidual(nn.Module):
                 output = last_copy(output, self.repeat)
             if bias is not None:
                 output = output + bias
+            if self.norms_branch and self.output_norm is not None:
+                output = self.output_norm(output)
             if dropout:
                 output = F.dropout(output, dropout, training)
-            joined = residual + output
-            return joined if self.output_norm is None else self.output_norm(joined)
+            joined = residual + output if self.scale == 1 else torch.add(output, residual, alpha=self.scale)
+            return joined if self.output_norm is None or self.norms_branch else self.output_norm(joined)
 
         return join

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import BlockNorm, norm_plan
+from phd_megatron.norm.schemes import BlockNorm, norm_plan, norm_scheme
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime.pipeline_split import PipelineSplit
 
@@ -24,10 +24,12 @@ class PHDTransformerConfig(TransformerConfig):
 
     kv_policy: KVPolicy = field(default_factory=KVPolicy)
     norm_plan: tuple[BlockNorm, ...] = ()
+    embed_norm: bool = False  #: a norm follows the embedding
     phd_attention_backend: str = "auto"
     phd_last_layer_pruning: bool = True
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     init_scheme: str = "normal"
+    init_gain: float = 1.0  #: of value, attention-output and FFN weights, by the norm scheme
 
 
 def transformer_field_types() -> dict[str, Any]:
@@ -57,6 +59,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
     """
     model, parallel = run.model, run.parallel
     policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    scheme, layers = norm_scheme(model.norm_scheme), model.num_layers or 0
     dtype = params_dtype(run)
     split = PipelineSplit.from_config(parallel)
     # Rows between stages are K * s everywhere, so a head without a decoder layer on its stage gets all copies.
@@ -118,11 +121,13 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "calculate_per_token_loss": True,
         "variable_seq_lengths": False,
         "kv_policy": policy,
-        "norm_plan": norm_plan(model.norm_scheme, model.num_layers or 0),
+        "norm_plan": norm_plan(model.norm_scheme, layers),
+        "embed_norm": scheme.embed_norm,
         "phd_attention_backend": model.phd_attention_backend,
         "phd_last_layer_pruning": model.phd_last_layer_pruning and not lone_head,
         "copies_dropped_at_head": lone_head,
         "init_scheme": model.init,
+        "init_gain": scheme.init_gain(layers) if scheme.init_gain else 1.0,
     }
     try:
         return PHDTransformerConfig(**values)

@@ -1,6 +1,7 @@
 """Build a model with experts under one layout after the other and print a digest of its full initial weights.
 
-Arguments: one layout each, such as ``tensor_model_parallel_size=2,sequence_parallel=1``.
+Arguments: one layout each, such as ``tensor_model_parallel_size=2,sequence_parallel=1``; ``norm_scheme=NAME`` may
+be among the words.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from phd_megatron.runtime.context import Runtime, install_backend
 
 MODEL = {
     **{"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2},
-    **{"make_vocab_size_divisible_by": 16, "seq_length": 16, "norm_scheme": "hybrid_star"},
+    **{"make_vocab_size_divisible_by": 16, "seq_length": 16},
 }
 EXPERTS = {
     **{"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1, 1, 1]},
@@ -28,10 +29,12 @@ EXPERTS = {
 
 def digest(words: str) -> str:
     """Of every parameter's full values, put together from all ranks."""
-    options = {name: int(value) for name, value in (word.split("=") for word in words.split(",") if word)}
+    given = dict(word.split("=") for word in words.split(",") if word)
+    model = {**MODEL, "norm_scheme": given.pop("norm_scheme", "hybrid_star")}
+    options = {name: int(value) for name, value in given.items()}
     options["sequence_parallel"] = bool(options.get("sequence_parallel"))
     run = RunConfig(
-        model=ModelConfig(**MODEL, transformer=dict(EXPERTS)), parallel=ParallelConfig(device="cpu", **options)
+        model=ModelConfig(**model, transformer=dict(EXPERTS)), parallel=ParallelConfig(device="cpu", **options)
     )
     resolve(run)
     with Runtime.start(run.parallel, model=run.model, training=run.training, verbose=False) as runtime:

@@ -124,16 +124,20 @@ def mcore_shapes(model) -> dict[str, tuple[int, ...]]:
     padded = -(-model.vocab_size // model.make_vocab_size_divisible_by) * model.make_vocab_size_divisible_by
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded, h)}
     norms: dict[str, int] = {"decoder.final_layernorm": h}
+    if model.norm_scheme == "embed_norm":
+        norms["embed_norm"] = h
     for i in range(model.num_layers):
         layer = f"decoder.layers.{i}"
-        hybrid_input = model.norm_scheme == "hybrid" or (model.norm_scheme == "hybrid_star" and i > 0)
-        if model.norm_scheme == "post":
+        no_input = model.norm_scheme in ("hybrid", "embed_norm") or (model.norm_scheme == "hybrid_star" and i > 0)
+        if model.norm_scheme in ("post", "olmo2"):
             norms |= {f"{layer}.attention_output_layernorm": h, f"{layer}.mlp_output_layernorm": h}
         else:
             norms |= {f"{layer}.pre_mlp_layernorm": h}
-            norms |= {} if hybrid_input else {f"{layer}.input_layernorm": h}
-        inner = {"pre": "", "post": "", "pre_qk": "qk", "hybrid": "qkv", "hybrid_star": "qkv"}[model.norm_scheme]
-        norms |= {f"{layer}.self_attention.{part}_layernorm": d for part in inner}
+            norms |= {} if no_input else {f"{layer}.input_layernorm": h}
+        inner = {"pre": "", "post": "", "pre_qk": "qk", "olmo2": "qk", "pre_qkvc_post": "qkvc"}
+        full = {"q": heads * d, "k": groups * d} if model.norm_scheme == "olmo2" else {}
+        for part in inner.get(model.norm_scheme, "qkv"):
+            norms[f"{layer}.self_attention.{part}_layernorm"] = full.get(part, d)
         linears = {
             "self_attention.linear_qkv": ((heads + 2 * groups) * d, h),
             "self_attention.linear_proj": (h, heads * d),

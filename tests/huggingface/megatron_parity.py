@@ -29,6 +29,8 @@ CASES = {
     for scheme in ("pre", "pre_qk", "post", "hybrid", "hybrid_star")
     for repeat, policy in POLICIES.items()
 }
+CASES["olmo2 K=1"] = {"norm_scheme": "olmo2"}
+CASES["pre_qkvc_post K=2"] = {"norm_scheme": "pre_qkvc_post", **POLICIES["2"]}
 CASES["biases, LayerNorm, GELU, own head, partial RoPE"] = {
     **{"norm_scheme": "hybrid_star", **POLICIES["2"], "normalization": "LayerNorm", "add_bias_linear": True},
     **{"gated_linear_unit": False, "untie_embeddings_and_output_weights": True},
@@ -45,6 +47,7 @@ CASES |= {
         "norm_scheme": "pre_qk",
         "transformer": {**EXPERTS, "moe_router_pre_softmax": True, "moe_router_topk": 1},
     },
+    "experts as OLMoE": {"norm_scheme": "olmoe", "transformer": {**EXPERTS, "moe_router_pre_softmax": True}},
     "experts pre-softmax": {"norm_scheme": "pre", "transformer": {**EXPERTS, "moe_router_pre_softmax": True}},
     "experts hybrid_star": {"norm_scheme": "hybrid_star", "transformer": {**EXPERTS, **SHARED}},
     "experts hybrid_star K=2": {

@@ -12,32 +12,55 @@ import pytest
 from phd_megatron.huggingface import bundle_files
 from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.verify import VerificationError
+from phd_megatron.norm.schemes import NORM_SCHEMES
 
-PROGRAM = Path(__file__).with_name("megatron_parity.py")
 NATIVE = {
     "pre K=1": "LlamaForCausalLM",
     "pre_qk K=1": "Qwen3ForCausalLM",
+    "olmo2 K=1": "Olmo2ForCausalLM",
     "experts as Mixtral": "MixtralForCausalLM",
     "experts as Qwen3": "Qwen3MoeForCausalLM",
     "experts as Qwen3, softmax over all": "Qwen3MoeForCausalLM",
+    "experts as OLMoE": "OlmoeForCausalLM",
 }
+
+
+def run_cases(program, root):
+    """Name -> number, class and relative error of each case of a program."""
+    command = [sys.executable, str(Path(__file__).with_name(program)), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    return {name: (number, cls, error) for number, (name, cls, error) in enumerate(lines)}
+
+
+def wrong(cases):
+    return {name: error for name, (_, _, error) in cases.items() if not error < 1e-5}
+
+
+def native(cases):
+    return {name: cls for name, (_, cls, _) in cases.items() if cls != "PHDForCausalLM"}
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Name -> number, class and error of each case, in a directory with ``<number>`` and ``<number>-hf``."""
+    """A directory with ``<number>`` and ``<number>-hf`` of the cases, and the cases."""
     root = tmp_path_factory.mktemp("megatron")
-    done = subprocess.run([sys.executable, str(PROGRAM), str(root)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
-    return root, {name: (number, cls, error) for number, (name, cls, error) in enumerate(lines)}
+    return root, run_cases("megatron_parity.py", root)
 
 
-def test_logits_of_every_scheme_repeat_and_router(rows):
+def test_logits_of_exported_checkpoints(rows):
     _, cases = rows
-    assert len(cases) == 24
-    assert {name: error for name, (_, _, error) in cases.items() if not error < 1e-5} == {}
-    assert {name: cls for name, (_, cls, _) in cases.items() if cls != "PHDForCausalLM"} == NATIVE
+    assert len(cases) == 27
+    assert wrong(cases) == {}
+    assert native(cases) == NATIVE
+
+
+def test_logits_of_every_norm_scheme_in_memory(tmp_path):
+    cases = run_cases("scheme_parity.py", tmp_path)
+    assert cases.keys() >= {f"{scheme} K=2 RMSNorm" for scheme in NORM_SCHEMES}
+    assert wrong(cases) == {}
+    assert native(cases) == {f"{name} RMSNorm": NATIVE[name] for name in ("pre K=1", "pre_qk K=1", "olmo2 K=1")}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +76,7 @@ def test_a_layer_that_computes_something_else_is_named(rows, tmp_path, monkeypat
     """Every tensor is right, but the second layer of the exported code scales its residual."""
     root, cases = rows
     code = bundle_files.bundle_files()["modeling_phd.py"].read_text()
-    good = "        hidden = residual + self.self_attn(normed, rows, cache, self.layer_index)\n"
+    good = "        hidden = join(residual, output, norms, self.attention_output_layernorm)\n"
     assert good in code
     (tmp_path / "modeling_phd.py").write_text(
         code.replace(good, good + "        hidden = hidden * (1 + 1e-3 * (self.layer_index == 1))\n")

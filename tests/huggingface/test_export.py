@@ -20,7 +20,6 @@ from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export import describe, parse_size
 from phd_megatron.huggingface.mapping import model_rules
-from phd_megatron.norm.schemes import NORM_SCHEMES
 from phd_megatron.runtime import checksums
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
@@ -40,7 +39,9 @@ def logits(model, tokens):
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("scheme", NORM_SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", ["pre", "pre_qk", "post", "hybrid", "hybrid_star", "olmo2", "embed_norm", "pre_qkvc_post"]
+)
 def test_every_tensor_by_hand(make_checkpoint, tmp_path, scheme):
     """Names and rows of an export, without the mapping rules."""
     source = make_checkpoint(norm_scheme=scheme, phd_repeat=2, untie_embeddings_and_output_weights=True)
@@ -52,6 +53,8 @@ def test_every_tensor_by_hand(make_checkpoint, tmp_path, scheme):
     assert same(tensors.pop("model.embed_tokens.weight"), read.pop("embedding.word_embeddings.weight")[:257])
     assert same(tensors.pop("lm_head.weight"), read.pop("output_layer.weight")[:257])
     assert same(tensors.pop("model.norm.weight"), read.pop("decoder.final_layernorm.weight"))
+    if scheme == "embed_norm":
+        assert same(tensors.pop("model.embed_norm.weight"), read.pop("embed_norm.weight"))
     for i in range(3):
         hf, mcore = f"model.layers.{i}", f"decoder.layers.{i}"
         qkv = read.pop(f"{mcore}.self_attention.linear_qkv.weight")  # two groups of three queries, a key, a value
@@ -64,7 +67,7 @@ def test_every_tensor_by_hand(make_checkpoint, tmp_path, scheme):
         names = {"self_attn.o_proj": "self_attention.linear_proj", "mlp.down_proj": "mlp.linear_fc2"}
         names |= {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"}
         names |= {name: name for name in ("attention_output_layernorm", "mlp_output_layernorm")}
-        names |= {f"self_attn.{part}_norm": f"self_attention.{part}_layernorm" for part in "qkv"}
+        names |= {f"self_attn.{part}_norm": f"self_attention.{part}_layernorm" for part in "qkvc"}
         for new, old in names.items():
             if f"{mcore}.{old}.weight" in read:
                 assert same(tensors.pop(f"{hf}.{new}.weight"), read.pop(f"{mcore}.{old}.weight"))
@@ -102,7 +105,10 @@ def test_round_trip_and_verification(make_checkpoint, tmp_path, fields):
     assert (config["vocab_size"], config["eos_token_id"], config["bos_token_id"]) == (257, 256, None)
 
 
-@pytest.mark.parametrize(("scheme", "name"), [("pre", "LlamaForCausalLM"), ("pre_qk", "Qwen3ForCausalLM")])
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [("pre", "LlamaForCausalLM"), ("pre_qk", "Qwen3ForCausalLM"), ("olmo2", "Olmo2ForCausalLM")],
+)
 def test_native_classes_compute_what_the_bundled_code_computes(make_checkpoint, tmp_path, scheme, name):
     source = make_checkpoint(norm_scheme=scheme, rotary_base=5000.0)
     assert export_checkpoint(source, tmp_path / "native").model_class == name

@@ -33,6 +33,11 @@ MODELS["hybrid-k2-untied"] = {
     "phd-repeat": 2,
     "untie-embeddings-and-output-weights": True,
 }
+# One scheme for each thing that the others need of the code.
+MODELS |= {
+    f"{scheme}-k2": {"norm-scheme": scheme, "phd-repeat": 2}
+    for scheme in ("olmo2", "post_pre", "embed_norm", "pre_qkvc_post", "deepnorm", "mix_ln")
+}
 SIX, EVERY = tuple(MODELS)[:6], tuple(MODELS)
 TWO = ("pre-k1", "hybrid_star-k3")
 #: layouts that have no word: stages cut by letters, and by counting embedding and loss as layers
@@ -70,10 +75,10 @@ NAMED = {
 }
 #: which models a layout is run with
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "tp2": (*SIX[3:], "post-k2"),
+    "tp2": (*SIX[3:], "post-k2", "olmo2-k2", "pre_qkvc_post-k2"),
     "tp2+sp": EVERY,
     "pp2": (*TWO, "hybrid-k2-untied"),
-    "pp2+vpp2": (*SIX, "hybrid-k2-untied"),
+    "pp2+vpp2": (*SIX, "hybrid-k2-untied", "embed_norm-k2", "deepnorm-k2", "mix_ln-k2"),
     "pp2+vpp2 in groups of 4, all transfers overlapped": ("hybrid_star-k2",),
     "pp2+first1": ("hybrid_star-k2", "hybrid-k2-untied"),
     "pp2+vpp3 with embedding and loss counted": ("hybrid_star-k3", "hybrid-k2-untied"),
@@ -88,7 +93,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp4": (*TWO, "hybrid-k2-untied"),
     "pp4 with a lone head": TWO,
     "tp4": ("hybrid_star-k3",),  # num_query_groups = 2 < TP
-    "tp4+sp": TWO,
+    "tp4+sp": (*TWO, "olmo2-k2"),
 }
 
 

@@ -50,8 +50,7 @@ DENSE |= {
         **ATTENTION["CSWA"],
         "untie-embeddings-and-output-weights": True,
     }
-    for scheme in NORM_SCHEMES
-    if scheme not in ("pre", "hybrid", "hybrid_star")
+    for scheme in ("post", "pre_qk", "olmo2")
 }
 DENSE_LAYOUTS = (
     *("dp1+recompute", "tp2", "tp2+sp", "pp2", "pp2+first1", "pp2+vpp2", "dp2", "dp2+overlap", "dp2+nodist"),
@@ -59,6 +58,13 @@ DENSE_LAYOUTS = (
     *("pp2+last3+dp2+overlap", "tp2+sp+dp2+overlap+recompute", "dp4+overlap", "tp2+sp+pp2+vpp2+dp2+overlap"),
     *("tp2+sp+pp4", "pp4+dp2+overlap", "tp4+sp+pp2+vpp2", "tp2+pp2+dp2+nodist", "dp8+overlap"),
 )
+#: every norm scheme, each in all of these layouts
+SCHEMES: Models = {
+    f"{scheme} K=2 CSWA": {"norm-scheme": scheme, "phd-repeat": 2, **ATTENTION["CSWA"]}
+    for scheme in NORM_SCHEMES
+    if scheme not in ("pre", "hybrid", "hybrid_star")
+}
+SCHEME_LAYOUTS = ("tp2", "tp2+sp", "pp2", "pp2+vpp2", "tp2+sp+recompute", "tp2+sp+pp2")
 #: slices of 12 tokens with two context-parallel ranks and of 6 with four; chunks of 6 divide them, those of 8 do not
 CONTEXT: Models = {
     f"{scheme} K={repeat} {name}".replace("K=1 vanilla", "K=1"): {
@@ -76,6 +82,12 @@ CONTEXT: Models = {
         (2, "CSWA, chunks in slices", 5, 6),
         (3, "CSWA, chunks across slices", 5, 8),
     )
+}
+CONTEXT |= {
+    f"{scheme} K=2 CSWA, chunks across slices": {
+        **{"seq-length": 48, "norm-scheme": scheme, "phd-repeat": 2, "phd-window": 5, "phd-chunk": 8}
+    }
+    for scheme in ("olmo2", "pre_qkvc_post", "embed_norm")
 }
 CONTEXT_LAYOUTS = (
     *("cp2", "cp2+p2p", "cp4", "cp4+p2p", "cp2+recompute", "tp2+cp2+p2p", "tp2+sp+cp2", "cp2+pp2", "cp2+pp2+p2p"),
@@ -99,6 +111,10 @@ EXPERTS: Models = {
     for repeat in (1, 2)
     for dispatcher in ("alltoall", "allgather")
 }
+EXPERTS |= {
+    f"{scheme} K=2, alltoall": {**ROUTER, "norm-scheme": scheme, "phd-repeat": 2, **ATTENTION["CSWA"]}
+    for scheme in ("olmo2", "post", "post_pre", "sandwich", "deepnorm")
+}
 EXPERTS_LAYOUTS = (
     *("dp2", "ep2", "ep2+nodist", "ep4", "tp2+sp", "tp2+sp+etp1", "tp2+sp+ep2+etp1", "tp2+sp+ep2", "pp2", "pp2+ep2"),
     *("pp2+vpp2+ep2", "ep2+dp4+overlap", "cp2+ep2", "tp2+sp+cp2+ep2", "tp2+sp+pp2+ep2", "tp2+sp+pp2+vpp2+ep2+etp1"),
@@ -106,6 +122,7 @@ EXPERTS_LAYOUTS = (
 #: family -> models and layouts
 FAMILIES: dict[str, tuple[Models, tuple[str, ...]]] = {
     "dense": (DENSE, DENSE_LAYOUTS),
+    "norm-scheme": (SCHEMES, SCHEME_LAYOUTS),
     "context-parallel": (CONTEXT, CONTEXT_LAYOUTS),
     "mixture-of-experts": (EXPERTS, EXPERTS_LAYOUTS),
 }

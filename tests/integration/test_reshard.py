@@ -3,7 +3,7 @@
 Each layout of ``saved`` trains three steps and saves; each of ``loaded`` takes each of those checkpoints, optimizer
 state included, and trains three more. Their losses, gradient norms and learning rates are those of one run of six steps
 on one rank: so the order of the samples goes on too, whatever the number of data-parallel ranks was and is. A model
-without experts and one with them, whose layouts are others.
+without experts, one with them and one with norms that are cut with the heads, whose layouts are others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STEPS, INTERRUPTED = 6, 3
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
 TP2: dict[str, object] = {"tensor-model-parallel-size": 2}
+TP4: dict[str, object] = {"tensor-model-parallel-size": 4}
 PP2: dict[str, object] = {"pipeline-model-parallel-size": 2}
 VPP2: dict[str, object] = {"virtual-pipeline-model-parallel-size": 2}
 CP2: dict[str, object] = {"context-parallel-size": 2}
@@ -83,6 +84,9 @@ EXPERTS_LOADED: Layouts = {
     "ep2+cp2": (2, {**EP2, **CP2}),
     "ep4+overlap": (4, {"expert-model-parallel-size": 4, **OVERLAP}),
 }
+#: norms that are cut with the heads; with four ranks each holds the whole key norm, for there are two KV heads
+FULL_WIDTH_SAVED: Layouts = {"tp2+sp": (2, {**TP2, **SP}), "tp4+sp": (4, {**TP4, **SP})}
+FULL_WIDTH_LOADED: Layouts = {"pp2": (2, PP2), "tp4": (4, TP4)}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ EXPERTS: dict[str, object] = {
 FAMILIES = {
     "dense": Family(MODEL, DENSE_SAVED, DENSE_LOADED),
     "experts": Family({**MODEL, **EXPERTS}, EXPERTS_SAVED, EXPERTS_LOADED),
+    "full-width norms": Family({**MODEL, "norm-scheme": "olmo2"}, FULL_WIDTH_SAVED, FULL_WIDTH_LOADED),
 }
 WORLDS = (1, 2, 4)
 CASES = [(name, source, to) for name, family in FAMILIES.items() for source in family.saved for to in family.loaded]

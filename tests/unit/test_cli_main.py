@@ -190,11 +190,12 @@ def test_a_message_whose_speaker_died_is_not_lost(
 
     monkeypatch.setattr(module, "_WAIT", timedelta(seconds=0.3))
 
-    def killed(*args: Any, **options: Any) -> None:
-        raise SystemExit
+    class Killed:
+        def write(self, text: str) -> None:
+            raise SystemExit
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "print", killed, raising=False)
+        patched.setattr(module.sys, "stderr", Killed())
         with pytest.raises(SystemExit):
             program.say_once("error: the same")
     program.say_once("error: the same")

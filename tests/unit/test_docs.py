@@ -24,9 +24,11 @@ FIELDS = {
 
 
 def test_norm_table_is_the_codes_table() -> None:
+    script = [sys.executable, str(ROOT / "tools/write_norms_table.py"), "--check"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     text = (ROOT / "docs/norms.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\w+) \|$", text, re.MULTILINE)
-    assert rows == [(name, scheme.formula, scheme.default_init) for name, scheme in NORM_SCHEMES.items()]
+    assert all(f"| `{name}`" in text for name in NORM_SCHEMES)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

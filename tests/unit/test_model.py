@@ -132,7 +132,7 @@ def test_k1_matches_stock_megatron_with_its_own_attention_and_norm(runtime):
         assert (gradient - reference).norm() <= 1e-6 * max(reference.norm(), 1e-6 * scale), name
 
 
-@pytest.mark.parametrize("scheme", ["pre", "pre_qk", "post", "hybrid", "hybrid_star"])
+@pytest.mark.parametrize("scheme", ["pre", "post", "hybrid_star", "post_pre", "sandwich", "olmo2", "pre_qkvc_post"])
 @pytest.mark.parametrize("repeat", [2, 3])
 def test_last_layer_pruning_changes_nothing(runtime, scheme, repeat):
     model = {"norm_scheme": scheme, "phd_repeat": repeat, "phd_window": 3, "phd_chunk": 8}
@@ -155,7 +155,7 @@ def test_last_layer_pruning_changes_nothing(runtime, scheme, repeat):
     ],
     ids=["full-uniform", "full-block", "core_attn", "layernorm-mlp"],
 )
-@pytest.mark.parametrize("scheme", ["pre", "post", "hybrid_star"])
+@pytest.mark.parametrize("scheme", ["pre", "post", "hybrid_star", "post_pre", "sandwich", "pre_qkvc_post"])
 def test_recomputation_changes_nothing(runtime, recompute, scheme):
     base = {"norm_scheme": scheme, "phd_repeat": 2, "phd_window": 3, "phd_chunk": 8}
     (loss, gradients), *_ = losses_and_gradients(build(make_run(**base)), 1)

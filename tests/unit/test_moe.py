@@ -91,7 +91,7 @@ def experts_by_hand(mlp, x, topk, pre_softmax, score):
     return output
 
 
-@pytest.mark.parametrize("scheme", ["pre", "hybrid", "hybrid_star"])
+@pytest.mark.parametrize("scheme", ["pre", "hybrid", "hybrid_star", "sandwich"])
 @pytest.mark.parametrize(
     "routing",
     [
@@ -108,7 +108,10 @@ def experts_by_hand(mlp, x, topk, pre_softmax, score):
     ids=["softmax", "pre-softmax", "sigmoid-bias-shared", "allgather"],
 )
 def test_layers_equal_a_hand_written_reference(runtime, scheme, routing):
-    """Hybrid layers: MoE(Norm(Y)) + Norm(Y); the others: MoE(Norm(Y)) + Y. The last layer is pruned."""
+    """Hybrid layers: MoE(Norm(Y)) + Norm(Y); sandwich: Norm(MoE(Norm(Y))) + Y; the others: MoE(Norm(Y)) + Y.
+
+    The last layer is pruned.
+    """
     run = make_run({"norm_scheme": scheme}, **routing)
     model = build(run)
     for number, router in enumerate(routers(model)):
@@ -134,6 +137,8 @@ def test_layers_equal_a_hand_written_reference(runtime, scheme, routing):
             values.get("moe_router_score_function", "softmax"),
         )
         normed = scheme == "hybrid" or (scheme == "hybrid_star" and index > 0)
+        if scheme == "sandwich":
+            moe = layer.mlp_bda.output_norm(moe)
         torch.testing.assert_close(out, moe + (x if normed else y), rtol=1e-6, atol=1e-6)  # softmax in float32
 
 

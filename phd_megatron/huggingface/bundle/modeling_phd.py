@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_phd import PHDCache
 from .configuration_phd import PHDConfig
 from .feed_forward_phd import PHDMLP, PHDExperts, PHDRouter
-from .norm_schemes import BlockNorm, norm_plan
+from .norm_schemes import BlockNorm, SublayerNorm, norm_plan, norm_scheme
 from .rows_phd import LayerRows, StepRows, kept_slots
 
 # transformers 5.24 calls the cache `cache`, in arguments and outputs; earlier versions, `past_key_values`.
@@ -68,7 +68,7 @@ def apply_rotary(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class PHDAttention(nn.Module):
-    """Grouped-query attention over copy-major rows, with the scheme's per-head q/k/v/c norms."""
+    """Grouped-query attention over copy-major rows, with the scheme's q/k/v/c norms."""
 
     def __init__(self, config: PHDConfig, block: BlockNorm):
         super().__init__()
@@ -81,17 +81,24 @@ class PHDAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
 
+        self.full_width = block.qk_norm_width == "full"
+        widths = {"q": query_size, "k": key_size} if self.full_width else {}
+
         def norm(name: str) -> nn.Module:
-            return make_norm(config, config.head_dim) if name in block.heads else nn.Identity()
+            return make_norm(config, widths.get(name, config.head_dim)) if name in block.heads else nn.Identity()
 
         self.q_norm, self.k_norm, self.v_norm, self.c_norm = (norm(name) for name in "qkvc")
 
+    def _heads(self, projected: Tensor, norm: nn.Module) -> Tensor:
+        """``[b, rows, heads * d]`` to ``[b, rows, heads, d]``, normed before or after it is cut into heads."""
+        heads = (-1, self.head_dim)
+        return norm(projected).unflatten(-1, heads) if self.full_width else norm(projected.unflatten(-1, heads))
+
     def forward(self, hidden: Tensor, rows: LayerRows, cache: PHDCache | None, layer_index: int) -> Tensor:
         """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
-        heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(rows.select(hidden)).unflatten(-1, heads))
-        key = self.k_norm(self.k_proj(hidden).unflatten(-1, heads))
-        value = self.v_norm(self.v_proj(hidden).unflatten(-1, heads))
+        query = self._heads(self.q_proj(rows.select(hidden)), self.q_norm)
+        key = self._heads(self.k_proj(hidden), self.k_norm)
+        value = self.v_norm(self.v_proj(hidden).unflatten(-1, (-1, self.head_dim)))
         table = rotary_table(self.config, rows.key_positions.to(query.device), query.dtype)
         query = apply_rotary(query, (rows.select(table[0]), rows.select(table[1])))
         key = apply_rotary(key, table)
@@ -103,6 +110,13 @@ class PHDAttention(nn.Module):
         else:
             context = rows.attend(query.transpose(1, 2), keys, values)
         return self.o_proj(self.c_norm(context).flatten(2))
+
+
+def join(residual: Tensor, output: Tensor, norms: SublayerNorm, norm: nn.Module) -> Tensor:
+    """A sublayer's residual and output, as its record says; ``norm`` is the one after the sublayer, if any."""
+    if norms.residual_scale != 1:
+        residual = residual * norms.residual_scale
+    return residual + norm(output) if norms.output_norm == "branch" else norm(residual + output)
 
 
 class PHDDecoderLayer(GradientCheckpointingLayer):
@@ -119,19 +133,21 @@ class PHDDecoderLayer(GradientCheckpointingLayer):
             return make_norm(config) if wanted else nn.Identity()
 
         self.input_layernorm = norm(block.attention.input_norm)
-        self.attention_output_layernorm = norm(block.attention.output_norm == "sum")
+        self.attention_output_layernorm = norm(block.attention.output_norm is not None)
         self.post_attention_layernorm = norm(block.mlp.input_norm)
-        self.mlp_output_layernorm = norm(block.mlp.output_norm == "sum")
+        self.mlp_output_layernorm = norm(block.mlp.output_norm is not None)
 
     def forward(self, hidden: Tensor, rows: LayerRows, cache: PHDCache | None = None) -> Tensor:
         """``[b, rows.in, h]`` to ``[b, rows.out, h]``."""
         normed = self.input_layernorm(hidden)
-        residual = rows.select(normed if self.block.attention.residual == "normed" else hidden)
-        hidden = residual + self.self_attn(normed, rows, cache, self.layer_index)
-        hidden = self.attention_output_layernorm(hidden)
+        norms = self.block.attention
+        residual = rows.select(normed if norms.residual == "normed" else hidden)
+        output = self.self_attn(normed, rows, cache, self.layer_index)
+        hidden = join(residual, output, norms, self.attention_output_layernorm)
         normed = self.post_attention_layernorm(hidden)
-        residual = normed if self.block.mlp.residual == "normed" else hidden
-        return self.mlp_output_layernorm(residual + self.mlp(normed))
+        norms = self.block.mlp
+        residual = normed if norms.residual == "normed" else hidden
+        return join(residual, self.mlp(normed), norms, self.mlp_output_layernorm)
 
 
 class PHDPreTrainedModel(PreTrainedModel):
@@ -170,6 +186,7 @@ class PHDModel(PHDPreTrainedModel):
         config.check()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = make_norm(config) if norm_scheme(config.norm_scheme).embed_norm else nn.Identity()
         plan = norm_plan(config.norm_scheme, config.num_hidden_layers)
         self.layers = nn.ModuleList(PHDDecoderLayer(config, block, index) for index, block in enumerate(plan))
         self.norm = make_norm(config)
@@ -223,7 +240,7 @@ class PHDModel(PHDPreTrainedModel):
             )
         if use_cache and cache is None:
             cache = PHDCache(config)
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.embed_norm(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         step = StepRows.plan(
             config.kv_policy(),
             config.num_hidden_layers,
