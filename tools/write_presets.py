@@ -17,6 +17,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
 from phd_megatron.planning.run_plan import RunPlan, plan_run
+from phd_megatron.planning.units import short
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = 257  # vocabulary of the byte tokenizer, which tiny presets are meant for
@@ -62,10 +63,6 @@ def kind(config: RunConfig) -> str:
     return KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)[0].name
 
 
-def millions(number: int) -> str:
-    return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
-
-
 def gigabytes(number: int) -> str:
     return f"{number / 2**30:.1f} GiB"
 
@@ -73,7 +70,7 @@ def gigabytes(number: int) -> str:
 def size(plan: RunPlan) -> str:
     """Parameters, and the active ones where they are fewer."""
     active = plan.active_parameters
-    return millions(plan.parameters) + (f", {millions(active)} active" if active < plan.parameters else "")
+    return short(plan.parameters) + (f", {short(active)} active" if active < plan.parameters else "")
 
 
 def hours(plan: RunPlan) -> float:
@@ -88,7 +85,7 @@ def example(name: str, preset: Preset) -> str:
     )
     ranks = f"{plan.ranks} GPUs" if preset.tokens else "one rank"
     lines = [
-        f"{preset.title}: {size(plan)} parameters, {plan.tokens / 1e9:.4g}B tokens. Source: {preset.paper}.",
+        f"{preset.title}: {size(plan)} parameters, {short(plan.tokens)} tokens. Source: {preset.paper}.",
         f"Reproduces: {preset.reproduces}.",
         f"Costs: {plan.flops_per_token:.3g} FLOPs a token, {plan.flops:.3g} in all{time}; about "
         f"{gigabytes(plan.memory.total)} a rank on {ranks} (estimate without recomputation, before what the allocator "
@@ -129,7 +126,7 @@ def document() -> str:
                 shape,
                 f"{model.num_attention_heads} / {model.num_query_groups}",
                 kind(config),
-                f"{plan.tokens / 1e9:.4g}B",
+                short(plan.tokens),
                 f"{plan.flops_per_token:.3g}",
                 f"{hours(plan):,.0f}" if preset.tokens else "",
                 gigabytes(plan.memory.total) if preset.tokens else "",

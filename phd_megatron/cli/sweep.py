@@ -13,6 +13,7 @@ from typing import Any
 from phd_megatron.cli.prepare import parse_strictly
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
+from phd_megatron.planning.units import short
 
 _USAGE = """\
 phd-megatron sweep --config FILE --output DIR [--dry-run] [OPTIONS] [--any-field-of-a-run VALUE]
@@ -131,9 +132,9 @@ def _print_plan(sweep: Any, members: list[Any]) -> None:
         rows.append(
             [
                 member.name,
-                f"{plan.parameters / 1e6:,.2f}M",
-                f"{plan.active_parameters / 1e6:,.2f}M",
-                f"{plan.tokens / 1e6:,.3g}M",
+                short(plan.parameters),
+                short(plan.active_parameters),
+                short(plan.tokens),
                 f"{member.iterations:,}",
                 f"{plan.flops:.3g}",
                 f"{needed:,.3g}",
