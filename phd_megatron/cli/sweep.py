@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -81,7 +82,14 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
     if args.dry_run:
         return 0
     directory.mkdir(parents=True, exist_ok=True)
-    with RunLock(directory):
+    try:
+        lock = RunLock(directory).acquire()
+    except UserError as error:
+        raise UserError(
+            f"a sweep is already at work in {directory}; wait for it, or use another --output ({error})"
+        ) from None
+    with ExitStack() as stack:
+        stack.callback(lock.release)
         store = create(directory, sweep, members)
         return _launch(store, launcher, {m.config.parallel.device for m in members}, args)
 

@@ -164,8 +164,8 @@ def differences(context: Context) -> Iterator[Block]:
     yield Text(
         f"Final loss minus that of the baseline ({named}) with the same seed, hence the same samples in the same "
         "order; mean over seeds, with Student's t interval. The spread is the larger standard deviation over seeds of "
-        "the two. 'lower' or 'higher' stands only where the difference exceeds that spread and the interval leaves out 0; "
-        "everything else is no ordering. No correction is made for the number of comparisons."
+        "the two. 'lower' or 'higher' stands only where the difference exceeds that spread and the interval leaves out "
+        "0; everything else is no ordering. No correction is made for the number of comparisons."
     )
 
 

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from phd_megatron.config.catalog import fields
-from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import changed, from_dict, lookup, read_yaml
+from phd_megatron.config.serialize import changed, read_yaml
 from phd_megatron.errors import UserError
 from phd_megatron.sweep.definition import Sweep
 from phd_megatron.sweep.members import MEMBERS, METRICS_FILE, RUN_FILE, STATUS_FILE, PlannedMember
@@ -150,15 +149,19 @@ def _entry(member: PlannedMember) -> Entry:
 def _check_unchanged(home: Path, member: PlannedMember) -> None:
     if not (home / METRICS_FILE).exists() or not (home / RUN_FILE).exists():
         return
-    before, after = from_dict(read_yaml(home / RUN_FILE)), from_dict(changed(member.config))
-    differing = [name for name in _names(before, after) if lookup(before, name) != lookup(after, name)]
+    before, after = _flat(read_yaml(home / RUN_FILE)), _flat(changed(member.config))
+    differing = [name for name in {**before, **after} if _value(before, name) != _value(after, name)]
     if differing:
-        changes = ", ".join(f"{n}: {lookup(before, n)!r} -> {lookup(after, n)!r}" for n in differing)
+        changes = ", ".join(f"{n}: {_value(before, n)!r} -> {_value(after, n)!r}" for n in differing)
         raise UserError(
             f"member {member.name} has begun with another configuration ({changes}); give the sweep another --output, "
             f"or delete {home} to train it anew"
         )
 
 
-def _names(*configs: RunConfig) -> list[str]:
-    return [*fields(), *dict.fromkeys(name for config in configs for name in config.model.transformer)]
+def _flat(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for section in data.values() for name, value in section.items()}
+
+
+def _value(flat: Mapping[str, Any], name: str) -> Any:
+    return flat.get(name, fields()[name].default if name in fields() else None)
