@@ -196,11 +196,6 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, documents: Path) ->
     assert store.status("seed1").state == "running"  # what a killed sweep leaves behind
     begun = steps_of(store, "seed1")
 
-    (tmp_path / "sweep.yaml").write_text(LONG.replace("{seed: [1]}", "{seed: [1], norm_scheme: [pre]}"))
-    again = run_program(*arguments, "--exit-interval", "1", timeout=PATIENCE)
-    assert again.returncode == 2  # exit_interval is the sweep's own
-    assert "exit_interval is set by the sweep" in again.stdout
-    (tmp_path / "sweep.yaml").write_text(LONG)
     process = subprocess.Popen(
         [sys.executable, "-m", "phd_megatron", *map(str, arguments)], cwd=ROOT, env=program_environment()
     )
