@@ -184,14 +184,15 @@ def _our_weights(config: RunConfig) -> dict[str, Any]:
     import torch
 
     from phd_megatron.huggingface.architecture import Architecture
-    from phd_megatron.huggingface.mapping import dense_rules
+    from phd_megatron.huggingface.mapping import model_rules
     from phd_megatron.model.build import build_model
 
     assert config.model.vocab_size is not None
     local = replace(config, model=replace(config.model, transformer_impl="local"))  # this copy is on the CPU
     tensors = dict(build_model(local, config.model.vocab_size, torch.device("cpu"))[0].named_parameters())
     weights: dict[str, Any] = {}
-    for rule in dense_rules(Architecture.from_model(config.model, config.model.vocab_size)):
+    architecture = Architecture.from_model(config.model, config.model.vocab_size)
+    for rule in model_rules(architecture, architecture.model_class()):
         weights.update(rule.to_hf(tensors[rule.mcore].detach()))
     return weights
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "parity": "compare every parallel layout of a configuration with one rank",
     "export": "write a checkpoint as a Hugging Face directory",
     "generate": "continue a prompt from a checkpoint or an exported directory",
+    "evaluate": "loss and perplexity of a checkpoint or an exported directory on prepared data (also under torchrun)",
     "doctor": "show versions and which implementation each operation uses here, and why",
     "bench": "measure attention and training on this machine",
 }

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_dtype": None,
     "moe_expert_capacity_factor": None,
     "moe_pad_expert_input_to_capacity": False,
 }
@@ -64,14 +66,27 @@ class MoE:
         ffn_hidden_size: width of one expert's FFN branch.
         shared_hidden_size: width of all shared experts together; 0 without.
         shared_gate: whether a sigmoid gate scales the shared experts' output.
+        score_function: ``softmax`` or ``sigmoid`` of the router's logits.
+        pre_softmax: softmax over all experts instead of the chosen ones.
+        expert_bias: a bias takes part in the choice of experts, and not in their weights.
+        groups, group_topk: experts are chosen from the best ``group_topk`` of so many groups; None for one group.
+        scaling: what the weights of the chosen experts are multiplied by.
+        router_dtype: the type that the router computes in, such as ``fp32``; None for the model's.
     """
 
     experts: int
     topk: int
     layers: tuple[bool, ...]
     ffn_hidden_size: int
-    shared_hidden_size: int
-    shared_gate: bool
+    shared_hidden_size: int = 0
+    shared_gate: bool = False
+    score_function: str = "softmax"
+    pre_softmax: bool = False
+    expert_bias: bool = False
+    groups: int | None = None
+    group_topk: int | None = None
+    scaling: float = 1.0
+    router_dtype: str | None = None
 
     @classmethod
     def from_model(cls, model: ModelConfig) -> MoE | None:
@@ -87,6 +102,13 @@ class MoE:
             ffn_hidden_size=moe_value(model, "moe_ffn_hidden_size") or model.ffn_hidden_size,
             shared_hidden_size=moe_value(model, "moe_shared_expert_intermediate_size") or 0,
             shared_gate=moe_value(model, "moe_shared_expert_gate"),
+            score_function=moe_value(model, "moe_router_score_function"),
+            pre_softmax=moe_value(model, "moe_router_pre_softmax"),
+            expert_bias=moe_value(model, "moe_router_enable_expert_bias"),
+            groups=moe_value(model, "moe_router_num_groups"),
+            group_topk=moe_value(model, "moe_router_group_topk"),
+            scaling=moe_value(model, "moe_router_topk_scaling_factor") or 1.0,
+            router_dtype=moe_value(model, "moe_router_dtype"),
         )
 
 

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from phd_megatron.config.moe import MoE
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
 
 BUNDLED = "PHDForCausalLM"
-_MODEL_TYPES = {BUNDLED: "phd_transformer", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+_MODEL_TYPES = {
+    BUNDLED: "phd_transformer",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 _NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM"}
+_NATIVE_SCHEMES_WITH_EXPERTS = {"pre": "MixtralForCausalLM", "pre_qk": "Qwen3MoeForCausalLM"}
 _AUTO_MAP = {
     "AutoConfig": "configuration_phd.PHDConfig",
     "AutoModel": "modeling_phd.PHDModel",
@@ -32,6 +40,18 @@ _TRAINING_ONLY = (
     *("num_layers_at_*_in_bf16", "cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "persist_layer_norm"),
     *("memory_efficient_layer_norm", "wgrad_deferral_limit", "num_microbatches_with_partial_activation_checkpoints"),
     *("bias_activation_fusion", "bias_dropout_fusion", "overlap_*", "use_te_activation_func", "offload_modules"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type", "moe_router_bias_update_rate"),
+    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap"),
+    # Capacity holds for training alone: inference drops nothing.
+    *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy"),
+    *("moe_router_padding_for_quantization", "moe_input_jitter_eps", "moe_per_layer_logging", "moe_layer_recompute"),
+)
+#: fields that :class:`~phd_megatron.config.moe.MoE` speaks for
+_EXPERTS = (
+    *("num_moe_experts", "moe_router_topk", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_dtype"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
+    *("moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
+    "moe_router_topk_scaling_factor",
 )
 _NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
 
@@ -47,7 +67,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder as both formats describe it. Sizes in elements; ``vocab_size`` is the true one."""
+    """A decoder as both formats describe it. Sizes in elements; ``vocab_size`` is the true one."""
 
     num_layers: int
     hidden_size: int
@@ -68,6 +88,7 @@ class Architecture:
     init_std: float
     norm_scheme: str
     policy: KVPolicy
+    moe: MoE | None = None
 
     @classmethod
     def from_model(cls, model: ModelConfig, vocab_size: int) -> Architecture:
@@ -76,14 +97,8 @@ class Architecture:
         Raises:
             UserError: for something the exported model could not honour.
         """
-        experts = model.transformer.get("num_moe_experts")
-        if experts is not None:
-            raise UserError(
-                f"num_moe_experts={experts}: models with experts cannot be exported to Hugging Face, or generate, yet; "
-                "the checkpoint trains on, and evaluates with eval_iters"
-            )
         for name, value in model.transformer.items():
-            unset = value is None or value is False or _NEUTRAL.get(name) == value
+            unset = value is None or value is False or _NEUTRAL.get(name) == value or name in _EXPERTS
             if not unset and not any(fnmatchcase(name, pattern) for pattern in _TRAINING_ONLY):
                 raise UserError(
                     f"{name}={value!r}: the exported model has nothing that corresponds to it, so its logits would "
@@ -116,6 +131,7 @@ class Architecture:
             init_std=model.init_method_std or (2.5 * model.hidden_size) ** -0.5,
             norm_scheme=model.norm_scheme,
             policy=policy,
+            moe=MoE.from_model(model),
         )
 
     @property
@@ -139,7 +155,18 @@ class Architecture:
             and self.rotary_percent == 1.0
             and self.hidden_size % self.heads == 0
         )
-        return _NATIVE_SCHEMES.get(self.norm_scheme, BUNDLED) if native and plain else BUNDLED
+        if not native or not plain:
+            return BUNDLED
+        if self.moe is None:
+            return _NATIVE_SCHEMES.get(self.norm_scheme, BUNDLED)
+        moe = self.moe
+        name = _NATIVE_SCHEMES_WITH_EXPERTS.get(self.norm_scheme, BUNDLED)
+        simple = moe.score_function == "softmax" and moe.groups is None and moe.scaling == 1.0
+        if not simple or moe.shared_hidden_size or moe.router_dtype not in (None, "fp32"):
+            return BUNDLED
+        if name == "MixtralForCausalLM" and (moe.pre_softmax or not all(moe.layers)):
+            return BUNDLED  # it has experts in all layers, and weights that add up to 1
+        return name
 
     def hf_config(self, model_class: str, dtype: str, tokens: TokenIds) -> dict[str, Any]:
         """The content of ``config.json``."""
@@ -171,8 +198,10 @@ class Architecture:
             "dtype": dtype,
             "transformers_version": importlib.metadata.version("transformers"),
         }
-        if model_class != "Qwen3ForCausalLM":
+        if model_class in (BUNDLED, "LlamaForCausalLM"):
             config["mlp_bias"] = self.linear_bias
+        if self.moe is not None:
+            config |= _experts_config(self.moe, model_class)
         if model_class == BUNDLED:
             config |= {
                 "auto_map": _AUTO_MAP,
@@ -183,3 +212,34 @@ class Architecture:
             if self.rotary_percent != 1.0:
                 config["rope_parameters"]["partial_rotary_factor"] = self.rotary_percent
         return config
+
+
+def _experts_config(moe: MoE, model_class: str) -> dict[str, Any]:
+    """What ``config.json`` says about experts, in the words of ``model_class``."""
+    if model_class == "MixtralForCausalLM":
+        return {
+            "num_local_experts": moe.experts,
+            "num_experts_per_tok": moe.topk,
+            "intermediate_size": moe.ffn_hidden_size,
+        }
+    config: dict[str, Any] = {
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.topk,
+        "moe_intermediate_size": moe.ffn_hidden_size,
+        "norm_topk_prob": not moe.pre_softmax,
+        "mlp_only_layers": [index for index, has_experts in enumerate(moe.layers) if not has_experts],
+    }
+    if model_class == BUNDLED:
+        config |= {
+            "scoring_func": moe.score_function,
+            "use_expert_bias": moe.expert_bias,
+            "n_group": moe.groups,
+            "topk_group": moe.group_topk,
+            "routed_scaling_factor": moe.scaling,
+            "shared_expert_intermediate_size": moe.shared_hidden_size,
+            "use_shared_expert_gate": moe.shared_gate,
+            "router_dtype": moe.router_dtype,
+        }
+    else:
+        config["decoder_sparse_step"] = 1
+    return config

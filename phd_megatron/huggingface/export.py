@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,12 +23,14 @@ from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
 from phd_megatron.huggingface.bundle_files import write_bundle
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
-from phd_megatron.huggingface.mapping import Rule, dense_rules
+from phd_megatron.huggingface.mapping import Rule, model_rules
 from phd_megatron.huggingface.model_card import model_card
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Log = Callable[[str], Any]
+Verify = Literal["full", "tensors", "none"]
+_VERIFIED = {"full": "verified", "tensors": "tensors verified, logits not", "none": "not verified"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class ExportReport:
     largest_shard: int
     shards: int
     dtype: str
-    verified: bool
+    verified: Verify
 
     def __str__(self) -> str:
         return (
             f"exported {self.checkpoint} to {self.output}: {self.model_class}, {self.parameters:,} parameters in "
             f"{self.dtype}, {self.tensors_read} tensors read, {self.tensors_written} written into {self.shards} "
-            f"file(s) of {self.bytes_written / 1e6:.1f} MB, {'verified' if self.verified else 'not verified'}"
+            f"file(s) of {self.bytes_written / 1e6:.1f} MB, {_VERIFIED[self.verified]}"
         )
 
 
@@ -62,7 +64,7 @@ def export_checkpoint(
     dtype: str = "auto",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
-    verify: bool = True,
+    verify: Verify = "full",
     native: bool = True,
     verify_checkpoint: bool = True,
     log: Log = lambda message: None,
@@ -74,8 +76,9 @@ def export_checkpoint(
         dtype: ``auto`` keeps the checkpoint's, else ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: of one safetensors file, such as ``"5GB"``; a larger tensor gets its own.
         overwrite: replace ``output`` if it exists.
-        verify: load the result through ``AutoModelForCausalLM`` and compare every tensor with the checkpoint; needs
-            memory for the whole model.
+        verify: ``full`` loads the result through ``AutoModelForCausalLM``, compares every tensor with the checkpoint,
+            and the logits with the Megatron-Core model's; needs memory for the whole model in float32. ``tensors``
+            leaves the logits out, ``none`` everything.
         native: use a class of transformers' own where it computes the same; False always bundles the model's code.
         verify_checkpoint: compare every file of the checkpoint with its checksum first.
 
@@ -85,10 +88,10 @@ def export_checkpoint(
     source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     limit = parse_size(max_shard_size)
     architecture, tokens = describe(source)
-    rules = dense_rules(architecture)
+    model_class = architecture.model_class(native)
+    rules = model_rules(architecture, model_class)
     check_complete(source, rules)
     target = _target_dtype(source, rules, dtype)
-    model_class = architecture.model_class(native)
     with _atomic_directory(Path(output), overwrite) as directory:
         shards = _plan_shards(source, rules, target, limit)
         written = _write_shards(directory, source, shards, target, log)
@@ -103,11 +106,12 @@ def export_checkpoint(
                     shutil.copyfile(path, directory / path.name)
         card = model_card(architecture, source, model_class, dtype_name, written.parameters, Path(output).name)
         (directory / "README.md").write_text(card, encoding="utf-8")
-        if verify:
+        if verify != "none":
             from phd_megatron.huggingface.verify import verify_export
 
-            log("verifying: loading the result and comparing every tensor with the checkpoint")
-            verify_export(directory, source, rules, target)
+            logits = ", and its logits with the Megatron model's" if verify == "full" else ""
+            log(f"verifying: loading the result and comparing every tensor with the checkpoint{logits}")
+            verify_export(directory, source, rules, target, verify)
     return ExportReport(
         output=Path(output),
         checkpoint=source.directory,
@@ -180,7 +184,8 @@ def _target_dtype(source: MegatronCheckpoint, rules: list[Rule], dtype: str) -> 
         return DTYPES[dtype]
     target = source.dtype(rules[0].mcore)
     for rule in rules:
-        target = torch.promote_types(target, source.dtype(rule.mcore))
+        if rule.dtype(target) == target:  # others keep a type of their own
+            target = torch.promote_types(target, source.dtype(rule.mcore))
     return target
 
 
@@ -214,7 +219,7 @@ def _plan_shards(source: MegatronCheckpoint, rules: list[Rule], dtype: torch.dty
     shards: list[list[Rule]] = [[]]
     size = 0
     for rule in rules:
-        outline = torch.empty(source.shape(rule.mcore), dtype=dtype, device="meta")
+        outline = torch.empty(source.shape(rule.mcore), dtype=rule.dtype(dtype), device="meta")
         parts = rule.to_hf(outline)
         needed = sum(part.numel() * part.element_size() for part in parts.values())
         if shards[-1] and size + needed > limit:
@@ -236,7 +241,8 @@ def _write_shards(
         for rule in shard:
             parts = rule.to_hf(source.read(rule.mcore))
             # A clone, not a view: safetensors refuses tensors that share storage.
-            tensors |= {key: part.to(dtype).clone(memory_format=torch.contiguous_format) for key, part in parts.items()}
+            kept = rule.dtype(dtype)
+            tensors |= {key: part.to(kept).clone(memory_format=torch.contiguous_format) for key, part in parts.items()}
         try:
             save_file(tensors, directory / name, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:

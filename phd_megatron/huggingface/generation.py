@@ -87,7 +87,7 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
 
     with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
         output = Path(parent) / "model"
-        export_checkpoint(path, output, verify=False, verify_checkpoint=verify_checkpoint)
+        export_checkpoint(path, output, verify="none", verify_checkpoint=verify_checkpoint)
         yield output
 
 
@@ -116,25 +116,40 @@ def load(
         UserError: if it cannot be loaded, or has no tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoTokenizer
 
-    logging.disable_progress_bar()
     with hf_directory(path, verify_checkpoint) as directory:
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise UserError(f"{path} holds no tokenizer, so a prompt cannot be read; add its files beside the model")
-        if not trust_remote_code:
-            check_code(directory)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(directory, path, device, trust_remote_code)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, trust_remote_code=True, local_files_only=True, dtype="auto"
-            )
             # transformers reads the model's configuration for the tokenizer too, and would ask about its code again.
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be loaded: {str(error).strip()}") from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return model.to(device).eval(), tokenizer
+        return model, tokenizer
+
+
+def load_model(directory: Path, named: str | Path, device: str, trust_remote_code: bool = False) -> Any:
+    """The model of an exported directory, in eval mode on ``device``; ``named`` is what an error calls the directory.
+
+    Raises:
+        UserError: for code that is not this package's, unless ``trust_remote_code``, or if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not trust_remote_code:
+        check_code(directory)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, trust_remote_code=True, local_files_only=True, dtype="auto"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{named} cannot be loaded: {str(error).strip()}") from error
+    return model.to(device).eval()
 
 
 def generate_text(

@@ -1,17 +1,18 @@
 """Which Megatron-Core tensor is which Hugging Face tensor: small rules, each usable in both directions.
 
-A rule names one tensor of the checkpoint and the tensors it becomes. :func:`dense_rules` lists the rules of a whole
+A rule names one tensor of the checkpoint and the tensors it becomes. :func:`model_rules` lists the rules of a whole
 model, so "every tensor was read and written" is a comparison of two lists of names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from phd_megatron.config.moe import MoE
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
 
@@ -29,6 +30,10 @@ class Rule:
     mcore: str
     hf: tuple[str, ...]
     shape: tuple[int, ...]
+
+    def dtype(self, asked: torch.dtype) -> torch.dtype:
+        """Type of the exported tensor where the model's is ``asked``."""
+        return asked
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse a checkpoint tensor of another shape."""
@@ -77,6 +82,36 @@ class GatedMLP(Rule):
 
 
 @dataclass(frozen=True)
+class Experts(Rule):
+    """A tensor of every expert, stacked, to the tensors of each: ``[experts, ...]`` by one rule an expert."""
+
+    each: tuple[Rule, ...]
+
+    @classmethod
+    def of(cls, mcore: str, each: Iterable[Rule]) -> Experts:
+        """All experts' rules of one kind."""
+        rules = tuple(each)
+        return cls(mcore, tuple(name for rule in rules for name in rule.hf), (len(rules), *rules[0].shape), rules)
+
+    def to_hf(self, tensor: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for rule, part in zip(self.each, tensor, strict=True):
+            found |= rule.to_hf(part)
+        return found
+
+    def to_mcore(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([rule.to_mcore(parts) for rule in self.each])
+
+
+@dataclass(frozen=True)
+class ExpertBias(Rule):
+    """What is added to the scores when experts are chosen. In half precision it would choose others."""
+
+    def dtype(self, asked: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+
+@dataclass(frozen=True)
 class VocabRows(Rule):
     """Embedding or head, whose padding rows exist in the checkpoint only. ``shape`` has the true vocabulary."""
 
@@ -98,12 +133,25 @@ class VocabRows(Rule):
         return torch.cat([rows, rows.new_zeros(missing, rows.size(1))]) if missing else rows
 
 
-def dense_rules(architecture: Architecture) -> list[Rule]:
-    """Every tensor of a dense model, in the order of the forward pass."""
-    return list(_rules(architecture))
+@dataclass(frozen=True)
+class Names:
+    """What a class of transformers calls the parts of a block whose names differ between classes."""
+
+    experts: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
-def _rules(a: Architecture) -> Iterator[Rule]:
+_NAMES = {"MixtralForCausalLM": Names(experts="block_sparse_moe", gate="w1", up="w3", down="w2")}
+
+
+def model_rules(architecture: Architecture, model_class: str) -> list[Rule]:
+    """Every tensor of a model, in the order of the forward pass, with the names of ``model_class``."""
+    return list(_rules(architecture, _NAMES.get(model_class, Names())))
+
+
+def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     hidden, vocabulary = a.hidden_size, (a.vocab_size, a.hidden_size)
     yield VocabRows("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
     for index, block in enumerate(a.blocks):
@@ -116,7 +164,10 @@ def _rules(a: Architecture) -> Iterator[Rule]:
             yield from _norm(a, f"{mcore}.{name}", f"{hf}.{name}", hidden)
         if block.mlp.input_norm:
             yield from _norm(a, f"{mcore}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm", hidden)
-        yield from _mlp(a, f"{mcore}.mlp", f"{hf}.mlp")
+        if a.moe is not None and a.moe.layers[index]:
+            yield from _experts(a, a.moe, f"{mcore}.mlp", f"{hf}.{names.experts}", names)
+        else:
+            yield from _mlp(a, f"{mcore}.mlp", f"{hf}.mlp", a.ffn_hidden_size)
         if block.mlp.output_norm:
             yield from _norm(a, f"{mcore}.mlp_output_layernorm", f"{hf}.mlp_output_layernorm", hidden)
     yield from _norm(a, "decoder.final_layernorm", "model.norm", hidden)
@@ -146,12 +197,27 @@ def _attention(a: Architecture, mcore: str, hf: str, normed: str) -> Iterator[Ru
     yield from _linear(f"{mcore}.linear_proj", f"{hf}.o_proj", a.hidden_size, a.heads * a.head_dim, a.linear_bias)
 
 
-def _mlp(a: Architecture, mcore: str, hf: str) -> Iterator[Rule]:
+def _mlp(a: Architecture, mcore: str, hf: str, width: int, names: Names = Names()) -> Iterator[Rule]:
     if a.gated:
         for kind in ("weight", "bias") if a.linear_bias else ("weight",):
-            names = (f"{hf}.gate_proj.{kind}", f"{hf}.up_proj.{kind}")
-            shape = (2 * a.ffn_hidden_size, a.hidden_size)[: 2 if kind == "weight" else 1]
-            yield GatedMLP(f"{mcore}.linear_fc1.{kind}", names, shape)
+            parts = (f"{hf}.{names.gate}.{kind}", f"{hf}.{names.up}.{kind}")
+            shape = (2 * width, a.hidden_size)[: 2 if kind == "weight" else 1]
+            yield GatedMLP(f"{mcore}.linear_fc1.{kind}", parts, shape)
     else:
-        yield from _linear(f"{mcore}.linear_fc1", f"{hf}.up_proj", a.ffn_hidden_size, a.hidden_size, a.linear_bias)
-    yield from _linear(f"{mcore}.linear_fc2", f"{hf}.down_proj", a.hidden_size, a.ffn_hidden_size, a.linear_bias)
+        yield from _linear(f"{mcore}.linear_fc1", f"{hf}.{names.up}", width, a.hidden_size, a.linear_bias)
+    yield from _linear(f"{mcore}.linear_fc2", f"{hf}.{names.down}", a.hidden_size, width, a.linear_bias)
+
+
+def _experts(a: Architecture, moe: MoE, mcore: str, hf: str, names: Names) -> Iterator[Rule]:
+    yield Rule(f"{mcore}.router.weight", (f"{hf}.gate.weight",), (moe.experts, a.hidden_size))
+    if moe.expert_bias:
+        yield ExpertBias(f"{mcore}.router.expert_bias", (f"{hf}.gate.e_score_correction_bias",), (moe.experts,))
+    stacked = f"{mcore}.experts.experts"
+    each = [list(_mlp(a, stacked, f"{hf}.experts.{e}", moe.ffn_hidden_size, names)) for e in range(moe.experts)]
+    for rules in zip(*each, strict=True):
+        yield Experts.of(rules[0].mcore, rules)
+    if moe.shared_hidden_size:
+        shared = f"{mcore}.shared_experts"
+        yield from _mlp(a, shared, f"{hf}.shared_experts", moe.shared_hidden_size)
+        if moe.shared_gate:
+            yield Rule(f"{shared}.gate_weight", (f"{hf}.shared_expert_gate.weight",), (1, a.hidden_size))

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+import phd_megatron
+from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
+from phd_megatron.huggingface import megatron_logits
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.mapping import Rule
+
+#: of logits and hidden states in float32, whatever type the export has
+TOLERANCE = 1e-5
+_LENGTH = 128
+_TEXT = (
+    "A transformer reads a text from left to right and says, after every word, which one it expects next. Some words "
+    "are easy: the end of a common phrase, a closing bracket. Others need 3 or 4 facts from far above, and more "
+    "thought than one pass through the layers allows. def think(word, times=2): return [word] * times\n"
+)
 
 
 class VerificationError(UserError):
     """The exported directory is not the checkpoint's model."""
 
 
-@torch.no_grad()
-def verify_export(directory: Path, source: MegatronCheckpoint, rules: list[Rule], dtype: torch.dtype) -> None:
-    """Reload through ``AutoModelForCausalLM`` and map every tensor back onto the checkpoint's, bit for bit.
+def verify_export(
+    directory: Path, source: MegatronCheckpoint, rules: Sequence[Rule], dtype: torch.dtype, level: str
+) -> None:
+    """Reload through ``AutoModelForCausalLM``, map every tensor back onto the checkpoint's bit for bit, compare logits.
+
+    Logits are those of the Megatron-Core model with the same (rounded) parameters, both computed in float32. Needs
+    memory for the model as exported for ``tensors``, in float32 for ``full``.
 
     Raises:
-        VerificationError: naming the first tensor that is missing, left over or different, or non-finite logits.
+        VerificationError: naming the first tensor that is missing, left over or different, or the first layer whose
+            output differs, or non-finite logits.
     """
+    expected = _megatron_outputs(source, dtype) if level == "full" else None  # before the model takes its memory
+    model = _load(directory)
+    _compare_tensors(model, source, rules, dtype)
+    if expected is not None:
+        _compare_outputs(model.float().eval(), expected)
+        return
+    tokens = torch.arange(min(model.config.vocab_size, 64)).unsqueeze(0)
+    with torch.no_grad():
+        if not model.eval()(tokens, use_cache=False).logits.isfinite().all():
+            raise VerificationError(
+                f"the exported model gives logits that are not finite in {dtype}; the checkpoint's own values are at "
+                "fault if it was trained so, else export with --dtype float32"
+            )
+
+
+def _load(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -37,19 +79,109 @@ def verify_export(directory: Path, source: MegatronCheckpoint, rules: list[Rule]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise VerificationError(f"the export does not load cleanly: {problem} {sorted(info[problem])[:5]}")
-    state = model.state_dict()
+    return model
+
+
+# ---------------------------------------------------------------- tensors
+
+
+@torch.no_grad()
+def _compare_tensors(model: Any, source: MegatronCheckpoint, rules: Sequence[Rule], dtype: torch.dtype) -> None:
+    names = {name for rule in rules for name in rule.hf}
+    state = _as_files_have_them(model.state_dict(), names)
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    if left := set(state) - {name for rule in rules for name in rule.hf}:
+    if left := set(state) - names:
         raise VerificationError(f"the loaded model has parameters that no checkpoint tensor gave: {sorted(left)[:5]}")
     for rule in rules:
-        expected = source.read(rule.mcore).to(dtype)
+        expected = source.read(rule.mcore).to(rule.dtype(dtype))
         found = rule.to_mcore(state)
         if not torch.equal(found, expected[: found.size(0)]):
-            raise VerificationError(f"{', '.join(rule.hf)} do not give {rule.mcore} back after reloading")
-    tokens = torch.arange(min(model.config.vocab_size, 64)).unsqueeze(0)
-    if not model.eval()(tokens, use_cache=False).logits.isfinite().all():
-        raise VerificationError(
-            f"the exported model gives logits that are not finite in {dtype}; the checkpoint's own values are at fault "
-            "if it was trained so, else export with --dtype float32"
+            raise VerificationError(f"{', '.join(rule.hf[:3])} do not give {rule.mcore} back after reloading")
+
+
+def _as_files_have_them(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Undo the stacking of experts with which transformers loads its own classes: views, by the names in the files."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"(.*)\.mlp(\.experts)?\.(gate_up_proj|down_proj|gate\.weight)", key)
+        block = f"{match[1]}.block_sparse_moe" if match else ""
+        if match is None or (match[2] is None and f"{block}.gate.weight" not in names):
+            found[key] = tensor
+        elif match[2] is None:
+            found[f"{block}.gate.weight"] = tensor
+        else:
+            mixtral = f"{block}.gate.weight" in names
+            words = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+            for number, part in enumerate(tensor):
+                prefix = f"{block if mixtral else f'{match[1]}.mlp'}.experts.{number}"
+                parts = part.chunk(2) if match[3] == "gate_up_proj" else (part,)
+                its = words[:2] if match[3] == "gate_up_proj" else words[2:]
+                found |= {f"{prefix}.{word}.weight": piece for word, piece in zip(its, parts, strict=True)}
+    return found
+
+
+# ---------------------------------------------------------------- logits
+
+
+def _tokens(source: MegatronCheckpoint) -> Tensor:
+    """Token ids ``[2, n]`` of a text and of its second half first, or of nothing in particular without a tokenizer."""
+    length = min(source.run.model.seq_length, _LENGTH)
+    vocab_size = source.run.model.vocab_size or 2
+    if source.tokenizer_dir is None:
+        ids = [index % vocab_size for index in range(2 * length)]
+    else:
+        ids = load_tokenizer(source.tokenizer_dir).tokenize(_TEXT)
+        ids = ids * -(-2 * length // len(ids))
+    return torch.tensor(ids[: 2 * length]).view(2, length)
+
+
+def _megatron_outputs(source: MegatronCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    root = str(Path(phd_megatron.__file__).parents[1])
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))}
+    variables |= {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory(prefix="phd-megatron-verify-") as work:
+        tokens, output = Path(work) / "tokens.safetensors", Path(work) / "output.safetensors"
+        ids = _tokens(source)
+        save_file({megatron_logits.TOKENS: ids}, tokens)
+        words = [str(source.directory), str(dtype).removeprefix("torch."), str(tokens), str(output)]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", megatron_logits.__name__, *words],
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        if done.returncode:
+            last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+            raise VerificationError(
+                f"the Megatron model of {source.directory} cannot be run to compare logits with (exit code "
+                f"{done.returncode}): {last[0]}; --verify tensors compares the weights alone"
+            )
+        return {**load_file(output), megatron_logits.TOKENS: ids}
+
+
+@torch.no_grad()
+def _compare_outputs(model: Any, expected: dict[str, Tensor]) -> None:
+    tokens = expected[megatron_logits.TOKENS]
+    found = model(tokens, use_cache=False, output_hidden_states=True)
+    error = _relative(expected[megatron_logits.LOGITS], model(tokens, use_cache=False).logits)
+    if error <= TOLERANCE:
+        return
+    for index, hidden in enumerate(found.hidden_states[1:-1]):
+        layer = _relative(expected[megatron_logits.layer_name(index)], hidden)
+        if not layer <= TOLERANCE:
+            raise VerificationError(
+                f"the export computes something else than the Megatron model: logits differ by {error:.1e} relative "
+                f"(at most {TOLERANCE:g}), and layer {index} is the first whose output differs, by {layer:.1e}"
+            )
+    raise VerificationError(
+        f"the export computes something else than the Megatron model: logits differ by {error:.1e} relative (at most "
+        f"{TOLERANCE:g}), though the outputs of all layers but the last agree; look at the last layer, the final norm "
+        "and the head"
+    )
+
+
+def _relative(expected: Tensor, found: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

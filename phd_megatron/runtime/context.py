@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
@@ -69,7 +69,7 @@ def install_backend(device: str) -> None:
     mcore_fixes.install()
 
 
-def choose_device(asked: str, local_rank: int = 0) -> tuple[str, str]:
+def choose_device(asked: str, local_rank: int = 0) -> tuple[Literal["cpu", "cuda"], str]:
     """Device type for ``--device`` and why.
 
     Raises:

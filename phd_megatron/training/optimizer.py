@@ -89,8 +89,14 @@ def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
     return start
 
 
+def in_run_precision(models: Sequence[PHDGPTModel], run: RunConfig) -> list[PHDGPTModel | Float16Module]:
+    """``Float16Module`` around each chunk where half precision is asked for."""
+    half = run.training.bf16 or run.training.fp16
+    return [Float16Module(model.config, model) if half else model for model in models]
+
+
 def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[DistributedDataParallel]:
-    """``Float16Module`` where half precision is asked for, then Megatron-Core's DDP with its gradient buffers."""
+    """Chunks in the run's precision, each in Megatron-Core's DDP with its gradient buffers."""
     half = run.training.bf16 or run.training.fp16
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=half and run.training.accumulate_allreduce_grads_in_fp32,
@@ -105,11 +111,11 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
         DistributedDataParallel(
             model.config,
             ddp_config,
-            Float16Module(model.config, model) if half else model,
+            model,
             # The communication of later chunks is hidden behind the first chunk's compute as it is.
             disable_bucketing=number > 0,
         )
-        for number, model in enumerate(models)
+        for number, model in enumerate(in_run_precision(models, run))
     ]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import num_microbatches_calculator as microbatches
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
@@ -19,12 +18,10 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import to_dict
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
-from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
-from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
@@ -42,6 +39,7 @@ from phd_megatron.training.optimizer import (
 from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.signals import ExitController
 from phd_megatron.training.step import Stepper
+from phd_megatron.training.streams import open_stream
 
 
 @dataclass
@@ -135,28 +133,8 @@ class Trainer:
         self.total_iterations = self._count_iterations()
         eval_samples = run.training.eval_iters * self.global_batch_size
         train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
-        self.train_stream = self._stream(train)
-        self.valid_stream = self._stream(valid, wrap=True) if valid is not None else None
-
-    def _stream(self, dataset: Any, wrap: bool = False) -> SampleStream:
-        return SampleStream(
-            dataset,
-            self.run.training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            self.runtime.dims.dp,
-            num_workers=self.run.data.num_workers,
-            wrap=wrap,
-            pin_memory=not self.runtime.on_cpu,
-            slices=self._context_parallel_slices(),
-        )
-
-    def _context_parallel_slices(self) -> tuple[range, ...] | None:
-        """Token positions of this rank; ``None`` where it holds whole sequences."""
-        model, size = self.run.model, self.runtime.dims.cp
-        if size == 1:
-            return None
-        policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-        return policy.context_parallel_slices(model.seq_length, size, parallel_state.get_context_parallel_rank())
+        self.train_stream = open_stream(run, self.runtime, train)
+        self.valid_stream = open_stream(run, self.runtime, valid, wrap=True) if valid is not None else None
 
     # ---------------------------------------------------------------- the loop
 

@@ -34,6 +34,25 @@ CASES["biases, LayerNorm, GELU, own head, partial RoPE"] = {
     **{"gated_linear_unit": False, "untie_embeddings_and_output_weights": True},
     **{"rotary_percent": 0.5, "rotary_base": 500.0},
 }
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+SHARED = {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True, "moe_layer_freq": [0, 1, 1]}
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+GROUPS = {"moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5}
+CASES |= {
+    "experts as Mixtral": {"norm_scheme": "pre", "transformer": EXPERTS},
+    "experts as Qwen3": {"norm_scheme": "pre_qk", "transformer": {**EXPERTS, "moe_layer_freq": [1, 0, 1]}},
+    "experts as Qwen3, softmax over all": {
+        "norm_scheme": "pre_qk",
+        "transformer": {**EXPERTS, "moe_router_pre_softmax": True, "moe_router_topk": 1},
+    },
+    "experts pre-softmax": {"norm_scheme": "pre", "transformer": {**EXPERTS, "moe_router_pre_softmax": True}},
+    "experts hybrid_star": {"norm_scheme": "hybrid_star", "transformer": {**EXPERTS, **SHARED}},
+    "experts hybrid_star K=2": {
+        **{"norm_scheme": "hybrid_star", **POLICIES["2"]},
+        "transformer": {**EXPERTS, **SIGMOID, **SHARED, "moe_shared_expert_gate": False, "moe_router_dtype": "fp32"},
+    },
+    "experts in groups K=3": {"norm_scheme": "pre", **POLICIES["3"], "transformer": {**EXPERTS, **SIGMOID, **GROUPS}},
+}
 CASES["QKV bias"] = {"norm_scheme": "pre", "add_qkv_bias": True}
 
 
@@ -60,11 +79,14 @@ def main(root: Path) -> None:
             for key, parameter in model.named_parameters():  # initial norms and biases would hide a mix-up
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * (0.2 if "norm" in key or "bias" in key else 0.1))
+            for key, buffer in model.named_buffers():
+                if key.endswith("expert_bias"):
+                    buffer.add_(torch.randn(buffer.shape, generator=generator))
             expected = model(tokens, torch.arange(48).expand(2, -1), None)[..., :257]
         saver = CheckpointSaver(root / f"{number}", run_config=run, tokenizer=load_tokenizer("byte"), runtime=runtime)
         state = {"consumed_samples": 2}
         saver.save(iteration=1, models=[model], optimizer=None, scheduler=None, training_state=state)
-        report = export_checkpoint(root / f"{number}", root / f"{number}-hf")
+        report = export_checkpoint(root / f"{number}", root / f"{number}-hf", verify="tensors")
         exported = AutoModelForCausalLM.from_pretrained(report.output, trust_remote_code=True).eval()
         with torch.no_grad():
             error = (exported(tokens).logits - expected).norm() / expected.norm()

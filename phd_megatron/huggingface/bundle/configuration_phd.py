@@ -20,6 +20,14 @@ class PHDConfig(PreTrainedConfig):
         phd_window: ``W``, token positions of hidden keys a hidden query sees, its own included.
         phd_chunk: ``C``, the window stays inside chunks of ``C`` positions; ``None`` for no chunks.
         norm_scheme: row of ``norm_schemes.py``.
+        num_experts: experts of each layer that is not in ``mlp_only_layers``; 0 for a dense model. Further words:
+            ``num_experts_per_tok``, ``moe_intermediate_size`` (of one expert, by default ``intermediate_size``),
+            ``shared_expert_intermediate_size`` (of those that compute every row, 0 for none) with
+            ``use_shared_expert_gate``.
+        scoring_func: ``softmax`` over the chosen experts (``norm_topk_prob``) or over all, or ``sigmoid``, which may
+            have a bias for the choice alone (``use_expert_bias``). ``n_group`` and ``topk_group`` limit the choice to
+            the best groups, ``routed_scaling_factor`` multiplies the weights, ``router_dtype`` (``fp32``, ``fp64``) is
+            what the router computes in.
 
     Raises:
         ValueError: for sizes that do not fit, an unknown scheme, or a RoPE type this model does not have.
@@ -54,6 +62,19 @@ class PHDConfig(PreTrainedConfig):
     phd_window: int = 1
     phd_chunk: int | None = None
     norm_scheme: str = "pre"
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    mlp_only_layers: list[int] | None = None
+    norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    use_expert_bias: bool = False
+    n_group: int | None = None
+    topk_group: int | None = None
+    routed_scaling_factor: float = 1.0
+    shared_expert_intermediate_size: int = 0
+    use_shared_expert_gate: bool = False
+    router_dtype: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -79,6 +100,15 @@ class PHDConfig(PreTrainedConfig):
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type != "default":
             raise ValueError(f"rope_type={rope_type!r}: this model has plain RoPE; use rope_type='default'")
+
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={self.scoring_func!r}: choose softmax or sigmoid")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} of num_experts={self.num_experts}")
+
+    def has_experts(self, layer_index: int) -> bool:
+        """Whether the layer with this 0-based index has experts."""
+        return self.num_experts > 0 and layer_index not in (self.mlp_only_layers or ())
 
     def kv_policy(self) -> KVPolicy:
         """What each query sees, as the one definition that training used."""

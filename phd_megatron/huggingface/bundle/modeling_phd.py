@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .cache_phd import PHDCache
 from .configuration_phd import PHDConfig
+from .feed_forward_phd import PHDMLP, PHDExperts, PHDRouter
 from .norm_schemes import BlockNorm, norm_plan
 from .rows_phd import LayerRows, StepRows, kept_slots
 
@@ -105,23 +105,6 @@ class PHDAttention(nn.Module):
         return self.o_proj(self.c_norm(context).flatten(2))
 
 
-class PHDMLP(nn.Module):
-    """Gated or plain feed-forward network."""
-
-    def __init__(self, config: PHDConfig):
-        super().__init__()
-        sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
-        self.gate_proj = nn.Linear(*sizes, bias=bias) if config.mlp_gated else None
-        self.up_proj = nn.Linear(*sizes, bias=bias)
-        self.down_proj = nn.Linear(*sizes[::-1], bias=bias)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(hidden)))
-        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
 class PHDDecoderLayer(GradientCheckpointingLayer):
     """One block; its norms and residuals come from one record of the norm plan."""
 
@@ -130,7 +113,7 @@ class PHDDecoderLayer(GradientCheckpointingLayer):
         self.block = block
         self.layer_index = layer_index
         self.self_attn = PHDAttention(config, block)
-        self.mlp = PHDMLP(config)
+        self.mlp = PHDExperts(config) if config.has_experts(layer_index) else PHDMLP(config, config.intermediate_size)
 
         def norm(wanted: bool) -> nn.Module:
             return make_norm(config) if wanted else nn.Identity()
@@ -161,6 +144,7 @@ class PHDPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["PHDDecoderLayer"]  # noqa: RUF012 (transformers reads a plain list)
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -169,6 +153,10 @@ class PHDPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, PHDRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, (PHDRMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:

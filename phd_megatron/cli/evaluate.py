@@ -1,0 +1,178 @@
+"""``phd-megatron evaluate``: loss and perplexity on a data set, of a checkpoint or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+
+if TYPE_CHECKING:
+    from phd_megatron.data.evaluation import Evaluation
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron evaluate",
+        description="Mean loss per token and perplexity over one pass of a prepared data set, cut into samples as in "
+        "training. A checkpoint runs in Megatron-Core and, under torchrun, in any layout; an exported directory, or "
+        "another causal model of transformers, runs in transformers on one process. Both give the same number.",
+        epilog="Without data flags a checkpoint is evaluated on the validation split of the data it was trained on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"
+    )
+    parser.add_argument("--data-path", nargs="+", metavar="PREFIX", help="prepared data, all of it unless --split")
+    parser.add_argument("--split", metavar="A,B,C", help="shares of training, validation and test")
+    parser.add_argument("--subset", choices=("train", "valid", "test"), help="which of them (valid; train of all data)")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="the first N samples (default: one pass)")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a sample (default: as in training)")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once (default: as in training)")
+    parser.add_argument(
+        "--eod-mask-loss",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="no loss on end-of-document tokens (default: as in training)",
+    )
+    parser.add_argument(
+        "--layout", default="", metavar="WORDS", help="such as tp2+sp, under torchrun; see parity --help"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default cuda where there is one"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    parser.add_argument(
+        "--verify-checkpoint",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare every file of a checkpoint with its checksum first (on)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's"
+    )
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Evaluate and print one line."""
+    args = parse_strictly(build_parser(), argv)
+    path = Path(args.checkpoint)
+    for name in ("seq_length", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    is_export = (path / "config.json").is_file()
+    result, is_main = (_export if is_export else _checkpoint)(path, args)
+    if is_main:
+        print(result)
+        if args.json:
+            _write(args.json, result)
+    return 0
+
+
+def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
+    environment = Environment.read()
+    device = choose_device(args.device, environment.local_rank)[0]
+    install_backend(device)  # before Megatron is imported
+
+    from phd_megatron.config.serialize import load_yaml
+    from phd_megatron.data.datasets import resolve_tokenizer
+    from phd_megatron.data.evaluation import samples_to_evaluate
+    from phd_megatron.runtime.checkpoint_store import CheckpointError, latest_complete
+    from phd_megatron.training.evaluation import evaluate_checkpoint, for_evaluation
+    from phd_megatron.training.parity_layouts import SINGLE, parse_layout
+
+    found = latest_complete(path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} holds neither a complete checkpoint nor a config.json; give pretrain's --save directory, one "
+            "iter_... directory in it, or an exported directory"
+        )
+    saved = load_yaml(found / "run_config.yaml")
+    if (found / "tokenizer").is_dir():
+        saved.data.tokenizer = str(found / "tokenizer")
+    subset = _choose_data(saved, args)
+    config, notes = for_evaluation(
+        saved, parse_layout(args.layout) if args.layout else SINGLE, device, environment.world_size
+    )
+    tokenizer = resolve_tokenizer(config)
+    samples = samples_to_evaluate(config, tokenizer, subset, args.num_samples)
+    with Runtime.start(config.parallel, model=config.model, training=config.training) as runtime:
+        for note in notes:
+            runtime.log(f"note: {note}")
+        runtime.log(f"evaluating {found} on {samples} samples of {config.model.seq_length} tokens")
+        result = evaluate_checkpoint(found, config, runtime, tokenizer, subset, samples, args.verify_checkpoint)
+        return result, runtime.is_main
+
+
+def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
+    if args.layout or Environment.read().world_size > 1:
+        raise UserError(
+            f"{path} is a Hugging Face directory, which one process evaluates; start without torchrun and --layout, or "
+            "give the Megatron checkpoint"
+        )
+    if not args.data_path:
+        raise UserError(f"{path} does not say what data it was trained on; name prepared data with --data-path")
+    device = choose_device(args.device)[0]
+    install_backend(device)  # Megatron's datasets read the data
+
+    from phd_megatron.data.datasets import resolve_tokenizer
+    from phd_megatron.data.evaluation import samples_to_evaluate
+    from phd_megatron.huggingface.evaluation import evaluate_model
+    from phd_megatron.huggingface.generation import load_model
+
+    model = load_model(path, path, device, args.trust_remote_code)
+    config = RunConfig()
+    config.model.vocab_size = model.config.vocab_size
+    config.model.seq_length = model.config.max_position_embeddings
+    if (path / "tokenizer.json").is_file():
+        config.data.tokenizer = str(path)
+    subset = _choose_data(config, args)
+    tokenizer = resolve_tokenizer(config)
+    samples = samples_to_evaluate(config, tokenizer, subset, args.num_samples)
+    print(f"evaluating {path} on {samples} samples of {config.model.seq_length} tokens", flush=True)
+    return evaluate_model(model, config, tokenizer, subset, samples, lambda line: print(line, flush=True)), True
+
+
+def _choose_data(config: RunConfig, args: argparse.Namespace) -> str:
+    """Put the command's data flags into ``config``; the split to evaluate."""
+    data = config.data
+    if args.data_path:
+        data.data_path, data.split = args.data_path, args.split or "1,0,0"
+        data.train_data_path = data.valid_data_path = data.test_data_path = None
+    elif args.split:
+        data.split = args.split
+    if args.seq_length is not None:
+        longest = config.model.max_position_embeddings or config.model.seq_length
+        if args.seq_length > longest:
+            raise UserError(
+                f"--seq-length {args.seq_length}: the model was trained on {longest} positions; use at most that"
+            )
+        config.model.max_position_embeddings, config.model.seq_length = longest, args.seq_length
+    if args.micro_batch_size is not None:
+        config.training.micro_batch_size = args.micro_batch_size
+    if args.eod_mask_loss is not None:
+        data.eod_mask_loss = args.eod_mask_loss
+    subset: str = args.subset or ("train" if args.data_path and not args.split else "valid")
+    return subset
+
+
+def _write(path: str, result: Evaluation) -> None:
+    content: dict[str, Any] = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "samples": result.samples,
+        "seconds": result.seconds,
+    }
+    try:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give a file in an existing directory") from error

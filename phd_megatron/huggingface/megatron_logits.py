@@ -1,0 +1,95 @@
+"""What the Megatron-Core model of a checkpoint computes, in a process of its own, for an export to be compared with.
+
+``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT`` builds the model on the CPU in
+float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the last copy's hidden states
+after each layer and the logits. A process of its own, because Megatron-Core's CPU backend changes the one it is in,
+and because its memory is free again before the export is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from phd_megatron.config.resolve import resolve
+from phd_megatron.config.schema import ParallelConfig, RunConfig
+from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.runtime.context import Runtime
+
+TOKENS, LOGITS = "tokens", "logits"
+
+
+def layer_name(index: int) -> str:
+    """Name of the hidden states after the layer with this 0-based index."""
+    return f"layer_{index}"
+
+
+def inference_config(saved: RunConfig) -> RunConfig:
+    """A configuration of the same function on one rank in float32, where nothing is dropped."""
+    saved.parallel = ParallelConfig(device="cpu")
+    saved.training.bf16 = saved.training.fp16 = False
+    saved.model.transformer_impl = "local"
+    extra = saved.model.transformer
+    left = ("recompute_", "fp8", "moe_expert_capacity_factor", "moe_pad_", "moe_token_drop", "moe_grouped_gemm")
+    for name in [name for name in extra if name.startswith((*left, "moe_permute_fusion", "moe_router_fusion"))]:
+        del extra[name]
+    resolve(saved)
+    return saved
+
+
+@torch.no_grad()
+def fill(model: Any, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
+    """Copy every tensor of the checkpoint, rounded to ``dtype``, into a model of one rank."""
+    from megatron.core import parallel_state
+
+    from phd_megatron.model.initialisation import sharded_tensors
+
+    key, whole = "", torch.empty(0)
+    for part in sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True)):
+        if part.key != key:  # parts of a tensor follow one another
+            key, whole = part.key, source.read(part.key)
+            whole = whole if key.endswith("expert_bias") else whole.to(dtype)
+        part.data.copy_(whole[part.global_slice()].view_as(part.data))
+
+
+@torch.no_grad()
+def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -> dict[str, Tensor]:
+    """By name, ``[b, n, h]`` after each layer but the last, and logits ``[b, n, vocabulary]`` of ``tokens`` [b, n]."""
+    batch, length = tokens.shape
+    found: dict[str, Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            rows = output[0] if isinstance(output, tuple) else output  # [K*n, b, h], the last copy last
+            found[layer_name(index)] = rows[-length:].transpose(0, 1).contiguous()
+
+        return hook
+
+    for index, layer in enumerate(model.decoder.layers[:-1]):
+        layer.register_forward_hook(keep(index))
+    logits = model.eval()(tokens, torch.arange(length).expand(batch, -1), None)
+    return {**found, LOGITS: logits[..., :true_vocab_size].contiguous()}
+
+
+def main(checkpoint: str, dtype: str, tokens: str, output: str) -> None:
+    """The program."""
+    source = MegatronCheckpoint(checkpoint, verify=False)
+    run = inference_config(source.run)
+    with Runtime.start(run.parallel, verbose=False) as runtime:
+        from phd_megatron.model.build import build_model
+
+        ids = load_file(tokens)[TOKENS]
+        vocab_size = run.model.vocab_size
+        assert vocab_size is not None  # completed when it was saved
+        model = build_model(run, vocab_size, runtime.device)[0]
+        fill(model, source, getattr(torch, dtype))
+        save_file(hidden_states_and_logits(model, ids, vocab_size), Path(output))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,35 @@
+"""The micro-batches that a rank of the process groups reads of a dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import parallel_state
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.loader import SampleStream
+from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.runtime.context import Runtime
+
+
+def open_stream(run: RunConfig, runtime: Runtime, dataset: Any, wrap: bool = False) -> SampleStream:
+    """This rank's micro-batches of ``dataset``; ``wrap`` starts over at its end."""
+    return SampleStream(
+        dataset,
+        run.training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        runtime.dims.dp,
+        num_workers=run.data.num_workers,
+        wrap=wrap,
+        pin_memory=not runtime.on_cpu,
+        slices=_context_parallel_slices(run, runtime),
+    )
+
+
+def _context_parallel_slices(run: RunConfig, runtime: Runtime) -> tuple[range, ...] | None:
+    """Token positions of this rank; ``None`` where it holds whole sequences."""
+    model, size = run.model, runtime.dims.cp
+    if size == 1:
+        return None
+    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    return policy.context_parallel_slices(model.seq_length, size, parallel_state.get_context_parallel_rank())
