@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron.sweep import figures
+from phd_megatron.sweep.curves import smooth
 from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text
 from phd_megatron.sweep.statistics import Group, Result
 
@@ -42,10 +43,11 @@ def expert_blocks(groups: Sequence[Group], output: Path) -> Iterator[Block]:
         routed = [(result, steps) for result, steps in routed if steps]
         if not routed:
             continue
-        lines[group.name] = [
-            ([float(step["consumed_tokens"]) for step in steps], [step_entropy(step) for step in steps])
-            for _, steps in routed
-        ]
+        aligned = list(zip(*(steps for _, steps in routed), strict=False))  # a shorter one ends the group's line
+        lines[group.name] = (
+            [float(steps[0]["consumed_tokens"]) for steps in aligned],
+            smooth([statistics.fmean(map(step_entropy, steps)) for steps in aligned]),
+        )
         last = [step for _, steps in routed for step in steps[-max(1, int(_LAST_SHARE * len(steps))) :]]
         cells = [
             f"{statistics.fmean(map(step_entropy, last)):.4f}",
@@ -66,4 +68,4 @@ def expert_blocks(groups: Sequence[Group], output: Path) -> Iterator[Block]:
         "probabilities is not in the metrics files."
     )
     figures.draw_experts(lines, output, "experts")
-    yield Figure("experts", "Entropy of the experts' load over training")
+    yield Figure("experts", "Entropy of the experts' load over training, mean over seeds")

@@ -145,13 +145,12 @@ def draw_scaling(
     _save(figure, directory, stem)
 
 
-def draw_experts(groups: Mapping[str, Sequence[tuple[list[float], list[float]]]], directory: Path, stem: str) -> None:
-    """Entropy of the experts' load over tokens: a line for each member; 1 is balance."""
+def draw_experts(groups: Mapping[str, tuple[list[float], list[float]]], directory: Path, stem: str) -> None:
+    """Entropy of the experts' load over tokens: a line for each group; 1 is balance."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
-    for number, (name, lines) in enumerate(groups.items()):
-        for index, (tokens, entropy) in enumerate(lines):
-            axes.plot(tokens, entropy, linewidth=1.2, label=name if index == 0 else None, **style(number))
+    for number, (name, (tokens, entropy)) in enumerate(groups.items()):
+        axes.plot(tokens, entropy, linewidth=1.2, label=name, **style(number))
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes, AXES["tokens"], "entropy of the experts' load (1 = balanced)")
     _save(figure, directory, stem)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from phd_megatron.sweep.store import Status, Store
 COLUMNS = ("member", "state", "iteration", "loss", "tokens/s", "time", "left")
 _TAIL = 65_536
 _QUIET_SECONDS = 60.0
+_FRAME = 7  #: lines of the table that are no members
 
 
 def last_step(store: Store, name: str) -> dict[str, Any]:
@@ -107,10 +109,17 @@ class Display:
     def _table(self, statuses: Mapping[str, Status]) -> Any:
         from rich.table import Table
 
-        table = Table(title=self._store.title, title_justify="left")
+        room = self._live.console.height - _FRAME
+        shown = dict(statuses)
+        if len(shown) > room:  # a live table cannot scroll: what is at work and what went wrong comes first
+            order = ("running", "failed", "diverged", "stopped", "waiting", "finished")
+            shown = dict(sorted(shown.items(), key=lambda item: order.index(item[1].state))[:room])
+        counts = Counter(status.state for status in statuses.values())
+        caption = ", ".join(f"{count} {state}" for state, count in counts.items())
+        table = Table(title=self._store.title, title_justify="left", caption=caption, caption_justify="left")
         for column in COLUMNS:
             table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
         colours = {"running": "cyan", "finished": "green", "failed": "red", "diverged": "red", "stopped": "yellow"}
-        for name, status in statuses.items():
+        for name, status in shown.items():
             table.add_row(*row(self._store, name, status), style=colours.get(status.state))
         return table

@@ -30,7 +30,7 @@ base:
   preset: tiny-moe
   model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, kv_channels: 8, seq_length: 24, moe_ffn_hidden_size: 16}
   training: {micro_batch_size: 4, global_batch_size: 4, eval_interval: 6, eval_iters: 1}
-  logging: {log_interval: 2}
+  logging: {log_interval: 1}
 """
 
 MIXED = f"""{BASE}
@@ -102,9 +102,8 @@ def test_members_are_ordinary_runs_on_the_same_samples(mixed: tuple[Path, Any]) 
     assert steps[-1]["consumed_tokens"] == 48 * 24
     plan = open_store(mixed[0] / "out").entry("pre-seed1").plan
     assert steps[-1]["consumed_flops"] == plan["flops"]
-    # The first interval comes before the learning rates of the two budgets differ much.
-    shorter = read_metrics(home / "shorter/metrics.jsonl")
-    assert shorter[0]["lm_loss"] == pytest.approx(steps[0]["lm_loss"], rel=1e-2)
+    # Before the first update the models are equal, so equal losses are equal samples.
+    assert read_metrics(home / "shorter/metrics.jsonl")[0]["lm_loss"] == steps[0]["lm_loss"]
     other = read_metrics(home / "hybrid_star-seed1/metrics.jsonl")
     assert other[0]["lm_loss"] != steps[0]["lm_loss"]
 
