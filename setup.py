@@ -42,6 +42,7 @@ TEST = [
     "mypy>=1.15",
     "types-PyYAML>=6",
     "types-psutil>=5.9",
+    "accelerate>=1.1,<2",  # transformers' Trainer and device_map
     "pyarrow>=17",
     "tensorboard>=2.16",
 ]

@@ -10,6 +10,7 @@ from phd_megatron.errors import UserError
 
 BENCHES = {
     "attention": "PHD attention against K vanilla attentions, a dense mask and naive repetition",
+    "generate": "prefill and decode latency over K, against vanilla and naive repetition",
     "train": "training steps of our loop against Hugging Face's, and PHD against vanilla",
 }
 

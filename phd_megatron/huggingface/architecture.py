@@ -214,6 +214,11 @@ class Architecture:
         return config
 
 
+def bundled_config(**values: Any) -> dict[str, Any]:
+    """A ``config.json`` of the bundled class, its defaults but for ``values``."""
+    return {"architectures": [BUNDLED], "model_type": _MODEL_TYPES[BUNDLED], "auto_map": _AUTO_MAP, **values}
+
+
 def _experts_config(moe: MoE, model_class: str) -> dict[str, Any]:
     """What ``config.json`` says about experts, in the words of ``model_class``."""
     if model_class == "MixtralForCausalLM":

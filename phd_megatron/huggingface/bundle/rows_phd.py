@@ -160,22 +160,27 @@ class StepRows:
 
     def _mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
         device, past = self.positions.device, self.past_positions.size(1)
-        slots = torch.arange(self.new, device=device)
-        slot = torch.cat([slots[first if copy == 1 else start :] for copy in copies])
-        copy = torch.cat([torch.full_like(slots[first if c == 1 else start :], c) for c in copies])
-        key_position = torch.cat([self.past_positions, self.positions], dim=1)
-        key_copy = torch.ones(key_position.size(1), dtype=torch.long, device=device)
+        # What a slot sees of the originals is the same for all its copies.
+        lowest = min(first if copy == 1 else start for copy in copies)
+        keys = torch.cat([self.past_positions, self.positions], dim=1)
+        originals = self.policy.original_visible(self.positions[:, lowest:, None], keys[:, None])
+        originals = originals & (keys >= 0)[:, None]
+        # A padded query sees its own slot, as every query does, so that its (unused) softmax is finite.
+        originals.diagonal(past + lowest, 1, 2).fill_(True)
+        begins = [first if copy == 1 else start for copy in copies]
+        seen = torch.cat([originals[:, begin - lowest :] for begin in begins], dim=1)
         if hidden_start is not None:
             hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
+            slots = torch.cat([torch.arange(begin, self.new, device=device) for begin in begins])
+            counts = [self.new - begin for begin in begins]
+            copy = torch.repeat_interleave(torch.tensor(copies, device=device), torch.tensor(counts, device=device))
             hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
-            key_position = torch.cat([key_position, hidden.repeat(1, len(hidden_copies))], dim=1)
-            key_copy = torch.cat([key_copy, hidden_copies.repeat_interleave(hidden.size(1))])
-        seen = self.policy.visible(
-            self.positions[:, slot, None], copy[None, :, None], key_position[:, None, :], key_copy[None, None, :]
-        )
-        seen = seen & (key_position >= 0)[:, None, :]
-        # A padded query sees its own slot, as every query does, so that its (unused) softmax is finite.
-        seen[:, torch.arange(len(slot), device=device), past + slot] = True
+            key_copy = hidden_copies.repeat_interleave(hidden.size(1))
+            keys = hidden.repeat(1, len(hidden_copies))
+            visible = self.policy.hidden_visible(
+                self.positions[:, slots, None], copy[None, :, None], keys[:, None], key_copy[None, None]
+            )
+            seen = torch.cat([seen, visible & (keys >= 0)[:, None]], dim=2)
         return seen[:, None]
 
 
