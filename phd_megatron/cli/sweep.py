@@ -162,11 +162,12 @@ def _status(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="phd-megatron sweep status", allow_abbrev=False)
     parser.add_argument("directory", metavar="DIR")
     args = parse_strictly(parser, argv)
+    from phd_megatron.sweep.process import present_status
     from phd_megatron.sweep.progress import COLUMNS, row
     from phd_megatron.sweep.store import open_store
 
     store = open_store(args.directory)
-    statuses = {entry.name: store.status(entry.name) for entry in store.entries}
+    statuses = {entry.name: present_status(store, entry.name) for entry in store.entries}
     print_table(store.title, COLUMNS, [row(store, name, status) for name, status in statuses.items()])
     for name, status in statuses.items():
         if status.message:

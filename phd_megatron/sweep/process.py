@@ -143,6 +143,18 @@ class MemberProcess:
             return stream.read().decode("utf-8", "replace")
 
 
+def present_status(store: Store, name: str) -> Status:
+    """A member's status now: what says ``running`` and holds no lock was killed."""
+    status = store.status(name)
+    if status.state != "running":
+        return status
+    try:
+        RunLock(store.home(name), grace_seconds=0).acquire().release()
+    except UserError:
+        return status
+    return replace(status, state="stopped", message="its process is gone; start the sweep again to continue it")
+
+
 def progress_of(store: Store, name: str) -> int:
     """Samples that a member has trained on, by the last line of its metrics."""
     from phd_megatron.sweep.progress import last_step

@@ -13,9 +13,10 @@ from phd_megatron.sweep.curves import AXES, Axis, common_end, read_curve
 from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text, markdown, page
 from phd_megatron.sweep.experts import expert_blocks
 from phd_megatron.sweep.members import METRICS_FILE
+from phd_megatron.sweep.process import present_status
 from phd_megatron.sweep.scaling import Estimate, Fit, fit_law
 from phd_megatron.sweep.statistics import CONFIDENCE, Difference, Group, Result, baseline_of, make_groups, paired
-from phd_megatron.sweep.store import Store, open_store, write
+from phd_megatron.sweep.store import Status, Store, open_store, write
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Context:
     """What every section reads."""
 
     store: Store
+    statuses: dict[str, Status]
     results: list[Result]
     groups: list[Group]
     output: Path
@@ -48,6 +50,7 @@ def write_report(directory: Path, output: Path | None = None) -> list[Path]:
     """
     store = open_store(directory)
     output = output or directory / "report"
+    statuses = {entry.name: present_status(store, entry.name) for entry in store.entries}
     results = []
     for entry in store.entries:
         path = store.home(entry.name) / METRICS_FILE
@@ -55,13 +58,13 @@ def write_report(directory: Path, output: Path | None = None) -> list[Path]:
             try:
                 curve = read_curve(entry.name, path)
             except UserError:
-                if store.status(entry.name).state != "diverged":
+                if statuses[entry.name].state != "diverged":
                     raise
                 continue  # it diverged before its first line; the table of members says so
-            results.append(Result(entry, store.status(entry.name).state, curve))
+            results.append(Result(entry, statuses[entry.name].state, curve))
     if not results:
         raise UserError(f"no member of {directory} has logged a step yet; wait, or see `phd-megatron sweep status`")
-    context = Context(store, results, make_groups(results), output)
+    context = Context(store, statuses, results, make_groups(results), output)
     output.mkdir(parents=True, exist_ok=True)
     blocks = [block for section in SECTIONS for block in section(context)]
     write(output / "report.md", markdown(store.title, blocks))
@@ -77,7 +80,7 @@ def members(context: Context) -> Iterator[Block]:
     rows = []
     curves = {result.entry.name: result.curve for result in context.results}
     for entry in context.store.entries:
-        status, curve = context.store.status(entry.name), curves.get(entry.name)
+        status, curve = context.statuses[entry.name], curves.get(entry.name)
         rows.append(
             [
                 entry.name,
@@ -100,7 +103,7 @@ def members(context: Context) -> Iterator[Block]:
         "in the same order; another seed changes the initial weights and the order."
     )
     for entry in context.store.entries:
-        status = context.store.status(entry.name)
+        status = context.statuses[entry.name]
         if status.state in ("failed", "diverged", "stopped", "running"):
             left = f": {status.message}" if status.message else ""
             yield Text(

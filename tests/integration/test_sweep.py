@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from phd_megatron.sweep.process import present_status
 from phd_megatron.sweep.store import Store, open_store
 
 from .conftest import ROOT, program_environment, read_metrics, run_program
@@ -193,6 +194,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, documents: Path) ->
         assert time.monotonic() < deadline, (store.home("seed1") / "log.txt").read_text()
         time.sleep(0.1)
     assert store.status("seed1").state == "running"  # what a killed sweep leaves behind
+    assert present_status(store, "seed1").state == "stopped"
     begun = steps_of(store, "seed1")
 
     process = subprocess.Popen(

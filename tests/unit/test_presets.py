@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,26 @@ def test_presets_combine_and_everything_else_wins(tmp_path: Path) -> None:
     assert (config.model.phd_repeat, config.model.phd_window, config.model.phd_chunk) == (4, 3, None)
     assert (config.training.train_iters, config.training.train_samples) == (7, None)
     assert (config.optimizer.lr_warmup_iters, config.optimizer.lr_warmup_tokens) == (1, 0)
+
+
+def test_a_saved_configuration_wins_over_the_preset() -> None:
+    saved = {"model": {"num_layers": 9, "seq_length": 64}}
+    loaded = load_run_config(["--preset", "tiny-dense", "--load", "d"], transformer_fields={}, saved=saved)
+    assert (loaded.config.model.num_layers, loaded.config.model.hidden_size) == (9, 96)
+    assert loaded.origins["hidden_size"] == "preset tiny-dense"
+    assert loaded.origins["num_layers"] == "saved in d"
+
+
+def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from phd_megatron.cli.main import main
+
+    assert main(["plan", "--preset", "moe-1b-7b", "--ranks", "8", "--mfu", "0.5", "--peak-tflops", "1000"]) == 0
+    values = dict(re.findall(r"^(\S.*?) {2,}(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert (values["parameters"], values["of these active for a token"]) == ("6.92B", "1.28B")
+    flops, hours = (float(values[name].replace(",", "")) for name in ("training FLOPs", "device hours"))
+    assert hours == pytest.approx(flops / 500e12 / 3600, rel=1e-3)
+    assert main(["plan", "--preset", "moe-1b-7b", "--mfu", "2"]) == 2
+    assert main(["plan", "--preset", "moe-1b-7b", "--ranks", "3"]) == 2
 
 
 def test_unknown_preset_is_refused_with_the_nearest() -> None:
