@@ -1,8 +1,8 @@
 """What a sweep file says: a base run, the axes it varies, how members are started and compared.
 
-An axis is a field with a list of values, or a name of your own with labelled settings of several fields. The grid is
-the product of all axes; ``members`` adds single members. Two names stand for more than one field: ``preset``, and
-``tokens``, the training budget in original tokens.
+An axis is a field with a list of values, or a name of your own with labelled settings of several fields. A grid is the
+product of its axes, several grids are put together, and ``members`` adds single members. Two names stand for more than
+one field: ``preset``, and ``tokens``, the training budget in original tokens.
 """
 
 from __future__ import annotations
@@ -83,7 +83,11 @@ def read_sweep(path: str | Path, transformer_fields: Mapping[str, Any]) -> Sweep
             raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS) or 'use ' + ', '.join(_KEYS)}")
     reader = _Reader(path, transformer_fields)
     preset, layers = reader.base(_mapping(data, "base", path))
-    members = (*reader.grid(_mapping(data, "grid", path)), *reader.singles(data.get("members") or []))
+    grids = data["grid"] if isinstance(data.get("grid"), list) else [_mapping(data, "grid", path)]
+    members = (
+        *(member for grid in grids for member in reader.grid(_mapping({"grid": grid}, "grid", path))),
+        *reader.singles(data.get("members") or []),
+    )
     if not members:
         raise UserError(f"{path} has no members; write axes below `grid:` or runs below `members:`")
     _check_unique(path, members)

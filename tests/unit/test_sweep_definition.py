@@ -60,6 +60,17 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
     assert (sweep.baseline, sweep.size_axis) == ({"norm_scheme": "pre"}, "size")
 
 
+def test_several_grids_are_put_together(tmp_path: Path) -> None:
+    grids = """
+grid:
+  - {norm_scheme: [pre, hybrid], seed: [1]}
+  - {norm_scheme: [pre], seed: [2, 3]}
+"""
+    sweep = read(tmp_path, GRID.partition("grid:")[0] + grids)
+    assert [member.name for member in sweep.members] == ["pre-seed1", "hybrid-seed1", "pre-seed2", "pre-seed3"]
+    assert "two members" in refusal(tmp_path, (GRID.partition("grid:")[0] + grids).replace("[2, 3]", "[1, 2]"))
+
+
 def test_members_are_complete_and_share_their_data_order(tmp_path: Path) -> None:
     members, notes = plan_members(read(tmp_path, GRID), tmp_path / "out", {"lr": 1e-3}, check=False)
     small, large = members[0], members[-1]
