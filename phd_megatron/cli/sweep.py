@@ -13,6 +13,7 @@ from typing import Any
 
 from phd_megatron.cli.prepare import parse_strictly
 from phd_megatron.cli.tables import print_table
+from phd_megatron.config.catalog import nearest
 from phd_megatron.errors import UserError
 from phd_megatron.planning.units import short
 
@@ -46,6 +47,9 @@ def run(argv: list[str]) -> int:
     actions = {"status": _status, "report": _report, "member": _member}
     if argv and argv[0] in actions:
         return actions[argv[0]](argv[1:])
+    if argv and not argv[0].startswith("-"):
+        hint = nearest(argv[0], actions) or f"use {', '.join(actions)}, or --config FILE to start a sweep"
+        raise UserError(f"unknown action {argv[0]!r} of sweep; {hint}")
     args, rest = build_parser().parse_known_args(argv)
     from phd_megatron.runtime.context import choose_device, install_backend
 

@@ -198,7 +198,11 @@ class _Reader:
             for label, values in choices.items():
                 if not isinstance(values, Mapping):
                     raise UserError(f"{where}, {label}: {values!r} is no setting; write fields below the label")
-                found.append(Setting(label_of("", str(label)), check_fields(values, f"{where}, {label}", self._types)))
+                found.append(
+                    Setting(
+                        label_of("", str(label)), check_fields(values, f"{where}, {label}", self.transformer_fields)
+                    )
+                )
         elif isinstance(choices, list) and choices:
             found = [self._single(name, value, where) for value in choices]
         else:
@@ -209,10 +213,6 @@ class _Reader:
         if not found or len(set(labels)) < len(labels):
             raise UserError(f"{where} names a value twice, or none: {', '.join(labels)}")
         return found
-
-    @property
-    def _types(self) -> Mapping[str, Any]:
-        return self.transformer_fields
 
     def _single(self, name: str, value: Any, where: str) -> Setting:
         checked = check_fields({name: value}, where, self.transformer_fields)
@@ -226,7 +226,7 @@ class _Reader:
             if not isinstance(entry, Mapping):
                 raise UserError(f"{where}, number {number}: {entry!r} is no member; write its fields")
             values = check_fields(
-                {k: v for k, v in entry.items() if k != "name"}, f"{where}, number {number}", self._types
+                {k: v for k, v in entry.items() if k != "name"}, f"{where}, number {number}", self.transformer_fields
             )
             labels = {name: label_of(name, value) for name, value in values.items()}
             yield Member(str(entry.get("name") or "-".join(labels.values())), labels, values)

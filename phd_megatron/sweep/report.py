@@ -224,9 +224,9 @@ def scaling(context: Context) -> Iterator[Block]:
     if not laws:
         return
     yield Heading("Scaling laws")
-    figures.draw_scaling(laws, context.output, "scaling", context.store.unit)
-    yield Figure("scaling", "Final losses over model size, with the fitted laws")
     if fits:
+        figures.draw_scaling(laws, context.output, "scaling", context.store.unit)
+        yield Figure("scaling", "Final losses over model size, with the fitted laws")
         head = ["members", "law", "E", "A", "alpha", "B", "beta", "points", "degrees of freedom"]
         yield Table(head, fits)
         yield Text(

@@ -144,6 +144,13 @@ def test_a_flag_that_is_an_axis_is_refused(tmp_path: Path) -> None:
         check_fields({"exit_interval": 1}, "flags", {})
 
 
+def test_a_misspelt_action_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    from phd_megatron.cli.main import main
+
+    assert main(["sweep", "stauts", "DIR"]) == 2
+    assert "did you mean status?" in capsys.readouterr().err
+
+
 def test_launcher_is_checked() -> None:
     with pytest.raises(UserError, match="parallel=0"):
         Launcher(parallel=0).check()
