@@ -15,7 +15,16 @@ from phd_megatron.sweep.experts import expert_blocks
 from phd_megatron.sweep.members import METRICS_FILE
 from phd_megatron.sweep.process import present_status
 from phd_megatron.sweep.scaling import Estimate, Fit, fit_law
-from phd_megatron.sweep.statistics import CONFIDENCE, Difference, Group, Result, baseline_of, make_groups, paired
+from phd_megatron.sweep.statistics import (
+    CONFIDENCE,
+    Difference,
+    Group,
+    Result,
+    baseline_of,
+    make_groups,
+    paired,
+    paired_over,
+)
 from phd_megatron.sweep.store import Status, Store, open_store, write
 
 
@@ -117,7 +126,7 @@ def losses(context: Context) -> Iterator[Block]:
     axis = context.store.size_axis
     for group in context.groups:
         title = group.axes.get(axis, "") if axis else ""
-        name = "-".join(label for key, label in group.axes.items() if key != axis) or group.name
+        name = _without_size(context, group)
         panels.setdefault(title, {}).setdefault(name, []).extend(r.curve for r in group.results.values())
     figures.draw_losses(panels, context.output, "losses", context.store.unit)
     yield Heading("Loss curves")
@@ -159,6 +168,11 @@ def differences(context: Context) -> Iterator[Block]:
         difference = paired(group, baseline)
         if difference is not None:
             rows.append([group.name, baseline.name, *_difference_cells(difference), difference.verdict])
+    for name, pairs in _families(context).items():
+        difference = paired_over(pairs)
+        if difference is not None and len(pairs) > 1:
+            title = f"{name}, mean over {context.store.size_axis}"
+            rows.append([title, "the same", *_difference_cells(difference), difference.verdict])
     if not rows:
         yield Text(f"No member has finished together with its baseline ({named}).")
         return
@@ -170,6 +184,19 @@ def differences(context: Context) -> Iterator[Block]:
         "the two. 'lower' or 'higher' stands only where the difference exceeds that spread and the interval leaves out "
         "0; everything else is no ordering. No correction is made for the number of comparisons."
     )
+
+
+def _families(context: Context) -> dict[str, list[tuple[Group, Group]]]:
+    """Pairs of group and baseline that differ along the size axis only, by their other labels."""
+    families: dict[str, list[tuple[Group, Group]]] = {}
+    for group, baseline in context.pairs:
+        if context.store.size_axis in group.axes:
+            families.setdefault(_without_size(context, group), []).append((group, baseline))
+    return families
+
+
+def _without_size(context: Context, group: Group) -> str:
+    return "-".join(label for axis, label in group.axes.items() if axis != context.store.size_axis) or "all"
 
 
 def equal_costs(context: Context) -> Iterator[Block]:

@@ -125,6 +125,25 @@ def paired(
         for result in group.finished
         if result.seed in others and (losses := measure(result, others[result.seed])) is not None
     ]
+    return _summarise(measured)
+
+
+def paired_over(pairs: Sequence[tuple[Group, Group]]) -> Difference | None:
+    """Compare families of groups, such as one scheme and the baseline at every size, by their means of final losses.
+
+    A seed counts when it has finished everywhere. The mean is taken before seeds are compared, since the differences
+    of one seed at several sizes come from the same samples and are not independent.
+    """
+    finals = [[{r.seed: r.final for r in side.finished} for side in pair] for pair in pairs]
+    if not finals:
+        return None
+    seeds = [seed for seed in finals[0][0] if all(seed in side for pair in finals for side in pair)]
+    means = [tuple(statistics.fmean(pair[side][seed] for pair in finals) for side in (0, 1)) for seed in seeds]
+    return _summarise([(mine, other) for mine, other in means])
+
+
+def _summarise(measured: Sequence[tuple[float, float]]) -> Difference | None:
+    """Mean difference, interval and spread of (loss, baseline's loss) by seed."""
     if not measured:
         return None
     differences = [mine - other for mine, other in measured]

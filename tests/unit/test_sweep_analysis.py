@@ -16,7 +16,7 @@ from phd_megatron.sweep.document import Figure, Heading, Table, Text, markdown, 
 from phd_megatron.sweep.experts import load_entropy
 from phd_megatron.sweep.figures import draw_experts, draw_losses, draw_scaling
 from phd_megatron.sweep.scaling import Fit, fit_law
-from phd_megatron.sweep.statistics import Difference, Result, baseline_of, make_groups, paired
+from phd_megatron.sweep.statistics import Difference, Result, baseline_of, make_groups, paired, paired_over
 from phd_megatron.sweep.store import Entry
 
 
@@ -90,9 +90,9 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- statistics
 
 
-def result(tmp_path: Path, final: float, state: str = "finished", size: float = 1e6, **axes: str) -> Result:
+def result(tmp_path: Path, final: float, state: str = "finished", **axes: str) -> Result:
     name = "-".join(axes.values())
-    entry = Entry(name, axes, 6, 6, 10, {"non_embedding_parameters": size})
+    entry = Entry(name, axes, 6, 6, 10, {"non_embedding_parameters": 1e6})
     return Result(entry, state, curve(tmp_path, [4.0, 3.0, final], name))  # type: ignore[arg-type]
 
 
@@ -115,6 +115,25 @@ def test_groups_pairs_and_intervals(tmp_path: Path) -> None:
     half = 4.302653 * 0.0152753 / math.sqrt(3)
     assert difference.interval == pytest.approx((-0.1966667 - half, -0.1966667 + half), abs=1e-5)
     assert difference.verdict == "lower"
+
+
+def test_a_family_is_compared_by_its_means_over_sizes(tmp_path: Path) -> None:
+    finals = {("pre", "s"): (3.0, 3.2), ("pre", "l"): (2.0, 2.1), ("hyb", "s"): (2.8, 3.0), ("hyb", "l"): (1.9, 1.9)}
+    results = [
+        result(tmp_path, final, scheme=scheme, size=size, seed=str(seed))
+        for (scheme, size), by_seed in finals.items()
+        for seed, final in enumerate(by_seed)
+    ]
+    small, large, other_small, other_large = make_groups(results)
+    difference = paired_over([(other_small, small), (other_large, large)])
+    assert difference is not None
+    # means over sizes: 2.35 and 2.45 against 2.5 and 2.65, so -0.15 and -0.20 by seed
+    assert (difference.pairs, difference.mean) == (2, pytest.approx(-0.175))
+    assert difference.spread == pytest.approx(0.15 / math.sqrt(2))
+    other_large.results.pop("1")
+    one = paired_over([(other_small, small), (other_large, large)])
+    assert one is not None
+    assert (one.pairs, one.interval) == (1, None)
 
 
 @pytest.mark.parametrize(
