@@ -82,6 +82,18 @@ def test_sampling_is_that_of_the_whole_sequence(make_model):
     assert not torch.equal(draws[0], draws[2])
 
 
+@torch.no_grad()
+def test_what_generate_cannot_do_is_refused(make_model):
+    model = make_model(**fields("hybrid_star", "CSWA", 2))
+    tokens = torch.randint(61, (2, 9))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    mask = (torch.arange(9) < torch.tensor([[9], [6]])).long()
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(tokens, attention_mask=mask, **options)
+    with pytest.raises(ValueError, match="cropped"):
+        model.generate(tokens[:1], prompt_lookup_num_tokens=3, **options)
+
+
 def test_training_through_trainer(make_model, tmp_path):
     """A batch is learned by heart; rows are padded on the right and padding carries no loss."""
     pytest.importorskip("accelerate")

@@ -329,6 +329,12 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: this model generates with its own "
                 "PHDCache, as small as vanilla's; leave cache_implementation out"
             )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "the prompts are padded on the right, where the next token is read from; pad on the left "
+                "(tokenizer.padding_side='left'). Forward passes take either side"
+            )
         if model_kwargs.get(CACHE) is None and generation_config.use_cache:
             model_kwargs[CACHE] = self.make_cache()
 

@@ -1,0 +1,65 @@
+"""``phd-megatron bench generate``: it checks before it times, and shares one set of weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from phd_megatron.cli import bench, bench_generate
+from phd_megatron.errors import UserError
+
+SMALL = (
+    "generate --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 "
+    "--vocab-size 80 --prompt 40 --steps 3 --rounds 2 --device cpu --window 4 --chunk 8"
+).split()
+
+
+def test_table_json_csv_and_plot(tmp_path, capsys):
+    places = [tmp_path / name for name in ("out.json", "out.csv", "out.svg")]
+    words = ["--json", str(places[0]), "--csv", str(places[1]), "--plot", str(places[2])]
+    assert bench.run([*SMALL, "--repeats", "2", "3", "--variants", "cswa", "swa", "naive", *words]) == 0
+    report = json.loads(places[0].read_text())
+    names = [(row["variant"], row["repeat"]) for row in report["rows"]]
+    assert names == [("vanilla", 1), *((kind, k) for kind in ("cswa", "swa", "naive") for k in (2, 3))]
+    assert report["worst_error"] < 1e-5
+    first = report["rows"][0]
+    assert first["prefill_ratio"] == first["decode_ratio"] == first["decode_cpu_ratio"] == 1.0
+    assert all(len(row["samples"]["prefill"]) == 2 and row["prefill_ms"] > 0 for row in report["rows"])
+    rows = list(csv.reader(places[1].open()))
+    assert len(rows) == 8 and rows[0][0] == "model" and rows[1][0] == "vanilla"
+    assert "<svg" in places[2].read_text()
+    assert "swa K=3" in capsys.readouterr().out
+
+
+def test_naive_repetition_reads_every_token_k_times():
+    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
+    vanilla, naive, cswa = bench_generate._contenders(args)
+    assert naive.model is vanilla.model
+    ids = bench_generate._ids(args, 4)
+    assert naive.tokens(ids).tolist() == [[token for token in ids[0].tolist() for _ in range(3)]]
+    assert all(
+        one.data_ptr() == two.data_ptr()
+        for one, two in zip(vanilla.model.parameters(), cswa.model.parameters(), strict=True)
+    )
+    assert cswa.model.config.phd_repeat == 3 and vanilla.model.config.phd_repeat == 1
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(bench_generate, "_error", lambda *_: float("nan"))
+    assert bench.run([*SMALL, "--repeats", "2", "--variants", "cswa"]) == 1
+    assert "not timed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repeats", "1"], "K = 1 is always measured"),
+        (["--prompt", "0"], "--prompt 0"),
+        (["--threads", "0"], "threads"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(UserError, match=message):
+        bench.run([*SMALL, *words])
