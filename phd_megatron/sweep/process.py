@@ -20,6 +20,7 @@ from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime.context import usable_cores
 from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, RUN_FILE
 from phd_megatron.sweep.options import Launcher
+from phd_megatron.sweep.progress import last_step
 from phd_megatron.sweep.store import State, Status, Store
 from phd_megatron.training.run_lock import RunLock
 
@@ -157,8 +158,6 @@ def present_status(store: Store, name: str) -> Status:
 
 def progress_of(store: Store, name: str) -> int:
     """Samples that a member has trained on, by the last line of its metrics."""
-    from phd_megatron.sweep.progress import last_step
-
     return int(last_step(store, name).get("consumed_samples", 0))
 
 
