@@ -10,10 +10,11 @@ import pytest
 from phd_megatron.cli import bench, bench_generate
 from phd_megatron.errors import UserError
 
-SMALL = (
-    "generate --num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 "
-    "--vocab-size 80 --prompt 40 --steps 3 --rounds 2 --device cpu --window 4 --chunk 8"
-).split()
+SMALL = [
+    *("generate", "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48", "--num-attention-heads", "4"),
+    *("--num-query-groups", "2", "--vocab-size", "80", "--prompt", "40", "--steps", "3", "--rounds", "2"),
+    *("--device", "cpu", "--window", "4", "--chunk", "8"),
+]
 
 
 def test_table_json_csv_and_plot(tmp_path, capsys):
