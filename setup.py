@@ -31,6 +31,7 @@ INSTALL = [
     "pyyaml>=6",
     "rich>=13.7",
     "matplotlib>=3.8",
+    "scipy>=1.11",
     "psutil>=5.9",
 ]
 TEST = [
@@ -70,7 +71,6 @@ setup(
     package_dir=KERNELS,
     package_data={
         "phd_megatron": ["py.typed"],
-        "phd_megatron.config": ["presets/*.yaml"],
         # Everything that is copied into an exported model beside the modules themselves.
         "phd_megatron.huggingface": ["*.md", "*.json", "*.jinja", "templates/*"],
     },

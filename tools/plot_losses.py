@@ -10,20 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from phd_megatron.sweep.curves import smooth
 from phd_megatron.training.metrics_reader import Run, add_run_arguments, runs_of
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#c44e52")
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, corrected for its start; few values (below 50) stay as they are, lag would show."""
-    weight = max(0.0, 1 - 50 / len(values))
-    average, norm, result = 0.0, 0.0, []
-    for value in values:
-        average = weight * average + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(average / norm)
-    return result
 
 
 def draw(runs: list[Run], output: Path, seq_length: int | None, unit: str, title: str) -> None:

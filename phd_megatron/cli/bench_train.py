@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "micro_batch_size": 1,
     },
-    "1p2b": {  # examples/phd_cswa_1p2b.yaml
+    "1p2b": {  # preset phd-1.2b
         "num_layers": 16,
         "hidden_size": 2048,
         "ffn_hidden_size": 8192,
@@ -219,9 +219,9 @@ def _measure(steps: dict[str, Step], batches: list[Any], rounds: int) -> dict[st
 
 
 def _show(args: argparse.Namespace, runs: dict[str, RunConfig], seconds: dict[str, list[float]], runtime: Any) -> int:
-    from phd_megatron.model.transformer_config import padded_vocab_size
+    from phd_megatron.config.vocabulary import padded_vocab_size
     from phd_megatron.planning.flops import forward_flops
-    from phd_megatron.training.metrics import peak_tflops
+    from phd_megatron.planning.peak import peak_tflops
 
     config = runs["vanilla"]
     size, model = config.training.micro_batch_size, config.model

@@ -17,6 +17,9 @@ from phd_megatron.errors import UserError
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
     "pretrain": "train a model (also under torchrun)",
+    "sweep": "train a family of models and report how they compare",
+    "compare": "compare two runs at equal tokens, FLOPs and time",
+    "plan": "say what a run costs: parameters, FLOPs, memory, device hours",
     "parity": "compare every parallel layout of a configuration with one rank",
     "export": "write a checkpoint as a Hugging Face directory",
     "generate": "continue a prompt from a checkpoint or an exported directory",

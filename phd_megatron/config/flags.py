@@ -20,6 +20,7 @@ class ParsedFlags:
         values: field name -> value; fields of ``TransformerConfig`` stand beside our own.
         origins: field name -> the flag as it was spelled.
         config: path given with ``--config``.
+        preset: names given with ``--preset``, joined by commas.
         aliases: alias name -> its row, for the conditions that are checked once everything is merged.
     """
 
@@ -27,6 +28,7 @@ class ParsedFlags:
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     config: str | None = None
+    preset: str | None = None
     aliases: dict[str, Set | Accept] = field(default_factory=dict)
 
     def put(self, name: str, value: Any, flag: str) -> None:
@@ -66,6 +68,8 @@ def parse_flags(argv: list[str], transformer_fields: Mapping[str, Any]) -> Parse
             if parsed.config is not None:
                 raise UserError(f"--config {parsed.config} and --config {words.one()}: give one YAML file")
             parsed.config = words.one()
+        elif name == "preset":
+            parsed.preset = ",".join(filter(None, [parsed.preset, *words.many()]))
         elif alias is not None:
             _apply_alias(parsed, name, alias, words, known)
         elif name in known:
@@ -154,7 +158,7 @@ def _must_exist(flag: str, target: str, known: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown(spelled: str, name: str, known: Mapping[str, Any]) -> None:
-    flags = {key.replace("_", "-") for key in (*known, *ALIASES, "config", "help") if not key.startswith("_")}
+    flags = {key.replace("_", "-") for key in (*known, *ALIASES, "config", "preset", "help") if not key.startswith("_")}
     hint = nearest(name.replace("_", "-"), flags, "did you mean --{}?") or "--help lists every flag"
     raise UserError(f"unknown flag {spelled}; {hint}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from phd_megatron.config.aliases import ALIASES, Rename, describe_alias
 from phd_megatron.config.catalog import FieldInfo, fields, sections
+from phd_megatron.config.presets import PRESETS
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import is_refused_by_name
@@ -15,13 +16,15 @@ from phd_megatron.config.values import describe, simplify
 
 _INTRO = """\
 Every field of a run is a flag and a line of the YAML file given with --config; flags win over YAML, YAML over the
-configuration saved in --load. Lists follow their flag: --data-path 0.7 P1 0.3 P2. A switch is turned on by --flag and
-off by --no-flag. Underscores may stand for dashes."""
+configuration saved in --load, and that over --preset. Lists follow their flag: --data-path 0.7 P1 0.3 P2. A switch is
+turned on by --flag and off by --no-flag. Underscores may stand for dashes."""
 
 
 def help_text(transformer_fields: Mapping[str, Any]) -> str:
     """All flags by section with type, default and meaning."""
     lines = [_INTRO, "", "  --config FILE", "      YAML file with the sections below"]
+    lines += ["  --preset NAME[,NAME]", "      named configurations, a later one on top (docs/presets.md):"]
+    lines += textwrap.wrap(", ".join(PRESETS), 112, initial_indent="      ", subsequent_indent="      ")
     for section, cls in sections().items():
         lines += ["", f"{section}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
         for info in fields().values():

@@ -1,14 +1,15 @@
-"""One configuration from the one saved in ``--load``, a YAML file and the command line; later ones win."""
+"""One configuration from presets, the one saved in ``--load``, a YAML file and the command line; later ones win."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.aliases import Set
 from phd_megatron.config.catalog import ALTERNATIVES, NOT_INHERITED, PIPELINE_CUT, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
+from phd_megatron.config.presets import preset_values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
 from phd_megatron.errors import UserError
@@ -36,7 +37,7 @@ class LoadedConfig:
 def load_run_config(
     argv: list[str], *, transformer_fields: Mapping[str, Any], saved: SavedConfig = None
 ) -> LoadedConfig:
-    """Merge defaults < saved configuration < YAML (``--config``) < flags.
+    """Merge defaults < presets (``--preset``) < saved configuration < YAML (``--config``) < flags.
 
     Args:
         argv: the words after the command's name. ``--help`` prints every field and raises ``SystemExit(0)``.
@@ -67,12 +68,26 @@ def load_run_config(
         if stages not in (None, saved_values.get("pipeline_model_parallel_size")):
             saved_values = {name: value for name, value in saved_values.items() if name not in PIPELINE_CUT}
 
-    merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), list(flags.notes))
-    _check_conditions_before(flags, {**saved_values, **yaml_values})
-    _overlay(merged, saved_values, dict.fromkeys(saved_values, f"saved in {load}"))
-    _overlay(merged, yaml_values, dict.fromkeys(yaml_values, str(flags.config)))
-    _overlay(merged, flags.values, {name: f"flag {flag}" for name, flag in flags.origins.items()})
+    preset = preset_values(flags.preset) if flags.preset is not None else {}
+    _check_conditions_before(flags, {**preset, **saved_values, **yaml_values})
+    merged = merge_layers(
+        [
+            (preset, f"preset {flags.preset}"),
+            (saved_values, f"saved in {load}"),
+            (yaml_values, str(flags.config)),
+            (flags.values, {name: f"flag {flag}" for name, flag in flags.origins.items()}),
+        ]
+    )
+    merged.notes[:0] = flags.notes
     _check_conditions_after(flags, merged.config)
+    return merged
+
+
+def merge_layers(layers: Sequence[tuple[Mapping[str, Any], str | Mapping[str, str]]]) -> LoadedConfig:
+    """Defaults, then each layer of ``field -> checked value`` with where its values are from; later ones win."""
+    merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), [])
+    for values, origin in layers:
+        _overlay(merged, values, dict.fromkeys(values, origin) if isinstance(origin, str) else origin)
     return merged
 
 

@@ -33,6 +33,17 @@ def from_dict(data: Mapping[str, Any], where: str = "configuration") -> RunConfi
     return config
 
 
+def changed(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value of what is not the default, for a file that people read."""
+    found = {section: {} for section in sections()}  # type: dict[str, dict[str, Any]]
+    for name, info in fields().items():
+        value = lookup(config, name)
+        if value != info.default:
+            found[info.section][name] = value
+    found["model"].update(config.model.transformer)
+    return {section: values for section, values in found.items() if values}
+
+
 def dump_yaml(config: RunConfig, path: str | Path) -> None:
     """Write every field of the configuration."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -8,18 +8,16 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.overrides import TorchFunctionMode
 
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
 from phd_megatron.model.moe import mark_expert_parameters
-from phd_megatron.model.transformer_config import (
-    PHDTransformerConfig,
-    build_transformer_config,
-    padded_vocab_size,
-)
+from phd_megatron.model.transformer_config import PHDTransformerConfig, build_transformer_config
 
 
 def use_transformer_engine(transformer_impl: str, on_cuda: bool) -> tuple[bool, str]:
@@ -59,8 +57,27 @@ def build_model(
     """The initialised model chunks of this rank, on ``device``, in the run's parameter type.
 
     One, or with virtual pipeline stages one for each, in the order in which activations pass. They share one
-    configuration.
+    configuration. On the ``meta`` device parameters have shapes and no values, so a model of any size can be looked at.
     """
+    if device.type == "meta":
+        with _OnMeta(), device:
+            return _build_chunks(run, true_vocab_size, device, pg_collection)
+    return _build_chunks(run, true_vocab_size, device, pg_collection)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Tensors that ask for a device by name get none: Megatron-Core's layers allocate on the current device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if options.get("device") is not None:
+            options["device"] = "meta"
+        return func(*args, **options)
+
+
+def _build_chunks(
+    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None
+) -> list[PHDGPTModel]:
     config = build_transformer_config(run)
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
@@ -93,5 +110,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     mark_expert_parameters(model)
+    if device.type == "meta":
+        return model
     initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)

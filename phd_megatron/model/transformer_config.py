@@ -37,11 +37,6 @@ def transformer_field_types() -> dict[str, Any]:
     return {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.init}
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """The vocabulary rounded up to a multiple; a property of the model alone, so no TP size enters."""
-    return -(-vocab_size // divisible_by) * divisible_by
-
-
 def params_dtype(run: RunConfig) -> torch.dtype:
     """Type of the parameters the forward pass uses."""
     return torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32

@@ -14,9 +14,6 @@ from typing import Any
 from phd_megatron.config.schema import LoggingConfig
 from phd_megatron.errors import UserError
 
-# Dense bf16 peak of one device in TFLOP/s, by a part of its name. Sparse figures are twice these and never used.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0}
-
 
 @dataclass
 class StepMetrics:
@@ -24,6 +21,8 @@ class StepMetrics:
 
     iteration: int
     consumed_samples: int
+    consumed_tokens: int  #: original ones
+    consumed_flops: float  #: by :mod:`phd_megatron.planning.flops`, of all ranks together
     lm_loss: float
     grad_norm: float
     learning_rate: float
@@ -36,13 +35,6 @@ class StepMetrics:
     skipped_iterations: int
     validation_loss: float | None = None
     router: dict[str, Any] = field(default_factory=dict)  #: of models with experts; its entries stand beside the others
-
-
-def peak_tflops(given: float | None, device_name: str) -> float | None:
-    """The peak that MFU is a share of: what the user gave, or the table's; ``None`` if neither is known."""
-    if given is not None:
-        return given
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
 class Reporter:

@@ -16,18 +16,19 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import to_dict
+from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import Tokenizer
-from phd_megatron.errors import UserError
+from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
-from phd_megatron.model.transformer_config import padded_vocab_size
 from phd_megatron.planning.flops import forward_flops
+from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.gradient_dump import dump_gradients
-from phd_megatron.training.metrics import Reporter, StepMetrics, peak_tflops
+from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
     Schedule,
     build_optimizer,
@@ -212,7 +213,7 @@ class Trainer:
             if self.saver is not None:
                 self.saver.wait()  # every rank comes here: the norm is that of the whole model
             raise UserError(
-                f"the gradient norm of iteration {iteration} is {result.grad_norm} (samples "
+                f"{DIVERGED}: the gradient norm of iteration {iteration} is {result.grad_norm} (samples "
                 f"{progress.consumed_samples - samples} to {progress.consumed_samples - 1}); the parameters are not "
                 "finite any more. The last saved checkpoint is good: lower lr, lengthen the warm-up, or skip the batch"
             )
@@ -247,13 +248,15 @@ class Trainer:
         seconds = time.perf_counter() - interval.started
         losses = [total / tokens for total, tokens in (loss.tolist() for loss in interval.losses)]
         tokens_per_second = interval.samples * run.model.seq_length / seconds
-        flops = forward_flops(self.flops_model, self.padded_vocab_size).training * interval.samples
-        tflops = flops / seconds / self.runtime.world_size / 1e12
+        flops = forward_flops(self.flops_model, self.padded_vocab_size).training  # of one sample
+        tflops = flops * interval.samples / seconds / self.runtime.world_size / 1e12
         peak = peak_tflops(run.logging.peak_tflops, self.runtime.device_name)
         self.reporter.report(
             StepMetrics(
                 iteration=progress.iteration,
                 consumed_samples=progress.consumed_samples,
+                consumed_tokens=progress.consumed_samples * run.model.seq_length,
+                consumed_flops=float(progress.consumed_samples * flops),
                 lm_loss=sum(losses) / len(losses),
                 grad_norm=grad_norm,
                 learning_rate=self.optimizer.param_groups[0]["lr"],

@@ -119,7 +119,7 @@ def test_flag_forms(argv: list[str], section: str, name: str, value: object) -> 
         (["--recompute-granulrity", "full"], ["did you mean --recompute-granularity?"]),
         (["--zzzz"], ["--zzzz", "--help"]),
         (["--transformer", "x"], ["unknown flag --transformer"]),
-        (["--preset", "x"], ["unknown flag --preset"]),
+        (["--preset", "dense-1b"], ["preset 'dense-1b' is not known", "did you mean dense-1.2b?"]),
         (["--no-num-layers"], ["unknown flag"]),
         (["--no-bf16", "true"], ["'true'", "no flag"]),
         (["--no-bf16=true"], ["takes no value"]),

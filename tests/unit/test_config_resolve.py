@@ -367,7 +367,12 @@ def test_printed_form_shows_every_field_and_its_origin() -> None:
     assert "  seq_length: 1024\n" in text
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.stem)
+EXAMPLES = sorted(
+    path for folder in ("examples", "examples/presets") for path in (Path(__file__).parents[2] / folder).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_are_valid(path: Path) -> None:
     from phd_megatron.model.transformer_config import transformer_field_types
 
@@ -376,7 +381,7 @@ def test_examples_are_valid(path: Path) -> None:
 
 
 def test_the_examples_are_found() -> None:
-    assert (Path(__file__).parents[2] / "examples" / "phd_cswa_1p2b.yaml").is_file()
+    assert {"quickstart_phd", "phd-1.2b"} <= {path.name.removesuffix(".yaml") for path in EXAMPLES}
 
 
 # ---------------------------------------------------------------- resume

@@ -20,6 +20,7 @@ FLOORS = (
     ("model",),
     ("data", "huggingface", "planning"),
     ("training",),
+    ("sweep",),
     ("cli",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,80 @@
+"""``phd-megatron plan``: what a run costs, said before a device is booked."""
+
+from __future__ import annotations
+
+import argparse
+
+from phd_megatron.cli.tables import print_table
+from phd_megatron.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command itself; what is left describes the run, as for ``pretrain``."""
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron plan",
+        usage="phd-megatron plan [--ranks N] [--mfu X] [--preset NAME] [--config FILE] [--any-field-of-a-run VALUE]",
+        description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula. Nothing is started.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
+    parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak that is reached; an assumption (0.4)")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Print the plan; UserError for a run that cannot be."""
+    args, rest = build_parser().parse_known_args(argv)
+    from phd_megatron.runtime.context import choose_device, install_backend
+
+    install_backend(choose_device("auto")[0])  # before Megatron is imported, for its field names
+    from phd_megatron.cli.pretrain import load_config
+    from phd_megatron.config.resolve import resolve
+    from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
+    from phd_megatron.planning.run_plan import plan_run
+    from phd_megatron.planning.units import short
+    from phd_megatron.sweep.members import fix_size
+
+    if args.ranks < 1:
+        raise UserError(f"--ranks {args.ranks} is out of range; use a value at least 1")
+    mfu = ASSUMED_MFU if args.mfu is None else args.mfu
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu} is no share of the peak; use a value above 0 and at most 1")
+    loaded = load_config(rest)
+    config = loaded.config
+    notes = loaded.notes + resolve(config)
+    samples, iterations = fix_size(config, args.ranks)
+    plan = plan_run(config, samples, args.ranks)
+    peak = config.logging.peak_tflops or PEAK_TFLOPS[ASSUMED_DEVICE]
+    hours = plan.device_hours(peak, mfu)
+    memory = plan.memory
+    rows = [
+        ["parameters", short(plan.parameters)],
+        ["of these active for a token", short(plan.active_parameters)],
+        ["active ones outside the vocabulary's matrices", short(plan.non_embedding_parameters)],
+        ["tokens (original)", short(plan.tokens)],
+        ["tokens (processed)", short(plan.processed_tokens)],
+        ["iterations", f"{iterations:,}"],
+        ["training FLOPs of a token", f"{plan.flops_per_token:.4g}"],
+        ["training FLOPs", f"{plan.flops:.4g}"],
+        ["device hours", f"{hours:,.4g}"],
+        [f"days on {args.ranks} rank{'s' * (args.ranks > 1)}", f"{hours / args.ranks / 24:,.3g}"],
+        *(
+            [f"memory of a rank: {name}", f"{size / 2**30:,.2f} GiB"]
+            for name, size in (
+                ("weights", memory.weights),
+                ("gradients", memory.gradients),
+                ("optimizer", memory.optimizer),
+                ("activations", memory.activations),
+                ("all", memory.total),
+            )
+        ),
+    ]
+    print_table("plan", ["what", "value"], rows)
+    for note in notes:
+        print(f"note: {note}")
+    print(
+        f"hours: {mfu:.0%} of {peak:g} TFLOP/s a device, dense (assumed: --mfu, --peak-tflops). FLOPs: forward and "
+        "backward, visible attention pairs only.\nmemory: an estimate, without recomputation unless whole layers are "
+        "recomputed; what the allocator, kernels and communication add comes on top: leave a fifth of the device free"
+    )
+    return 0

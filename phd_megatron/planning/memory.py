@@ -1,0 +1,110 @@
+"""Memory of one rank, estimated.
+
+Convention: weights, gradients and AdamW states are counted exactly; activations are what a plain layer keeps for its
+backward pass, without recomputation unless the run recomputes whole layers. What the allocator wastes, communication
+buffers, workspaces and the framework itself are not counted: leave a fifth of the device free. The estimate is of the
+pipeline stage that needs most. It has been compared with tensors saved for backward on a CPU, not with a GPU's peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phd_megatron.config.moe import MoE
+from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.planning.parameters import Parameters
+from phd_megatron.runtime.parallel_dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(run: RunConfig, parameters: Parameters, padded_vocab_size: int, dims: ParallelDims) -> Memory:
+    """Memory of the rank that needs most, for a resolved run in a checked layout."""
+    assert run.model.num_layers is not None
+    stages = dims.split.layers(run.model.num_layers)
+    chunks = len(stages) // dims.pp
+    held = [_stage(run, parameters, padded_vocab_size, dims, stages, stage, chunks) for stage in range(dims.pp)]
+    return max(held, key=lambda memory: memory.total)
+
+
+def _stage(
+    run: RunConfig,
+    parameters: Parameters,
+    padded_vocab_size: int,
+    dims: ParallelDims,
+    stages: tuple[int, ...],
+    stage: int,
+    chunks: int,
+) -> Memory:
+    starts = [sum(stages[:number]) for number in range(len(stages))]
+    mine = range(stage, len(stages), dims.pp)  # chunk c of stage p is number c * PP + p
+    held = [index for number in mine for index in range(starts[number], starts[number] + stages[number])]
+    layers = [parameters.layers[index] for index in held]
+    first, last = stage == 0, stage == dims.pp - 1
+    head = parameters.head or parameters.embedding  # tied weights are copied to the last stage
+    vocabulary = parameters.embedding * first + (0 if first and last and not parameters.head else head * last)
+    dense = (sum(layer.dense for layer in layers) + vocabulary) / dims.tp
+    dense += sum(layer.whole for layer in layers) + parameters.final_norm * last + parameters.embed_norm * first
+    experts = sum(layer.experts for layer in layers) / (dims.ep * dims.etp)
+
+    half = run.training.bf16 or run.training.fp16
+    element = 2 if half else 4
+    gradient = 2 if half and not run.training.accumulate_allreduce_grads_in_fp32 else 4
+    state = 12 if half else 8  # first and second moment, and fp32 main parameters of half-precision ones
+    shards, expert_shards = 1, 1
+    if run.parallel.use_distributed_optimizer:
+        shards = dims.dp * dims.cp
+        expert_shards = max(1, dims.world_size // (dims.etp * dims.ep * dims.pp))
+    rows = run.training.micro_batch_size * run.model.seq_length / dims.cp
+    in_flight = dims.pp - stage if chunks == 1 else dims.pp  # micro-batches whose backward pass is still to come
+    every = [_activations(run, index, dims, element) for index in held]
+    kept = in_flight * sum(every)
+    if run.model.transformer.get("recompute_granularity") == "full":
+        stream = run.model.hidden_size or 0
+        kept = in_flight * len(held) * element * stream / (dims.tp if dims.sp else 1) + max(every, default=0.0)
+    activations = rows * run.model.phd_repeat * kept
+    if last:
+        activations += rows * padded_vocab_size / dims.tp * (element + 8)  # logits, their fp32 softmax and gradient
+    return Memory(
+        weights=math.ceil((dense + experts) * element),
+        gradients=math.ceil((dense + experts) * gradient),
+        optimizer=math.ceil(state * (dense / shards + experts / expert_shards)),
+        activations=math.ceil(activations),
+    )
+
+
+def _activations(run: RunConfig, index: int, dims: ParallelDims, element: int) -> float:
+    """Bytes that one row keeps in the layer with this 0-based index."""
+    model = run.model
+    assert model.hidden_size and model.num_attention_heads and model.num_query_groups and model.kv_channels
+    stream = model.hidden_size / (dims.tp if dims.sp else 1)
+    query, key = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    # query, key, value; query and key again after RoPE; context and its log-sum-exp
+    attention = (query + 2 * key) + (query + key) + query + model.num_attention_heads * 4 / element
+    # input and output of two norms; what the FFN reads and the two sums are among them
+    return element * (4 * stream + attention / dims.tp + _ffn(model, index, dims, stream))
+
+
+def _ffn(model: ModelConfig, index: int, dims: ParallelDims, stream: float) -> float:
+    """Elements that one row keeps in the FFN: up and gate projections and the activation."""
+    widths = 3 if model.gated_linear_unit else 2
+    moe = MoE.from_model(model)
+    if moe is None or not moe.layers[index]:
+        assert model.ffn_hidden_size is not None
+        return widths * model.ffn_hidden_size / dims.tp
+    routed = moe.topk * (2 * stream + widths * moe.ffn_hidden_size / dims.etp)
+    return routed + widths * moe.shared_hidden_size / dims.tp + moe.experts

@@ -1,0 +1,156 @@
+"""The plots of a report, as SVG and PNG. matplotlib is imported here only, when a plot is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.errors import UserError
+from phd_megatron.sweep.curves import AXES, Axis, Curve
+from phd_megatron.sweep.scaling import Fit
+
+_COLOURS = (
+    "#4c72b0",
+    "#dd8452",
+    "#55a868",
+    "#c44e52",
+    "#8172b3",
+    "#937860",
+    "#da8bc3",
+    "#8c8c8c",
+    "#ccb974",
+    "#64b5cd",
+)
+_STYLES = ("-", "--", ":")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plots need matplotlib, which is not installed; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # The same figure gives the same file: no random identifiers, no date.
+    matplotlib.rcParams.update({"svg.hashsalt": "phd-megatron", "svg.fonttype": "none", "font.size": 9})
+    return pyplot
+
+
+def _save(figure: Any, directory: Path, stem: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    figure.savefig(directory / f"{stem}.svg", metadata={"Date": None})
+    figure.savefig(directory / f"{stem}.png", dpi=110)
+    _pyplot().close(figure)
+
+
+def _tidy(axes: Any, x: str, y: str, title: str = "") -> None:
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour and line of the group with this number."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)],
+    }
+
+
+def draw_losses(
+    panels: Mapping[str, Mapping[str, Sequence[Curve]]], directory: Path, stem: str, unit: str, axis: Axis = "tokens"
+) -> None:
+    """Smoothed training losses: a panel for each key, a colour for each group, a line for each seed.
+
+    The vertical axis shows what lies below the loss at 15 % of a run: the start would hide the differences.
+    """
+    pyplot = _pyplot()
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(1.5 + 4.2 * len(panels), 3.8), layout="constrained", squeeze=False
+    )
+    names = list(dict.fromkeys(name for groups in panels.values() for name in groups))
+    for axes, (title, groups) in zip(row[0], panels.items(), strict=True):
+        low, high = [], []
+        for name, curves in groups.items():
+            for index, curve in enumerate(curves):
+                look = style(names.index(name))
+                axes.plot(curve.along(axis), curve.smoothed, linewidth=1.3, label=name if index == 0 else None, **look)
+                points = [(curve.along(axis)[step], loss) for step, loss in curve.validation]
+                axes.plot(*zip(*points, strict=True), "o", color=look["color"], markersize=3) if points else None
+                early = curve.smoothed[min(len(curve.smoothed) - 1, int(0.15 * len(curve.smoothed)))]
+                low.append(min([*curve.smoothed, *(loss for _, loss in points)]))
+                high.append(early)
+        if low and max(high) > min(low):
+            margin = 0.05 * (max(high) - min(low))
+            axes.set_ylim(min(low) - margin, max(high) + margin)
+        _tidy(axes, AXES[axis], f"loss ({unit})", title)
+    row[0][-1].legend(frameon=False, fontsize=8)
+    _save(figure, directory, stem)
+
+
+def draw_costs(curves: Sequence[Curve], directory: Path, stem: str, unit: str) -> None:
+    """Runs over tokens, FLOPs and time side by side."""
+    pyplot = _pyplot()
+    figure, row = pyplot.subplots(1, len(AXES), figsize=(13, 3.8), layout="constrained", sharey=True)
+    for axes, (axis, label) in zip(row, AXES.items(), strict=True):
+        for number, curve in enumerate(curves):
+            axes.plot(curve.along(axis), curve.smoothed, linewidth=1.3, label=curve.name, **style(number))
+        _tidy(axes, label, f"loss ({unit})")
+    early = [curve.smoothed[min(len(curve.smoothed) - 1, int(0.15 * len(curve.smoothed)))] for curve in curves]
+    low, high = min(min(curve.smoothed) for curve in curves), max(early)
+    if high > low:
+        row[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    row[0].legend(frameon=False, fontsize=8)
+    _save(figure, directory, stem)
+
+
+def draw_finals(groups: Sequence[tuple[str, Sequence[float]]], directory: Path, stem: str, unit: str) -> None:
+    """Final losses: a dot for each seed, a bar at their mean."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.32 * len(groups)), layout="constrained")
+    for number, (_, losses) in enumerate(groups):
+        mean = sum(losses) / len(losses)
+        axes.plot(losses, [number] * len(losses), "o", markersize=5, alpha=0.7, color=_COLOURS[0])
+        axes.plot([mean, mean], [number - 0.3, number + 0.3], color=_COLOURS[3], linewidth=2)
+    axes.set_yticks(range(len(groups)), [name for name, _ in groups])
+    axes.invert_yaxis()
+    _tidy(axes, f"final loss ({unit}); dot: a seed, bar: the mean", "")
+    _save(figure, directory, stem)
+
+
+def draw_scaling(
+    laws: Sequence[tuple[str, Sequence[float], Sequence[float], Sequence[float], Fit | None]],
+    directory: Path,
+    stem: str,
+    unit: str,
+) -> None:
+    """Final losses over N with the fitted laws: (name, N, D, loss, fit) each."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, (name, sizes, tokens, losses, fit) in enumerate(laws):
+        look = style(number)
+        axes.plot(sizes, losses, "o", color=look["color"], markersize=4, label=name)
+        if fit is None:
+            continue
+        for budget in sorted(set(tokens)):
+            low, high = min(sizes), max(sizes)
+            grid = [low * (high / low) ** (step / 50) for step in range(51)]
+            axes.plot(grid, [fit.predict(n, budget) for n in grid], linewidth=1, **look)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes, "N, active parameters without embeddings", f"final loss ({unit})")
+    _save(figure, directory, stem)
+
+
+def draw_experts(groups: Mapping[str, tuple[list[float], list[float]]], directory: Path, stem: str) -> None:
+    """Entropy of the experts' load over tokens: a line for each group; 1 is balance."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    for number, (name, (tokens, entropy)) in enumerate(groups.items()):
+        axes.plot(tokens, entropy, linewidth=1.2, label=name, **style(number))
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes, AXES["tokens"], "entropy of the experts' load (1 = balanced)")
+    _save(figure, directory, stem)

@@ -1,0 +1,167 @@
+"""A sweep's directory: ``plan.json``, the lock, and one folder for each member.
+
+A member's folder holds its ``run.yaml``, ``metrics.jsonl``, ``log.txt``, checkpoints and ``status.json``. Files are
+replaced in one step, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from phd_megatron.config.catalog import fields
+from phd_megatron.config.serialize import changed, read_yaml
+from phd_megatron.errors import UserError
+from phd_megatron.sweep.definition import Sweep
+from phd_megatron.sweep.members import MEMBERS, METRICS_FILE, RUN_FILE, STATUS_FILE, PlannedMember
+
+PLAN_FILE = "plan.json"
+State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a member's last start went. ``seconds`` is the time of all its starts."""
+
+    state: State = "waiting"
+    exit_code: int | None = None
+    starts: int = 0
+    seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A member as ``plan.json`` has it."""
+
+    name: str
+    axes: Mapping[str, str]
+    iterations: int
+    samples: int
+    seq_length: int
+    plan: Mapping[str, Any]  #: of :class:`phd_megatron.planning.run_plan.RunPlan`
+
+
+@dataclass(frozen=True)
+class Store:
+    """A sweep's directory, planned."""
+
+    directory: Path
+    name: str
+    title: str
+    unit: str
+    baseline: Mapping[str, str]
+    size_axis: str | None
+    launcher: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+
+    def home(self, name: str) -> Path:
+        """Folder of one member."""
+        return self.directory / MEMBERS / name
+
+    def entry(self, name: str) -> Entry:
+        """The member of that name.
+
+        Raises:
+            UserError: when there is none.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise UserError(f"{self.directory} has no member {name!r}; it has {', '.join(e.name for e in self.entries)}")
+
+    def status(self, name: str) -> Status:
+        """What the member's last start left behind; ``running`` may also mean that it was killed."""
+        path = self.home(name) / STATUS_FILE
+        try:
+            return Status(**json.loads(path.read_text("utf-8")))
+        except FileNotFoundError:
+            return Status()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it to start the member again") from None
+
+    def write_status(self, name: str, status: Status) -> None:
+        """Replace the member's status."""
+        write(self.home(name) / STATUS_FILE, json.dumps({**asdict(status)}, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def create(directory: Path, sweep: Sweep, members: Sequence[PlannedMember]) -> Store:
+    """Write the plan and the members' configurations; members that have begun keep theirs, which must be the same.
+
+    Raises:
+        UserError: when a member that has begun would get another configuration, with the fields that differ.
+    """
+    entries = tuple(_entry(member) for member in members)
+    store = Store(
+        directory, sweep.name, sweep.title, sweep.unit, sweep.baseline, sweep.size_axis, asdict(sweep.launcher), entries
+    )
+    for member in members:
+        _check_unchanged(store.home(member.name), member)
+    for member in members:
+        header = f"# Member {member.name} of the sweep {sweep.name}; written by `phd-megatron sweep`.\n"
+        write(
+            store.home(member.name) / RUN_FILE,
+            header + yaml.safe_dump(changed(member.config), sort_keys=False, allow_unicode=True),
+        )
+    plain = {key: value for key, value in asdict(store).items() if key != "directory"}
+    write(directory / PLAN_FILE, json.dumps(plain, indent=1) + "\n")
+    return store
+
+
+def open_store(directory: str | Path) -> Store:
+    """Read a sweep's directory.
+
+    Raises:
+        UserError: when it is none.
+    """
+    directory = Path(directory)
+    path = directory / PLAN_FILE
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        entries = tuple(Entry(**entry) for entry in data.pop("entries"))
+        return Store(directory=directory, entries=entries, **data)
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start the sweep again, it goes on where it was") from None
+
+
+def _entry(member: PlannedMember) -> Entry:
+    plan = member.plan.as_dict()
+    return Entry(member.name, dict(member.axes), member.iterations, member.samples, member.seq_length, plan)
+
+
+def _check_unchanged(home: Path, member: PlannedMember) -> None:
+    if not (home / METRICS_FILE).exists() or not (home / RUN_FILE).exists():
+        return
+    before, after = _flat(read_yaml(home / RUN_FILE)), _flat(changed(member.config))
+    differing = [name for name in {**before, **after} if _value(before, name) != _value(after, name)]
+    if differing:
+        changes = ", ".join(f"{n}: {_value(before, n)!r} -> {_value(after, n)!r}" for n in differing)
+        raise UserError(
+            f"member {member.name} has begun with another configuration ({changes}); give the sweep another --output, "
+            f"or delete {home} to train it anew"
+        )
+
+
+def _flat(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for section in data.values() for name, value in section.items()}
+
+
+def _value(flat: Mapping[str, Any], name: str) -> Any:
+    return flat.get(name, fields()[name].default if name in fields() else None)
