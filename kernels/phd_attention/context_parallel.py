@@ -249,11 +249,7 @@ class _GatherOriginals(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, context: ContextParallel) -> Tensor:
         ctx.context = context
-        result = own.new_empty(context.size, *own.shape)
-        result[context.rank] = own
-        for sources, kv in Originals(own, context):
-            result[sources.start : sources.stop] = kv
-        return result
+        return Originals(own, context).everything()
 
     @staticmethod
     @once_differentiable

@@ -61,7 +61,7 @@ class Keys(NamedTuple):
         return tuple(x.stride()[:4] for x in self)
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """Constants of one call."""
 
     policy: KVPolicy
@@ -74,7 +74,7 @@ class _Problem(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, query: Tensor, groups: int, policy: KVPolicy, rows: Rows, scale: float) -> _Problem:
+    def of(cls, query: Tensor, groups: int, policy: KVPolicy, rows: Rows, scale: float) -> Problem:
         copies, _, batch, heads, width = query.shape
         return cls(policy, rows, scale, copies, groups, heads // groups, batch, width)
 
@@ -109,7 +109,9 @@ class _Problem(NamedTuple):
         return x.unflatten(3, (self.groups, self.ratio)).stride()[:5]
 
 
-def _forward(query: Tensor, keys: Keys, problem: _Problem, part: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def fused_forward(
+    query: Tensor, keys: Keys, problem: Problem, part: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Output like ``query`` and its packed log-sum-exp; ``part`` is what a vendor kernel found over the originals."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(problem.batch * problem.groups, problem.packed, dtype=torch.float32, device=query.device)
@@ -125,14 +127,14 @@ def _forward(query: Tensor, keys: Keys, problem: _Problem, part: tuple[Tensor, T
     return out, lse
 
 
-def _backward(
+def fused_backward(
     grad: Tensor,
     query: Tensor,
     keys: Keys,
     out: Tensor,
     lse: Tensor,
     into: Keys,
-    problem: _Problem,
+    problem: Problem,
     *,
     part_grad: Tensor | None = None,
     originals: bool = True,
@@ -209,8 +211,8 @@ class _Fused(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float, deterministic: bool
     ) -> Tensor:
         query, key, value = (unit_stride(x) for x in (query, key, value))
-        problem = _Problem.of(query, key.size(3), policy, Rows(query.size(1)), scale)
-        out, lse = _forward(query, Keys.of(key, value), problem, None)
+        problem = Problem.of(query, key.size(3), policy, Rows(query.size(1)), scale)
+        out, lse = fused_forward(query, Keys.of(key, value), problem)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.problem, ctx.deterministic = problem, deterministic
         return out
@@ -221,7 +223,7 @@ class _Fused(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         key_grad, value_grad = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
         keys, into = Keys.of(key, value), Keys.of(key_grad, value_grad)
-        query_grad = _backward(grad, query, keys, out, lse, into, ctx.problem, deterministic=ctx.deterministic)
+        query_grad = fused_backward(grad, query, keys, out, lse, into, ctx.problem, deterministic=ctx.deterministic)
         return query_grad, key_grad, value_grad, None, None, None
 
 
@@ -243,12 +245,12 @@ class _Beside(torch.autograd.Function):
         query, key, value = (unit_stride(x) for x in (query, key, value))
         copies, _, batch, _, _ = query.shape
         groups = key.size(3)
-        problem = _Problem.of(query, groups, policy, Rows(query.size(1)), scale)
+        problem = Problem.of(query, groups, policy, Rows(query.size(1)), scale)
         q = as_heads(fold_queries(query, groups))  # [b * groups, Kq * ratio, s, d]
         kv = torch.stack([fold_keys(x[:1]).transpose(1, 2) for x in (key, value)])  # [2, b * groups, 1, s, d]
         part_out, part_lse, call = Call.run(q, kv, scale, causal=True)
         part = (_as_queries(part_out, batch, copies), _as_queries(part_lse, batch, copies))
-        out, lse = _forward(query, Keys.of(key, value), problem, part)
+        out, lse = fused_forward(query, Keys.of(key, value), problem, part)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.problem, ctx.call = problem, call
         return out
@@ -257,7 +259,7 @@ class _Beside(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        problem: _Problem = ctx.problem
+        problem: Problem = ctx.problem
         groups, batch, copies = problem.groups, problem.batch, problem.copies
         q, out_heads, grad_heads = (as_heads(fold_queries(x, groups)) for x in (query, out, grad))
         kv = torch.stack([fold_keys(x[:1]).transpose(1, 2) for x in (key, value)])
@@ -270,7 +272,7 @@ class _Beside(torch.autograd.Function):
         keys, into = Keys.of(key, value), Keys.of(key_grad, value_grad)
         if problem.policy.repeat == 1:
             return part.flatten(3, 4), key_grad, value_grad, None, None
-        query_grad = _backward(grad, query, keys, out, lse, into, problem, part_grad=part, originals=False)
+        query_grad = fused_backward(grad, query, keys, out, lse, into, problem, part_grad=part, originals=False)
         return query_grad, key_grad, value_grad, None, None
 
 

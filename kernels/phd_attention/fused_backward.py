@@ -19,6 +19,7 @@ from phd_megatron.kernels.triton_support import Tile, tuned
 from .fused_tiles import (
     TUNING_KEY,
     LOG2_E,
+    bundle_offset,
     first_hidden,
     hidden_visible,
     key_offsets,
@@ -72,13 +73,16 @@ QUERY_TILES = (
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=2),
     Tile({"BLOCK_M": 128, "BLOCK_N": 64}, warps=8, stages=2),
     Tile({"BLOCK_M": 64, "BLOCK_N": 32}, warps=4, stages=2),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, warps=4, stages=3),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, warps=8, stages=3),
+    Tile({"BLOCK_M": 32, "BLOCK_N": 32}, warps=4, stages=2),
 )
 KEY_TILES = (
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=2),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=2),
     Tile({"BLOCK_M": 32, "BLOCK_N": 64}, warps=4, stages=2),
-    Tile({"BLOCK_M": 32, "BLOCK_N": 128}, warps=8, stages=3),
+    Tile({"BLOCK_M": 32, "BLOCK_N": 128}, warps=8, stages=2),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=2),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=8, stages=2),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 128}, warps=8, stages=2),
+    Tile({"BLOCK_M": 32, "BLOCK_N": 32}, warps=4, stages=2),
 )
 
 
@@ -151,17 +155,20 @@ def query_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if ORIGINALS:
+        near = tl.arange(0, BLOCK_N)
+        key += bundle_offset(batch, group, key_strides)
+        value += bundle_offset(batch, group, value_strides)
+        key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
         seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
         for begin in range(0, seen_by_all, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            k = load_tile(key, key_offsets(0 * n, n, batch, group, key_strides), n >= 0, False, D, BLOCK_D)
-            v = load_tile(value, key_offsets(0 * n, n, batch, group, value_strides), n >= 0, False, D, BLOCK_D)
+            k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
+            v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
             _, slope = _score_gradient(q, k, v, g, row_lse, row_delta, True, scale, False, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
         for begin in range(seen_by_all, last + 1, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            k = load_tile(key, key_offsets(0 * n, n, batch, group, key_strides), n <= last, True, D, BLOCK_D)
-            v = load_tile(value, key_offsets(0 * n, n, batch, group, value_strides), n <= last, True, D, BLOCK_D)
+            n = begin + near
+            k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
+            v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
             visible = n[None, :] <= tl.minimum(position, last)[:, None]
             _, slope = _score_gradient(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
@@ -173,10 +180,10 @@ def query_gradient_kernel(
             key_position, key_copy = low + entry // HIDDEN, entry % HIDDEN
             valid = key_position <= last
             n = key_position - hidden_start + hidden_base
-            offsets = key_offsets(key_copy, n, batch, group, hidden_key_strides)
-            k = load_tile(hidden_key, offsets, valid, True, D, BLOCK_D)
-            offsets = key_offsets(key_copy, n, batch, group, hidden_value_strides)
-            v = load_tile(hidden_value, offsets, valid, True, D, BLOCK_D)
+            key_at = key_offsets(key_copy, n, batch, group, hidden_key_strides)
+            value_at = key_offsets(key_copy, n, batch, group, hidden_value_strides)
+            k = load_tile(hidden_key, key_at, valid, True, D, BLOCK_D)
+            v = load_tile(hidden_value, value_at, valid, True, D, BLOCK_D)
             visible = valid[None, :] & hidden_visible(
                 position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
             )
@@ -185,8 +192,8 @@ def query_gradient_kernel(
 
     acc = acc * scale
     if not ORIGINALS:
-        offsets = query_offsets(token, copy, head, batch, group, part_grad_strides)
-        acc += load_tile(part_grad, offsets, inside, True, D, BLOCK_D).to(tl.float32)
+        part_at = query_offsets(token, copy, head, batch, group, part_grad_strides)
+        acc += load_tile(part_grad, part_at, inside, True, D, BLOCK_D).to(tl.float32)
     store_tile(query_grad, query_offsets(token, copy, head, batch, group, query_grad_strides), acc, inside, D, BLOCK_D)
 
 
@@ -323,8 +330,9 @@ def key_gradient_kernel(
         begin = index * BLOCK_N
         n = begin + tl.arange(0, BLOCK_N)
         valid = n < keys
-        k = load_tile(key, key_offsets(0 * n, n, batch, group, key_strides), valid, True, D, BLOCK_D)
-        v = load_tile(value, key_offsets(0 * n, n, batch, group, value_strides), valid, True, D, BLOCK_D)
+        original = n * 0  # index of the copy
+        k = load_tile(key, key_offsets(original, n, batch, group, key_strides), valid, True, D, BLOCK_D)
+        v = load_tile(value, key_offsets(original, n, batch, group, value_strides), valid, True, D, BLOCK_D)
         for part in tl.static_range(SLICES):
             start = starts[part]
             # Rows before `some` see no key of this tile; from the first tile of rows at `all` on they see every one.
@@ -345,8 +353,8 @@ def key_gradient_kernel(
                     start, slice_length, scale, "all", ATOMIC_DQ,
                     COPIES, RATIO, FIRST_COPY, WINDOW, CHUNK, D, BLOCK_D, PRECISION, BLOCK_M,
                 )  # fmt: skip
-        store_tile(key_grad, key_offsets(0 * n, n, batch, group, key_grad_strides), dk * scale, valid, D, BLOCK_D)
-        store_tile(value_grad, key_offsets(0 * n, n, batch, group, value_grad_strides), dv, valid, D, BLOCK_D)
+        store_tile(key_grad, key_offsets(original, n, batch, group, key_grad_strides), dk * scale, valid, D, BLOCK_D)
+        store_tile(value_grad, key_offsets(original, n, batch, group, value_grad_strides), dv, valid, D, BLOCK_D)
     elif HIDDEN > 0:
         hidden_tiles = tl.cdiv(hidden_entries, BLOCK_N)
         part = (index - original_tiles) // hidden_tiles

@@ -11,6 +11,7 @@ from .fused_tiles import (
     LN_2,
     LOG2_E,
     TUNING_KEY,
+    bundle_offset,
     first_hidden,
     hidden_visible,
     key_offsets,
@@ -37,11 +38,12 @@ def _softmax_step(q, k, v, visible, out, top, total, scale, MASKED: tl.constexpr
 
 
 TILES = (
-    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, warps=4, stages=3),
     Tile({"BLOCK_M": 128, "BLOCK_N": 64}, warps=8, stages=3),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, warps=4, stages=3),
     Tile({"BLOCK_M": 128, "BLOCK_N": 128}, warps=8, stages=2),
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, warps=4, stages=2),
     Tile({"BLOCK_M": 64, "BLOCK_N": 32}, warps=4, stages=2),
+    Tile({"BLOCK_M": 32, "BLOCK_N": 32}, warps=4, stages=2),
 )
 
 
@@ -112,23 +114,26 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        near = tl.arange(0, BLOCK_N)
+        key += bundle_offset(batch, group, key_strides)
+        value += bundle_offset(batch, group, value_strides)
+        key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
         seen_by_all = (first + 1) // BLOCK_N * BLOCK_N  # keys before it need no mask
         for begin in range(0, seen_by_all, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            k = load_tile(key, key_offsets(0 * n, n, batch, group, key_strides), n >= 0, False, D, BLOCK_D)
-            v = load_tile(value, key_offsets(0 * n, n, batch, group, value_strides), n >= 0, False, D, BLOCK_D)
+            k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
+            v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
             acc, top, total = _softmax_step(q, k, v, True, acc, top, total, scale, False, PRECISION)
         for begin in range(seen_by_all, last + 1, BLOCK_N):
-            n = begin + tl.arange(0, BLOCK_N)
-            k = load_tile(key, key_offsets(0 * n, n, batch, group, key_strides), n <= last, True, D, BLOCK_D)
-            v = load_tile(value, key_offsets(0 * n, n, batch, group, value_strides), n <= last, True, D, BLOCK_D)
+            n = begin + near
+            k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
+            v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
             visible = n[None, :] <= tl.minimum(position, last)[:, None]
             acc, top, total = _softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
     else:
-        offsets = query_offsets(token, copy, head, batch, group, part_out_strides)
-        acc = load_tile(part_out, offsets, inside, True, D, BLOCK_D).to(tl.float32)
-        offsets = query_offsets(token, copy, head, batch, group, part_lse_strides)
-        top = tl.load(part_lse + offsets, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        out_at = query_offsets(token, copy, head, batch, group, part_out_strides)
+        acc = load_tile(part_out, out_at, inside, True, D, BLOCK_D).to(tl.float32)
+        lse_at = query_offsets(token, copy, head, batch, group, part_lse_strides)
+        top = tl.load(part_lse + lse_at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
         total = tl.full([BLOCK_M], 1.0, tl.float32)
 
     if HIDDEN > 0:
@@ -138,16 +143,16 @@ def forward_kernel(
             key_position, key_copy = low + entry // HIDDEN, entry % HIDDEN
             valid = key_position <= last
             n = key_position - hidden_start + hidden_base
-            offsets = key_offsets(key_copy, n, batch, group, hidden_key_strides)
-            k = load_tile(hidden_key, offsets, valid, True, D, BLOCK_D)
-            offsets = key_offsets(key_copy, n, batch, group, hidden_value_strides)
-            v = load_tile(hidden_value, offsets, valid, True, D, BLOCK_D)
+            key_at = key_offsets(key_copy, n, batch, group, hidden_key_strides)
+            value_at = key_offsets(key_copy, n, batch, group, hidden_value_strides)
+            k = load_tile(hidden_key, key_at, valid, True, D, BLOCK_D)
+            v = load_tile(hidden_value, value_at, valid, True, D, BLOCK_D)
             visible = valid[None, :] & hidden_visible(
                 position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
             )
             acc, top, total = _softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
 
-    offsets = query_offsets(token, copy, head, batch, group, out_strides)
-    store_tile(out, offsets, acc / total[:, None], inside, D, BLOCK_D)
+    store_at = query_offsets(token, copy, head, batch, group, out_strides)
+    store_tile(out, store_at, acc / total[:, None], inside, D, BLOCK_D)
     packed = tl.program_id(1).to(tl.int64) * (SLICES * rows) + part * rows + row
     tl.store(lse + packed, (top + tl.math.log2(total)) * LN_2, mask=inside)

@@ -26,17 +26,22 @@ def packed_queries(row, first_position, COPIES: tl.constexpr, RATIO: tl.constexp
 
 
 @triton.jit
+def bundle_offset(batch, group, strides):
+    """Element offset of one sequence and KV group in a tensor whose third and fourth dimension they are, int64."""
+    return batch.to(tl.int64) * strides[2] + group.to(tl.int64) * strides[3]
+
+
+@triton.jit
 def query_offsets(token, copy, head, batch, group, strides):
     """Element offsets of packed rows in a ``[Kq, s, b, groups, ratio, d]`` tensor, int64."""
-    base = batch.to(tl.int64) * strides[2] + group.to(tl.int64) * strides[3]
-    return base + copy.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[4]
+    row = copy.to(tl.int64) * strides[0] + token.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[4]
+    return row + bundle_offset(batch, group, strides)
 
 
 @triton.jit
 def key_offsets(copy, row, batch, group, strides):
-    """Element offsets of keys in a ``[copies, s, b, groups, d]`` tensor, int64."""
-    base = batch.to(tl.int64) * strides[2] + group.to(tl.int64) * strides[3]
-    return base + copy.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1]
+    """Element offsets of hidden keys in a ``[copies, s, b, groups, d]`` tensor, int64."""
+    return copy.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + bundle_offset(batch, group, strides)
 
 
 @triton.jit

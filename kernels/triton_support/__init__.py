@@ -52,20 +52,22 @@ def triton_problem(device: torch.device | str, dtype: torch.dtype) -> str | None
 def tuned(space: Sequence[Tile], key: Sequence[str], **options: Any) -> Callable[[Any], Any]:
     """Decorator: the quickest of ``space`` for each value of the arguments ``key`` and each set of data types.
 
-    The choice is kept on disk in Triton's cache, so a shape is tuned once a machine. The interpreter takes the first.
+    The choice is kept on disk in Triton's cache, so a shape is tuned once a machine. The last of ``space`` is its
+    smallest; the interpreter takes it, and ``PHD_TRITON_TUNE=0`` leaves nothing else to try.
     """
     import triton
 
     def decorate(kernel: Any) -> Any:
         if interpreted():
-            return _Fixed(kernel, space[0].constants)
-        configs = [triton.Config(dict(t.constants), num_warps=t.warps, num_stages=t.stages) for t in space]
+            return FixedTile(kernel, space[-1].constants)
+        tiles = space if os.environ.get("PHD_TRITON_TUNE", "1") != "0" else space[-1:]
+        configs = [triton.Config(dict(t.constants), num_warps=t.warps, num_stages=t.stages) for t in tiles]
         return triton.autotune(configs, list(key), cache_results=True, **options)(kernel)
 
     return decorate
 
 
-class _Fixed:
+class FixedTile:
     """A kernel with the constants of one tile, launched like a tuned one."""
 
     def __init__(self, kernel: Any, constants: dict[str, int]) -> None:
