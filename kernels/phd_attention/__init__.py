@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ BACKENDS = {
 AUTOMATIC = ("sdpa",)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> Callable[..., Tensor]:
     module, function = name.split(":")
     found: Callable[..., Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
@@ -225,7 +225,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_co
         raise ValueError(f"{shapes}: query heads must be a multiple of the key-value groups")
     if any(x.size(-1) > 1 and x.stride(-1) != 1 for x in (query, key, value)):
         strides = ", ".join(str(x.stride(-1)) for x in (query, key, value))
-        raise ValueError(f"the last dimensions have strides {strides}: kernels read dense rows; pass .contiguous() ones")
+        raise ValueError(
+            f"the last dimensions have strides {strides}: kernels read dense rows; pass .contiguous() ones"
+        )
     if query.numel() == 0:
         raise ValueError(f"{shapes}: there is nothing to attend from; pass at least one token and one sequence")
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:

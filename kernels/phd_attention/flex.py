@@ -63,7 +63,7 @@ def flex_attention(
 
     On CUDA it is compiled; elsewhere it runs eagerly, forward only.
     """
-    length, batch = query.shape[1:3]
+    length = query.size(1)
 
     def rows(x: Tensor) -> Tensor:
         """``[copies, s, b, heads, d]`` to ``[b, heads, copies * s, d]``."""

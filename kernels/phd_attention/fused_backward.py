@@ -1,8 +1,8 @@
 """Triton kernels: PHD attention backward.
 
 Two passes, each over what it owns, so that nothing is added up between programs and every run gives the same bits:
-``query_gradient_kernel`` holds a tile of packed queries and walks over its keys, ``key_gradient_kernel`` holds a tile of
-keys and walks over the queries that see it, whose sum over copies and query heads of a group stays in registers. With
+``query_gradient_kernel`` holds a tile of packed queries and walks over its keys, ``key_gradient_kernel`` holds a tile
+of keys and walks over the queries that see it; the sum over copies and query heads of a group stays in registers. With
 ``ATOMIC_DQ`` the second pass also adds up dq in memory and the first is not run: two matrix products fewer of seven,
 float32 atomics, and an order of summation that changes from run to run.
 
@@ -17,8 +17,8 @@ import triton.language as tl
 from phd_megatron.kernels.triton_support import Tile, tuned
 
 from .fused_tiles import (
-    TUNING_KEY,
     LOG2_E,
+    TUNING_KEY,
     bundle_offset,
     first_hidden,
     hidden_visible,
@@ -253,9 +253,7 @@ def _key_gradient_step(
         visible = True
     weights, slope = _score_gradient(q, k, v, g, row_lse, row_delta, visible, scale, MODE != "all", PRECISION)
     slope = slope.to(q.dtype)
-    value_grad = tl.dot(
-        tl.trans(weights.to(g.dtype)), g, value_grad, input_precision=PRECISION, out_dtype=tl.float32
-    )
+    value_grad = tl.dot(tl.trans(weights.to(g.dtype)), g, value_grad, input_precision=PRECISION, out_dtype=tl.float32)
     key_grad = tl.dot(tl.trans(slope), q, key_grad, input_precision=PRECISION, out_dtype=tl.float32)
     if ATOMIC_DQ:
         step = tl.dot(slope, k, input_precision=PRECISION, out_dtype=tl.float32) * scale

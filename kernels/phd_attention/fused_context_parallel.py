@@ -51,7 +51,8 @@ class _FusedRanks(torch.autograd.Function):
         halos = policy.halos(length, context.size)
         own = torch.stack([key[0], value[0]])  # [2, s_rank, b, g, d]
         originals = Originals(own, context)
-        hidden, widths = own[:, None], (0, 0)  # not read with one copy
+        widths: tuple[int, ...] = (0, 0)
+        hidden = own[:, None]  # not read with one copy
         if policy.repeat > 1:
             local = torch.stack([key[1:], value[1:]]).transpose(1, 2).contiguous()  # [2, s_rank, K - 1, b, g, d]
             near = HaloKeys(local.unsqueeze(1), halos, context).wait()

@@ -71,9 +71,7 @@ def store_tile(pointer, offsets, tile, inside, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def hidden_visible(
-    query_position, query_copy, key_position, key_copy, WINDOW: tl.constexpr, CHUNK: tl.constexpr
-):
+def hidden_visible(query_position, query_copy, key_position, key_copy, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     """:meth:`KVPolicy.hidden_visible` on the device; ``CHUNK`` 0 means no chunks. Tests compare the two."""
     distance = query_position - key_position
     seen = (distance >= 0) & (distance < WINDOW) & ((distance > 0) | (key_copy <= query_copy)) & (query_copy > 1)

@@ -86,6 +86,11 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
+def covering(size: int) -> int:
+    """The power of two that covers ``size`` columns, 1 for none."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def block_of(size: int) -> int:
-    """The power of two that covers ``size`` columns, and is wide enough for a tensor core."""
-    return max(16, 1 << (size - 1).bit_length())
+    """The same, and wide enough for a tensor core."""
+    return max(16, covering(size))

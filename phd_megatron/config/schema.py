@@ -43,7 +43,9 @@ class ModelConfig:
     norm_scheme: str = "pre"  #: row of the norm-scheme table
     init: Literal["auto", "normal", "depth_scaled", "megatron"] = "auto"  #: initialisation; auto is the scheme's own
     init_method_std: float | None = None  #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
-    phd_attention_backend: Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"] = "auto"  #: PHD attention
+    phd_attention_backend: Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"] = (
+        "auto"  #: PHD attention
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  #: linear and norm modules
     transformer: dict[str, Any] = field(default_factory=dict)  #: further TransformerConfig fields by name
 

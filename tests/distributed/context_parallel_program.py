@@ -1,7 +1,8 @@
 """Context-parallel attention on real process groups, against the same attention on one rank.
 
 Runs under torchrun with the names of what to do: ``cases`` compares outputs, all gradients and bytes sent, ``halves``
-does so in bfloat16, ``fused`` with the Triton kernels, ``broken`` takes parts away, ``overlap`` prints a trace of the ring.
+does so in bfloat16, ``fused`` with the Triton kernels, ``broken`` takes parts away, ``overlap`` prints a trace of
+the ring.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import phd_megatron.kernels.phd_attention as front_door
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
-import phd_megatron.kernels.phd_attention as front_door
 from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, causal, choose_backend, phd_attention, sdpa
 from phd_megatron.kernels.phd_attention.flex import flex_attention
 from phd_megatron.kernels.phd_attention.reference import reference_attention
@@ -373,9 +373,9 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         for _ in range(3):
             phd_attention(query, key, value, KVPolicy(2, 4, 8))
-    assert [record.getMessage() for record in caplog.records if "PHD attention" in record.getMessage()] == [
-        f"PHD attention on cpu in torch.float32, head dimension {WIDTH}: sdpa, {choose_backend('cpu', torch.float32)[1]}"
-    ]
+    said = [record.getMessage() for record in caplog.records if "PHD attention" in record.getMessage()]
+    reason = choose_backend("cpu", torch.float32, WIDTH)[1]
+    assert said == [f"PHD attention on cpu in torch.float32, head dimension {WIDTH}: sdpa, {reason}"]
 
 
 @pytest.mark.parametrize("token_major", [False, True])
