@@ -3,7 +3,7 @@
     python tests/kernels/compile_for_gpu.py [--all] [--head-dim D] [--dtype bfloat16]
 
 Operations run on CPU tensors, so every kernel sees the arguments it would see; instead of a launch it is compiled with
-each tile of its tuning space (``--all``; else with the first and the last). A line has the kernel, the tile, the bytes
+each tile of its tuning space (``--all``; else with the last, the smallest). A line has the kernel, the tile, the bytes
 of shared memory, and the registers and stack (spills) of a thread. What is computed is thrown away.
 """
 
@@ -63,7 +63,9 @@ class Compile:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         tuner = None if isinstance(self.kernel, JITFunction) else self.kernel
         function = self.kernel if tuner is None else tuner.fn
-        tiles = [None] if tuner is None else tuner.configs[:: 1 if self.every_tile else len(tuner.configs) - 1]
+        tiles = [None]
+        if tuner is not None:
+            tiles = tuner.configs if self.every_tile else tuner.configs[-1:]
         fits = False
         for tile in tiles:
             options = (
