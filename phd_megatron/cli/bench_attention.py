@@ -30,7 +30,7 @@ from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
 REFERENCE_BYTES = 256 * 2**20  # the dense definition keeps several score tensors of this size; not timed above it
-DENSE_MASK_BYTES = 4 * 2**30  # a dense mask over K*s rows larger than this is not built
+DENSE_MASK_BYTES = 2**30  # a dense mask over K*s rows larger than this is not built
 VANILLA = "vanilla causal SDPA"
 FORWARD, BOTH = "forward", "forward + backward"
 FLOPS = {FORWARD: 4, BOTH: 14}  # per visible pair and column of a head
@@ -119,12 +119,11 @@ def _able(args: argparse.Namespace, device: Any, dtype: Any, width: int) -> tupl
         if name == "reference" and args.backends is None and args.only_phd:
             notes.append("PHD reference is not timed: --only-phd")
             continue
-        try:
-            choose_backend(device, dtype, width, backend=name)
-        except UserError as error:
-            if args.backends is not None:
-                raise
-            notes.append(f"PHD {name} is not timed: {error}")
+        if args.backends is not None:
+            choose_backend(device, dtype, width, backend=name)  # refuses what was asked for and cannot be
+        problem = BACKENDS[name].problem(device, dtype, width)
+        if problem is not None:
+            notes.append(f"PHD {name} is not timed: {problem}")
             continue
         if "triton" in name and interpreted() and args.backends is None:
             notes.append(

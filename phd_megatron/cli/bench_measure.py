@@ -17,7 +17,8 @@ from typing import Any
 from phd_megatron.errors import UserError
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-STEPS = 10  # on CUDA, per measurement: the first launches must not be what is timed
+STEPS = 10  # on CUDA at most, per measurement: launches must not be what is timed
+ENOUGH = 100.0  # milliseconds; a measurement of long steps stops there
 COPY_BYTES = 2**30  # moved by one copy when the bandwidth of a GPU is measured; 1/16 of it on a CPU
 
 Step = Callable[[], object]
@@ -38,6 +39,7 @@ class Contender:
     times: dict[str, list[float]] = field(default_factory=dict)
     cpu_times: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
+    repeats: dict[str, int] = field(default_factory=dict)  # on CUDA, steps of one measurement
 
     def median(self, step: str, cpu: bool = False) -> float:
         """Milliseconds."""
@@ -89,18 +91,22 @@ def measure(contenders: Sequence[Contender], rounds: int, device: Any) -> None:
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
             for name, step in contender.steps.items():
-                if device.type == "cuda" and turn:
+                if not turn:  # compiles and tunes, then says how many steps make a measurement
+                    step()
+                    single, _ = _timed(step, device, 1)
+                    contender.repeats[name] = max(1, min(STEPS, round(ENOUGH / max(single, 1e-3))))
+                    continue
+                if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
                     before = torch.cuda.memory_allocated(device)
-                wall, cpu = _timed(step, device)
-                if turn:
-                    contender.times.setdefault(name, []).append(wall)
-                    contender.cpu_times.setdefault(name, []).append(cpu)
-                    if device.type == "cuda":
-                        contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+                wall, cpu = _timed(step, device, contender.repeats[name])
+                contender.times.setdefault(name, []).append(wall)
+                contender.cpu_times.setdefault(name, []).append(cpu)
+                if device.type == "cuda":
+                    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before
 
 
-def _timed(step: Step, device: Any) -> tuple[float, float]:
+def _timed(step: Step, device: Any, repeats: int) -> tuple[float, float]:
     """Milliseconds of one step: elapsed (by the device's own clock on CUDA), and CPU time of this process."""
     import torch
 
@@ -109,11 +115,11 @@ def _timed(step: Step, device: Any) -> tuple[float, float]:
         stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
         start.record(stream)
-        for _ in range(STEPS):
+        for _ in range(repeats):
             step()
         end.record(stream)
         end.synchronize()
-        return float(start.elapsed_time(end)) / STEPS, 0.0
+        return float(start.elapsed_time(end)) / repeats, 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
