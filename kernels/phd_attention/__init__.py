@@ -1,36 +1,119 @@
 """PHD attention: one function, several implementations, one rule that chooses.
 
-``phd_attention`` is what the model calls. ``reference`` is the definition as a dense mask; ``sdpa`` runs the same
-softmax as plain causal attention over the originals plus a small local part. Import it as
-``phd_megatron.kernels.phd_attention``.
+``phd_attention`` is what the model calls; import it as ``phd_megatron.kernels.phd_attention``. Implementations:
+
+- ``reference``: the definition as a dense mask;
+- ``sdpa``: the same softmax as plain causal attention over the originals, by the vendor's kernel, plus a small local
+  part in plain torch;
+- ``triton``: everything in one fused kernel; ``sdpa_triton``: the vendor's kernel, and Triton for the local part;
+- ``flex``: FlexAttention with a block mask.
 """
 
 from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.triton_support import triton_problem
 from phd_megatron.phd.kv_policy import KVPolicy
 
 from .causal import causal_kernel
-from .context_parallel import reference_context_parallel, sdpa_context_parallel
 from .exchange import COMM_TYPES, ContextParallel
-from .reference import reference_attention
-from .sdpa import sdpa_attention
-
-BACKENDS = {"reference": reference_attention, "sdpa": sdpa_attention}
-CONTEXT_PARALLEL = {"reference": reference_context_parallel, "sdpa": sdpa_context_parallel}
 
 __all__ = [
     "BACKENDS",
     "COMM_TYPES",
-    "CONTEXT_PARALLEL",
     "ContextParallel",
     "attention_backends",
     "choose_backend",
     "phd_attention",
 ]
+
+_log = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    """One implementation: where it is, and where it can run.
+
+    Attributes:
+        about: in a few words.
+        attend: ``module:function`` over whole sequences, imported when it is first called.
+        context_parallel: the same over ranks, or None.
+        problem: ``(device, dtype, head_dim)`` to the reason why it cannot run there, or None.
+    """
+
+    about: str
+    attend: str
+    context_parallel: str | None
+    problem: Callable[[torch.device, torch.dtype, int], str | None]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, **options: Any) -> Tensor:
+        return _load(self.attend)(query, key, value, policy, **options)
+
+
+def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    return None
+
+
+def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if head_dim > WIDEST_TRITON:
+        return f"its tiles hold head dimensions up to {WIDEST_TRITON}, not {head_dim}"
+    return triton_problem(device, dtype)
+
+
+def _flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return f"FlexAttention has no backward on {device.type}"
+    return None if dtype.itemsize <= 4 else f"FlexAttention does not compute in {str(dtype).removeprefix('torch.')}"
+
+
+WIDEST_TRITON = 256  # head dimension
+
+BACKENDS = {
+    "reference": Backend(
+        "dense mask, exact and slow",
+        "reference:reference_attention",
+        "context_parallel:reference_context_parallel",
+        _anywhere,
+    ),
+    "sdpa": Backend(
+        "the vendor's causal kernel and a local part in torch",
+        "sdpa:sdpa_attention",
+        "context_parallel:sdpa_context_parallel",
+        _anywhere,
+    ),
+    "flex": Backend("FlexAttention with a block mask", "flex:flex_attention", None, _flex),
+    "triton": Backend(
+        "one fused kernel",
+        "fused:triton_attention",
+        "fused_context_parallel:triton_context_parallel",
+        _triton,
+    ),
+    "sdpa_triton": Backend(
+        "the vendor's causal kernel, the local part and the merge in one Triton kernel",
+        "fused:sdpa_triton_attention",
+        None,
+        _triton,
+    ),
+}
+
+# `auto` takes these where they can run. What has not been measured to win on a machine of its kind is not here: the
+# Triton kernels have so far been tested in the interpreter and compiled for Hopper, but not timed.
+AUTOMATIC = ("sdpa",)
+
+
+@cache
+def _load(name: str) -> Callable[..., Tensor]:
+    module, function = name.split(":")
+    found: Callable[..., Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    return found
 
 
 def phd_attention(
@@ -49,8 +132,8 @@ def phd_attention(
     Args:
         query: ``[Kq, s, b, heads, d]``. ``Kq`` is ``K``, or less where only the last copies' outputs are wanted
             (1 in the last decoder layer).
-        key, value: ``[K, s, b, groups, d]``, originals first; any strides. Head ``h`` uses group
-            ``h // (heads / groups)``. Positions are ``0..s-1``.
+        key, value: ``[K, s, b, groups, d]``, originals first; any strides but 1 in the last dimension, as for query.
+            Head ``h`` uses group ``h // (heads / groups)``. Positions are ``0..s-1``.
         policy: repeat, window and chunk.
         scale: factor on the scores, default ``d ** -0.5``.
         backend: ``auto`` or a name of :data:`BACKENDS`.
@@ -62,15 +145,20 @@ def phd_attention(
         ``[Kq, s, b, heads, d]``.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together, or the policy does not fit the slices.
-        UserError: if the backend is unknown.
+        ValueError: if shapes, strides, dtypes or devices do not fit together, or the policy does not fit the slices.
+        UserError: if the backend is unknown, or cannot run here.
     """
     _check(query, key, value, policy, query_copies)
-    if backend == "auto" or backend not in BACKENDS:
-        backend, _ = choose_backend(query.device, query.dtype, query.size(-1), backend=backend)
-    if context is not None and context.size > 1:
-        return CONTEXT_PARALLEL[backend](query, key, value, policy, context, scale=scale)
-    return BACKENDS[backend](query, key, value, policy, scale=scale)
+    name = _choose(query.device.type, query.device.index, query.dtype, query.size(-1), backend)[0]
+    if context is None or context.size == 1:
+        return BACKENDS[name](query, key, value, policy, scale=scale)
+    path = BACKENDS[name].context_parallel
+    if path is None:
+        able = ", ".join(other for other, entry in BACKENDS.items() if entry.context_parallel)
+        raise UserError(
+            f"phd_attention_backend={name!r} has no form for context_parallel_size={context.size}; use one of {able}"
+        )
+    return _load(path)(query, key, value, policy, context, scale=scale)
 
 
 def choose_backend(
@@ -79,24 +167,48 @@ def choose_backend(
     """The implementation that runs here and the reason, in words.
 
     Raises:
-        UserError: if ``backend`` is no name of an implementation.
+        UserError: if ``backend`` is no name of an implementation, or one that cannot run here.
     """
+    device = torch.device(device)
+    return _choose(device.type, device.index, dtype, head_dim, backend)
+
+
+@lru_cache(maxsize=64)
+def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, backend: str) -> tuple[str, str]:
+    """:func:`choose_backend`, which says in the log once what it picked and why."""
+    device = torch.device(kind) if index is None else torch.device(kind, index)
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS])
         raise UserError(f"phd_attention_backend={backend!r} is not an implementation; choose one of {names}")
-    name = "sdpa" if backend == "auto" else backend
-    if name == "reference":
-        return name, "asked for: dense mask, exact and slow"
-    why = causal_kernel(torch.device(device), dtype, head_dim)[1]
-    return name, ("asked for" if backend == name else "the quickest built for this machine") + f"; {why}"
+    name = AUTOMATIC[0] if backend == "auto" else backend
+    problem = BACKENDS[name].problem(device, dtype, head_dim)
+    if problem is not None:
+        raise UserError(f"phd_attention_backend={name!r} cannot run here: {problem}; use auto, or one that can")
+    reason = f"asked for: {BACKENDS[name].about}"
+    if backend == "auto":
+        reason = "the quickest that has been measured on this kind of machine"
+        idle = [n for n in ("triton", "sdpa_triton") if BACKENDS[n].problem(device, dtype, head_dim) is None]
+        if idle and device.type == "cuda":
+            reason += f" ({' and '.join(idle)} can run, but auto waits for their times on a GPU)"
+    if "sdpa" in name:
+        reason += f"; {causal_kernel(device, dtype, head_dim)[1]}"
+    _log.info("PHD attention on %s in %s, head dimension %d: %s, %s", device, dtype, head_dim, name, reason)
+    return name, reason
 
 
 def attention_backends(
     device: torch.device | str, dtype: torch.dtype, head_dim: int = 64
 ) -> list[tuple[str, bool, str]]:
-    """Rows for ``doctor``: implementation, whether ``auto`` takes it here, and what it runs on."""
+    """Rows for ``doctor``: implementation, whether ``auto`` takes it here, and what it runs on or why it cannot."""
     chosen, _ = choose_backend(device, dtype, head_dim)
-    return [(name, name == chosen, choose_backend(device, dtype, head_dim, backend=name)[1]) for name in BACKENDS]
+    rows = []
+    for name in BACKENDS:
+        try:
+            reason = choose_backend(device, dtype, head_dim, backend=name)[1]
+        except UserError as error:
+            reason = str(error)
+        rows.append((name, name == chosen, reason))
+    return rows
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_copies: int | None) -> None:
@@ -111,6 +223,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_co
         raise ValueError(f"{shapes}: query_copies={query_copies}, so query must be the last {query_copies} copies")
     if query.size(3) % key.size(3):
         raise ValueError(f"{shapes}: query heads must be a multiple of the key-value groups")
+    if any(x.size(-1) > 1 and x.stride(-1) != 1 for x in (query, key, value)):
+        strides = ", ".join(str(x.stride(-1)) for x in (query, key, value))
+        raise ValueError(
+            f"the last dimensions have strides {strides}: kernels read dense rows; pass .contiguous() ones"
+        )
     if query.numel() == 0:
         raise ValueError(f"{shapes}: there is nothing to attend from; pass at least one token and one sequence")
     if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:

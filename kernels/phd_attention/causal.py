@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PLAIN_ROWS = 256  # query rows at a time in the plain path, so that its scores stay small
 
@@ -245,6 +246,28 @@ def _causal_kernel(
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
         reasons.append(f"{kernel.name} not used: {problem}")
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
+
+
+class Call(NamedTuple):
+    """One forward of a kernel, as its backward needs it."""
+
+    kernel: CausalKernel
+    causal: bool
+    extra: Extra
+    padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
+
+    @classmethod
+    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Call]:
+        """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
+        kernel, _ = causal_kernel(q.device, q.dtype, q.size(-1), causal)
+        out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
+        rows = q.size(2)
+        return out, lse[..., :rows].contiguous(), cls(kernel, causal, extra, lse.size(-1) - rows)
+
+    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Three:
+        """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
+        lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
+        return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
 
 
 def _probe(

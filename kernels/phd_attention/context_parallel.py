@@ -16,7 +16,7 @@ ranks are fetched a second time then, because keeping them would need the memory
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from .causal import CausalKernel, Extra, Three, causal_kernel
+from .causal import Call
 from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
 from .folding import as_heads, as_rows, fold_keys, fold_queries, unfold_keys, unfold_queries
 from .local import Blocks, local_backward, local_forward, local_plan
@@ -59,28 +59,6 @@ def sdpa_context_parallel(
     return _ContextParallelAttention.apply(query, key, value, policy, context, scale)
 
 
-class _Call(NamedTuple):
-    """One forward of a kernel, as its backward needs it."""
-
-    kernel: CausalKernel
-    causal: bool
-    extra: Extra
-    padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
-
-    @classmethod
-    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, _Call]:
-        """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
-        kernel, _ = causal_kernel(q.device, q.dtype, q.size(-1), causal)
-        out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
-        rows = q.size(2)
-        return out, lse[..., :rows].contiguous(), cls(kernel, causal, extra, lse.size(-1) - rows)
-
-    def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Three:
-        """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
-        lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
-        return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
-
-
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,7 +81,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         q_rows = fold_queries(query, key.size(3))  # [G, s_rank, Kq, r, d]
         q = as_heads(q_rows)  # [G, Kq*r, s_rank, d]
         context.note("compute", 0)
-        out, lse, call = _Call.run(q, own.unsqueeze(2), scale, causal=True)
+        out, lse, call = Call.run(q, own.unsqueeze(2), scale, causal=True)
         calls = [call]
         out = out.to(torch.promote_types(q.dtype, torch.float32))
         if hidden is not None:
@@ -119,7 +97,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         for step, (sources, kv) in enumerate(originals, start=1):
             context.note("compute", step)
             first, stop = shape.block(sources)
-            found, found_lse, call = _Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
+            found, found_lse, call = Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
             calls.append(call)
             _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
         result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
@@ -272,11 +250,7 @@ class _GatherOriginals(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, context: ContextParallel) -> Tensor:
         ctx.context = context
-        result = own.new_empty(context.size, *own.shape)
-        result[context.rank] = own
-        for sources, kv in Originals(own, context):
-            result[sources.start : sources.stop] = kv
-        return result
+        return Originals(own, context).everything()
 
     @staticmethod
     @once_differentiable

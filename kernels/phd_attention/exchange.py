@@ -126,17 +126,25 @@ class Originals:
 
     def __init__(self, own: Tensor, context: ContextParallel) -> None:
         self._context = context
+        self._own = own
         if context.comm_type == "p2p":
             context.note("start", 1)
             self._ring = _around(context, "p2p", own, _KV_TAG)
             return
         context.count("all_gather", own, context.size - 1)
         self._gathered = own.new_empty(context.size, *own.shape)
-        self._own = own
         self._work = _all_gather(self._gathered.flatten(0, 1), own, group=context.group, async_op=True)
 
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
         return self._from_ring() if self._context.comm_type == "p2p" else self._from_gather()
+
+    def everything(self) -> Tensor:
+        """All ranks' ``[size, 2, G, positions, d]``, this one's included, once the last has arrived."""
+        result = self._own.new_empty(self._context.size, *self._own.shape)
+        result[self._context.rank] = self._own
+        for sources, kv in self:
+            result[sources.start : sources.stop] = kv
+        return result
 
     def _from_gather(self) -> Iterator[tuple[range, Tensor]]:
         self._work.wait()

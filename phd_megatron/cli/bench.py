@@ -10,13 +10,15 @@ from phd_megatron.errors import UserError
 
 BENCHES = {
     "attention": "PHD attention against K vanilla attentions, a dense mask and naive repetition",
+    "decode": "K new rows over a long KV cache against vanilla decoding",
     "generate": "prefill and decode latency over K, against vanilla and naive repetition",
+    "norm-rope": "fused norm and RoPE of q, k, v against separate operations and a plain copy",
     "train": "training steps of our loop against Hugging Face's, and PHD against vanilla",
 }
 
 
 def _module(name: str) -> str:
-    return f"phd_megatron.cli.bench_{name}"
+    return f"phd_megatron.cli.bench_{name.replace('-', '_')}"
 
 
 def available() -> dict[str, str]:

@@ -1,68 +1,66 @@
-"""``phd-megatron bench attention``: forward + backward of PHD attention against its floor.
+"""``phd-megatron bench attention``: PHD attention against its floor, forward and with backward.
 
 The floor is ``K`` times vanilla causal attention over the originals: ``K`` copies of every query over the same keys. On
-CUDA vanilla runs through each of torch's fused kernels, and the quickest counts.
-Contenders run interleaved, round by round, so that a busy machine slows all of them; the table shows medians. The
-results are compared with the dense-mask definition before anything is timed.
+CUDA vanilla runs through each of torch's fused kernels, and the quickest counts. Contenders run interleaved, round by
+round, so that a busy machine slows all of them; the tables show medians. Every backend is compared with the dense-mask
+definition before anything is timed. Several values of ``--seq-length``, ``--repeat`` and ``--head-dim`` make a sweep.
+
+TFLOP/s count the multiply-adds of visible pairs alone, twice each: 4 d a pair forward, 10 d backward.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections.abc import Callable
 from typing import Any
 
+from phd_megatron.cli.bench_measure import (
+    TOLERANCES,
+    Contender,
+    add_common_flags,
+    check_counts,
+    device_and_dtype,
+    measure,
+    relative_error,
+    short,
+    write_results,
+)
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
-TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-STEPS = 10  # on CUDA, per measurement: the first launches must not be what is timed
 REFERENCE_BYTES = 256 * 2**20  # the dense definition keeps several score tensors of this size; not timed above it
+DENSE_MASK_BYTES = 2**30  # a dense mask over K*s rows larger than this is not built
 VANILLA = "vanilla causal SDPA"
-
-
-@dataclass
-class Contender:
-    """Something to time: ``step`` is one forward + backward."""
-
-    name: str
-    step: Callable[[], None]
+FORWARD, BOTH = "forward", "forward + backward"
+FLOPS = {FORWARD: 4, BOTH: 14}  # per visible pair and column of a head
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="phd-megatron bench attention", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--seq-length", type=int, default=2048, help="original tokens (default %(default)s)")
-    parser.add_argument("--repeat", type=int, default=2, help="K, copies of a token (default %(default)s)")
+    parser.add_argument("--seq-length", type=int, nargs="+", default=[2048], help="original tokens (default 2048)")
+    parser.add_argument("--repeat", type=int, nargs="+", default=[2], help="K, copies of a token (default 2)")
     parser.add_argument("--window", type=int, default=16, help="W, hidden positions seen (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=32, help="C, 0 for no chunks (default %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="query heads (default %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, help="size of a head (default %(default)s)")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64], help="size of a head (default 64)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
-    parser.add_argument("--dtype", choices=TOLERANCES, default=None, help="default float32 on CPU, bfloat16 on CUDA")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds after one to warm up")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
-    parser.add_argument("--only-phd", action="store_true", help="leave out the dense mask and naive repetition")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers there")
     parser.add_argument(
-        "--fail-above", type=float, default=None, metavar="RATIO", help="exit 1 if sdpa / floor exceeds it"
+        "--backends", nargs="+", default=None, metavar="NAME", help="only these (default: all that can run here)"
     )
+    parser.add_argument("--only-phd", action="store_true", help="leave out the dense mask and naive repetition")
+    parser.add_argument(
+        "--fail-above", type=float, default=None, metavar="RATIO", help="exit 1 if auto's backend / floor exceeds it"
+    )
+    add_common_flags(parser)
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Check, time, print. 1 if the check fails or ``--fail-above`` is exceeded."""
+    """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
     args = _parser().parse_args(argv)
-    for name in ("seq_length", "heads", "kv_heads", "head_dim", "batch", "rounds"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)}: use 1 or more")
+    check_counts(args, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch", "rounds"))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")
     import torch
@@ -71,62 +69,81 @@ def run(argv: list[str]) -> int:
     from phd_megatron.phd.kv_policy import KVPolicy
 
     try:
-        policy = KVPolicy(args.repeat, args.window, args.chunk or None)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device={args.device}: this torch sees no CUDA device; use --device cpu")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads={args.threads}: use 1 or more")
-        torch.set_num_threads(args.threads)
-    dtype_name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = getattr(torch, dtype_name)
-    backend, reason = choose_backend(device, dtype, args.head_dim)
-    print(f"{policy.name}, {dtype_name} on {device}, {torch.get_num_threads()} CPU threads")
-    print(f"auto = {backend}: {reason}")
-
-    worst = _worst_error(policy, args, device, dtype)
-    allowed = TOLERANCES[dtype_name]
-    print(f"sdpa against the dense-mask definition: worst relative error {worst:.1e} (allowed {allowed:g})")
-    if not worst <= allowed:
-        print("error: the result is wrong, so it is not timed")
-        return 1
-
-    contenders, notes = _contenders(policy, args, device, dtype)
-    samples = _interleaved(contenders, args.rounds, device)
-    rows, records = _results(policy.repeat, samples, device.type == "cpu")
-    columns = ["forward + backward", "ms", "x floor"] + (["CPU ms", "x floor (CPU)"] if device.type == "cpu" else [])
-    shape = f"s={args.seq_length} b={args.batch} heads={args.heads}/{args.kv_heads} d={args.head_dim}"
-    print_table(f"{shape}, medians of {args.rounds} interleaved rounds", columns, rows)
-    for note in notes:
-        print(note)
-    if args.json is not None:
-        settings = {k: v for k, v in vars(args).items() if k != "json"} | {"dtype": dtype_name, "device": str(device)}
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        where = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": machine, "auto": reason}
-        report = {"policy": policy.name, "settings": settings, "where": where, "worst_error": worst, "rows": records}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    key = "cpu_ratio_to_floor" if device.type == "cpu" else "ratio_to_floor"
-    ratio = next(record[key] for record in records if record["name"] == "PHD sdpa")
-    if args.fail_above is not None and ratio > args.fail_above:
-        print(f"error: sdpa takes {ratio:.3f} x the floor, more than --fail-above={args.fail_above:g}")
-        return 1
-    return 0
+        policies = [KVPolicy(repeat, args.window, args.chunk or None) for repeat in args.repeat]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    device, dtype_name, dtype = device_and_dtype(args)
+    print(f"{dtype_name} on {device}, {torch.get_num_threads()} CPU threads")
+    status, results = 0, []
+    for width, policy in itertools.product(args.head_dim, policies):
+        auto, reason = choose_backend(device, dtype, width)
+        print(f"{policy.name}, head dimension {width}: auto = {auto}: {reason}")
+        wrong = {}
+        names, notes = _able(args, device, dtype, width)
+        for name in names:
+            off = _worst_error(policy, args, width, device, dtype, name)
+            allowed = TOLERANCES[dtype_name]
+            print(f"{name} against the dense-mask definition: worst relative error {off:.1e} (allowed {allowed:g})")
+            if not off <= allowed:
+                wrong[name] = off
+        if wrong:
+            print(f"error: {', '.join(wrong)} is wrong, so it is not timed")
+            status = 1
+        names = [name for name in names if name not in wrong]
+        if auto not in names:
+            if auto in wrong:
+                return 1
+            names.insert(0, auto)
+        for length in args.seq_length:
+            contenders, more = _contenders(policy, args, length, width, names, device, dtype)
+            measure(contenders, args.rounds, device)
+            result = _result(policy, args, length, width, contenders, device)
+            results.append(result | {"auto": auto, "why": reason})
+            _print(result, args, device, [*notes, *more])
+            key = "cpu_ratio_to_floor" if device.type == "cpu" else "ratio_to_floor"
+            ratio = next(row[key] for row in result["rows"] if row["name"] == f"PHD {auto}")
+            if args.fail_above is not None and ratio > args.fail_above:
+                print(f"error: {auto} takes {ratio:.3f} x the floor, more than --fail-above={args.fail_above:g}")
+                status = 1
+    write_results(args, device, dtype_name, results, "seq_length", "ratio_to_floor")
+    return status
 
 
-def _worst_error(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) -> float:
+def _able(args: argparse.Namespace, device: Any, dtype: Any, width: int) -> tuple[list[str], list[str]]:
+    """Backends to time, ``sdpa`` first, and a note on each that cannot run here."""
+    from phd_megatron.kernels.phd_attention import BACKENDS, choose_backend
+    from phd_megatron.kernels.triton_support import interpreted
+
+    names, notes = [], []
+    for name in args.backends or sorted(BACKENDS, key=lambda name: name != "sdpa"):
+        if name == "reference" and args.backends is None and args.only_phd:
+            notes.append("PHD reference is not timed: --only-phd")
+            continue
+        if args.backends is not None:
+            choose_backend(device, dtype, width, backend=name)  # refuses what was asked for and cannot be
+        problem = BACKENDS[name].problem(device, dtype, width)
+        if problem is not None:
+            notes.append(f"PHD {name} is not timed: {problem}")
+            continue
+        if "triton" in name and interpreted() and args.backends is None:
+            notes.append(
+                f"PHD {name} is not timed: it would be interpreted; name it with --backends to do it all the same"
+            )
+            continue
+        names.append(name)
+    return names, notes
+
+
+def _worst_error(policy: Any, args: argparse.Namespace, width: int, device: Any, dtype: Any, name: str) -> float:
     """Worst relative Frobenius error of output and gradients on a short sequence, against float64."""
     import torch
 
     from phd_megatron.kernels.phd_attention import phd_attention
 
-    length = min(args.seq_length, 2 * policy.span + 37, 200)
+    length = min(*args.seq_length, 2 * policy.span + 37, 200)
     generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (policy.repeat, length, 1, heads, args.head_dim) for heads in (args.heads, *[args.kv_heads] * 2, args.heads)
-    ]
+    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+    shapes = [(policy.repeat, length, 1, count, width) for count in heads]
     query, key, value, grad = (torch.randn(x, generator=generator).to(device, dtype) for x in shapes)
 
     def both(backend: str, *inputs: Any) -> list[Any]:
@@ -134,15 +151,13 @@ def _worst_error(policy: Any, args: argparse.Namespace, device: Any, dtype: Any)
         out = phd_attention(*leaves, policy, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
-    found = both("sdpa", query, key, value)
     expected = both("reference", query.double(), key.double(), value.double())
-    floor = 1e-3 * float(grad.double().norm())
-    return max(
-        float((a.double() - b).norm()) / max(float(b.norm()), floor) for a, b in zip(found, expected, strict=True)
-    )
+    return relative_error(both(name, query, key, value), expected, 1e-3 * float(grad.double().norm()))
 
 
-def _contenders(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[Contender], list[str]]:
+def _contenders(
+    policy: Any, args: argparse.Namespace, length: int, width: int, backends: list[str], device: Any, dtype: Any
+) -> tuple[list[Contender], list[str]]:
     """What is timed, and a note on each thing that is not."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -150,19 +165,35 @@ def _contenders(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) 
 
     from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
 
-    repeat, length, batch, width = policy.repeat, args.seq_length, args.batch, args.head_dim
-    rows = repeat * length
+    repeat, batch = policy.repeat, args.batch
+    rows, ratio = repeat * length, args.heads // args.kv_heads
+    contenders: list[Contender] = []
+    notes: list[str] = []
 
-    def step(attend: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], None]:
+    def add(name: str, attend: Callable[..., Any], *shapes: tuple[int, ...], unsure: bool = False) -> None:
         leaves = [torch.randn(x, device=device, dtype=dtype, requires_grad=True) for x in shapes]
         grad = torch.randn(shapes[0], device=device, dtype=dtype)
-        return lambda: void(torch.autograd.grad(attend(*leaves), leaves, grad))
 
-    def void(_: object) -> None:
-        return None
+        def forward() -> None:
+            with torch.no_grad():
+                attend(*leaves)
+
+        def both() -> None:
+            torch.autograd.grad(attend(*leaves), leaves, grad)
+
+        if unsure:
+            try:
+                both()
+            except RuntimeError as error:
+                notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
+                return
+        contenders.append(Contender(name, {FORWARD: forward, BOTH: both}))
+
+    def flat(count: int) -> list[tuple[int, ...]]:
+        return [(batch, heads, count, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
 
     def causal(q: Any, k: Any, v: Any) -> Any:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=args.heads != args.kv_heads)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=ratio > 1)
 
     def causal_by(kernel: Any) -> Callable[..., Any]:
         def attend(q: Any, k: Any, v: Any) -> Any:
@@ -171,100 +202,92 @@ def _contenders(policy: Any, args: argparse.Namespace, device: Any, dtype: Any) 
 
         return attend
 
-    def flat(count: int) -> list[tuple[int, ...]]:
-        return [(batch, heads, count, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
+    def phd(name: str, **options: Any) -> None:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            if options:
+                return BACKENDS[name](q, k, v, policy, **options)
+            return phd_attention(q, k, v, policy, backend=name)
 
-    def copies(count: int) -> list[tuple[int, ...]]:
-        return [(count, length, batch, heads, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
+        label = ", ".join([f"PHD {name}", *(f"{key}={value}" for key, value in options.items())])
+        add(label, attend, *[(repeat, length, batch, heads, width) for heads in (args.heads, *[args.kv_heads] * 2)])
 
-    contenders, notes = [Contender(VANILLA, step(causal, *flat(length)))], []
+    add(VANILLA, causal, *flat(length))
     if device.type == "cuda":
         for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             name = f"{VANILLA}, {kernel.name.split('_')[0].lower()}"
-            contender = Contender(name, step(causal_by(kernel), *flat(length)))
-            try:
-                contender.step()
-            except RuntimeError as error:
-                notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
-            else:
-                contenders.append(contender)
-    for name in sorted(BACKENDS, reverse=True):
+            add(name, causal_by(kernel), *flat(length), unsure=True)
+    for name in backends:
         scores = batch * args.heads * rows * rows * dtype.itemsize
-        if name == "reference" and (args.only_phd or scores > REFERENCE_BYTES):
-            why = "--only-phd" if args.only_phd else f"its scores alone take {scores / 2**20:.0f} MiB"
-            notes.append(f"PHD reference is not timed: {why}")
+        if name == "reference" and scores > REFERENCE_BYTES:
+            notes.append(f"PHD reference is not timed: its scores alone take {scores / 2**20:.0f} MiB")
             continue
-
-        def attend(q: Any, k: Any, v: Any, name: str = name) -> Any:
-            return phd_attention(q, k, v, policy, backend=name)
-
-        contenders.append(Contender(f"PHD {name}", step(attend, *copies(repeat))))
+        phd(name)
+        if name == "triton":
+            phd(name, deterministic=False)
+        if name == "flex":
+            phd(name, token_major=True)
     if not args.only_phd:
-        mask = policy.mask(length, device=device)
-        ratio = args.heads // args.kv_heads
+        if rows * rows > DENSE_MASK_BYTES:
+            notes.append(f"dense-mask SDPA is not timed: its mask takes {rows * rows / 2**30:.0f} GiB")
+        else:
+            mask = policy.mask(length, device=device)
 
-        def dense(q: Any, k: Any, v: Any) -> Any:  # masked kernels know no grouped queries on CUDA: widen by hand
-            k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-            return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            def dense(q: Any, k: Any, v: Any) -> Any:  # masked kernels know no grouped queries on CUDA: widen by hand
+                k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
+                return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        contenders.append(Contender("dense-mask SDPA over K*s", step(dense, *flat(rows))))
-        contenders.append(Contender("naive repetition, causal over K*s", step(causal, *flat(rows))))
+            add("dense-mask SDPA over K*s", dense, *flat(rows))
+        add("naive repetition, causal over K*s", causal, *flat(rows))
     return contenders, notes
 
 
-def _timed(step: Callable[[], None], device: Any) -> tuple[float, float]:
-    """Milliseconds of one step: elapsed (by the device's own clock on CUDA), and CPU time of this process."""
-    import torch
+def _result(
+    policy: Any, args: argparse.Namespace, length: int, width: int, contenders: list[Contender], device: Any
+) -> dict[str, Any]:
+    """Shape and rows; the floor comes right below what it is made of."""
+    vanilla = [c for c in contenders if c.name.startswith(VANILLA)]
+    repeat, heads = policy.repeat, args.batch * args.heads
 
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(device)
-        torch.cuda.synchronize(device)
-        start.record(stream)
-        for _ in range(STEPS):
-            step()
-        end.record(stream)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / STEPS, 0.0
-    wall, cpu = time.perf_counter(), time.process_time()
-    step()
-    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
+    def floor(step: str, cpu: bool = False) -> float:
+        return repeat * min(c.median(step, cpu) for c in vanilla)
+
+    def row(name: str, time: Callable[..., float], pairs: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"name": name}
+        for step, prefix in ((BOTH, ""), (FORWARD, "forward_")):
+            found[f"{prefix}milliseconds"] = time(step)
+            found[f"{prefix}ratio_to_floor"] = time(step) / floor(step)
+            found[f"{prefix}tflops"] = FLOPS[step] * width * pairs * heads / (time(step) * 1e9)
+        if device.type == "cpu":
+            found |= {
+                "cpu_milliseconds": time(BOTH, True),
+                "cpu_ratio_to_floor": time(BOTH, True) / max(floor(BOTH, True), 1e-9),
+            }
+        return found
+
+    one, whole = sum(type(policy)(1).pairs(length)), sum(policy.pairs(length))
+    rows = [row(c.name, c.median, one) for c in vanilla]
+    rows.append(row(f"floor: {repeat} x vanilla", floor, repeat * one))
+    for contender in contenders[len(vanilla) :]:
+        rows.append(row(contender.name, contender.median, whole))
+        rows[-1] |= {"samples": contender.times[BOTH], "peak_bytes": contender.peak_bytes}
+    shape = {"policy": policy.name, "repeat": repeat, "seq_length": length, "batch": args.batch}
+    shape |= {"heads": args.heads, "kv_heads": args.kv_heads, "head_dim": width}
+    return {"shape": shape, "rows": rows}
 
 
-def _interleaved(
-    contenders: Sequence[Contender], rounds: int, device: Any
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Samples by name, ``(elapsed, CPU)``; the first round only warms up, and each round starts with another one."""
-    samples: dict[str, tuple[list[float], list[float]]] = {c.name: ([], []) for c in contenders}
-    for turn in range(rounds + 1):
-        shift = turn % len(contenders)
-        for contender in [*contenders[shift:], *contenders[:shift]]:
-            wall, cpu = _timed(contender.step, device)
-            if turn:
-                samples[contender.name][0].append(wall)
-                samples[contender.name][1].append(cpu)
-    return samples
-
-
-def _results(
-    repeat: int, samples: dict[str, tuple[list[float], list[float]]], with_cpu: bool
-) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Table rows and JSON records; the floor comes second, right below what it is made of."""
-    medians = {name: [statistics.median(x) for x in pair] for name, pair in samples.items()}
-    floor = [repeat * min(pair[i] for name, pair in medians.items() if name.startswith(VANILLA)) for i in range(2)]
-    names = list(medians)
-    medians[f"floor: {repeat} x vanilla"] = floor
-    rows, records = [], []
-    vanilla = sum(name.startswith(VANILLA) for name in names)
-    for name in [*names[:vanilla], f"floor: {repeat} x vanilla", *names[vanilla:]]:
-        wall, cpu = medians[name]
-        record: dict[str, Any] = {"name": name, "milliseconds": wall, "ratio_to_floor": wall / floor[0]}
-        row = [name, f"{wall:.3g}" if wall < 100 else f"{wall:.0f}", f"{wall / floor[0]:.3f}"]
-        if with_cpu:
-            record |= {"cpu_milliseconds": cpu, "cpu_ratio_to_floor": cpu / floor[1]}
-            row += [f"{cpu:.3g}" if cpu < 100 else f"{cpu:.0f}", f"{cpu / floor[1]:.3f}"]
-        if name in samples:
-            record["samples"] = samples[name][0]
-        rows.append(row)
-        records.append(record)
-    return rows, records
+def _print(result: dict[str, Any], args: argparse.Namespace, device: Any, notes: list[str]) -> None:
+    shape, lines = result["shape"], []
+    columns = ["", "forward ms", "x floor", "+ backward ms", "x floor", "TFLOP/s"]
+    columns += ["CPU ms", "x floor (CPU)"] if device.type == "cpu" else ["peak MiB"]
+    for row in result["rows"]:
+        line = [row["name"], short(row["forward_milliseconds"]), f"{row['forward_ratio_to_floor']:.3f}"]
+        line += [short(row["milliseconds"]), f"{row['ratio_to_floor']:.3f}", f"{row['tflops']:.3g}"]
+        if device.type == "cpu":
+            line += [short(row["cpu_milliseconds"]), f"{row['cpu_ratio_to_floor']:.3f}"]
+        else:
+            line.append("" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.0f}")
+        lines.append(line)
+    title = f"{shape['policy']}, s={shape['seq_length']} b={shape['batch']} heads={shape['heads']}/{shape['kv_heads']}"
+    print_table(f"{title} d={shape['head_dim']}, medians of {args.rounds} interleaved rounds", columns, lines)
+    for note in notes:
+        print(note)

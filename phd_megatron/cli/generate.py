@@ -25,6 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of mass P")
     parser.add_argument("--seed", type=int, metavar="S", help="seed of sampling")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
+    parser.add_argument(
+        "--decode-kernel",
+        choices=("torch", "triton"),
+        default="torch",
+        help="attention of single steps: torch's, or the split-KV kernel, which is not yet timed (%(default)s)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     parser.add_argument(
         "--verify-checkpoint",
@@ -47,7 +53,7 @@ def run(argv: list[str]) -> int:
     if args.greedy and sampling.options()["do_sample"]:
         raise UserError("--greedy and a sampling flag (--temperature, --top-k, --top-p) exclude each other; keep one")
     model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code, args.verify_checkpoint)
-    result = generate_text(model, tokenizer, args.prompt, args.max_new_tokens, sampling)
+    result = generate_text(model, tokenizer, args.prompt, args.max_new_tokens, sampling, args.decode_kernel)
     print(args.prompt + result.text)
     print()
     print(result.summary())

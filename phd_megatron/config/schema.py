@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"]
+
 
 @dataclass
 class ModelConfig:
@@ -43,7 +45,7 @@ class ModelConfig:
     norm_scheme: str = "pre"  #: row of the norm-scheme table
     init: Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"] = "auto"  #: auto is the norm scheme's own
     init_method_std: float | None = None  #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
-    phd_attention_backend: Literal["auto", "reference", "sdpa"] = "auto"  #: implementation of PHD attention
+    phd_attention_backend: Backend = "auto"  #: PHD attention; triton ones fuse norm and RoPE too
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  #: linear and norm modules
     transformer: dict[str, Any] = field(default_factory=dict)  #: further TransformerConfig fields by name
 

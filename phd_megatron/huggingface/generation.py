@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,20 @@ def load_model(directory: Path, named: str | Path, device: str, trust_remote_cod
 
 
 def generate_text(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampling: Sampling | None = None
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    kernel: str = "torch",
 ) -> Continuation:
-    """Continue ``prompt`` by at most ``max_new_tokens`` tokens through the KV cache."""
+    """Continue ``prompt`` by at most ``max_new_tokens`` tokens through the KV cache.
+
+    ``kernel`` is what attends in steps of one token: ``torch``, or ``triton`` (:mod:`.decoding`).
+    """
     import torch
+
+    from phd_megatron.huggingface.decoding import decode_kernel
 
     options = (sampling or Sampling()).options()
     if max_new_tokens < 1:
@@ -168,7 +178,8 @@ def generate_text(
     if sampling is not None and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     began = time.perf_counter()
-    result = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
+    with decode_kernel(model) if kernel == "triton" else nullcontext():
+        result = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
     seconds = time.perf_counter() - began
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)

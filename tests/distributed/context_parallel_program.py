@@ -1,7 +1,8 @@
 """Context-parallel attention on real process groups, against the same attention on one rank.
 
 Runs under torchrun with the names of what to do: ``cases`` compares outputs, all gradients and bytes sent, ``halves``
-does so in bfloat16, ``broken`` takes parts away, ``overlap`` prints a trace of the ring.
+does so in bfloat16, ``fused`` with the Triton kernels, ``broken`` takes parts away, ``overlap`` prints a trace of
+the ring.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def case(policy: KVPolicy, backend: str, comm_type: str, dtype: torch.dtype, que
         worst = max(worst, error)
     traffic = policy.context_parallel_traffic(length, size, rank)
     entry = 2 * BATCH * GROUPS * WIDTH * dtype.itemsize
-    fetched_again = traffic.originals if backend == "sdpa" else 0  # the plain path keeps the whole sequence
+    fetched_again = 0 if backend == "reference" else traffic.originals  # the plain path keeps the whole sequence
     formula = (traffic.forward + traffic.backward - traffic.originals + fetched_again) * entry
     sent = sum(context.sent.values())
     assert sent == formula, f"{policy.name} {comm_type}: sent {sent} bytes, the formula says {formula}"
@@ -105,6 +106,18 @@ def halves() -> None:
     for policy, comm_type in itertools.product((KVPolicy(1), KVPolicy(3, 6, 7)), COMM_TYPES):
         case(policy, "sdpa", comm_type, torch.bfloat16, policy.repeat)
     print("OK bfloat16", flush=True)
+
+
+def fused() -> None:
+    """The Triton kernels, in the interpreter: zigzag positions, halos on either slice, pruned queries."""
+    for policy, comm_type, query_copies in (
+        (KVPolicy(1), "all_gather", 1),
+        (KVPolicy(3, 6, 7), "all_gather", 3),
+        (KVPolicy(2, SLICE + 1), "p2p", 2),
+        (KVPolicy(3, 5, 4), "all_gather", 1),
+    ):
+        error = case(policy, "triton", comm_type, torch.float32, query_copies)
+        print(f"OK triton {policy.name}: {error:.1e}\n", end="", flush=True)
 
 
 def no_halo(policy: KVPolicy, slice_start: int) -> int:
@@ -155,6 +168,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     for part in sys.argv[1:]:
-        {"cases": cases, "halves": halves, "broken": broken, "overlap": overlap}[part]()
+        {"cases": cases, "halves": halves, "fused": fused, "broken": broken, "overlap": overlap}[part]()
     dist.barrier()
     dist.destroy_process_group()

@@ -21,6 +21,13 @@ def test_outputs_gradients_and_bytes(torchrun: Launcher, ranks: int) -> None:
     assert output.count("OK bfloat16") == ranks
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_fused_kernels(torchrun: Launcher, ranks: int) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    output = torchrun(ranks, PROGRAM, "fused", timeout=300).stdout
+    assert output.count("OK triton") == 4 * ranks
+
+
 def test_parts_that_must_not_go_missing_and_overlap(torchrun: Launcher) -> None:
     output = torchrun(3, PROGRAM, "broken", "overlap", timeout=300).stdout
     print(output)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from phd_megatron.errors import UserError
+from phd_megatron.huggingface import decoding
+from phd_megatron.huggingface.decoding import decode_kernel
+
 POLICIES = [(1, 1, None), (2, 1, None), (2, 4, 8), (2, 5, None), (3, 3, 7), (3, 4, 4), (3, 6, None)]
 SMALL = [(1, 1, None), (2, 4, 8), (3, 5, None)]
 
@@ -64,6 +68,35 @@ def test_generate_equals_recomputation(make_model, policy):
         assert generate(model, tokens, 24).tolist() == expected.tolist()
         assert generate(model, tokens, 24, use_cache=False).tolist() == expected.tolist()
         assert generate(model, tokens, 24, prefill_chunk_size=3).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=str)
+@torch.no_grad()
+def test_the_decode_kernel_generates_the_same(make_model, policy, monkeypatch):
+    """Triton's interpreter; a left-padded batch, so that positions are not slots."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    calls, genuine = 0, decoding.decode_attention
+
+    def spy(*args):
+        nonlocal calls
+        calls += 1
+        return genuine(*args)
+
+    model = make_model(dtype=torch.float32, norm_scheme="hybrid_star", **policy_fields(policy))
+    tokens = torch.randint(1, 61, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    options = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    expected = generate(model, tokens, 6, **options)
+    monkeypatch.setattr(decoding, "decode_attention", spy)
+    with decode_kernel(model):
+        found = generate(model, tokens, 6, **options)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    assert calls == 3 * 5  # layers, and tokens after the first, which the prompt gives
+    with pytest.raises(UserError, match="float64"), decode_kernel(model.double()):
+        pass
 
 
 @pytest.mark.parametrize("policy", SMALL, ids=str)

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import phd_megatron.kernels.phd_attention as front_door
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, causal, choose_backend, phd_attention, sdpa
+from phd_megatron.kernels.phd_attention.flex import flex_attention
+from phd_megatron.kernels.phd_attention.reference import reference_attention
 from phd_megatron.phd.kv_policy import KVPolicy
 
 REPEATS = (1, 2, 3, 5)
@@ -23,6 +26,7 @@ VARIANTS = ((1, None), (16, None), (16, 32), (4, 8), (3, 7), (64, 32), (200, Non
 LENGTHS = (1, 7, 33, 96)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 GROUPS, BATCH, WIDTH = 2, 2, 8
+EXACT = ("reference", "sdpa")  # those that run on every device and in float64
 
 
 def make(
@@ -145,7 +149,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------ causality
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_name)
 @pytest.mark.parametrize("repeat", (1, 2, 3))
 def test_a_token_changes_nothing_before_it(backend: str, variant: tuple[int, int | None], repeat: int) -> None:
@@ -237,9 +241,11 @@ def test_expanded_gradient_and_single_head() -> None:
 
 @pytest.fixture
 def fresh_choice():  # type: ignore[no-untyped-def]
-    causal._causal_kernel.cache_clear()
+    for cached in (causal._causal_kernel, front_door._choose):
+        cached.cache_clear()
     yield
-    causal._causal_kernel.cache_clear()
+    for cached in (causal._causal_kernel, front_door._choose):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("fault", ["missing forward", "missing backward", "wrong", "no groups"])
@@ -308,7 +314,7 @@ def test_gradcheck(policy: KVPolicy) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: phd_attention(q, k, v, policy, scale=0.7, backend="sdpa"), leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 def test_scale_and_partial_gradients(backend: str) -> None:
     policy = KVPolicy(2, 4, 8)
     query, key, value, _ = make(policy, 9)
@@ -332,7 +338,7 @@ def test_large_scores_do_not_overflow() -> None:
 def test_refusals() -> None:
     policy = KVPolicy(2, 4, 8)
     query, key, value, _ = make(policy, 9)
-    with pytest.raises(UserError, match=r"'flash'.*auto, reference, sdpa"):
+    with pytest.raises(UserError, match=r"'flash'.*auto, reference, sdpa, flex, triton, sdpa_triton"):
         phd_attention(query, key, value, policy, backend="flash")
     for bad, message in (
         ((query[0], key, value), "split the copies"),
@@ -341,9 +347,15 @@ def test_refusals() -> None:
         ((query[:, :, :, :3], key, value), "multiple"),
         ((query.float(), key, value), "cast"),
         ((query[:, :0], key[:, :0], value[:, :0]), "nothing to attend"),
+        ((scattered(query), key, value), r"strides 2, 1, 1.*contiguous"),
+        ((query, key, last_first(value)), "dense rows"),
     ):
-        with pytest.raises(ValueError, match=message):
-            phd_attention(*bad, policy)
+        for backend in BACKENDS:  # the front door refuses before it asks whether the backend can run
+            with pytest.raises(ValueError, match=message):
+                phd_attention(*bad, policy, backend=backend)
+    for backend, message in (("flex", "no backward on cpu"), ("triton", "not in float64")):
+        with pytest.raises(UserError, match=rf"'{backend}' cannot run here: .*{message}"):
+            phd_attention(query, key, value, policy, backend=backend)
     with pytest.raises(ValueError, match="query_copies=1"):
         phd_attention(query, key, value, policy, query_copies=1)
 
@@ -351,7 +363,31 @@ def test_refusals() -> None:
 def test_table_for_doctor() -> None:
     rows = attention_backends("cpu", torch.float32)
     assert [row[0] for row in rows if row[1]] == ["sdpa"]
+    assert [row[0] for row in rows] == list(BACKENDS)
     assert all(reason for _, _, reason in rows)
+
+
+def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    front_door._choose.cache_clear()
+    query, key, value, _ = make(KVPolicy(2, 4, 8), 9, dtype=torch.float32)
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            phd_attention(query, key, value, KVPolicy(2, 4, 8))
+    said = [record.getMessage() for record in caplog.records if "PHD attention" in record.getMessage()]
+    reason = choose_backend("cpu", torch.float32, WIDTH)[1]
+    assert said == [f"PHD attention on cpu in torch.float32, head dimension {WIDTH}: sdpa, {reason}"]
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize("variant", [(1, None), (4, 8), (16, None)], ids=variant_name)
+def test_flex_mask_is_the_policy(variant: tuple[int, int | None], token_major: bool) -> None:
+    policy, length = KVPolicy(3, *variant), 21
+    for copies in (3, 1):
+        query, key, value, _ = make(policy, length, query_copies=copies, dtype=torch.float32)
+        expected = reference_attention(query.double(), key.double(), value.double(), policy)
+        found = flex_attention(query, key, value, policy, token_major=token_major)  # eager; the product compiles it
+        assert found.shape == query.shape
+        assert relative(found, expected, 1.0) <= 1e-5
 
 
 def test_parts_work_as_flat_files_without_the_package(tmp_path: Path) -> None:

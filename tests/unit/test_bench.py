@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from phd_megatron.cli import bench, bench_attention
+from phd_megatron.cli.bench_measure import Contender
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
+from phd_megatron.phd.kv_policy import KVPolicy
 
 SMALL = ["attention", "--seq-length", "48", "--heads", "4", "--head-dim", "16", "--rounds", "1", "--device", "cpu"]
 
@@ -17,9 +22,9 @@ SMALL = ["attention", "--seq-length", "48", "--heads", "4", "--head-dim", "16", 
 def test_attention_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "bench.json"
     assert main(["bench", *SMALL, "--json", str(target)]) == 0
-    report = json.loads(target.read_text(encoding="utf-8"))
-    rows = {row["name"]: row for row in report["rows"]}
-    assert report["policy"] == "PHD-CSWA-2-16-32" and report["worst_error"] < 1e-5
+    (result,) = json.loads(target.read_text(encoding="utf-8"))["results"]
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["shape"]["policy"] == "PHD-CSWA-2-16-32"
     assert list(rows) == [
         "vanilla causal SDPA",
         "floor: 2 x vanilla",
@@ -33,6 +38,48 @@ def test_attention_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert floor["ratio_to_floor"] == 1.0 and vanilla["cpu_ratio_to_floor"] == pytest.approx(0.5)
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
+    assert "sdpa against the dense-mask definition" in printed and "PHD flex is not timed" in printed
+
+
+def test_a_sweep_as_csv_and_plot(tmp_path: Path) -> None:
+    table, plot = tmp_path / "bench.csv", tmp_path / "plots" / "bench.svg"
+    sweep = ["--seq-length", "16", "32", "--repeat", "1", "2", "--only-phd", "--csv", str(table), "--plot", str(plot)]
+    assert bench.run([*SMALL, *sweep]) == 0
+    lines = list(csv.DictReader(table.open(encoding="utf-8")))
+    shapes = {(line["repeat"], line["seq_length"]) for line in lines}
+    assert shapes == {(k, s) for k in "12" for s in ("16", "32")}
+    assert all(float(line["milliseconds"]) > 0 and float(line["tflops"]) > 0 for line in lines)
+    assert plot.stat().st_size > 1000
+
+
+def test_useful_flops() -> None:
+    policy = KVPolicy(2, 1)
+    contender = Contender("PHD sdpa", {}, {"forward": [1.0], "forward + backward": [2.0]})
+    vanilla = Contender("vanilla causal SDPA", {}, contender.times, contender.times)
+    args = argparse.Namespace(batch=1, heads=3, kv_heads=1)
+    contender.cpu_times = contender.times
+    rows = bench_attention._result(policy, args, 2, 8, [vanilla, contender], torch.device("cpu"))["rows"]
+    pairs = 2 * 3 + 2  # both copies over 1 + 2 originals, and each hidden token over itself
+    assert rows[-1]["forward_tflops"] == pytest.approx(4 * 8 * 3 * pairs / 1e9)
+    assert rows[-1]["tflops"] == pytest.approx(14 * 8 * 3 * pairs / 2e9)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["decode", "--kv-length", "20", "40", "--repeat", "1", "3", "--heads", "4", "--kv-heads", "2"],
+        ["norm-rope", "--rows", "12", "--norms", "qk", "qkv", "--heads", "4", "--kv-heads", "2"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_small_benches(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "bench.json"
+    common = ["--head-dim", "16", "--rounds", "1", "--device", "cpu", "--json", str(target)]
+    assert bench.run([*argv, *common]) == 0
+    results = json.loads(target.read_text(encoding="utf-8"))["results"]
+    assert len(results) == 2
+    assert all(row["milliseconds"] > 0 and row["share_of_copy"] > 0 for result in results for row in result["rows"])
+    assert "the Triton kernel is not timed: " in capsys.readouterr().out
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +100,9 @@ def test_fail_above(capsys: pytest.CaptureFixture[str]) -> None:
         (["attention", "--heads", "3"], "multiple of --kv-heads=2"),
         (["attention", "--rounds", "0"], "--rounds=0"),
         (["attention", "--window", "0"], "phd_window=0"),
+        (["attention", "--backends", "flex", "--device", "cpu"], "no backward on cpu"),
+        (["decode", "--kv-length", "5", "0"], "--kv-length=0"),
+        (["norm-rope", "--norms", "qc"], "--norms=qc"),
         (["attention", "--device", "abacus"], "abacus"),
     ],
 )

@@ -82,9 +82,10 @@ def test_shell_scripts_parse() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_overview_figure_can_be_drawn(tmp_path: Path) -> None:
-    output = tmp_path / "overview.png"
-    script = str(ROOT / "tools/draw_figures.py")
+@pytest.mark.parametrize(("tool", "figure"), [("draw_figures.py", "overview.png"), ("draw_kernels.py", "kernels.svg")])
+def test_figures_can_be_drawn(tool: str, figure: str, tmp_path: Path) -> None:
+    output = tmp_path / figure
+    script = str(ROOT / "tools" / tool)
     done = subprocess.run([sys.executable, script, "--output", str(output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert output.stat().st_size > 10_000

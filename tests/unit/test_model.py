@@ -145,6 +145,21 @@ def test_last_layer_pruning_changes_nothing(runtime, scheme, repeat):
         assert (gradient - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-4), name
 
 
+@pytest.mark.parametrize("scheme", ["pre_qk", "hybrid", "olmo2"])
+def test_triton_backends_train_the_same_model(runtime, scheme):
+    """Attention, and norm with RoPE, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    model = {"norm_scheme": scheme, "phd_repeat": 2, "phd_window": 3, "phd_chunk": 8, "num_layers": 2}
+    backends = ("sdpa", "triton", "sdpa_triton")
+    (expected, wanted), *others = (
+        losses_and_gradients(build(make_run(**model, phd_attention_backend=name)), 1)[0] for name in backends
+    )
+    for loss, gradients in others:
+        assert torch.allclose(loss, expected, rtol=1e-6)
+        for name, gradient in gradients.items():
+            assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm().clamp(min=1e-4), name
+
+
 @pytest.mark.parametrize(
     "recompute",
     [

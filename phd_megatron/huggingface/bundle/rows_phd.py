@@ -8,7 +8,9 @@ computes the last copy of the wanted slots alone. All of it is exact, and follow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +95,9 @@ class StepRows:
     aligned: bool  # nothing cached, and padding on the right at most: slots are positions
     cache_step: CacheStep | None
     masks: dict[tuple, Tensor] = field(default_factory=dict)
+
+    # Whoever has a faster attention for steps of one token puts it here: arguments and result of LayerRows.attend.
+    decode: ClassVar[Callable[..., Tensor] | None] = None
 
     @classmethod
     def plan(
@@ -224,6 +229,8 @@ class LayerRows:
         """
         step = self.step
         repeat, new = step.policy.repeat, step.new
+        if step.decode is not None and new == 1 and step.wanted == 0 and (repeat == 1 or self.start == self.end == 0):
+            return step.decode(self, query, keys, values)
         originals = step.past_positions.size(1) + new
         parts = []
         hidden_copies = tuple(range(2, repeat + 1))

@@ -1,0 +1,191 @@
+"""Attention of one new token's ``K`` copies over a KV cache: flash-decoding in Triton, and its definition.
+
+The cache of a PHD-Transformer holds originals, as many as a vanilla model's, and at most ``(K - 1) * min(W, C)`` hidden
+entries. All copies and query heads of a KV group are packed into the rows of one tile, so the cache is read once, not
+``K`` times. The KV length is split over programs, whose parts a second launch puts together. No gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.triton_support import block_of, precision, triton_problem
+from phd_megatron.phd.kv_policy import KVPolicy
+
+WAVES = 2  # programs per multiprocessor to aim at
+SHORTEST_PART = 256  # keys; shorter parts cost more to put together than they save
+WIDEST = 256  # head dimension
+
+
+def decode_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel cannot run here, or None where it can."""
+    if head_dim > WIDEST:
+        return f"its tiles hold head dimensions up to {WIDEST}, not {head_dim}"
+    return triton_problem(device, dtype)
+
+
+def decode_attention(
+    query: Tensor,
+    query_position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_position: Tensor,
+    hidden_key: Tensor | None,
+    hidden_value: Tensor | None,
+    hidden_position: Tensor | None,
+    policy: KVPolicy,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """The last ``Kq`` copies of one token per sequence over what the cache holds, the token's own keys included.
+
+    Args:
+        query: ``[Kq, b, heads, d]``.
+        query_position: ``[b]``, the token's position in its sequence.
+        key, value: ``[b, groups, L, d]``, originals in any order.
+        key_position: ``[b, L]``, -1 for padding.
+        hidden_key, hidden_value: ``[b, groups, K - 1, r, d]``, copies 2 to K; None for a vanilla model.
+        hidden_position: ``[b, r]``, -1 for padding.
+        policy: repeat, window and chunk.
+        scale: factor on the scores, default ``d ** -0.5``.
+
+    Returns:
+        ``[Kq, b, heads, d]``. A query that sees nothing, a padding row's, gives zeros.
+
+    Raises:
+        ValueError: if shapes or strides do not fit together.
+        UserError: where Triton cannot run.
+    """
+    hidden = _checked_hidden(
+        query, query_position, key, value, key_position, hidden_key, hidden_value, hidden_position, policy
+    )
+    copies, batch, heads, width = query.shape
+    problem = decode_problem(query.device, query.dtype, width)
+    if problem is not None:
+        raise UserError(f"the decode kernel cannot run here: {problem}")
+    from .decode_kernels import combine_kernel, split_kernel
+
+    groups, length = key.size(1), key.size(2)
+    packed = copies * (heads // groups)
+    splits = _splits(batch * groups, length, query.device)
+    parts = splits + (policy.repeat > 1)
+    found = torch.empty(batch * groups, parts, packed, width, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch * groups, parts, packed, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grouped = query.unflatten(2, (groups, -1))  # [Kq, b, groups, ratio, d]
+    shared: dict[str, Any] = {
+        "COPIES": copies,
+        "RATIO": heads // groups,
+        "D": width,
+        "BLOCK_D": block_of(width),
+    }
+    scale = width**-0.5 if scale is None else scale
+    split_kernel[parts, batch * groups](
+        *(
+            grouped,
+            query_position,
+            key,
+            value,
+            key_position.contiguous(),
+            *hidden[:2],
+            hidden[2].contiguous(),
+            found,
+            lse,
+        ),
+        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3], hidden[0].stride()[:4], hidden[1].stride()[:4]),
+        *(scale, groups, length, hidden[2].size(1), splits, -(-length // splits)),
+        HIDDEN=policy.repeat - 1,
+        WINDOW=policy.window,
+        CHUNK=policy.chunk or 0,
+        PRECISION=precision(query.dtype),
+        BLOCK_M=block_of(packed),
+        **shared,
+    )
+    combine_kernel[packed, batch * groups](
+        *(found, lse, out, out.unflatten(2, (groups, -1)).stride()[:4], groups, parts),
+        BLOCK_P=block_of(parts),
+        **shared,
+    )
+    return out
+
+
+def decode_attention_reference(
+    query: Tensor,
+    query_position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_position: Tensor,
+    hidden_key: Tensor | None,
+    hidden_value: Tensor | None,
+    hidden_position: Tensor | None,
+    policy: KVPolicy,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition: one softmax under a dense mask. Arguments as :func:`decode_attention`'s."""
+    hidden = _checked_hidden(
+        query, query_position, key, value, key_position, hidden_key, hidden_value, hidden_position, policy
+    )
+    copies, width = query.size(0), query.size(3)
+    scale = width**-0.5 if scale is None else scale
+    keys, values, position = key, value, key_position
+    copy = torch.ones(key.size(2), dtype=torch.long, device=query.device)
+    if policy.repeat > 1:
+        slots = hidden[2].size(1)
+        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((key, hidden[0]), (value, hidden[1])))
+        position = torch.cat([key_position, hidden[2].repeat(1, policy.repeat - 1)], 1)  # [b, L + (K - 1) * r]
+        later = torch.arange(2, policy.repeat + 1, device=query.device).repeat_interleave(slots)
+        copy = torch.cat([copy, later])
+    query_copy = torch.arange(policy.repeat - copies + 1, policy.repeat + 1, device=query.device)
+    # [b, Kq, keys]
+    seen = policy.visible(query_position[:, None, None], query_copy[:, None], position[:, None], copy)
+    seen = seen & (position >= 0)[:, None]
+    grouped = query.unflatten(2, (key.size(1), -1))  # [Kq, b, g, r, d]
+    scores = torch.einsum("cbgrd,bgkd->bgcrk", grouped, keys) * scale
+    weights = scores.masked_fill(~seen[:, None, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
+
+
+def _splits(bundles: int, length: int, device: torch.device) -> int:
+    """Parts of the KV length, so that the device is full and no part is too short."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(-(-WAVES * processors // bundles), length // SHORTEST_PART))
+
+
+def _checked_hidden(
+    query: Tensor,
+    query_position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_position: Tensor,
+    hidden_key: Tensor | None,
+    hidden_value: Tensor | None,
+    hidden_position: Tensor | None,
+    policy: KVPolicy,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden keys, values and positions; empty stand-ins, never read, for a vanilla model."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.size(2) % key.size(1):
+        raise ValueError(f"{shapes}: [Kq, b, heads, d] over [b, groups, L, d] is needed, heads a multiple of groups")
+    if query.size(1) != key.size(0) or query.size(3) != key.size(3) or not 1 <= query.size(0) <= policy.repeat:
+        raise ValueError(f"{shapes}: batch and head dimension must agree, with 1 to {policy.repeat} copies of queries")
+    if query_position.shape != key.shape[:1] or key_position.shape != (key.size(0), key.size(2)):
+        found = f"{tuple(query_position.shape)} and {tuple(key_position.shape)}"
+        raise ValueError(f"positions are {found}, not [b] and [b, L] for {shapes}")
+    tensors = [x for x in (query, key, value, hidden_key, hidden_value) if x is not None]
+    if any(x.stride(-1) != 1 for x in tensors):
+        raise ValueError(f"{shapes}: the last dimensions must be dense; pass .contiguous() tensors")
+    if hidden_key is None or hidden_value is None or hidden_position is None:
+        if policy.repeat > 1:
+            raise ValueError(f"{policy.name} has hidden copies: pass hidden_key, hidden_value and hidden_position")
+        empty = key[:, :, None, :0]
+        return empty, empty, key.new_zeros(key.size(0), 0, dtype=torch.long)
+    wanted = (*key.shape[:2], policy.repeat - 1, hidden_position.size(1), key.size(3))
+    if hidden_key.shape != wanted or hidden_value.shape != wanted:
+        found = f"{tuple(hidden_key.shape)} and {tuple(hidden_value.shape)}"
+        raise ValueError(f"hidden key and value are {found}, not {wanted}")
+    return hidden_key, hidden_value, hidden_position

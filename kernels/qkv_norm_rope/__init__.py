@@ -1,0 +1,151 @@
+"""Fused QKV projection output to normed and turned query, key and value: RMSNorm per head, then RoPE.
+
+One Triton kernel each way reads the projection's output once. Any subset of q, k and v is normed (HybridNorm's schemes
+differ in it); v is never turned. :func:`qkv_norm_rope_reference` is the definition, in ordinary operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.qkv_rope import rope_reference, split_qkv_reference
+from phd_megatron.kernels.triton_support import covering, triton_problem
+
+WIDEST = 512  # head dimension; a program holds a tile of rows of this width in registers
+PROGRAMS = 1024  # of the backward at most, per KV group: each leaves one partial gradient of the norms' weights
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv_norm_rope_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel cannot run here, or None where it can."""
+    if head_dim > WIDEST:
+        return f"its tiles hold head dimensions up to {WIDEST}, not {head_dim}"
+    return triton_problem(device, dtype)
+
+
+def qkv_norm_rope(
+    mixed: Tensor, heads_per_group: int, table: Tensor | None, weights: Mapping[str, Tensor], eps: float
+) -> Three:
+    """Split ``[rows, b, groups, (heads_per_group + 2) * d]``, norm, and turn query and key.
+
+    Args:
+        mixed: per KV group its query heads, key and value, as Megatron-Core's ``linear_qkv`` gives them.
+        heads_per_group: query heads of a group.
+        table: ``[2, rows, 1, 1, r/2]`` of :func:`~phd_megatron.kernels.qkv_rope.rope_table`, or None to turn nothing.
+        weights: the norms' weights ``[d]`` by name, a subset of ``q``, ``k``, ``v``; what is missing is not normed.
+        eps: added to the mean square.
+
+    Returns:
+        Query ``[rows, b, groups * heads_per_group, d]``, key and value ``[rows, b, groups, d]``. A value that is not
+        normed shares memory with ``mixed``.
+
+    Raises:
+        ValueError: if shapes or names do not fit.
+        UserError: where Triton cannot run.
+    """
+    width, rest = divmod(mixed.size(-1), heads_per_group + 2)
+    if mixed.dim() != 4 or rest:
+        raise ValueError(f"mixed {tuple(mixed.shape)}: [rows, b, groups, ({heads_per_group} + 2) * d] is needed")
+    if not set(weights) <= {"q", "k", "v"} or any(w.shape != (width,) for w in weights.values()):
+        found = {name: tuple(w.shape) for name, w in weights.items()}
+        raise ValueError(f"weights {found}: norms of q, k and v have one weight of size {width}")
+    if table is not None and (table.size(1) != mixed.size(0) or 2 * table.size(-1) > width):
+        raise ValueError(f"table {tuple(table.shape)} does not fit {mixed.size(0)} rows of head dimension {width}")
+    problem = qkv_norm_rope_problem(mixed.device, mixed.dtype, width)
+    if problem is not None:
+        raise UserError(f"the fused norm and RoPE cannot run here: {problem}")
+    q, k, v = (weights.get(name) for name in "qkv")
+    return _NormRope.apply(mixed, heads_per_group, table, q, k, v, eps)
+
+
+def qkv_norm_rope_reference(
+    mixed: Tensor, heads_per_group: int, table: Tensor | None, weights: Mapping[str, Tensor], eps: float
+) -> Three:
+    """The definition."""
+    parts = list(split_qkv_reference(mixed, heads_per_group))
+    for index, name in enumerate("qkv"):
+        if name in weights:
+            x = parts[index]
+            scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            parts[index] = x * scale * weights[name]
+        if table is not None and name != "v":
+            parts[index] = rope_reference(parts[index], table)
+    return parts[0], parts[1], parts[2]
+
+
+def _constants(mixed: Tensor, heads_per_group: int, table: Tensor | None, norms: tuple[bool, ...]) -> dict[str, Any]:
+    width = mixed.size(-1) // (heads_per_group + 2)
+    half = 0 if table is None else table.size(-1)
+    return {
+        "RATIO": heads_per_group,
+        "NORM_Q": norms[0],
+        "NORM_K": norms[1],
+        "NORM_V": norms[2],
+        "HALF": half,
+        "D": width,
+        "BLOCK_H": covering(half),
+        "BLOCK_C": covering(width - 2 * half),
+    }
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: Tensor,
+        heads_per_group: int,
+        table: Tensor | None,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        v_weight: Tensor | None,
+        eps: float,
+    ) -> Three:
+        from .norm_rope_kernels import forward_kernel
+
+        mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
+        weights = (q_weight, k_weight, v_weight)
+        rows, batch, groups, _ = mixed.shape
+        constants = _constants(mixed, heads_per_group, table, tuple(w is not None for w in weights))
+        query = mixed.new_empty(rows, batch, groups * heads_per_group, constants["D"])
+        key = mixed.new_empty(rows, batch, groups, constants["D"])
+        value = torch.empty_like(key) if v_weight is not None else split_qkv_reference(mixed, heads_per_group)[2]
+        turn = mixed if table is None else table.contiguous()
+
+        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+            return -(-rows * batch // meta["BLOCK_R"]), groups
+
+        forward_kernel[grid](
+            *(mixed, turn, *(mixed if w is None else w for w in weights), query, key, value),
+            *(mixed.stride()[:3], rows, batch, groups, eps),
+            **constants,
+        )
+        ctx.save_for_backward(mixed, turn, *weights)
+        ctx.constants, ctx.eps = constants, eps
+        return query, key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from .norm_rope_kernels import backward_kernel
+
+        mixed, turn, *weights = ctx.saved_tensors
+        constants, (rows, batch, groups, _) = ctx.constants, mixed.shape
+        query, key, value = (x.contiguous() for x in grads)
+        mixed_grad = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
+        programs = min(PROGRAMS, -(-rows * batch // 4))
+        partial = torch.zeros(programs, groups, 3, constants["D"], dtype=torch.float32, device=mixed.device)
+        backward_kernel[(programs, groups)](
+            *(query, key, value, mixed, turn, *(mixed if w is None else w for w in weights), mixed_grad, partial),
+            *(mixed.stride()[:3], rows, batch, groups, ctx.eps),
+            **constants,
+        )
+        total = partial.sum((0, 1))
+        found = (None if w is None else total[i].to(w.dtype) for i, w in enumerate(weights))
+        return mixed_grad, None, None, *found, None

@@ -1,0 +1,63 @@
+"""The Triton decode kernel in an exported model's generation, which by itself needs torch and transformers alone."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.decode_attention import decode_attention, decode_problem
+
+
+@contextmanager
+def decode_kernel(model: Any) -> Iterator[None]:
+    """While it is open, steps of one token of this model attend through the Triton kernel.
+
+    Raises:
+        UserError: if the model has no PHD cache, or Triton cannot run where it is.
+    """
+    package, _, module = type(model).__module__.rpartition(".")
+    if module != "modeling_phd":
+        raise UserError(f"--decode-kernel=triton: {type(model).__name__} has no PHD cache; use --decode-kernel=torch")
+    problem = decode_problem(model.device, model.dtype, model.config.head_dim)
+    if problem is not None:
+        raise UserError(f"--decode-kernel=triton cannot run here: {problem}; use --decode-kernel=torch")
+    steps = importlib.import_module(f"{package}.rows_phd").StepRows
+    steps.decode = staticmethod(_attend)
+    try:
+        yield
+    finally:
+        steps.decode = None
+
+
+def _attend(rows: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``LayerRows.attend`` for one new slot: ``[b, heads, Kq, d]`` over the cache's layout to ``[b, Kq, heads, d]``."""
+    step, batch = rows.step, query.size(0)
+    copies = step.policy.repeat - 1
+    originals = step.past_positions.size(1) + 1
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = x[:, :, originals:].unflatten(2, (copies, -1)) if copies else None
+        return x[:, :, :originals], hidden
+
+    def positions(past: Tensor) -> Tensor:
+        return torch.cat([past.expand(batch, -1), step.positions.expand(batch, -1)], dim=1)
+
+    (key, hidden_key), (value, hidden_value) = split(keys), split(values)
+    out = decode_attention(
+        query.permute(2, 0, 1, 3),
+        step.positions[:, 0].expand(batch),
+        key,
+        value,
+        positions(step.past_positions),
+        hidden_key,
+        hidden_value,
+        positions(step.hidden_positions) if copies else None,
+        step.policy,
+    )
+    return out.transpose(0, 1)
