@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import keyword
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ COMMANDS = {
     "plan": "say what a run costs: parameters, FLOPs, memory, device hours",
     "parity": "compare every parallel layout of a configuration with one rank",
     "export": "write a checkpoint as a Hugging Face directory",
+    "import": "make a checkpoint of a Hugging Face directory, to go on from, also as a PHD model or with experts",
     "generate": "continue a prompt from a checkpoint or an exported directory",
     "evaluate": "loss and perplexity of a checkpoint or an exported directory on prepared data (also under torchrun)",
     "doctor": "show versions and which implementation each operation uses here, and why",
@@ -86,7 +88,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _module(name: str) -> str:
-    return f"phd_megatron.cli.{name}"
+    return f"phd_megatron.cli.{name}_" if keyword.iskeyword(name) else f"phd_megatron.cli.{name}"
 
 
 def _usage() -> str:

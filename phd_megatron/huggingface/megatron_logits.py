@@ -1,9 +1,9 @@
 """What the Megatron-Core model of a checkpoint computes, in a process of its own, for an export to be compared with.
 
-``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT`` builds the model on the CPU in
-float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the last copy's hidden states
-after each layer and the logits. A process of its own, because Megatron-Core's CPU backend changes the one it is in,
-and because its memory is free again before the export is loaded.
+``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT [K W C]`` builds the model on the
+CPU in float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the last copy's hidden
+states after each layer and the logits. A process of its own, because Megatron-Core's CPU backend changes the one it is
+in, and because its memory is free again before the export is loaded.
 """
 
 from __future__ import annotations
@@ -77,9 +77,13 @@ def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -
     return {**found, LOGITS: logits[..., :true_vocab_size].contiguous()}
 
 
-def main(checkpoint: str, dtype: str, tokens: str, output: str) -> None:
-    """The program."""
+def main(checkpoint: str, dtype: str, tokens: str, output: str, *policy: str) -> None:
+    """The program; further words are another K, W and C (0 for none) than the checkpoint's."""
     source = MegatronCheckpoint(checkpoint, verify=False)
+    if policy:
+        repeat, window, chunk = map(int, policy)
+        source.run.model.phd_repeat, source.run.model.phd_window = repeat, window
+        source.run.model.phd_chunk = chunk or None
     run = inference_config(source.run)
     with Runtime.start(run.parallel, verbose=False) as runtime:
         from phd_megatron.model.build import build_model

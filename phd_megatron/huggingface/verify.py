@@ -21,6 +21,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.huggingface import megatron_logits
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.mapping import Rule
+from phd_megatron.phd.kv_policy import KVPolicy
 
 #: of logits and hidden states in float32, whatever type the export has
 TOLERANCE = 1e-5
@@ -61,6 +62,19 @@ def verify_export(
                 f"the exported model gives logits that are not finite in {dtype}; the checkpoint's own values are at "
                 "fault if it was trained so, else export with --dtype float32"
             )
+
+
+def verify_import(checkpoint: Path, directory: Path, policy: KVPolicy) -> None:
+    """Compare logits of an imported checkpoint with those that transformers computes from the directory it came from.
+
+    Args:
+        policy: what the directory's own model sees; the checkpoint's parameters are compared as that model's.
+
+    Raises:
+        VerificationError: naming the first layer that differs.
+    """
+    expected = _megatron_outputs(MegatronCheckpoint(checkpoint, verify=False), torch.float32, policy)
+    _compare_outputs(_load(directory).float().eval(), expected)
 
 
 def _load(directory: Path) -> Any:
@@ -136,7 +150,9 @@ def _tokens(source: MegatronCheckpoint) -> Tensor:
     return torch.tensor(ids[: 2 * length]).view(2, length)
 
 
-def _megatron_outputs(source: MegatronCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def _megatron_outputs(
+    source: MegatronCheckpoint, dtype: torch.dtype, policy: KVPolicy | None = None
+) -> dict[str, Tensor]:
     root = str(Path(phd_megatron.__file__).parents[1])
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))}
@@ -146,6 +162,8 @@ def _megatron_outputs(source: MegatronCheckpoint, dtype: torch.dtype) -> dict[st
         ids = _tokens(source)
         save_file({megatron_logits.TOKENS: ids}, tokens)
         words = [str(source.directory), str(dtype).removeprefix("torch."), str(tokens), str(output)]
+        if policy is not None:
+            words += map(str, (policy.repeat, policy.window, policy.chunk or 0))
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", megatron_logits.__name__, *words],
             env=variables,
@@ -173,13 +191,14 @@ def _compare_outputs(model: Any, expected: dict[str, Tensor]) -> None:
         layer = _relative(expected[megatron_logits.layer_name(index)], hidden)
         if not layer <= TOLERANCE:
             raise VerificationError(
-                f"the export computes something else than the Megatron model: logits differ by {error:.1e} relative "
-                f"(at most {TOLERANCE:g}), and layer {index} is the first whose output differs, by {layer:.1e}"
+                f"the Hugging Face directory computes something else than the Megatron model: logits differ by "
+                f"{error:.1e} relative (at most {TOLERANCE:g}), and layer {index} is the first whose output differs, "
+                f"by {layer:.1e}"
             )
     raise VerificationError(
-        f"the export computes something else than the Megatron model: logits differ by {error:.1e} relative (at most "
-        f"{TOLERANCE:g}), though the outputs of all layers but the last agree; look at the last layer, the final norm "
-        "and the head"
+        f"the Hugging Face directory computes something else than the Megatron model: logits differ by {error:.1e} "
+        f"relative (at most {TOLERANCE:g}), though the outputs of all layers but the last agree; look at the last "
+        "layer, the final norm and the head"
     )
 
 

@@ -1,0 +1,83 @@
+"""``phd-megatron import``: a Hugging Face directory as a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.context import Environment, install_backend
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="phd-megatron import",
+        description="Make a Megatron checkpoint of a Llama, Qwen3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE directory, or "
+        "of an export of ours. pretrain --load DIR --finetune goes on from it under any layout. CPU only; needs memory "
+        "for the model in its own type, and to verify it in float32.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--hf-dir", required=True, metavar="HF_DIR", help="config.json, safetensors, tokenizer")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--phd-repeat", type=int, metavar="K", help="go on as a PHD model with K copies of a token")
+    parser.add_argument("--phd-window", type=int, metavar="W", help="its window")
+    parser.add_argument("--phd-chunk", type=int, metavar="C", help="its chunks; without W and C the paper's 16 and 32")
+    parser.add_argument("--upcycle-experts", type=int, metavar="E", help="make every FFN E experts, each a copy of it")
+    parser.add_argument("--moe-router-topk", type=int, metavar="N", help="of which N compute a row (2)")
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens of a sample (default: the model's positions)"
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="padding of rows (%(default)s)"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=("full", "none"),
+        default="full",
+        help="compare the checkpoint's logits of a text with transformers' (full, the default); with --phd-repeat "
+        "those of its parameters without the copies",
+    )
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Import; UserError for anything that stands in the way."""
+    args = parse_strictly(build_parser(), argv)
+    if Environment.read().world_size > 1:
+        raise UserError("import runs on one process; start it without torchrun")
+    if args.moe_router_topk is not None and args.upcycle_experts is None:
+        raise UserError("--moe-router-topk without --upcycle-experts; give both, or leave it out")
+    for name in ("upcycle_experts", "seq_length", "make_vocab_size_divisible_by"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+    phd = {name: getattr(args, name) for name in ("phd_repeat", "phd_window", "phd_chunk")}
+    install_backend("cpu")  # before Megatron is imported
+
+    from phd_megatron.huggingface.verify import verify_import
+    from phd_megatron.training.hf_import import Changes, import_directory
+
+    changes = Changes(
+        {name: value for name, value in phd.items() if value is not None},
+        args.upcycle_experts,
+        args.moe_router_topk or 2,
+        args.seq_length,
+        args.make_vocab_size_divisible_by,
+    )
+    done = import_directory(args.hf_dir, args.output, changes, log=lambda message: print(message, flush=True))
+    verified = "not verified"
+    if args.verify == "full":
+        try:
+            verify_import(done.directory, done.source.path, done.architecture.policy)
+        except UserError:
+            shutil.rmtree(args.output)
+            raise
+        verified = "verified"
+    print(
+        f"imported {args.hf_dir} to {done.directory}: {done.architecture.name}, {done.tensors} tensors read, "
+        f"{done.parameters:,} parameters, {verified}\n"
+        f"go on with: phd-megatron pretrain --load {args.output} --finetune --data-path ... --save ..."
+    )
+    return 0

@@ -1,0 +1,155 @@
+"""A Hugging Face directory: its configuration, with its class's defaults, and its tensors one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from phd_megatron.errors import UserError
+from phd_megatron.huggingface.generation import check_code
+from phd_megatron.huggingface.importing.families import FAMILIES
+from phd_megatron.huggingface.importing.fields import Family
+from phd_megatron.huggingface.mapping import Rule, VocabRows
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+#: tensors that old checkpoints hold and no model reads
+_COMPUTED = ("rotary_emb.inv_freq",)
+
+
+class HFDirectory:
+    """One directory in the form that ``save_pretrained`` writes.
+
+    Raises:
+        UserError: if it is none, of an unknown family, brings code that is not this package's, or a file of its weights
+            is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.family, self.content = self._read_config()
+        self._places = self._read_index()
+
+    def _read_config(self) -> tuple[Family, dict[str, Any]]:
+        raw = _read_json(self.path / "config.json")
+        kind = raw.get("model_type")
+        if kind not in FAMILIES:
+            raise UserError(f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported")
+        check_code(self.path)
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=True, local_files_only=True)
+        except Exception as error:  # transformers' strict classes raise many kinds
+            raise UserError(f"{self.path / 'config.json'} is refused by transformers: {error}") from error
+        return FAMILIES[kind], {**config.to_dict(), **_rope_as_now(raw, config)}
+
+    def _read_index(self) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
+        """Tensor name to its file, shape and type."""
+        if (self.path / _INDEX).is_file():
+            files = sorted(set(_read_json(self.path / _INDEX).get("weight_map", {}).values()))
+        else:
+            files = [_SINGLE]
+        places: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
+        for name in files:
+            path = self.path / name
+            if not path.is_file() or Path(name).name != name:
+                raise UserError(f"{path} is missing; copy the whole directory again")
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118 (the handle is not a mapping)
+                        part = file.get_slice(key)
+                        dtype = _DTYPES.get(part.get_dtype())
+                        if dtype is None:
+                            raise UserError(f"{key} in {path} is of type {part.get_dtype()}; export it unquantised")
+                        places[key] = path, tuple(part.get_shape()), dtype
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}); copy it again") from error
+        return {key: place for key, place in places.items() if not key.endswith(_COMPUTED)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type of its tensors that are not float32 by rule."""
+        kinds = {dtype for key, (_, _, dtype) in self._places.items() if not key.endswith("e_score_correction_bias")}
+        found = kinds.pop()
+        for other in kinds:
+            found = torch.promote_types(found, other)
+        return found
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it holds a fast tokenizer's files."""
+        return (self.path / "tokenizer.json").is_file()
+
+    def check_complete(self, rules: Iterable[Rule], tied: bool) -> None:
+        """Refuse tensors too many, too few, or of a shape that ``config.json`` does not say.
+
+        Raises:
+            UserError: naming them.
+        """
+        rules = list(rules)
+        expected = {name for rule in rules for name in rule.hf}
+        found = set(self._places)
+        if tied:
+            found.discard("lm_head.weight")  # a copy of the embedding
+        if missing := sorted(expected - found):
+            raise UserError(f"{self.path} lacks {_some(missing)}, which its config.json describes; copy it again")
+        if left := sorted(found - expected):
+            raise UserError(
+                f"{self.path} holds {_some(left)}, for which its config.json has no place; nothing is dropped"
+            )
+        for rule in rules:
+            outline = {name: torch.empty(self._places[name][1], device="meta") for name in rule.hf}
+            try:
+                shape = tuple(rule.to_mcore(outline).shape)
+            except (RuntimeError, IndexError) as error:
+                raise self._misfit(rule, rule.shape) from error
+            if shape != rule.shape:
+                raise self._misfit(rule, rule.shape)
+
+    def _misfit(self, rule: Rule, wanted: tuple[int, ...]) -> UserError:
+        shapes = ", ".join(f"{name} {self._places[name][1]}" for name in rule.hf[:3])
+        what = "rows of the vocabulary" if isinstance(rule, VocabRows) else f"together {wanted}"
+        return UserError(f"{self.path}: {shapes} do not fit config.json, which says {what}: {wanted}")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU."""
+        found = {}
+        for name in names:
+            path = self._places[name][0]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found[name] = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{name} cannot be read from {path} ({error}); copy the file again") from error
+        return found
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def _rope_as_now(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Files of before transformers 5 say ``rope_theta`` and ``rope_scaling``; the class has turned them into one."""
+    old = [name for name in ("rope_theta", "rope_scaling") if name in raw]
+    return {"rope_parameters": dict(config.rope_parameters)} if old else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping; copy it again")
+    return content
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,252 @@
+"""Hugging Face directories of all families become checkpoints, and the same directories again, tensor for tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phd_megatron.cli.main import main
+from phd_megatron.config.serialize import load_yaml
+from phd_megatron.data.tokenizers import load_tokenizer
+from phd_megatron.errors import UserError
+from phd_megatron.huggingface import verify
+from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.export import export_checkpoint
+from phd_megatron.huggingface.importing.families import FAMILIES
+from phd_megatron.huggingface.importing.fields import read_fields
+
+SIZES = {
+    **{"vocab_size": 261, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3},
+    **{"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2},
+    **{"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SOURCES = {
+    "llama": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama, wide heads": ("Llama", {"head_dim": 16}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "olmo2": ("Olmo2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe, softmax over all": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 24}),
+    "olmoe": ("Olmoe", EXPERTS),
+}
+
+
+@pytest.fixture
+def make_source(tmp_path):
+    """``make_source(name, dtype, **fields)``: a directory that transformers wrote, with our byte tokenizer."""
+
+    def make(name, dtype=torch.float32, **fields):
+        import transformers
+
+        family, own = SOURCES[name]
+        config = getattr(transformers, f"{family}Config")(**{**SIZES, **own, **fields})
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        directory = tmp_path / "source"
+        model.save_pretrained(directory, max_shard_size="20KB" if name == "llama" else "5GB")
+        load_tokenizer("byte").save(directory)
+        return directory
+
+    return make
+
+
+def tensors(directory):
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def run(*words):
+    return main(["import", *map(str, words)])
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_round_trip_is_exact_and_logits_are_transformers(make_source, tmp_path, name):
+    """``--verify full`` compares logits with transformers within 1e-5, on import and, with our own code, on export."""
+    source = make_source(name)
+    assert run("--hf-dir", source, "--output", tmp_path / "save") == 0
+    report = export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="full")
+    assert report.model_class == json.loads((source / "config.json").read_text())["architectures"][0]
+    before, after = tensors(source), tensors(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_type_is_kept(make_source, tmp_path, name):
+    source = make_source(name, torch.bfloat16)
+    assert run("--hf-dir", source, "--output", tmp_path / "save", "--verify", "none") == 0
+    checkpoint = MegatronCheckpoint(tmp_path / "save")
+    assert checkpoint.run.training.bf16 and checkpoint.dtype("decoder.final_layernorm.weight") == torch.bfloat16
+    export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="none")
+    after = tensors(tmp_path / "hf")
+    assert all(torch.equal(tensor, after[key]) for key, tensor in tensors(source).items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32},
+        {"norm_scheme": "pre", "add_bias_linear": True, "normalization": "LayerNorm", "gated_linear_unit": False},
+        {"norm_scheme": "pre", "phd_repeat": 3, "phd_window": 4, "untie_embeddings_and_output_weights": True},
+    ],
+    ids=str,
+)
+def test_our_own_exports_come_back(make_checkpoint, tmp_path, fields):
+    export_checkpoint(make_checkpoint(**fields), tmp_path / "hf", verify="none", native=False)
+    assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 0
+    export_checkpoint(tmp_path / "save", tmp_path / "again", verify="tensors", native=False)
+    before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_go_on_as_a_phd_model(make_source, tmp_path):
+    source = make_source("llama")
+    words = ("--phd-repeat", 2, "--seq-length", 32, "--make-vocab-size-divisible-by", 16)
+    assert run("--hf-dir", source, "--output", tmp_path / "save", *words) == 0
+    model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
+    assert (model.phd_repeat, model.phd_window, model.phd_chunk, model.seq_length) == (2, 16, 32, 32)
+    assert MegatronCheckpoint(tmp_path / "save").shape("embedding.word_embeddings.weight") == (272, 48)
+
+
+def test_upcycled_experts_compute_what_the_ffn_computed(make_source, tmp_path):
+    """``--verify full`` has compared the logits of the model with experts with those of the dense one."""
+    source = make_source("qwen3")
+    assert run("--hf-dir", source, "--output", tmp_path / "save", "--upcycle-experts", 4, "--moe-router-topk", 2) == 0
+    checkpoint = MegatronCheckpoint(tmp_path / "save")
+    experts = checkpoint.read("decoder.layers.1.mlp.experts.experts.linear_fc2.weight")
+    dense = tensors(source)["model.layers.1.mlp.down_proj.weight"]
+    assert experts.shape == (4, *dense.shape) and all(torch.equal(expert, dense) for expert in experts)
+    router = checkpoint.read("decoder.layers.1.mlp.router.weight")
+    assert router.std() > 0.05 and not torch.equal(router, checkpoint.read("decoder.layers.0.mlp.router.weight"))
+    export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="tensors")
+
+
+def test_a_difference_is_noticed_and_nothing_stays(make_source, tmp_path, monkeypatch):
+    source = make_source("llama")
+    monkeypatch.setattr(verify, "TOLERANCE", 1e-12)
+    assert run("--hf-dir", source, "--output", tmp_path / "save") == 2
+    assert not (tmp_path / "save").exists()
+
+
+REFUSED = [
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "RoPE of type 'linear'"),
+    ("llama", {"attention_bias": True}, "attention_bias=True: this family's biases"),
+    ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ("llama", {"quantization_config": {"quant_method": "x"}}, "quantization_config="),
+    ("llama", {"logit_softcapping": 30.0}, "logit_softcapping=30.0: nothing here corresponds to it"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+    ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_what_cannot_be_represented_is_refused_by_name(kind, fields, message):
+    import transformers
+
+    family = FAMILIES[kind]
+    content = getattr(transformers, family.model_class.replace("ForCausalLM", "Config"))().to_dict()
+    if kind == "mixtral":
+        content["sliding_window"] = None
+    assert read_fields(content, family).num_layers == content["num_hidden_layers"]
+    with pytest.raises(UserError) as refusal:
+        read_fields({**content, **fields}, family)
+    lines = str(refusal.value).splitlines()
+    assert message in lines[1] and len(lines) == 3, "nothing else is refused with it"
+
+
+def damage(directory, what):
+    config = json.loads((directory / "config.json").read_text())
+    shards = sorted(directory.glob("model-*.safetensors"))
+    if what == "hidden size":
+        config["hidden_size"] = 96
+    elif what == "layers":
+        config["num_hidden_layers"] = 2
+    elif what == "family":
+        config["model_type"] = "gpt2"
+    elif what == "missing shard":
+        shards[1].unlink()
+    elif what == "truncated":
+        shards[0].write_bytes(shards[0].read_bytes()[:-100])
+    elif what == "missing tensor":
+        content = load_file(shards[-1])
+        content.pop(sorted(content)[0])
+        save_file(content, shards[-1], metadata={"format": "pt"})
+    elif what == "vocabulary":
+        config["vocab_size"] = 200
+    elif what == "no config":
+        (directory / "config.json").unlink()
+        return
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("hidden size", "do not fit config.json"),
+        ("layers", "holds model.layers.2."),
+        ("family", "'gpt2'; llama, qwen3"),
+        ("missing shard", "is missing; copy the whole directory again"),
+        ("truncated", "is damaged"),
+        ("missing tensor", "which its config.json describes"),
+        ("vocabulary", "do not fit config.json"),
+        ("no config", "config.json is missing"),
+    ],
+)
+def test_damage_is_named_and_nothing_is_left(make_source, tmp_path, capsys, what, message):
+    source = make_source("llama")
+    damage(source, what)
+    assert run("--hf-dir", source, "--output", tmp_path / "save") == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "save").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_and_a_full_directory(make_source, tmp_path, capsys):
+    source = make_source("llama", vocab_size=200, eos_token_id=None, pad_token_id=None)
+    assert run("--hf-dir", source, "--output", tmp_path / "save") == 2
+    assert "257 tokens and the embedding 200 rows" in capsys.readouterr().err
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert run("--hf-dir", source, "--output", tmp_path / "full") == 2
+    assert "exists" in capsys.readouterr().err
+    assert run("--hf-dir", source, "--output", tmp_path / "save", "--verify", "none") == 0
+    assert "no tokenizer" in capsys.readouterr().out
+
+
+def test_an_unknown_scheme_and_foreign_code_are_refused(make_checkpoint, tmp_path, capsys):
+    export_checkpoint(make_checkpoint(phd_repeat=2), tmp_path / "hf", verify="none")
+    shutil.copytree(tmp_path / "hf", tmp_path / "foreign")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "norm_scheme": "nonsense"}))
+    assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 2
+    assert "norm_scheme='nonsense'" in capsys.readouterr().err
+    code = tmp_path / "foreign" / "modeling_phd.py"
+    code.write_text(code.read_text() + "\n")
+    assert run("--hf-dir", tmp_path / "foreign", "--output", tmp_path / "save") == 2
+    assert "brings its own code" in capsys.readouterr().err
