@@ -80,7 +80,7 @@ ALIASES: dict[str, Alias] = {
     "use_mcore_models": Accept("models are always Megatron-Core's"),
     "use_flash_attn": Accept("--phd-attention-backend auto takes a flash kernel where there is one"),
     "num_experts": Rename("num_moe_experts"),
-    "moe_use_upcycling": Refuse("experts cannot be made from a dense checkpoint", "train the experts from the start"),
+    "moe_use_upcycling": Refuse("training does not change the model", "use import --upcycle-experts"),
     "spec": Refuse("layers come from --norm-scheme and the --phd-* fields", "leave it out"),
     # precision
     "fp8_format": Rename("fp8"),
