@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
 
@@ -126,7 +128,7 @@ def load(
         try:
             # transformers reads the model's configuration for the tokenizer too, and would ask about its code again.
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} cannot be loaded: {str(error).strip()}") from error
         return model, tokenizer
 
@@ -144,11 +146,20 @@ def load_model(directory: Path, named: str | Path, device: str, trust_remote_cod
     if not trust_remote_code:
         check_code(directory)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, trust_remote_code=True, local_files_only=True, dtype="auto"
+        # With sizes that do not match transformers would point to a report in its log.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            trust_remote_code=True,
+            local_files_only=True,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{named} cannot be loaded: {str(error).strip()}") from error
+    for what, problem in (("missing_keys", "lacks"), ("mismatched_keys", "says another shape in config.json than for")):
+        if found := sorted(map(str, info.get(what) or ())):
+            raise UserError(f"{named} cannot be loaded: it {problem} {', '.join(found[:3])}; export or copy it again")
     return model.to(device).eval()
 
 

@@ -14,6 +14,8 @@ from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.verify import VerificationError
 from phd_megatron.norm.schemes import NORM_SCHEMES
 
+from .test_export import works_alone
+
 NATIVE = {
     "pre K=1": "LlamaForCausalLM",
     "pre_qk K=1": "Qwen3ForCausalLM",
@@ -70,6 +72,12 @@ def test_logits_of_every_norm_scheme_in_memory(tmp_path):
 def test_full_verification(rows, tmp_path, name, dtype):
     root, cases = rows
     assert export_checkpoint(root / str(cases[name][0]), tmp_path / "hf", dtype=dtype).verified == "full"
+
+
+def test_experts_work_where_this_package_does_not_exist(rows, tmp_path):
+    root, cases = rows
+    export_checkpoint(root / str(cases["experts hybrid_star K=2"][0]), tmp_path / "hf", verify="none")
+    works_alone(tmp_path)
 
 
 def test_a_layer_that_computes_something_else_is_named(rows, tmp_path, monkeypatch):

@@ -317,6 +317,11 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("phd_megatron
 
 def test_the_directory_works_where_this_package_does_not_exist(make_checkpoint, tmp_path):
     export_checkpoint(make_checkpoint(**PHD), tmp_path / "hf")
+    works_alone(tmp_path)
+
+
+def works_alone(tmp_path):
+    """``tmp_path/hf``, moved, generates in a process that refuses this package and Megatron."""
     moved = tmp_path / "elsewhere" / "my model-1.0"
     moved.parent.mkdir()
     (tmp_path / "hf").rename(moved)

@@ -1,0 +1,52 @@
+"""A damaged exported directory is an error that names what is wrong, in `generate` and in `evaluate`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from phd_megatron.cli.main import main
+from phd_megatron.huggingface.export import export_checkpoint
+
+
+def edit(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(directory):
+    path = sorted(directory.glob("model-*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "truncated": (cut, "cannot be loaded"),
+    "missing shard": (lambda d: sorted(d.glob("model-*.safetensors"))[1].unlink(), "cannot be loaded"),
+    "hidden size": (lambda d: edit(d, hidden_size=48), "says another shape in config.json than for"),
+    "scheme": (lambda d: edit(d, norm_scheme="nonsense"), "norm_scheme='nonsense'"),
+    "policy": (lambda d: edit(d, phd_window=0), "phd_window=0"),
+    "tokenizer": (lambda d: [path.unlink() for path in d.glob("tokenizer*")], "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named(make_checkpoint, tmp_path, capsys, what):
+    fields = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
+    export_checkpoint(make_checkpoint(**fields), tmp_path / "hf", verify="none", max_shard_size="8KB")
+    damage, message = DAMAGE[what]
+    damage(tmp_path / "hf")
+    assert main(["generate", "--checkpoint", str(tmp_path / "hf"), "--prompt", "x", "--max-new-tokens", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error
+    if what != "tokenizer":
+        assert main(["evaluate", "--checkpoint", str(tmp_path / "hf"), "--data-path", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_one_of_its_files(make_checkpoint, tmp_path, capsys):
+    source = make_checkpoint()
+    next(source.glob("iter_*/*.distcp")).unlink()
+    assert main(["export", "--checkpoint", str(source), "--output", str(tmp_path / "hf")]) == 2
+    assert ".distcp" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
