@@ -58,15 +58,14 @@ def delta_kernel(
 
 
 @triton.jit
-def _score_gradient(q, k, v, grad, lse, delta, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Weights and gradient of the scores ``[M, N]``, the latter without the factor ``scale``; ``lse`` in base 2."""
+def _slope(q, k, v, grad, lse, delta, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of the scores ``[M, N]`` without the factor ``scale``; ``lse`` in base 2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32) * (scale * LOG2_E)
     weights = scores - lse[:, None]
     if MASKED:
         weights = tl.where(visible, weights, float("-inf"))
-    weights = tl.math.exp2(weights)
     slope = tl.dot(grad, tl.trans(v), input_precision=PRECISION, out_dtype=tl.float32)
-    return weights, weights * (slope - delta[:, None])
+    return tl.math.exp2(weights) * (slope - delta[:, None])
 
 
 QUERY_TILES = (
@@ -163,14 +162,14 @@ def query_gradient_kernel(
         for begin in range(0, seen_by_all, BLOCK_N):
             k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
             v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
-            _, slope = _score_gradient(q, k, v, g, row_lse, row_delta, True, scale, False, PRECISION)
+            slope = _slope(q, k, v, g, row_lse, row_delta, True, scale, False, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
         for begin in range(seen_by_all, last + 1, BLOCK_N):
             n = begin + near
             k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
             v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
             visible = n[None, :] <= tl.minimum(position, last)[:, None]
-            _, slope = _score_gradient(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
+            slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
     if HIDDEN > 0:
@@ -187,7 +186,7 @@ def query_gradient_kernel(
             visible = valid[None, :] & hidden_visible(
                 position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
             )
-            _, slope = _score_gradient(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
+            slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
     acc = acc * scale
@@ -243,20 +242,24 @@ def _key_gradient_step(
     g = load_tile(grad, query_offsets(token, copy, head, batch, group, grad_strides), inside, True, D, BLOCK_D)
     row_lse = tl.load(lse + packed_base + row, mask=inside, other=float("inf")) * LOG2_E
     row_delta = tl.load(delta + packed_base + row, mask=inside, other=0.0)
+    # Everything is [keys, queries] here: the products that are summed then have the keys, the larger side, as rows, and
+    # take weights and slope from registers as they come.
+    weights = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=tl.float32) * (scale * LOG2_E)
+    weights -= row_lse[None, :]
     if MODE == "causal":
-        visible = key_position[None, :] <= position[:, None]
+        weights = tl.where(key_position[:, None] <= position[None, :], weights, float("-inf"))
     elif MODE == "hidden":
         visible = hidden_visible(
-            position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :], WINDOW, CHUNK
+            position[None, :], copy_number[None, :], key_position[:, None], key_copy[:, None], WINDOW, CHUNK
         )
-    else:
-        visible = True
-    weights, slope = _score_gradient(q, k, v, g, row_lse, row_delta, visible, scale, MODE != "all", PRECISION)
-    slope = slope.to(q.dtype)
-    value_grad = tl.dot(tl.trans(weights.to(g.dtype)), g, value_grad, input_precision=PRECISION, out_dtype=tl.float32)
-    key_grad = tl.dot(tl.trans(slope), q, key_grad, input_precision=PRECISION, out_dtype=tl.float32)
+        weights = tl.where(visible, weights, float("-inf"))
+    weights = tl.math.exp2(weights)
+    slope = tl.dot(v, tl.trans(g), input_precision=PRECISION, out_dtype=tl.float32)
+    slope = (weights * (slope - row_delta[None, :])).to(q.dtype)
+    value_grad = tl.dot(weights.to(g.dtype), g, value_grad, input_precision=PRECISION, out_dtype=tl.float32)
+    key_grad = tl.dot(slope, q, key_grad, input_precision=PRECISION, out_dtype=tl.float32)
     if ATOMIC_DQ:
-        step = tl.dot(slope, k, input_precision=PRECISION, out_dtype=tl.float32) * scale
+        step = tl.dot(tl.trans(slope), k, input_precision=PRECISION, out_dtype=tl.float32) * scale
         column = tl.arange(0, BLOCK_D)
         offsets = query_offsets(token, copy, head, batch, group, query_grad_strides)
         mask = inside[:, None] & (column < D)[None, :]

@@ -73,6 +73,11 @@ def run(argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     device, dtype_name, dtype = device_and_dtype(args)
+    if device.type == "cuda":
+        import torch._dynamo
+
+        # FlexAttention compiles each shape anew; past the limit it would quietly run eagerly.
+        torch._dynamo.config.recompile_limit = 1024
     print(f"{dtype_name} on {device}, {torch.get_num_threads()} CPU threads")
     status, results = 0, []
     for width, policy in itertools.product(args.head_dim, policies):
