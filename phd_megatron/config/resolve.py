@@ -61,6 +61,7 @@ def _resolve_model(model: ModelConfig) -> list[str]:
     if model.norm_scheme in ALIASES:
         alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
         notes.append(f"norm_scheme={model.norm_scheme}: another name of {alias}")
+    notes += _like_another_scheme(model)
     if model.init == "auto":
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
@@ -69,6 +70,18 @@ def _resolve_model(model: ModelConfig) -> list[str]:
         model.transformer["moe_ffn_hidden_size"] = model.ffn_hidden_size
         notes.append(f"moe_ffn_hidden_size={model.ffn_hidden_size}: ffn_hidden_size")
     return notes
+
+
+def _like_another_scheme(model: ModelConfig) -> list[str]:
+    """Schemes that treat some layers otherwise have none of those in a shallow model."""
+    assert model.num_layers is not None  # checked by resolve
+    scheme, pre = norm_scheme(model.norm_scheme), norm_scheme("pre")
+    layers = range(model.num_layers)
+    if model.norm_scheme == "pre" or scheme.embed_norm:
+        return []
+    if any(scheme.plan(i, model.num_layers) != pre.plan(i, model.num_layers) for i in layers):
+        return []
+    return [f"norm_scheme={model.norm_scheme}: with num_layers={model.num_layers} every block is that of pre"]
 
 
 def _resolve_stages(config: RunConfig) -> list[str]:

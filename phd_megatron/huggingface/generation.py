@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
+from phd_megatron.huggingface.loading import load_directory
 
 
 @dataclass(frozen=True)
@@ -139,27 +140,9 @@ def load_model(directory: Path, named: str | Path, device: str, trust_remote_cod
     Raises:
         UserError: for code that is not this package's, unless ``trust_remote_code``, or if it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     if not trust_remote_code:
         check_code(directory)
-    try:
-        # With sizes that do not match transformers would point to a report in its log.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            trust_remote_code=True,
-            local_files_only=True,
-            dtype="auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{named} cannot be loaded: {str(error).strip()}") from error
-    for what, problem in (("missing_keys", "lacks"), ("mismatched_keys", "says another shape in config.json than for")):
-        if found := sorted(map(str, info.get(what) or ())):
-            raise UserError(f"{named} cannot be loaded: it {problem} {', '.join(found[:3])}; export or copy it again")
+    model = load_directory(directory, named)
     return model.to(device).eval()
 
 

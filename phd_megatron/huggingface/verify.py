@@ -20,6 +20,7 @@ from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import megatron_logits
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.loading import load_directory
 from phd_megatron.huggingface.mapping import Rule
 from phd_megatron.phd.kv_policy import KVPolicy
 
@@ -78,22 +79,10 @@ def verify_import(checkpoint: Path, directory: Path, policy: KVPolicy) -> None:
 
 
 def _load(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory, trust_remote_code=True, local_files_only=True, dtype="auto", output_loading_info=True
-        )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            raise VerificationError(f"the export does not load cleanly: {problem} {sorted(info[problem])[:5]}")
-    return model
+        return load_directory(directory, directory.name)
+    except UserError as error:
+        raise VerificationError(f"the directory does not load cleanly: {error}") from error
 
 
 # ---------------------------------------------------------------- tensors

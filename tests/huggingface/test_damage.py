@@ -21,9 +21,11 @@ def cut(directory):
 
 
 DAMAGE = {
-    "truncated": (cut, "cannot be loaded"),
-    "missing shard": (lambda d: sorted(d.glob("model-*.safetensors"))[1].unlink(), "cannot be loaded"),
-    "hidden size": (lambda d: edit(d, hidden_size=48), "says another shape in config.json than for"),
+    "truncated": (cut, "model-00001-of-"),
+    "missing shard": (lambda d: sorted(d.glob("model-*.safetensors"))[1].unlink(), "model-00002-of-"),
+    "hidden size": (lambda d: edit(d, hidden_size=48), "its config.json says another shape for"),
+    "fewer layers": (lambda d: edit(d, num_hidden_layers=2), "its config.json has no place for model.layers.2."),
+    "more layers": (lambda d: edit(d, num_hidden_layers=4), "it lacks model.layers.3."),
     "scheme": (lambda d: edit(d, norm_scheme="nonsense"), "norm_scheme='nonsense'"),
     "policy": (lambda d: edit(d, phd_window=0), "phd_window=0"),
     "tokenizer": (lambda d: [path.unlink() for path in d.glob("tokenizer*")], "tokenizer"),
@@ -46,7 +48,8 @@ def test_damage_is_named(make_checkpoint, tmp_path, capsys, what):
 
 def test_a_checkpoint_without_one_of_its_files(make_checkpoint, tmp_path, capsys):
     source = make_checkpoint()
-    next(source.glob("iter_*/*.distcp")).unlink()
+    missing = next(source.glob("iter_*/*.distcp"))
+    missing.unlink()
     assert main(["export", "--checkpoint", str(source), "--output", str(tmp_path / "hf")]) == 2
-    assert ".distcp" in capsys.readouterr().err
-    assert not (tmp_path / "hf").exists()
+    assert missing.name in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if "hf" in path.name]

@@ -21,6 +21,7 @@ from phd_megatron.config.serialize import assign, dump_yaml, from_dict, load_yam
 from phd_megatron.config.unsupported import UNSUPPORTED, refusals
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
+from phd_megatron.norm.schemes import NORM_SCHEMES
 
 
 def make(**values: Any) -> RunConfig:
@@ -58,6 +59,18 @@ def test_defaults_are_derived_and_told() -> None:
     for word in ("ffn_hidden_size=256", "init_method_std=", "init=megatron"):
         assert any(word in note for note in notes)
     assert resolved(norm_scheme="pre").model.init == "normal"
+
+
+def test_a_scheme_that_a_shallow_model_turns_into_pre_is_told() -> None:
+    def told(scheme: str, layers: int) -> bool:
+        return any(
+            "every block is that of pre" in note for note in resolve(make(norm_scheme=scheme, num_layers=layers))
+        )
+
+    assert {(name, layers) for name in NORM_SCHEMES for layers in (1, 3, 4) if told(name, layers)} == {
+        ("mix_ln", 1),
+        ("mix_ln", 3),
+    }
 
 
 def test_given_values_are_kept() -> None:
