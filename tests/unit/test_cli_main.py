@@ -49,7 +49,7 @@ def test_help_lists_exactly_the_commands_whose_module_exists(
     )
     assert "export" not in available() and "pretrain" in available()
     assert main(["--help"]) == 0
-    assert "Hugging Face directory" not in capsys.readouterr().out
+    assert COMMANDS["export"] not in capsys.readouterr().out
     assert main(["export"]) == 2, "not a traceback about a module"
     assert "unknown command 'export'" in capsys.readouterr().err
 
