@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from phd_megatron.cli.main import main
 from phd_megatron.huggingface import bundle_files
 from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.verify import VerificationError
@@ -78,6 +81,19 @@ def test_experts_work_where_this_package_does_not_exist(rows, tmp_path):
     root, cases = rows
     export_checkpoint(root / str(cases["experts hybrid_star K=2"][0]), tmp_path / "hf", verify="none")
     works_alone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["experts hybrid_star", "experts hybrid_star K=2", "experts in groups K=3"])
+def test_our_own_exports_with_experts_come_back(rows, tmp_path, name):
+    root, cases = rows
+    export_checkpoint(root / str(cases[name][0]), tmp_path / "hf", verify="none")
+    words = ["--hf-dir", str(tmp_path / "hf"), "--output", str(tmp_path / "save"), "--verify", "none"]
+    assert main(["import", *words]) == 0
+    export_checkpoint(tmp_path / "save", tmp_path / "again", verify="tensors")
+    configs = [json.loads((tmp_path / place / "config.json").read_text()) for place in ("hf", "again")]
+    assert configs[0] == configs[1]
+    one, two = (load_file(tmp_path / place / "model.safetensors") for place in ("hf", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_layer_that_computes_something_else_is_named(rows, tmp_path, monkeypatch):

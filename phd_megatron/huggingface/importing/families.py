@@ -53,11 +53,6 @@ def _only_with_experts(name: str, default: Any) -> Any:
     return apply
 
 
-def _our_topk(model: ModelConfig, value: Any) -> None:
-    if "num_moe_experts" in model.transformer:
-        model.transformer["moe_router_topk"] = value
-
-
 def _our_pre_softmax(model: ModelConfig, value: Any) -> None:
     if "num_moe_experts" in model.transformer and not value:
         model.transformer["moe_router_pre_softmax"] = True
@@ -145,7 +140,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_bias": _linear_bias,
             "attention_output_bias": ignored,  # the same switch as mlp_bias, as every export writes it
             "num_experts": _experts_or_none,
-            "num_experts_per_tok": _our_topk,
+            "num_experts_per_tok": _only_with_experts("moe_router_topk", None),
             "moe_intermediate_size": _only_with_experts("moe_ffn_hidden_size", None),
             "mlp_only_layers": _dense_layers,
             "norm_topk_prob": _our_pre_softmax,
