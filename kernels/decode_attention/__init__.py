@@ -71,8 +71,8 @@ def decode_attention(
 
     groups, length = key.size(1), key.size(2)
     packed = copies * (heads // groups)
-    splits = _splits(batch * groups, length, query.device)
-    parts = splits + (policy.repeat > 1)
+    keys = length + (policy.repeat - 1) * hidden[2].size(1)
+    parts = _parts(batch * groups, keys, query.device)
     found = torch.empty(batch * groups, parts, packed, width, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch * groups, parts, packed, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -97,7 +97,7 @@ def decode_attention(
             lse,
         ),
         *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3], hidden[0].stride()[:4], hidden[1].stride()[:4]),
-        *(scale, groups, length, hidden[2].size(1), splits, -(-length // splits)),
+        *(scale, groups, length, hidden[2].size(1), -(-keys // parts)),
         HIDDEN=policy.repeat - 1,
         WINDOW=policy.window,
         CHUNK=policy.chunk or 0,
@@ -150,7 +150,7 @@ def decode_attention_reference(
     return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
 
 
-def _splits(bundles: int, length: int, device: torch.device) -> int:
+def _parts(bundles: int, length: int, device: torch.device) -> int:
     """Parts of the KV length, so that the device is full and no part is too short."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(-(-WAVES * processors // bundles), length // SHORTEST_PART))

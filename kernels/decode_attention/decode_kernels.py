@@ -52,8 +52,7 @@ def split_kernel(
     groups,
     length,  # L
     hidden_length,  # r
-    splits,  # of the originals; with HIDDEN there is one part more
-    part_length,
+    part_length,  # keys of a part, hidden ones counted behind the originals
     COPIES: tl.constexpr,
     RATIO: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -81,24 +80,25 @@ def split_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     near = tl.arange(0, BLOCK_N)
 
-    if part < splits:
-        stop = tl.minimum((part + 1) * part_length, length)
-        keys = key + batch * key_strides[0] + group * key_strides[1]
-        values = value + batch * value_strides[0] + group * value_strides[1]
-        for begin in range(part * part_length, stop, BLOCK_N):
-            n = begin + near
-            valid = n < stop
-            n_position = tl.load(key_position + batch * length + n, mask=valid, other=-1).to(tl.int32)
-            k = load_tile(keys, n.to(tl.int64) * key_strides[2], valid, True, D, BLOCK_D)
-            v = load_tile(values, n.to(tl.int64) * value_strides[2], valid, True, D, BLOCK_D)
-            visible = ((n_position >= 0) & (n_position <= position))[None, :] & inside[:, None]
-            acc, top, total = _step(q, k, v, visible, acc, top, total, scale, PRECISION)
-    elif HIDDEN > 0:
+    start, stop = part * part_length, (part + 1) * part_length
+    stop_original = tl.minimum(stop, length)
+    keys = key + batch * key_strides[0] + group * key_strides[1]
+    values = value + batch * value_strides[0] + group * value_strides[1]
+    for begin in range(start, stop_original, BLOCK_N):
+        n = begin + near
+        valid = n < stop_original
+        n_position = tl.load(key_position + batch * length + n, mask=valid, other=-1).to(tl.int32)
+        k = load_tile(keys, n.to(tl.int64) * key_strides[2], valid, True, D, BLOCK_D)
+        v = load_tile(values, n.to(tl.int64) * value_strides[2], valid, True, D, BLOCK_D)
+        visible = ((n_position >= 0) & (n_position <= position))[None, :] & inside[:, None]
+        acc, top, total = _step(q, k, v, visible, acc, top, total, scale, PRECISION)
+    if HIDDEN > 0:
+        stop_hidden = tl.minimum(stop, length + HIDDEN * hidden_length)
         hidden_keys = hidden_key + batch * hidden_key_strides[0] + group * hidden_key_strides[1]
         hidden_values = hidden_value + batch * hidden_value_strides[0] + group * hidden_value_strides[1]
-        for begin in range(0, HIDDEN * hidden_length, BLOCK_N):
-            entry = begin + near
-            valid = entry < HIDDEN * hidden_length
+        for begin in range(tl.maximum(start, length), stop_hidden, BLOCK_N):
+            entry = begin + near - length
+            valid = entry < stop_hidden - length
             n_copy, slot = entry // hidden_length, entry % hidden_length
             n_position = tl.load(hidden_position + batch * hidden_length + slot, mask=valid, other=-1).to(tl.int32)
             key_at = n_copy.to(tl.int64) * hidden_key_strides[2] + slot * hidden_key_strides[3]

@@ -97,8 +97,8 @@ BACKENDS = {
         _triton,
     ),
     "sdpa_triton": Backend(
-        "the vendor's causal kernel, the local part and the merge in one Triton kernel",
-        "fused:sdpa_triton_attention",
+        "the vendor's causal kernel for each copy, and one Triton kernel for the hidden window and the merge",
+        "beside:sdpa_triton_attention",
         None,
         _triton,
     ),

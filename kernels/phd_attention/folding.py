@@ -15,10 +15,18 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x``, or a copy where a vendor's kernel could not read it: dense rows that start at multiples of 16 bytes."""
+    step = max(1, 16 // x.element_size())
+    aligned = all(size == 1 or stride % step == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    usable = aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    return x if usable else x.clone(memory_format=torch.contiguous_format)
+
+
 def fold_queries(x: Tensor, groups: int) -> Tensor:
     """Queries ``[Kq, s, b, heads, d]`` to ``[b * groups, s, Kq, r, d]``."""
     x = x.unflatten(3, (groups, x.size(3) // groups)).permute(2, 3, 1, 0, 4, 5)  # [b, g, s, Kq, r, d]
-    return unit_stride(x.reshape(-1, *x.shape[2:]))
+    return dense(x.reshape(-1, *x.shape[2:]))
 
 
 def unfold_queries(x: Tensor, batch: int) -> Tensor:
@@ -30,7 +38,7 @@ def unfold_queries(x: Tensor, batch: int) -> Tensor:
 def fold_keys(x: Tensor) -> Tensor:
     """Keys or values ``[copies, s, b, groups, d]`` to ``[b * groups, s, copies, d]``."""
     x = x.permute(2, 3, 1, 0, 4)
-    return unit_stride(x.reshape(-1, *x.shape[2:]))
+    return dense(x.reshape(-1, *x.shape[2:]))
 
 
 def unfold_keys(x: Tensor, batch: int) -> Tensor:
@@ -40,7 +48,7 @@ def unfold_keys(x: Tensor, batch: int) -> Tensor:
 
 def as_heads(x: Tensor) -> Tensor:
     """Folded ``[G, s, Kq, r, d]`` as part (a) takes it, ``[G, Kq * r, s, d]``."""
-    return unit_stride(x.flatten(2, 3).transpose(1, 2))
+    return dense(x.flatten(2, 3).transpose(1, 2))
 
 
 def as_rows(x: Tensor, copies: int) -> Tensor:

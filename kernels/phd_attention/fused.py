@@ -1,4 +1,4 @@
-"""PHD attention in Triton: the whole of it (``triton``), or the hidden window beside a vendor kernel (``sdpa_triton``).
+"""PHD attention in one Triton kernel (backend ``triton``).
 
 The kernels are in :mod:`.fused_forward` and :mod:`.fused_backward`; here they get their tensors and autograd.
 """
@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from phd_megatron.kernels.triton_support import block_of, precision
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from .causal import Call
-from .folding import as_heads, fold_keys, fold_queries, unit_stride
+from .folding import unit_stride
 from .fused_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
 from .fused_forward import forward_kernel
 
@@ -109,19 +108,14 @@ class Problem(NamedTuple):
         return x.unflatten(3, (self.groups, self.ratio)).stride()[:5]
 
 
-def fused_forward(
-    query: Tensor, keys: Keys, problem: Problem, part: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output like ``query`` and its packed log-sum-exp; ``part`` is what a vendor kernel found over the originals."""
+def fused_forward(query: Tensor, keys: Keys, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output like ``query`` and its packed log-sum-exp."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(problem.batch * problem.groups, problem.packed, dtype=torch.float32, device=query.device)
-    part_out, part_lse = (out, lse) if part is None else part
-    part_strides = ((0,) * 5,) * 2 if part is None else (part_out.stride()[:5], part_lse.stride()[:5])
     forward_kernel[problem.query_grid](
-        *(query, *keys, part_out, part_lse, out, lse),
-        *(problem.grouped(query), *keys.strides(), *part_strides, problem.grouped(out)),
+        *(query, *keys, out, lse),
+        *(problem.grouped(query), *keys.strides(), problem.grouped(out)),
         *(problem.scale, problem.groups, *problem.places()),
-        ORIGINALS=part is None,
         **problem.constants(query.dtype),
     )
     return out, lse
@@ -136,8 +130,6 @@ def fused_backward(
     into: Keys,
     problem: Problem,
     *,
-    part_grad: Tensor | None = None,
-    originals: bool = True,
     deterministic: bool = True,
 ) -> Tensor:
     """dq; gradients of keys and values are written into ``into``."""
@@ -154,14 +146,10 @@ def fused_backward(
     if deterministic:
         query_grad = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         total = query_grad[:0]  # nothing is added up, and tuning must not clear what was found
-        part = query_grad if part_grad is None else part_grad
-        part_strides = (0,) * 5 if part_grad is None else part.stride()[:5]
         query_gradient_kernel[problem.query_grid](
-            *(query, *keys, *shared, part, query_grad),
-            *(problem.grouped(query), *keys.strides(), problem.grouped(grad), part_strides),
-            problem.grouped(query_grad),
+            *(query, *keys, *shared, query_grad),
+            *(problem.grouped(query), *keys.strides(), problem.grouped(grad), problem.grouped(query_grad)),
             *(problem.scale, problem.groups, *problem.places()),
-            ORIGINALS=originals,
             **constants,
         )
     else:
@@ -171,15 +159,14 @@ def fused_backward(
         entries = (problem.rows.length + max(problem.rows.halos)) * (problem.policy.repeat - 1)
 
     def key_grid(meta: dict[str, Any]) -> tuple[int, int]:
-        own = -(-length // meta["BLOCK_N"]) if originals else 0
-        return own + len(problem.rows.starts) * -(-entries // meta["BLOCK_N"]), bundles
+        hidden = len(problem.rows.starts) * -(-entries // meta["BLOCK_N"])
+        return -(-length // meta["BLOCK_N"]) + hidden, bundles
 
     key_gradient_kernel[key_grid](
         *(query, *keys, *shared, total, *into),
         *(problem.grouped(query), *keys.strides(), problem.grouped(grad), problem.grouped(query_grad)),
         *into.strides(),
         *(problem.scale, problem.groups, length, *problem.places(), entries),
-        ORIGINALS=originals,
         ATOMIC_DQ=not deterministic,
         **constants,
     )
@@ -225,58 +212,3 @@ class _Fused(torch.autograd.Function):
         keys, into = Keys.of(key, value), Keys.of(key_grad, value_grad)
         query_grad = fused_backward(grad, query, keys, out, lse, into, ctx.problem, deterministic=ctx.deterministic)
         return query_grad, key_grad, value_grad, None, None, None
-
-
-def sdpa_triton_attention(
-    query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, *, scale: float | None = None
-) -> Tensor:
-    """The vendor's causal kernel over the originals; one Triton launch adds the hidden window and merges.
-
-    Shapes as :func:`sdpa_attention`'s, whose plain torch part (b) it replaces: scores of hidden keys and the two
-    parts' outputs are not written to memory one by one.
-    """
-    scale = query.size(-1) ** -0.5 if scale is None else scale
-    return _Beside.apply(query, key, value, policy, scale)
-
-
-class _Beside(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
-        query, key, value = (unit_stride(x) for x in (query, key, value))
-        copies, _, batch, _, _ = query.shape
-        groups = key.size(3)
-        problem = Problem.of(query, groups, policy, Rows(query.size(1)), scale)
-        q = as_heads(fold_queries(query, groups))  # [b * groups, Kq * ratio, s, d]
-        kv = torch.stack([fold_keys(x[:1]).transpose(1, 2) for x in (key, value)])  # [2, b * groups, 1, s, d]
-        part_out, part_lse, call = Call.run(q, kv, scale, causal=True)
-        part = (_as_queries(part_out, batch, copies), _as_queries(part_lse, batch, copies))
-        out, lse = fused_forward(query, Keys.of(key, value), problem, part)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.problem, ctx.call = problem, call
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        groups, batch, copies = problem.groups, problem.batch, problem.copies
-        q, out_heads, grad_heads = (as_heads(fold_queries(x, groups)) for x in (query, out, grad))
-        kv = torch.stack([fold_keys(x[:1]).transpose(1, 2) for x in (key, value)])
-        lse_heads = lse.view(batch * groups, query.size(1), -1).mT.contiguous()  # [b * groups, Kq * ratio, s]
-        part_grad, *part_keys = ctx.call.backward(grad_heads, q, kv, out_heads, lse_heads, problem.scale)
-        key_grad, value_grad = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-        for target, found in ((key_grad, part_keys[0]), (value_grad, part_keys[1])):
-            target[0] = found.view(batch, groups, -1, problem.width).permute(2, 0, 1, 3)
-        part = _as_queries(unit_stride(part_grad), batch, copies)
-        keys, into = Keys.of(key, value), Keys.of(key_grad, value_grad)
-        if problem.policy.repeat == 1:
-            return part.flatten(3, 4), key_grad, value_grad, None, None
-        query_grad = fused_backward(grad, query, keys, out, lse, into, problem, part_grad=part, originals=False)
-        return query_grad, key_grad, value_grad, None, None
-
-
-def _as_queries(x: Tensor, batch: int, copies: int) -> Tensor:
-    """``[b * groups, Kq * ratio, s, ...]`` to a view ``[Kq, s, b, groups, ratio, ...]``."""
-    split = x.unflatten(1, (copies, -1)).unflatten(0, (batch, -1))  # [b, groups, Kq, ratio, s, ...]
-    return split.permute(2, 4, 0, 1, 3, *range(5, split.dim()))

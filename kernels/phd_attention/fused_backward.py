@@ -96,7 +96,6 @@ def query_gradient_kernel(
     grad,  # of the output
     lse,
     delta,
-    part_grad,  # dq of a vendor kernel's part (a), like query; read only without ORIGINALS
     query_grad,
     query_strides,
     key_strides,
@@ -104,7 +103,6 @@ def query_gradient_kernel(
     hidden_key_strides,
     hidden_value_strides,
     grad_strides,
-    part_grad_strides,
     query_grad_strides,
     scale,
     groups,
@@ -113,7 +111,6 @@ def query_gradient_kernel(
     hidden_starts,
     hidden_bases,
     SLICES: tl.constexpr,
-    ORIGINALS: tl.constexpr,
     COPIES: tl.constexpr,
     RATIO: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -153,24 +150,23 @@ def query_gradient_kernel(
     row_delta = tl.load(delta + packed, mask=inside, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    if ORIGINALS:
-        near = tl.arange(0, BLOCK_N)
-        key += bundle_offset(batch, group, key_strides)
-        value += bundle_offset(batch, group, value_strides)
-        key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
-        seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
-        for begin in range(0, seen_by_all, BLOCK_N):
-            k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
-            v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
-            slope = _slope(q, k, v, g, row_lse, row_delta, True, scale, False, PRECISION)
-            acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
-        for begin in range(seen_by_all, last + 1, BLOCK_N):
-            n = begin + near
-            k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
-            v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
-            visible = n[None, :] <= tl.minimum(position, last)[:, None]
-            slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
-            acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
+    near = tl.arange(0, BLOCK_N)
+    key += bundle_offset(batch, group, key_strides)
+    value += bundle_offset(batch, group, value_strides)
+    key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
+    seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
+    for begin in range(0, seen_by_all, BLOCK_N):
+        k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
+        v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
+        slope = _slope(q, k, v, g, row_lse, row_delta, True, scale, False, PRECISION)
+        acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
+    for begin in range(seen_by_all, last + 1, BLOCK_N):
+        n = begin + near
+        k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
+        v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
+        visible = n[None, :] <= tl.minimum(position, last)[:, None]
+        slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
+        acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
     if HIDDEN > 0:
         low = tl.maximum(first_hidden(first, WINDOW, CHUNK), hidden_start)
@@ -189,11 +185,9 @@ def query_gradient_kernel(
             slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
-    acc = acc * scale
-    if not ORIGINALS:
-        part_at = query_offsets(token, copy, head, batch, group, part_grad_strides)
-        acc += load_tile(part_grad, part_at, inside, True, D, BLOCK_D).to(tl.float32)
-    store_tile(query_grad, query_offsets(token, copy, head, batch, group, query_grad_strides), acc, inside, D, BLOCK_D)
+    store_tile(
+        query_grad, query_offsets(token, copy, head, batch, group, query_grad_strides), acc * scale, inside, D, BLOCK_D
+    )
 
 
 @triton.jit
@@ -303,7 +297,6 @@ def key_gradient_kernel(
     hidden_bases,
     hidden_entries,  # most packed hidden keys of a slice, its halo included
     SLICES: tl.constexpr,
-    ORIGINALS: tl.constexpr,
     ATOMIC_DQ: tl.constexpr,
     COPIES: tl.constexpr,
     RATIO: tl.constexpr,
@@ -323,7 +316,7 @@ def key_gradient_kernel(
     batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
     packed = tl.program_id(1).to(tl.int64) * (SLICES * rows)
     index = tl.program_id(0)
-    original_tiles = tl.cdiv(keys, BLOCK_N) if ORIGINALS else 0
+    original_tiles = tl.cdiv(keys, BLOCK_N)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 

@@ -18,24 +18,9 @@ from .fused_tiles import (
     load_tile,
     packed_queries,
     query_offsets,
+    softmax_step,
     store_tile,
 )
-
-
-@triton.jit
-def _softmax_step(q, k, v, visible, out, top, total, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """Add one tile of keys to the running (unnormalised output, row maximum, row sum); scores are in base 2."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32) * scale  # [M, N]
-    if MASKED:
-        scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every row has seen its own original, or part (a)
-    weights = tl.math.exp2(scores - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    out = out * shrink[:, None]
-    out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=tl.float32)
-    return out, new_top, total
-
 
 TILES = (
     Tile({"BLOCK_M": 128, "BLOCK_N": 64}, warps=8, stages=3),
@@ -55,8 +40,6 @@ def forward_kernel(
     value,
     hidden_key,  # [K - 1, hidden rows, b, groups, d]
     hidden_value,
-    part_out,  # part (a) of a vendor kernel, like query, and its lse; read only without ORIGINALS
-    part_lse,
     out,  # like query
     lse,  # [b * groups, SLICES * slice_length * Kq * ratio] float32, packed rows, natural logarithm
     query_strides,
@@ -64,8 +47,6 @@ def forward_kernel(
     value_strides,
     hidden_key_strides,
     hidden_value_strides,
-    part_out_strides,
-    part_lse_strides,
     out_strides,
     scale,  # factor on the scores
     groups,
@@ -74,7 +55,6 @@ def forward_kernel(
     hidden_starts,  # position of the hidden row that hidden_bases names: the slice's start less its halo
     hidden_bases,
     SLICES: tl.constexpr,
-    ORIGINALS: tl.constexpr,  # False: merge the hidden window into a vendor kernel's part (a)
     COPIES: tl.constexpr,  # Kq
     RATIO: tl.constexpr,  # query heads of a KV group
     HIDDEN: tl.constexpr,  # K - 1
@@ -110,31 +90,24 @@ def forward_kernel(
     last = start + (tl.minimum(first_row + BLOCK_M, rows) - 1) // PACK
     q = load_tile(query, query_offsets(token, copy, head, batch, group, query_strides), inside, True, D, BLOCK_D)
 
-    if ORIGINALS:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        near = tl.arange(0, BLOCK_N)
-        key += bundle_offset(batch, group, key_strides)
-        value += bundle_offset(batch, group, value_strides)
-        key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
-        seen_by_all = (first + 1) // BLOCK_N * BLOCK_N  # keys before it need no mask
-        for begin in range(0, seen_by_all, BLOCK_N):
-            k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
-            v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
-            acc, top, total = _softmax_step(q, k, v, True, acc, top, total, scale, False, PRECISION)
-        for begin in range(seen_by_all, last + 1, BLOCK_N):
-            n = begin + near
-            k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
-            v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
-            visible = n[None, :] <= tl.minimum(position, last)[:, None]
-            acc, top, total = _softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
-    else:
-        out_at = query_offsets(token, copy, head, batch, group, part_out_strides)
-        acc = load_tile(part_out, out_at, inside, True, D, BLOCK_D).to(tl.float32)
-        lse_at = query_offsets(token, copy, head, batch, group, part_lse_strides)
-        top = tl.load(part_lse + lse_at, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    near = tl.arange(0, BLOCK_N)
+    key += bundle_offset(batch, group, key_strides)
+    value += bundle_offset(batch, group, value_strides)
+    key_step, value_step = tl.cast(key_strides[1], tl.int64), tl.cast(value_strides[1], tl.int64)
+    seen_by_all = (first + 1) // BLOCK_N * BLOCK_N  # keys before it need no mask
+    for begin in range(0, seen_by_all, BLOCK_N):
+        k = load_tile(key + begin * key_step, near * key_strides[1], near >= 0, False, D, BLOCK_D)
+        v = load_tile(value + begin * value_step, near * value_strides[1], near >= 0, False, D, BLOCK_D)
+        acc, top, total = softmax_step(q, k, v, True, acc, top, total, scale, False, PRECISION)
+    for begin in range(seen_by_all, last + 1, BLOCK_N):
+        n = begin + near
+        k = load_tile(key + begin * key_step, near * key_strides[1], n <= last, True, D, BLOCK_D)
+        v = load_tile(value + begin * value_step, near * value_strides[1], n <= last, True, D, BLOCK_D)
+        visible = n[None, :] <= tl.minimum(position, last)[:, None]
+        acc, top, total = softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
 
     if HIDDEN > 0:
         low = tl.maximum(first_hidden(first, WINDOW, CHUNK), hidden_start)
@@ -150,7 +123,7 @@ def forward_kernel(
             visible = valid[None, :] & hidden_visible(
                 position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
             )
-            acc, top, total = _softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
+            acc, top, total = softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
 
     store_at = query_offsets(token, copy, head, batch, group, out_strides)
     store_tile(out, store_at, acc / total[:, None], inside, D, BLOCK_D)

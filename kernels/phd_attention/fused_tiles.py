@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TUNING_KEY = ("ORIGINALS", "COPIES", "RATIO", "HIDDEN", "BLOCK_D")  # and the types, which Triton adds by itself
+TUNING_KEY = ("COPIES", "RATIO", "HIDDEN", "BLOCK_D")  # and the types, which Triton adds by itself
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -96,3 +96,18 @@ def last_hidden_query(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
     if CHUNK > 0:
         last = tl.minimum(last, position // CHUNK * CHUNK + (CHUNK - 1))
     return last
+
+
+@triton.jit
+def softmax_step(q, k, v, visible, out, top, total, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Add one tile of keys to the running (unnormalised output, row maximum, row sum); scores are in base 2."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32) * scale  # [M, N]
+    if MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))  # finite: rows see their own original first, or start from its part
+    weights = tl.math.exp2(scores - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    out = out * shrink[:, None]
+    out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION, out_dtype=tl.float32)
+    return out, new_top, total

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .causal import SINGLE, Three, causal_kernel
-from .folding import as_heads, as_rows, fold_keys, fold_queries, unfold_keys, unfold_queries, unit_stride
+from .folding import as_heads, as_rows, dense, fold_keys, fold_queries, unfold_keys, unfold_queries
 from .local import local_backward, local_forward, local_plan
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def _vanilla(query: Tensor, key: Tensor, value: Tensor) -> Three:
     """
     q, k, v = (x[0].permute(1, 2, 0, 3) for x in (query, key, value))
     if query.device.type == "cpu":
-        return unit_stride(q), k.contiguous(), v.contiguous()
-    return unit_stride(q), unit_stride(k), unit_stride(v)
+        return dense(q), k.contiguous(), v.contiguous()
+    return dense(q), dense(k), dense(v)
 
 
 class _PHDAttention(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _PHDAttention(torch.autograd.Function):
         q, key, value, result, lse = ctx.saved_tensors
         policy, scale, kernel, extra = ctx.policy, ctx.scale, ctx.kernel, ctx.extra
         if policy.repeat == 1:
-            out, gradient = result[0].permute(1, 2, 0, 3), unit_stride(grad[0].permute(1, 2, 0, 3))
+            out, gradient = result[0].permute(1, 2, 0, 3), dense(grad[0].permute(1, 2, 0, 3))
             grads = kernel.backward(gradient, q, key, value, out, lse, extra, scale)
             return *(x.permute(2, 0, 1, 3).unsqueeze(0) for x in grads), None, None
         copies, length, batch, _, _ = result.shape

@@ -14,7 +14,6 @@ from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
     add_common_flags,
-    captured,
     check_counts,
     copy_contender,
     device_and_dtype,
@@ -136,7 +135,7 @@ def _contenders(inputs: list[tuple[Any, list[Any]]], kernel: bool, device: Any) 
     def vendor() -> Any:
         return scaled_dot_product_attention(rows, key, value, enable_gqa=rows.size(1) > key.size(1))
 
-    contenders = [Contender(f"{VANILLA}, torch SDPA", {STEP: captured(vendor, device)})]
+    contenders = [Contender(f"{VANILLA}, torch SDPA", {STEP: vendor})]
     for policy, given in inputs:
         ways = [("definition", decode_attention_reference)] + ([("kernel", decode_attention)] if kernel else [])
         for name, attend in ways:
@@ -144,7 +143,7 @@ def _contenders(inputs: list[tuple[Any, list[Any]]], kernel: bool, device: Any) 
             def step(attend: Any = attend, given: Any = given, policy: Any = policy) -> Any:
                 return attend(*given, policy)
 
-            contenders.append(Contender(f"{policy.name}, {name}", {STEP: captured(step, device)}))
+            contenders.append(Contender(f"{policy.name}, {name}", {STEP: step}))
     return contenders
 
 

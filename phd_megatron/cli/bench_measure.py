@@ -31,7 +31,8 @@ class Contender:
     Attributes:
         times: per step, elapsed milliseconds of each round.
         cpu_times: the same in CPU time of this process; zeros on CUDA.
-        peak_bytes: most CUDA memory in use during the last step beyond what was in use before; None on a CPU.
+        peak_bytes: most CUDA memory in use during the last of its steps beyond what was in use before; None on a CPU.
+        eager: why its steps are launched one operation at a time on CUDA, or None where they are CUDA graphs.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Contender:
     times: dict[str, list[float]] = field(default_factory=dict)
     cpu_times: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
+    eager: str | None = None
     repeats: dict[str, int] = field(default_factory=dict)  # on CUDA, steps of one measurement
 
     def median(self, step: str, cpu: bool = False) -> float:
@@ -84,26 +86,41 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[Any, str, Any]:
 
 
 def measure(contenders: Sequence[Contender], rounds: int, device: Any) -> None:
-    """Time every step in interleaved rounds, each of which starts with another contender; the first only warms up."""
-    import torch
+    """Time every step in interleaved rounds, each of which starts with another contender; the first only warms up.
 
+    On CUDA steps are replayed as graphs, so that what the device needs is timed, not Python.
+    """
     for turn in range(rounds + 1):
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
-            for name, step in contender.steps.items():
+            for name, step in list(contender.steps.items()):
                 if not turn:  # compiles and tunes, then says how many steps make a measurement
                     step()
+                    if device.type == "cuda":
+                        contender.steps[name] = step = _prepared(contender, step, device)
                     single, _ = _timed(step, device, 1)
                     contender.repeats[name] = max(1, min(STEPS, round(ENOUGH / max(single, 1e-3))))
                     continue
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                    before = torch.cuda.memory_allocated(device)
                 wall, cpu = _timed(step, device, contender.repeats[name])
                 contender.times.setdefault(name, []).append(wall)
                 contender.cpu_times.setdefault(name, []).append(cpu)
-                if device.type == "cuda":
-                    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+
+
+def _prepared(contender: Contender, step: Step, device: Any) -> Step:
+    """Note the memory that a step takes, and make a CUDA graph of it where that can be done."""
+    import torch
+
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+    try:
+        return captured(step, device)
+    except RuntimeError as error:
+        contender.eager = str(error).splitlines()[0]
+        torch.cuda.synchronize(device)
+        return step
 
 
 def _timed(step: Step, device: Any, repeats: int) -> tuple[float, float]:

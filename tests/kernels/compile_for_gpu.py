@@ -89,12 +89,13 @@ def put_in_place(module: Any, every_tile: bool) -> None:
 
 def attention(dtype: torch.dtype, width: int, every_tile: bool) -> None:
     """The fused kernel and the one beside a vendor's, with grouped queries and three copies."""
-    from phd_megatron.kernels.phd_attention import fused
+    from phd_megatron.kernels.phd_attention import beside, fused, window
     from phd_megatron.phd.kv_policy import KVPolicy
 
-    put_in_place(fused, every_tile)
+    for module in (fused, window):
+        put_in_place(module, every_tile)
     policy = KVPolicy(3, 16, 32)
-    for attend in (fused.triton_attention, fused.sdpa_triton_attention):
+    for attend in (fused.triton_attention, beside.sdpa_triton_attention):
         leaves = [torch.zeros(3, 128, 1, heads, width, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
         attend(*leaves, policy).sum().backward()
     if every_tile:

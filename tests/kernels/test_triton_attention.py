@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set, and there is no GPU", allow_module_level=True)
 
-from phd_megatron.kernels.phd_attention import fused, phd_attention
+from phd_megatron.kernels.phd_attention import fused, phd_attention, window
 from phd_megatron.kernels.phd_attention.fused import triton_attention
 from phd_megatron.kernels.phd_attention.fused_tiles import first_hidden, hidden_visible, last_hidden_query
 from phd_megatron.kernels.triton_support import FixedTile
@@ -56,6 +56,7 @@ CASES = [
     Case(KVPolicy(3, 9, 4), 23, copies=1),  # window > chunk; pruned last layer
     Case(KVPolicy(4, 3, 7), 18, copies=2, groups=2, ratio=1),  # a chunk that divides nothing
     Case(KVPolicy(5, 20), 13, ratio=1),  # window > sequence, no chunks
+    Case(KVPolicy(18, 3, 4), 6, ratio=1),  # one position has more hidden keys than a tile
     Case(KVPolicy(2, 16, 32), 1, groups=2, batch=2),  # one token
 ]
 WIDE = [
@@ -72,8 +73,7 @@ FULL = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16 x 16 in the interpreter."""
-    for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
-        kernel = getattr(fused, name)
+    for kernel in [x for module in (fused, window) for x in vars(module).values()]:
         if isinstance(kernel, FixedTile):
             monkeypatch.setattr(kernel, "constants", {"BLOCK_M": 16, "BLOCK_N": 16})
     yield
