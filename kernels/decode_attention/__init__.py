@@ -17,7 +17,8 @@ from phd_megatron.kernels.triton_support import block_of, precision, triton_prob
 from phd_megatron.phd.kv_policy import KVPolicy
 
 WAVES = 2  # programs per multiprocessor to aim at
-SHORTEST_PART = 256  # keys; shorter parts cost more to put together than they save
+TILE = 64  # keys: parts begin at multiples of it, and hidden keys behind the originals' last tile
+SHORTEST_PART = 2  # tiles; shorter parts cost more to put together than they save
 WIDEST = 256  # head dimension
 
 
@@ -71,8 +72,8 @@ def decode_attention(
 
     groups, length = key.size(1), key.size(2)
     packed = copies * (heads // groups)
-    keys = length + (policy.repeat - 1) * hidden[2].size(1)
-    parts = _parts(batch * groups, keys, query.device)
+    tiles = -(-length // TILE) + -(-(policy.repeat - 1) * hidden[2].size(1) // TILE)
+    each, parts = _parts(batch * groups, tiles, query.device)
     found = torch.empty(batch * groups, parts, packed, width, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch * groups, parts, packed, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -97,11 +98,12 @@ def decode_attention(
             lse,
         ),
         *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3], hidden[0].stride()[:4], hidden[1].stride()[:4]),
-        *(scale, groups, length, hidden[2].size(1), -(-keys // parts)),
+        *(scale, groups, length, hidden[2].size(1), each),
         HIDDEN=policy.repeat - 1,
         WINDOW=policy.window,
         CHUNK=policy.chunk or 0,
         PRECISION=precision(query.dtype),
+        TILE=TILE,
         BLOCK_M=block_of(packed),
         **shared,
     )
@@ -150,10 +152,12 @@ def decode_attention_reference(
     return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
 
 
-def _parts(bundles: int, length: int, device: torch.device) -> int:
-    """Parts of the KV length, so that the device is full and no part is too short."""
+def _parts(bundles: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Tiles of a part, and parts, so that the device is full and no part is too short."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(-(-WAVES * processors // bundles), length // SHORTEST_PART))
+    wanted = max(1, WAVES * processors // bundles)
+    each = max(SHORTEST_PART, -(-tiles // wanted))
+    return each, -(-tiles // each)
 
 
 def _checked_hidden(

@@ -52,12 +52,13 @@ def split_kernel(
     groups,
     length,  # L
     hidden_length,  # r
-    part_length,  # keys of a part, hidden ones counted behind the originals
+    part_tiles,  # tiles of a part
     COPIES: tl.constexpr,
     RATIO: tl.constexpr,
     HIDDEN: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,  # keys; hidden ones are counted behind the originals' last tile
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,7 +81,7 @@ def split_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     near = tl.arange(0, BLOCK_N)
 
-    start, stop = part * part_length, (part + 1) * part_length
+    start, stop = part * part_tiles * TILE, (part + 1) * part_tiles * TILE
     stop_original = tl.minimum(stop, length)
     keys = key + batch * key_strides[0] + group * key_strides[1]
     values = value + batch * value_strides[0] + group * value_strides[1]
@@ -93,12 +94,13 @@ def split_kernel(
         visible = ((n_position >= 0) & (n_position <= position))[None, :] & inside[:, None]
         acc, top, total = _step(q, k, v, visible, acc, top, total, scale, PRECISION)
     if HIDDEN > 0:
-        stop_hidden = tl.minimum(stop, length + HIDDEN * hidden_length)
+        first_hidden = tl.cdiv(length, TILE) * TILE
+        stop_hidden = tl.minimum(stop - first_hidden, HIDDEN * hidden_length)
         hidden_keys = hidden_key + batch * hidden_key_strides[0] + group * hidden_key_strides[1]
         hidden_values = hidden_value + batch * hidden_value_strides[0] + group * hidden_value_strides[1]
-        for begin in range(tl.maximum(start, length), stop_hidden, BLOCK_N):
-            entry = begin + near - length
-            valid = entry < stop_hidden - length
+        for begin in range(tl.maximum(start - first_hidden, 0), stop_hidden, BLOCK_N):
+            entry = begin + near
+            valid = entry < stop_hidden
             n_copy, slot = entry // hidden_length, entry % hidden_length
             n_position = tl.load(hidden_position + batch * hidden_length + slot, mask=valid, other=-1).to(tl.int32)
             key_at = n_copy.to(tl.int64) * hidden_key_strides[2] + slot * hidden_key_strides[3]

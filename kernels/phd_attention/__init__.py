@@ -99,7 +99,7 @@ BACKENDS = {
     "sdpa_triton": Backend(
         "the vendor's causal kernel for each copy, and one Triton kernel for the hidden window and the merge",
         "beside:sdpa_triton_attention",
-        None,
+        "beside_context_parallel:sdpa_triton_context_parallel",
         _triton,
     ),
 }

@@ -88,7 +88,7 @@ class _Beside(torch.autograd.Function):
         if first:
             query_grad[0].copy_(dqs[0].permute(2, 0, 1, 3))
         for target, found in ((key_grad, dks), (value_grad, dvs)):
-            target[0].copy_(_total(found).permute(2, 0, 1, 3))
+            _add_up([x.permute(2, 0, 1, 3) for x in found], target[0])
         Window(ctx.policy, ctx.scale).backward(
             _grouped(grad[first:], groups),
             _grouped(query[first:], groups),
@@ -114,6 +114,9 @@ def _lse_rows(lse: Tensor, groups: int, length: int) -> Tensor:
     return lse[..., :length].unflatten(2, (groups, -1)).movedim(4, 1)
 
 
-def _total(found: tuple[Tensor, ...]) -> Tensor:
-    """Sum over copies, rounded once."""
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+def _add_up(found: list[Tensor], target: Tensor) -> None:
+    """Sum over copies into ``target``, rounded once."""
+    if len(found) == 2:
+        torch.add(*found, out=target)
+    else:
+        torch.sum(torch.stack(found), 0, out=target)

@@ -16,7 +16,7 @@ ranks are fetched a second time then, because keeping them would need the memory
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +55,65 @@ def sdpa_context_parallel(
     Raises:
         ValueError: if ``policy`` cannot be exact on slices of this length.
     """
+    return attend_over_ranks(query, key, value, policy, context, scale, TorchWindow)
+
+
+class SliceWindow(Protocol):
+    """Part (b) of one slice: hidden queries over hidden keys, with ``halo`` positions of keys before the slice.
+
+    Tensors are folded: queries ``[G, rows, J, r, d]``, keys ``[G, halo + rows, K - 1, d]``.
+    """
+
+    def __init__(self, policy: KVPolicy, scale: float, start: int, halo: int) -> None: ...
+
+    def merge(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Make ``out`` and ``lse [G, rows, J, r]`` those of the union with the hidden keys, in place."""
+
+    def gradients(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, query_grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dk and dv of the hidden keys; dq is added to ``query_grad``."""
+
+
+class TorchWindow(NamedTuple):
+    """:class:`SliceWindow` in plain torch."""
+
+    policy: KVPolicy
+    scale: float
+    start: int
+    halo: int
+
+    def _plan(self, query: Tensor) -> Blocks | None:
+        return local_plan(self.policy, query.size(1), self.start, self.halo)
+
+    def merge(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        found, total, top = local_forward(query, key, value, self._plan(query), self.scale)
+        _merge(out, lse, found / total, (total.log() + top).squeeze(-1))
+
+    def gradients(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, query_grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        accumulate = torch.promote_types(query.dtype, torch.float32)
+        delta = (grad.to(accumulate) * out.to(accumulate)).sum(-1, keepdim=True)
+        more, key_grad, value_grad = local_backward(
+            grad, query, key, value, lse.unsqueeze(-1), delta, self._plan(query), self.scale
+        )
+        query_grad += more
+        return key_grad, value_grad
+
+
+def attend_over_ranks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    policy: KVPolicy,
+    context: ContextParallel,
+    scale: float | None,
+    window: type[SliceWindow],
+) -> Tensor:
+    """:func:`sdpa_context_parallel` with part (b) by ``window``."""
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return _ContextParallelAttention.apply(query, key, value, policy, context, scale)
+    return _ContextParallelAttention.apply(query, key, value, policy, context, scale, window)
 
 
 class _ContextParallelAttention(torch.autograd.Function):
@@ -69,6 +126,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         policy: KVPolicy,
         context: ContextParallel,
         scale: float,
+        window: type[SliceWindow],
     ) -> Tensor:
         copies, rows, batch, _, _ = query.shape
         shape = _Shape(policy, context, rows)
@@ -90,10 +148,8 @@ class _ContextParallelAttention(torch.autograd.Function):
             for index, part in enumerate(shape.parts):
                 where = shape.hidden_queries(index, copies)
                 keys, values = torch.cat([near[index], hidden[:, :, part]], 2)  # [G, halo + s_rank/2, i, d]
-                plan = shape.plan(index, near[index].size(2))
-                q_part = q_rows[where]
-                found, total, top = local_forward(q_part, keys, values, plan, scale)
-                _merge(out_rows[where], lse_rows[where], found / total, (total.log() + top).squeeze(-1))
+                local = window(policy, scale, shape.slices[index].start, near[index].size(2))
+                local.merge(q_rows[where], keys, values, out_rows[where], lse_rows[where])
         for step, (sources, kv) in enumerate(originals, start=1):
             context.note("compute", step)
             first, stop = shape.block(sources)
@@ -102,7 +158,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
         result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
         ctx.save_for_backward(q, own, result, lse, hidden, *(near or ()))
-        ctx.shape, ctx.calls, ctx.context, ctx.scale = shape, calls, context, scale
+        ctx.shape, ctx.calls, ctx.context, ctx.scale, ctx.window = shape, calls, context, scale, window
         return result
 
     @staticmethod
@@ -125,12 +181,11 @@ class _ContextParallelAttention(torch.autograd.Function):
                 where = shape.hidden_queries(index, copies)
                 keys, values = torch.cat([near[index], hidden[:, :, part]], 2)
                 halo = near[index].size(2)
-                plan = shape.plan(index, halo)
-                delta = (grad_rows[where].to(accumulate) * out_rows[where].to(accumulate)).sum(-1, keepdim=True)
-                total = as_rows(lse, copies)[where].unsqueeze(-1)
-                inputs = (grad_rows[where], as_rows(q, copies)[where], keys, values, total, delta)
-                more, *rest = local_backward(*inputs, plan, scale)
-                as_rows(dq, copies)[where] += more
+                local = ctx.window(shape.policy, scale, shape.slices[index].start, halo)
+                rest = local.gradients(
+                    *(grad_rows[where], as_rows(q, copies)[where], keys, values, out_rows[where]),
+                    *(as_rows(lse, copies)[where], as_rows(dq, copies)[where]),
+                )
                 both = torch.stack([x.to(q.dtype) for x in rest])  # [2, G, halo + s_rank/2, i, d]
                 dnear.append(both[:, :, :halo])
                 dhidden.append(both[:, :, halo:])
@@ -149,7 +204,8 @@ class _ContextParallelAttention(torch.autograd.Function):
             returning.add_to(gathered)
             both = torch.cat([doriginals, gathered], 3)  # [2, G, s_rank, K, d]
         dkey, dvalue = (unfold_keys(x, batch) for x in both)
-        return unfold_queries(as_rows(dq.to(q.dtype), copies), batch), dkey, dvalue, None, None, None
+        dquery = unfold_queries(as_rows(dq.to(q.dtype), copies), batch)
+        return dquery, dkey, dvalue, None, None, None, None
 
 
 class _Shape:
@@ -161,10 +217,6 @@ class _Shape:
         self.slices = policy.context_parallel_slices(length, context.size, context.rank)
         self.halos = policy.halos(length, context.size)
         self.parts = (slice(0, self.half), slice(self.half, rows))  # rows of the two slices
-
-    def plan(self, index: int, halo: int) -> Blocks | None:
-        """How part (b) of one slice is cut up."""
-        return local_plan(self.policy, self.half, self.slices[index].start, halo)
 
     def hidden_queries(self, index: int, copies: int) -> tuple[slice, slice, slice]:
         """Rows and copies of the hidden queries of one slice in a ``[G, s_rank, Kq, ...]`` tensor."""

@@ -56,7 +56,7 @@ FORWARD_TILES = (
 )
 
 
-@tuned(FORWARD_TILES, TUNING_KEY)
+@tuned(FORWARD_TILES, TUNING_KEY, restore_value=["out", "lse"])  # which may be the parts themselves
 @triton.jit
 def window_forward_kernel(
     query,  # [J, s, b, groups, ratio, d], hidden copies
@@ -164,7 +164,7 @@ def entries_of_a_tile(hidden: int, chunk: int, block: int) -> int:
     return positions * hidden or block
 
 
-@tuned(BACKWARD_TILES, TUNING_KEY)
+@tuned(BACKWARD_TILES, TUNING_KEY, restore_value=["query_grad"])
 @triton.jit
 def window_backward_kernel(
     query,  # [J, s, b, groups, ratio, d], like the next two

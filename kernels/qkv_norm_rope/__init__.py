@@ -18,7 +18,7 @@ from phd_megatron.kernels.qkv_rope import rope_reference, split_qkv_reference
 from phd_megatron.kernels.triton_support import covering, triton_problem
 
 WIDEST = 512  # head dimension; a program holds a tile of rows of this width in registers
-PROGRAMS = 1024  # of the backward at most, per KV group: each leaves one partial gradient of the norms' weights
+PROGRAMS = 4096  # of the backward, about: each leaves one partial gradient of a norm's weight
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -119,7 +119,7 @@ class _NormRope(torch.autograd.Function):
         turn = mixed if table is None else table.contiguous()
 
         def grid(meta: dict[str, Any]) -> tuple[int, int]:
-            return -(-rows * batch // meta["BLOCK_R"]), groups
+            return -(-rows * batch // meta["BLOCK_R"]), groups * (heads_per_group + 2)
 
         forward_kernel[grid](
             *(mixed, turn, *(mixed if w is None else w for w in weights), query, key, value),
@@ -139,13 +139,14 @@ class _NormRope(torch.autograd.Function):
         constants, (rows, batch, groups, _) = ctx.constants, mixed.shape
         query, key, value = (x.contiguous() for x in grads)
         mixed_grad = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
-        programs = min(PROGRAMS, -(-rows * batch // 4))
-        partial = torch.zeros(programs, groups, 3, constants["D"], dtype=torch.float32, device=mixed.device)
-        backward_kernel[(programs, groups)](
+        ratio = constants["RATIO"]
+        programs = min(-(-PROGRAMS // (groups * (ratio + 2))), -(-rows * batch // 4))
+        partial = torch.empty(programs, groups, ratio + 2, constants["D"], dtype=torch.float32, device=mixed.device)
+        backward_kernel[(programs, groups * (ratio + 2))](
             *(query, key, value, mixed, turn, *(mixed if w is None else w for w in weights), mixed_grad, partial),
             *(mixed.stride()[:3], rows, batch, groups, ctx.eps),
             **constants,
         )
-        total = partial.sum((0, 1))
-        found = (None if w is None else total[i].to(w.dtype) for i, w in enumerate(weights))
+        parts = partial.sum((0, 1)).split([ratio, 1, 1])  # heads of q, k, v
+        found = (None if w is None else x.sum(0).to(w.dtype) for w, x in zip(weights, parts, strict=True))
         return mixed_grad, None, None, *found, None

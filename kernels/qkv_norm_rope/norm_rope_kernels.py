@@ -12,9 +12,10 @@ import triton.language as tl
 from phd_megatron.kernels.triton_support import Tile, tuned
 
 TILES = (
-    Tile({"BLOCK_R": 16}, warps=4),
     Tile({"BLOCK_R": 32}, warps=4),
-    Tile({"BLOCK_R": 32}, warps=8),
+    Tile({"BLOCK_R": 64}, warps=4),
+    Tile({"BLOCK_R": 128}, warps=8),
+    Tile({"BLOCK_R": 16}, warps=2),
     Tile({"BLOCK_R": 8}, warps=2),
 )
 KEY = ("RATIO", "NORM_Q", "NORM_K", "NORM_V", "HALF", "D")
@@ -143,29 +144,38 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: all heads of one KV group in ``BLOCK_R`` (row, sequence) pairs."""
+    """One program: one head of one KV group in ``BLOCK_R`` (row, sequence) pairs."""
     TURN: tl.constexpr = HALF > 0
     pair = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = pair < rows * batch
-    row, group = pair // batch, tl.program_id(1)
-    cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
-    at = row.to(tl.int64) * mixed_strides[0] + (pair % batch).to(tl.int64) * mixed_strides[1]
-    at += group.to(tl.int64) * mixed_strides[2]
+    group, head = tl.program_id(1) // (RATIO + 2), tl.program_id(1) % (RATIO + 2)
+    row, at = _places(pair, group, head, batch, mixed_strides, D)
     bundle = pair.to(tl.int64) * groups + group  # (row, sequence, group)
-    for head in range(RATIO):
+    if head < RATIO:
+        cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
         _forward_head(
-            mixed, at + head * D, query, (bundle * RATIO + head) * D, inside, q_weight, cos, sin, eps,
+            mixed, at, query, (bundle * RATIO + head) * D, inside, q_weight, cos, sin, eps,
             NORM_Q, TURN, HALF, D, BLOCK_H, BLOCK_C,
         )  # fmt: skip
-    _forward_head(
-        mixed, at + RATIO * D, key, bundle * D, inside, k_weight, cos, sin, eps,
-        NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,
-    )  # fmt: skip
-    if NORM_V:
+    elif head == RATIO:
+        cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
         _forward_head(
-            mixed, at + (RATIO + 1) * D, value, bundle * D, inside, v_weight, cos, sin, eps,
+            mixed, at, key, bundle * D, inside, k_weight, cos, sin, eps,
+            NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,
+        )  # fmt: skip
+    elif NORM_V:
+        _forward_head(
+            mixed, at, value, bundle * D, inside, v_weight, 0.0, 0.0, eps,
             True, False, HALF, D, BLOCK_H, BLOCK_C,
         )  # fmt: skip
+
+
+@triton.jit
+def _places(pair, group, head, batch, mixed_strides, D: tl.constexpr):
+    """Token rows of (row, sequence) pairs, and where one head of theirs begins in the projection's output."""
+    row = pair // batch
+    at = row.to(tl.int64) * mixed_strides[0] + (pair - row * batch).to(tl.int64) * mixed_strides[1]
+    return row, at + group.to(tl.int64) * mixed_strides[2] + head * D
 
 
 @tuned(TILES, KEY)
@@ -180,7 +190,7 @@ def backward_kernel(
     k_weight,
     v_weight,
     mixed_grad,  # [rows, b, groups, (RATIO + 2) * D]
-    weight_grad,  # [programs, groups, 3, D] float32: each program's part, for q, k and v
+    weight_grad,  # [programs, groups, RATIO + 2, D] float32: each program's part, for the heads of q, then k and v
     mixed_strides,
     rows,
     batch,
@@ -196,37 +206,35 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: every so many-th tile of rows, so that few partial weight gradients are left to add up."""
+    """One program: one head in every so many-th tile of rows, so that few weight gradients are left to add up."""
     TURN: tl.constexpr = HALF > 0
-    group = tl.program_id(1)
-    h, c = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    qa, qb, qc, ka, kb, kc, va, vb, vc = h, h, c, h, h, c, h, h, c  # gradients of the weights, in pieces
+    group, head = tl.program_id(1) // (RATIO + 2), tl.program_id(1) % (RATIO + 2)
+    a, b, c = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows * batch, BLOCK_R), tl.num_programs(0)):
         pair = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = pair < rows * batch
-        row = pair // batch
-        cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
-        at = row.to(tl.int64) * mixed_strides[0] + (pair % batch).to(tl.int64) * mixed_strides[1]
-        at += group.to(tl.int64) * mixed_strides[2]
+        row, at = _places(pair, group, head, batch, mixed_strides, D)
         bundle = pair.to(tl.int64) * groups + group
-        to = bundle * (RATIO + 2) * D
-        for head in range(RATIO):
-            qa, qb, qc = _backward_head(
-                query_grad, (bundle * RATIO + head) * D, mixed, at + head * D, mixed_grad, to + head * D, inside,
-                q_weight, cos, sin, eps, qa, qb, qc, NORM_Q, TURN, HALF, D, BLOCK_H, BLOCK_C,
+        to = (bundle * (RATIO + 2) + head) * D
+        if head < RATIO:
+            cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+            a, b, c = _backward_head(
+                query_grad, (bundle * RATIO + head) * D, mixed, at, mixed_grad, to, inside,
+                q_weight, cos, sin, eps, a, b, c, NORM_Q, TURN, HALF, D, BLOCK_H, BLOCK_C,
             )  # fmt: skip
-        ka, kb, kc = _backward_head(
-            key_grad, bundle * D, mixed, at + RATIO * D, mixed_grad, to + RATIO * D, inside,
-            k_weight, cos, sin, eps, ka, kb, kc, NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,
-        )  # fmt: skip
-        va, vb, vc = _backward_head(
-            value_grad, bundle * D, mixed, at + (RATIO + 1) * D, mixed_grad, to + (RATIO + 1) * D, inside,
-            v_weight, cos, sin, eps, va, vb, vc, NORM_V, False, HALF, D, BLOCK_H, BLOCK_C,
-        )  # fmt: skip
-    part = weight_grad + (tl.program_id(0).to(tl.int64) * groups + group) * 3 * D
-    _store_weight(part, qa, qb, qc, HALF, D, BLOCK_H, BLOCK_C)
-    _store_weight(part + D, ka, kb, kc, HALF, D, BLOCK_H, BLOCK_C)
-    _store_weight(part + 2 * D, va, vb, vc, HALF, D, BLOCK_H, BLOCK_C)
+        elif head == RATIO:
+            cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+            a, b, c = _backward_head(
+                key_grad, bundle * D, mixed, at, mixed_grad, to, inside,
+                k_weight, cos, sin, eps, a, b, c, NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,
+            )  # fmt: skip
+        else:
+            a, b, c = _backward_head(
+                value_grad, bundle * D, mixed, at, mixed_grad, to, inside,
+                v_weight, 0.0, 0.0, eps, a, b, c, NORM_V, False, HALF, D, BLOCK_H, BLOCK_C,
+            )  # fmt: skip
+    part = weight_grad + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
+    _store_weight(part, a, b, c, HALF, D, BLOCK_H, BLOCK_C)
 
 
 @triton.jit

@@ -116,8 +116,9 @@ def fused() -> None:
         (KVPolicy(2, SLICE + 1), "p2p", 2),
         (KVPolicy(3, 5, 4), "all_gather", 1),
     ):
-        error = case(policy, "triton", comm_type, torch.float32, query_copies)
-        print(f"OK triton {policy.name}: {error:.1e}\n", end="", flush=True)
+        for backend in ("triton", "sdpa_triton"):
+            error = case(policy, backend, comm_type, torch.float32, query_copies)
+            print(f"OK {backend} {policy.name}: {error:.1e}\n", end="", flush=True)
 
 
 def no_halo(policy: KVPolicy, slice_start: int) -> int:
