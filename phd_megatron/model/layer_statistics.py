@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,10 +64,10 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, scale: float)
         weights is the difference of the two.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).unflatten(2, (key.size(2), -1))  # [n, b, g, r, d]
     moments = []
-    for sequence in range(query.size(1)):  # one at a time: the scores of all would be large
-        q = query[:, sequence].unflatten(1, (key.size(2), -1)).to(wide)  # [n, g, r, d]
-        scores = torch.einsum("qgrd,kgd->grqk", q, key[:, sequence].to(wide)) * scale
+    for sequence, group in product(range(key.size(1)), range(key.size(2))):  # the scores of all would be large
+        scores = torch.einsum("qrd,kd->rqk", grouped[:, sequence, group], key[:, sequence, group].to(wide)) * scale
         top = scores.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
         below = (scores - top.clamp_min(torch.finfo(wide).min)).masked_fill(~visible, 0.0)
         weights = below.exp().masked_fill(~visible, 0.0)
@@ -74,7 +75,7 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, scale: float)
         mean = (weights * below).sum(-1, dtype=torch.float64) / total.clamp_min(1.0)  # 0 or at least 1
         top = top.squeeze(-1).double()
         moments.append(torch.stack([total.log() + top, torch.where(visible.any(-1), mean + top, 0.0)]))
-    log_sum, mean = torch.stack(moments, 1).flatten(2, 3)  # [b, g, r, n] each, to [b, heads, n]
+    log_sum, mean = torch.stack(moments, 1).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # [2, b, g*r, n]
     return log_sum, mean
 
 

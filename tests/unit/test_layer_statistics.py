@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
 from phd_megatron.config.resolve import resolve
-from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from phd_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.layer_statistics import STATISTICS, is_due
-from phd_megatron.training.metrics import flat
+from phd_megatron.training.metrics import Reporter, StepMetrics
 
 VOCAB, LENGTH, BATCH, LAYERS = 50, 150, 2, 3  # more tokens than sampled queries
 RELATIVE = 1e-12  # float64
@@ -177,11 +178,23 @@ def test_bad_values_are_refused(value, message):
     resolve(run)
 
 
-def test_tables_by_layer_become_numbers_for_loggers():
-    values = {"lm_loss": 2.0, "layer_statistics": {"residual_rms": {1: 0.5, 2: 0.6}}, "router_entropy": {1: 1.2}}
-    assert flat(values) == {
-        "lm_loss": 2.0,
-        "layer_statistics/residual_rms/1": 0.5,
-        "layer_statistics/residual_rms/2": 0.6,
-        "router_entropy/1": 1.2,
-    }
+def test_every_logger_gets_them(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = LoggingConfig(metrics_file=str(tmp_path / "metrics.jsonl"), tensorboard_dir=str(tmp_path / "events"))
+    reporter = Reporter(options, True, 2, {}, None)
+    router = {"router_entropy": {1: 1.5}, "tokens_per_expert": {1: [3, 4]}}
+    for tables in ({"residual_rms": {1: 0.5, 2: 0.25}}, {}):
+        numbers = dict.fromkeys(("consumed_flops", "lm_loss", "grad_norm", "learning_rate", "iteration_seconds"), 1.0)
+        numbers |= dict.fromkeys(("tokens_per_second", "processed_tokens_per_second", "tflops_per_gpu", "mfu"), 1.0)
+        counts = dict.fromkeys(("consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations"), 1)
+        step = 1 if tables else 2
+        reporter.report(StepMetrics(iteration=step, **numbers, **counts, router=router, layer_statistics=tables))
+    reporter.close()
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}}
+    assert "layer_statistics" not in second
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("layer_statistics/residual_rms/2")] == [0.25]
+    assert [event.value for event in events.Scalars("router_entropy/1")] == [1.5, 1.5]
+    assert not [name for name in events.Tags()["scalars"] if "tokens_per_expert" in name]
