@@ -167,6 +167,7 @@ class LoggingConfig:
     wandb_exp_name: str | None = None  #: run name there
     peak_tflops: float | None = None  #: peak of one device for MFU; default by device name, null on CPU
     progress: Literal["auto", "on", "off"] = "auto"  #: live display; auto is on a terminal only
+    log_layer_statistics: int = 0  #: statistics by layer in the first step and every so many; 0 is none
     dump_gradients_dir: str | None = None  #: write every parameter's full gradient (safetensors) for comparison
     dump_gradients_iterations: list[int] = field(default_factory=lambda: [1])  #: at these steps
 

@@ -23,7 +23,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
     *("num_workers", "eval_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_samples"),
-    *("lr_warmup_tokens", "weight_decay", "clip_grad"),
+    *("lr_warmup_tokens", "weight_decay", "clip_grad", "log_layer_statistics"),
 )
 _ABOVE_ZERO = (
     *("layernorm_epsilon", "rotary_base", "init_method_std", "distributed_timeout_minutes"),
@@ -156,6 +156,12 @@ def _training(config: RunConfig) -> Iterator[str]:
         yield (
             "async_save=True without save_interval: the one save at the end is waited for in any case; set "
             "save_interval, or leave it out"
+        )
+    logging = config.logging
+    if logging.log_layer_statistics and not (logging.metrics_file or logging.tensorboard_dir or logging.wandb_project):
+        yield (
+            f"log_layer_statistics={logging.log_layer_statistics} without a place to write them; set metrics_file, "
+            "tensorboard_dir or wandb_project"
         )
     if checkpoint.load is None:
         for name in ("finetune", "exit_on_missing_checkpoint"):

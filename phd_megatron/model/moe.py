@@ -34,6 +34,7 @@ class PHDRouter(TopKRouter):
     Attributes:
         losses: name to sum since the last :meth:`take_statistics`, this rank's share, without the coefficient.
         load: ``[experts]`` rows computed by each expert since then, from this rank.
+        entropy: ``[2]`` sum of :func:`routing_entropy` since then over this rank's rows, and their number.
     """
 
     def __init__(self, config: PHDTransformerConfig, pg_collection: Any = None) -> None:
@@ -41,6 +42,7 @@ class PHDRouter(TopKRouter):
         self.router_replay = choices_of(self)
         self.losses: dict[str, Tensor] = {}
         self.load: Tensor | None = None
+        self.entropy: Tensor | None = None
 
     @property
     def copies(self) -> int:
@@ -48,10 +50,10 @@ class PHDRouter(TopKRouter):
         pruned = self.layer_number == self.config.num_layers and self.config.phd_last_layer_pruning
         return 1 if pruned else self.config.kv_policy.repeat
 
-    def take_statistics(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """``losses`` and ``load``, which start afresh."""
-        taken = self.losses, self.load
-        self.losses, self.load = {}, None
+    def take_statistics(self) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """``losses``, ``load`` and ``entropy``, which start afresh."""
+        taken = self.losses, self.load, self.entropy
+        self.losses, self.load, self.entropy = {}, None, None
         return taken
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,10 @@ class PHDRouter(TopKRouter):
             padded = self.config.moe_pad_expert_input_to_capacity
             rows = (routing_map & (probs > 0) if padded else routing_map).sum(dim=0)
             self.load = rows if self.load is None else self.load + rows
+            entropies = routing_entropy(logits.detach(), self.score_function)
+            total = entropies.sum(dtype=torch.float64)
+            both = torch.stack([total, torch.full_like(total, entropies.numel())])
+            self.entropy = both if self.entropy is None else self.entropy + both
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(
@@ -99,6 +105,18 @@ class PHDRouter(TopKRouter):
             counter = getattr(self, name, None)
             if counter is not None and counter.dtype != torch.float32:
                 counter.data = counter.data.float()
+
+
+def routing_entropy(logits: Tensor, score_function: str) -> Tensor:
+    """Entropy in nats of each row's distribution over all experts, ``[..., experts]`` to ``[...]``.
+
+    The distribution is the softmax, or the sigmoids over their sum; before any bias, top-k or group is applied.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if score_function == "softmax":
+        return torch.special.entr(logits.softmax(-1)).sum(-1)
+    scores = logits.sigmoid()
+    return torch.special.entr(scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)).sum(-1)
 
 
 def moe_spec(config: PHDTransformerConfig, transformer_engine: bool, activation: type | None) -> ModuleSpec:

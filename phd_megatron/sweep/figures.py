@@ -145,12 +145,40 @@ def draw_scaling(
     _save(figure, directory, stem)
 
 
-def draw_experts(groups: Mapping[str, tuple[list[float], list[float]]], directory: Path, stem: str) -> None:
-    """Entropy of the experts' load over tokens: a line for each group; 1 is balance."""
+def draw_experts(groups: Mapping[str, tuple[list[float], list[float]]], directory: Path, stem: str, label: str) -> None:
+    """An entropy over tokens: a line for each group."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
     for number, (name, (tokens, entropy)) in enumerate(groups.items()):
         axes.plot(tokens, entropy, linewidth=1.2, label=name, **style(number))
     axes.legend(frameon=False, fontsize=8)
-    _tidy(axes, AXES["tokens"], "entropy of the experts' load (1 = balanced)")
+    _tidy(axes, AXES["tokens"], label)
+    _save(figure, directory, stem)
+
+
+def draw_layers(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    steps: Sequence[int],
+    directory: Path,
+    stem: str,
+    label: str,
+    logarithmic: bool,
+) -> None:
+    """A statistic over the layers: a row of panels for each key, a panel for each step, a line for each group."""
+    pyplot = _pyplot()
+    shape = len(panels), len(steps)
+    size = (1.5 + 3.2 * shape[1], 0.6 + 2.6 * shape[0])
+    figure, grid = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False, sharex="row")
+    names = list(dict.fromkeys(name for groups in panels.values() for name in groups))
+    for row, (title, groups) in zip(grid, panels.items(), strict=True):
+        for index, (axes, step) in enumerate(zip(row, steps, strict=True)):
+            for name, by_step in groups.items():
+                values = by_step[index]
+                numbers = range(1, len(values) + 1)
+                axes.plot(numbers, values, marker=".", linewidth=1.2, label=name, **style(names.index(name)))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if logarithmic:
+                axes.set_yscale("log")
+            _tidy(axes, "layer", label if index == 0 else "", f"{title}, step {step}" if title else f"step {step}")
+    grid[0][-1].legend(frameon=False, fontsize=8)
     _save(figure, directory, stem)

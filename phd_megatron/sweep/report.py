@@ -12,6 +12,7 @@ from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import AXES, Axis, common_end, read_curve
 from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text, markdown, page
 from phd_megatron.sweep.experts import expert_blocks
+from phd_megatron.sweep.layers import layer_blocks
 from phd_megatron.sweep.members import METRICS_FILE
 from phd_megatron.sweep.process import present_status
 from phd_megatron.sweep.scaling import Estimate, Fit, fit_law
@@ -122,12 +123,10 @@ def members(context: Context) -> Iterator[Block]:
 
 def losses(context: Context) -> Iterator[Block]:
     """Loss curves, a panel for each size."""
-    panels: dict[str, dict[str, list]] = {}
-    axis = context.store.size_axis
-    for group in context.groups:
-        title = group.axes.get(axis, "") if axis else ""
-        name = _without_size(context, group)
-        panels.setdefault(title, {}).setdefault(name, []).extend(r.curve for r in group.results.values())
+    panels = {
+        title: {name: [result.curve for result in results] for name, results in groups.items()}
+        for title, groups in _panels(context).items()
+    }
     figures.draw_losses(panels, context.output, "losses", context.store.unit)
     yield Heading("Loss curves")
     yield Figure("losses", "Training loss, moving average (lines, one for each seed) and validation loss (dots)")
@@ -193,6 +192,16 @@ def _families(context: Context) -> dict[str, list[tuple[Group, Group]]]:
         if context.store.size_axis in group.axes:
             families.setdefault(_without_size(context, group), []).append((group, baseline))
     return families
+
+
+def _panels(context: Context) -> dict[str, dict[str, list[Result]]]:
+    """Members by size, where sizes are compared, and by their other labels."""
+    panels: dict[str, dict[str, list[Result]]] = {}
+    axis = context.store.size_axis
+    for group in context.groups:
+        title = group.axes.get(axis, "") if axis else ""
+        panels.setdefault(title, {}).setdefault(_without_size(context, group), []).extend(group.results.values())
+    return panels
 
 
 def _without_size(context: Context, group: Group) -> str:
@@ -271,7 +280,12 @@ def experts(context: Context) -> Iterator[Block]:
     yield from expert_blocks(context.groups, context.output)
 
 
-SECTIONS: tuple[Section, ...] = (members, losses, finals, differences, equal_costs, scaling, experts)
+def layers(context: Context) -> Iterator[Block]:
+    """Statistics by layer, of members that recorded them."""
+    yield from layer_blocks(_panels(context), context.output)
+
+
+SECTIONS: tuple[Section, ...] = (members, losses, finals, differences, equal_costs, scaling, layers, experts)
 """In the order of the report. Another analysis is one more function here that reads the members' folders."""
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class StepMetrics:
     skipped_iterations: int
     validation_loss: float | None = None
     router: dict[str, Any] = field(default_factory=dict)  #: of models with experts; its entries stand beside the others
+    #: name to layer number to value, of steps that have them (:mod:`phd_megatron.training.layer_statistics`)
+    layer_statistics: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 class Reporter:
@@ -95,6 +97,8 @@ class Reporter:
         self.log(log_line(metrics, self.total_iterations))
         values = asdict(metrics)
         values |= values.pop("router")
+        if not metrics.layer_statistics:
+            del values["layer_statistics"]
         for sink in [*self._sinks]:
             try:
                 sink(values)
@@ -136,7 +140,7 @@ class Reporter:
             raise UserError(f"tensorboard_dir={directory!r} cannot be written ({error}); choose another") from error
 
         def sink(values: dict[str, Any]) -> None:
-            for name, value in values.items():
+            for name, value in flat(values).items():
                 if name != "iteration" and isinstance(value, int | float):
                     writer.add_scalar(name, value, values["iteration"])
 
@@ -152,7 +156,7 @@ class Reporter:
         import wandb
 
         run = wandb.init(project=options.wandb_project, name=options.wandb_exp_name, config=run_values)
-        self._sinks.append(lambda values: run.log(values, step=values["iteration"]))
+        self._sinks.append(lambda values: run.log(flat(values), step=values["iteration"]))
         self._closers.append(run.finish)
 
     def _open_progress(self) -> None:
@@ -164,6 +168,14 @@ class Reporter:
         self._task = self._progress.add_task("training", total=self.total_iterations)
         self._progress.start()
         self._closers.append(self._progress.stop)
+
+
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Tables by layer as a value for each, ``layer_statistics/residual_rms/3``: TensorBoard and wandb draw numbers."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return result
 
 
 def _write_json(stream: Any, values: dict[str, Any]) -> None:

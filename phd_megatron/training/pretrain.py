@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.gradient_dump import dump_gradients
+from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
     Schedule,
@@ -62,6 +65,7 @@ class Interval:
     steps: int = 0
     microbatches: int = 0  #: of each data-parallel rank
     skipped: int = 0
+    layer_statistics: dict[str, dict[int, float]] = field(default_factory=dict)  #: of the step that ends the interval
 
 
 class Trainer:
@@ -160,7 +164,7 @@ class Trainer:
             last = self._next_batch(progress.consumed_samples) == 0
             evaluate = self._evaluates(last)
             validation_loss = self._evaluate(interval) if evaluate else None
-            if progress.iteration % run.logging.log_interval == 0 or evaluate or last:
+            if progress.iteration % run.logging.log_interval == 0 or evaluate or last or interval.layer_statistics:
                 self._report(interval, grad_norm, validation_loss)
                 interval = Interval(time.perf_counter())
             exit_reason = exits.should_exit(progress.iteration)
@@ -196,14 +200,21 @@ class Trainer:
         samples = self._next_batch(progress.consumed_samples)
         count = microbatches.get_num_microbatches()
         iteration = progress.iteration + 1
-        dump = None
+        groups = self.stepper.groups
+        on_gradients: list[Callable[[], None]] = []
         if logging.dump_gradients_dir and iteration in logging.dump_gradients_iterations:
             directory = Path(logging.dump_gradients_dir) / f"iter_{iteration:07d}"
-
-            def dump() -> None:
-                dump_gradients(self.models, directory, self.runtime.rank, self.stepper.groups.dp_cp)
-
-        result = self.stepper.train(self.train_stream.microbatches(progress.consumed_samples, count), count, dump)
+            on_gradients.append(partial(dump_gradients, self.models, directory, self.runtime.rank, groups.dp_cp))
+        batches = self.train_stream.microbatches(progress.consumed_samples, count)
+        if is_due(logging.log_layer_statistics, iteration):
+            statistics = LayerStatistics(self.models, groups, self.run.model.seq_length)
+            on_gradients.append(statistics.take_gradients)
+            scale = float(self.optimizer.get_loss_scale())  # of this step; the optimizer may change it
+            with statistics.watching():
+                result = self.stepper.train(batches, count, on_gradients)
+            interval.layer_statistics = statistics.collect(self.models[0].config.num_layers, scale)
+        else:
+            result = self.stepper.train(batches, count, on_gradients)
         progress.iteration = iteration
         progress.consumed_samples += samples
         interval.losses.append(result.loss)
@@ -274,6 +285,7 @@ class Trainer:
                 mfu=None if peak is None else tflops / peak,
                 skipped_iterations=interval.skipped,
                 validation_loss=validation_loss,
+                layer_statistics=interval.layer_statistics,
                 router=collect_router_metrics(
                     self.models, run.model, interval.microbatches * self.runtime.dims.dp, self.runtime.device
                 ),

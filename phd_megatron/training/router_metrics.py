@@ -27,27 +27,33 @@ def collect_router_metrics(
     Returns:
         Nothing for a dense model. Else each router loss (Megatron-Core's name; mean over micro-batches and layers,
         without its coefficient), ``max_expert_load`` (rows of the busiest expert of any layer over the layer's mean; 1
-        is balance) and ``tokens_per_expert`` (1-based layer number to the rows of each expert: processed tokens times
-        topk, less what a capacity drops).
+        is balance), ``tokens_per_expert`` (1-based layer number to the rows of each expert: processed tokens times
+        topk, less what a capacity drops) and ``router_entropy`` (layer number to the mean over rows of
+        :func:`~phd_megatron.model.moe.routing_entropy`, in nats).
     """
     moe = MoE.from_model(options)
     if moe is None:
         return {}
     names = router_losses(options)
-    # One row a layer: losses, then rows of each expert. Layers of other stages stay 0; no two ranks count the same.
-    table = torch.zeros(len(moe.layers), len(names) + moe.experts, dtype=torch.float64, device=device)
+    # One row a layer: losses, rows of each expert, sum of entropies and their number. Layers of other stages stay 0;
+    # no two ranks count the same.
+    last = len(names) + moe.experts
+    table = torch.zeros(len(moe.layers), last + 2, dtype=torch.float64, device=device)
     for router in (module for model in models for module in model.modules() if isinstance(module, PHDRouter)):
-        losses, load = router.take_statistics()
+        losses, load, entropy = router.take_statistics()
         row = table[router.layer_number - 1]
         for column, name in enumerate(names):
             if name in losses:
                 row[column] = losses[name]
         if load is not None:
-            row[len(names) :] = load
+            row[len(names) : last] = load
+        if entropy is not None:
+            row[last:] = entropy
     torch.distributed.all_reduce(table)
     layers = [index for index, has_experts in enumerate(moe.layers) if has_experts]
     means = (table[layers, : len(names)].mean(dim=0) / num_microbatches).tolist()
-    loads = table[layers, len(names) :]
+    loads = table[layers, len(names) : last]
+    entropies = (table[layers, last] / table[layers, last + 1].clamp(min=1)).tolist()
     imbalance = (loads.max(dim=1).values / loads.mean(dim=1).clamp(min=1)).max()
     return {
         **dict(zip(names, means, strict=True)),
@@ -55,4 +61,5 @@ def collect_router_metrics(
         "tokens_per_expert": {
             index + 1: list(map(int, load)) for index, load in zip(layers, loads.tolist(), strict=True)
         },
+        "router_entropy": {index + 1: entropy for index, entropy in zip(layers, entropies, strict=True)},
     }

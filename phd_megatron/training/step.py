@@ -65,19 +65,19 @@ class Stepper:
         self,
         batches: Iterator[Batch],
         num_microbatches: int,
-        on_gradients: Callable[[], None] | None = None,
+        on_gradients: Sequence[Callable[[], None]] = (),
     ) -> StepResult:
         """Forward, backward and update over one global batch.
 
-        ``on_gradients`` is called between backward and update, when every gradient is final.
+        ``on_gradients`` are called between backward and update, when every gradient is final.
         """
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._run(batches, num_microbatches, forward_only=False)
-        if on_gradients is not None:
-            on_gradients()
+        for look in on_gradients:
+            look()
         updated, grad_norm, _ = self.optimizer.step()
         return StepResult(loss, float(grad_norm or 0.0), bool(updated))
 

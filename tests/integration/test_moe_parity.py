@@ -134,6 +134,7 @@ def test_layout_gives_the_numbers_of_one_rank(results: Path, layout: str, model:
         for name in router:
             assert two[name] == pytest.approx(one[name], rel=FLOAT32.value), name
         assert two["tokens_per_expert"] == one["tokens_per_expert"]
+        assert two["router_entropy"] == pytest.approx(one["router_entropy"], rel=FLOAT32.value)
     comparison = compare(reference, other, FLOAT32)
     assert comparison.within(FLOAT32), comparison
     gradients = load_gradients(reference / GRADIENTS / "iter_0000001")

@@ -31,7 +31,7 @@ base:
   preset: tiny-moe
   model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, kv_channels: 8, seq_length: 24, moe_ffn_hidden_size: 16}
   training: {micro_batch_size: 4, global_batch_size: 4, eval_interval: 6, eval_iters: 1}
-  logging: {log_interval: 1}
+  logging: {log_interval: 1, log_layer_statistics: 4}
 """
 
 MIXED = f"""{BASE}
@@ -114,14 +114,16 @@ def test_report_and_comparison(mixed: tuple[Path, Any]) -> None:
     done = run_program("sweep", "report", directory / "out")
     assert done.returncode == 0, done.stdout
     text = (directory / "out/report/report.md").read_text()
-    for heading in ("Members", "Loss curves", "Final losses", "Differences from the baseline", "Experts"):
+    for heading in ("Members", "Loss curves", "Final losses", "Differences from the baseline", "Statistics by layer"):
         assert f"## {heading}" in text
+    assert "## Experts" in text
+    assert "at steps 1, 4; mean over seeds" in text  # the shorter member has 6 steps
     last = read_metrics(directory / "out/members/hybrid_star-seed1/metrics.jsonl")[-1]
     assert f"| hybrid_star | 1 | {last['validation_loss']:.4f} | one seed |" in text
     assert "diverges has not finished (diverged" in text
     assert "one seed: no statement" in text
     page = (directory / "out/report/report.html").read_text()
-    assert page.count("data:image/svg+xml;base64,") == len(list((directory / "out/report").glob("*.svg"))) == 3
+    assert page.count("data:image/svg+xml;base64,") == len(list((directory / "out/report").glob("*.svg"))) == 9
     assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
     home = directory / "out/members"
     done = run_program(

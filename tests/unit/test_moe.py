@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -198,12 +199,25 @@ def test_statistics_start_afresh_and_skip_evaluation(runtime):
     router = routers(model)[0]
     model.eval()
     model(**batch())
-    assert router.take_statistics() == ({}, None)
+    assert router.take_statistics() == ({}, None, None)
     model.train()
     model(**batch())
-    losses, load = router.take_statistics()
+    losses, load, entropy = router.take_statistics()
+    assert entropy[1] == 2 * BATCH * LENGTH and 0 < entropy[0] / entropy[1] <= math.log(4)
     assert losses.keys() == {"seq_load_balancing_loss", "z_loss"} and int(load.sum()) == 2 * BATCH * LENGTH * 2
-    assert router.take_statistics() == ({}, None)
+    assert router.take_statistics() == ({}, None, None)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_routing_entropy_is_that_of_the_distribution_over_all_experts(score_function):
+    from phd_megatron.model.moe import routing_entropy
+
+    logits = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = logits.exp() if score_function == "softmax" else 1 / (1 + (-logits).exp())
+    shares = scores / scores.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing_entropy(logits, score_function), -(shares * shares.log()).sum(-1))
+    certain = torch.tensor([[0.0, -2000.0]])  # an expert that is never taken adds nothing
+    assert routing_entropy(certain.bfloat16(), score_function).tolist() == [0.0]
 
 
 def test_counters_stay_exact_in_bf16(runtime):

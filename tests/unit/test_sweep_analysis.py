@@ -215,7 +215,7 @@ def test_load_entropy() -> None:
 
 
 def test_documents_hold_everything(tmp_path: Path) -> None:
-    draw_experts({"a": ([1.0, 2.0], [0.9, 1.0])}, tmp_path, "f")
+    draw_experts({"a": ([1.0, 2.0], [0.9, 1.0])}, tmp_path, "f", "entropy")
     blocks = [Heading("H"), Text("a < b"), Table(["x", "y"], [["a|b", "1"]]), Figure("f", "caption")]
     assert markdown("T", blocks) == (
         "# T\n\n## H\n\na < b\n\n| x | y |\n| --- | ---: |\n| a\\|b | 1 |\n\n![caption](f.png)\n"

@@ -1,0 +1,89 @@
+"""Statistics by layer of a sweep's members, at steps that all of them recorded (``log_layer_statistics``)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from phd_megatron.sweep import figures
+from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text
+from phd_megatron.sweep.statistics import Result
+
+LABELS = {
+    "gradient_norm": "gradient norm",
+    "residual_rms": "residual RMS",
+    "cosine_similarity": "token similarity (cosine)",
+    "attention_entropy": "attention entropy (nats)",
+    "attention_entropy_share": "attention entropy / its maximum",
+}
+_LOGARITHMIC = ("gradient_norm", "residual_rms")
+_SHOWN = 3  #: steps
+
+Layers = dict[int, dict[str, list[float]]]
+"""Step to statistic to values from the first layer to the last."""
+
+
+def read_layers(result: Result) -> Layers:
+    """What a member recorded."""
+    return {
+        step["iteration"]: {
+            name: [table[number] for number in sorted(table, key=int)]
+            for name, table in step["layer_statistics"].items()
+        }
+        for step in result.curve.run.steps
+        if "layer_statistics" in step
+    }
+
+
+def shown_steps(members: Iterable[Iterable[int]]) -> list[int]:
+    """The first, the middle and the last of the steps that all members have."""
+    common = sorted(set[int].intersection(*map(set, members)))
+    if len(common) <= _SHOWN:
+        return common
+    return [common[0], common[len(common) // 2], common[-1]]
+
+
+def layer_blocks(panels: Mapping[str, Mapping[str, Sequence[Result]]], output: Path) -> Iterator[Block]:
+    """The section: a figure for each statistic; nothing when no finished member has any.
+
+    Args:
+        panels: size to group's name to its members, which differ in their seed.
+        output: where figures go.
+    """
+    read = {
+        (title, name): found
+        for title, groups in panels.items()
+        for name, results in groups.items()
+        if (found := [layers for r in results if r.state == "finished" and (layers := read_layers(r))])
+    }
+    if not read:
+        return
+    yield Heading("Statistics by layer")
+    steps = shown_steps([layers for found in read.values() for layers in found])
+    if not steps:
+        yield Text("The members have recorded no step in common: give them the same log_layer_statistics.")
+        return
+    columns: list[list[str]] = []
+    for statistic, label in LABELS.items():
+        lines: dict[str, dict[str, list[list[float]]]] = {}
+        for (title, name), found in read.items():
+            means = [_mean([layers[step][statistic] for layers in found]) for step in steps]
+            lines.setdefault(title, {})[name] = means
+        stem = f"layers_{statistic}"
+        figures.draw_layers(lines, steps, output, stem, label, statistic in _LOGARITHMIC)
+        yield Figure(stem, f"By layer: {label}, at steps {', '.join(map(str, steps))}; mean over seeds")
+        columns.append([f"{lines[title][name][-1][0]:.3g} / {lines[title][name][-1][-1]:.3g}" for title, name in read])
+    names = [f"{title}, {name}" if title else name for title, name in read]
+    yield Table(["members", *LABELS.values()], [list(row) for row in zip(names, *columns, strict=True)])
+    yield Text(
+        f"First layer / last layer at step {steps[-1]}. Gradient norms are those of all parameters of a layer, before "
+        "clipping. The others are of the last copy of each token of the step's first micro-batch: root mean square of "
+        "the residual stream after the layer, mean cosine of all pairs of different tokens of a sequence, and the "
+        "entropy of attention weights of up to 128 queries of a sequence, mean over heads; over its maximum means over "
+        "the log of the number of keys that a query sees."
+    )
+
+
+def _mean(members: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*members, strict=True)]

@@ -1,0 +1,73 @@
+"""The report's section on statistics by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from phd_megatron.sweep.curves import read_curve
+from phd_megatron.sweep.document import Figure, Heading, Table, Text
+from phd_megatron.sweep.layers import LABELS, layer_blocks, shown_steps
+from phd_megatron.sweep.statistics import Result
+from phd_megatron.sweep.store import Entry
+from phd_megatron.training.layer_statistics import STATISTICS
+
+
+def member(tmp_path: Path, name: str, scale: float, layers: int, steps: tuple[int, ...], state: str = "finished"):
+    """A member with ``scale * (step + layer)`` for every statistic."""
+    lines = []
+    for step in (1, 2, 3, 4, 5):
+        line = {"iteration": step, "consumed_samples": step, "consumed_tokens": step, "consumed_flops": step}
+        line |= {"lm_loss": 2.0, "iteration_seconds": 1.0}
+        if step in steps:
+            table = {str(layer): scale * (step + layer) for layer in range(1, layers + 1)}
+            line["layer_statistics"] = dict.fromkeys(STATISTICS, table)
+        lines.append(json.dumps(line) + "\n")
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(lines))
+    return Result(Entry(name, {}, 5, 5, 1, {}), state, read_curve(name, path))  # type: ignore[arg-type]
+
+
+def test_every_statistic_has_a_name() -> None:
+    assert tuple(LABELS) == STATISTICS
+
+
+def test_section_compares_at_common_steps(tmp_path: Path) -> None:
+    panels = {
+        "small": {
+            "pre": [member(tmp_path, "a", 1.0, 2, (1, 2, 3, 4, 5)), member(tmp_path, "b", 3.0, 2, (1, 2, 3, 4))],
+            "hybrid": [member(tmp_path, "c", 0.5, 2, (1, 2, 4))],
+            "without": [member(tmp_path, "d", 1.0, 2, ())],
+        },
+        "large": {"pre": [member(tmp_path, "e", 1.0, 11, (1, 2, 4)), member(tmp_path, "f", 1.0, 11, (1,), "stopped")]},
+    }
+    heading, *blocks, table, _ = layer_blocks(panels, tmp_path)
+    assert heading == Heading("Statistics by layer")
+    assert [block.stem for block in blocks if isinstance(block, Figure)] == [f"layers_{name}" for name in STATISTICS]
+    assert all("at steps 1, 2, 4" in block.caption for block in blocks if isinstance(block, Figure))
+    assert all((tmp_path / f"layers_{name}.svg").stat().st_size > 5000 for name in STATISTICS)
+    assert isinstance(table, Table)
+    # at step 4: mean over the seeds' scales 1 and 3; 11 layers in the order of their numbers, not of their names
+    assert [row[:2] for row in table.rows] == [
+        ["small, pre", "10 / 12"],
+        ["small, hybrid", "2.5 / 3"],
+        ["large, pre", "5 / 15"],
+    ]
+    assert all(len(row) == 1 + len(STATISTICS) for row in table.rows)
+
+
+def test_shown_steps() -> None:
+    assert shown_steps([range(1, 9), (1, 3, 5, 7, 8, 9)]) == [1, 5, 8]
+    assert shown_steps([(2, 1)]) == [1, 2]
+
+
+def test_no_section_without_records_and_a_reason_without_common_steps(tmp_path: Path) -> None:
+    one, other = member(tmp_path, "a", 1.0, 2, (1,)), member(tmp_path, "b", 1.0, 2, (2,))
+    nothing = member(tmp_path, "c", 1.0, 2, ())
+    assert list(layer_blocks({"": {"x": [nothing]}}, tmp_path)) == []
+    assert list(layer_blocks({"": {"x": [member(tmp_path, "d", 1.0, 2, (1,), "failed")]}}, tmp_path)) == []
+    heading, text = layer_blocks({"": {"x": [one], "y": [other], "z": [nothing]}}, tmp_path)
+    assert isinstance(heading, Heading)
+    assert isinstance(text, Text)
+    assert "no step in common" in text.text
+    assert not list(tmp_path.glob("layers_*"))
