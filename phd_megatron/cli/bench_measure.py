@@ -153,7 +153,10 @@ def copy_contender(device: Any) -> tuple[Contender, int]:
 
 
 def captured(step: Step, device: Any) -> Step:
-    """``step`` as a CUDA graph, so that launches cost nothing; itself elsewhere."""
+    """``step`` as a CUDA graph, so that launches cost nothing; itself elsewhere.
+
+    A graph knows addresses alone, so what is returned holds ``step``, and with it the tensors at these addresses.
+    """
     import torch
 
     if device.type != "cuda":
@@ -167,7 +170,11 @@ def captured(step: Step, device: Any) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(keeps: Step = step) -> None:
+        graph.replay()
+
+    return replay
 
 
 def relative_error(found: Sequence[Any], expected: Sequence[Any], floor: float = 0.0) -> float:

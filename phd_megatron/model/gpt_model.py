@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.cross_entropy import cross_entropy, cross_entropy_problem
 from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.norm.modules import norm_class
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
@@ -65,6 +66,17 @@ class PHDGPTModel(GPTModel):
         rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
         table = self._rotary_table(rows.size(0)) if self.decoder.layers else None
         return decoder_input, table, None, None, None, None
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses ``[b, s]`` of ``labels [b, s]`` under ``logits [s, b, V / tp]``: on a GPU without float32 logits.
+
+        Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them.
+        """
+        asked = self.config.cross_entropy_loss_fusion
+        if asked or not logits.is_cuda or cross_entropy_problem(logits.device, logits.dtype) is not None:
+            return super().compute_language_model_loss(labels, logits)
+        losses = cross_entropy(logits.contiguous(), labels.transpose(0, 1).contiguous(), self.pg_collection.tp)
+        return losses.transpose(0, 1).contiguous()
 
     def _rotary_table(self, rows: int) -> Tensor:
         """RoPE table for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""

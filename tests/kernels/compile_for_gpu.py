@@ -145,6 +145,16 @@ def decode(dtype: torch.dtype, width: int, every_tile: bool) -> None:
         front.decode_attention(query, zero, key, key, torch.zeros(1, length, dtype=torch.long), *given, policy)
 
 
+def cross_entropy(dtype: torch.dtype, width: int, every_tile: bool) -> None:
+    """A vocabulary of any size; ``width`` is for the others."""
+    from phd_megatron.kernels import cross_entropy as front
+    from phd_megatron.kernels.cross_entropy import cross_entropy_kernels
+
+    put_in_place(cross_entropy_kernels, every_tile)
+    logits = torch.zeros(4, 1000, dtype=dtype, requires_grad=True)
+    front.cross_entropy(logits * 1, torch.zeros(4, dtype=torch.long)).sum().backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true")
@@ -156,7 +166,7 @@ def main() -> None:
     for operation in ("phd_attention", "qkv_norm_rope", "decode_attention"):
         module = importlib.import_module(f"phd_megatron.kernels.{operation}")
         module.triton_problem = lambda *_: None
-    for operation in (attention, norm_rope, decode):
+    for operation in (attention, norm_rope, decode, cross_entropy):
         operation(getattr(torch, args.dtype), args.head_dim, args.all)
 
 

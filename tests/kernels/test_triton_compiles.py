@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parent / "compile_for_gpu.py"
 KERNELS = {
     *("forward_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel", "backward_kernel"),
     *("window_forward_kernel", "window_backward_kernel"),
-    *("split_kernel", "combine_kernel"),
+    *("split_kernel", "combine_kernel", "statistics_kernel", "gradient_kernel"),
 }
 
 
