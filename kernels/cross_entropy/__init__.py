@@ -14,13 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from phd_megatron.kernels.triton_support import triton_problem
-
-
-def cross_entropy_problem(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run here, or None where it can."""
-    return triton_problem(device, dtype)
-
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Losses, float32, in the shape of ``labels``.

@@ -104,9 +104,9 @@ BACKENDS = {
     ),
 }
 
-# `auto` takes these where they can run. What has not been measured to win on a machine of its kind is not here: the
-# Triton kernels have so far been tested in the interpreter and compiled for Hopper, but not timed.
-AUTOMATIC = ("sdpa",)
+# `auto` takes the first that can run: the quickest that has been measured on a machine of its kind
+# (docs/benchmarks.md). On a GPU `triton` alone is slower than what the vendor's kernel leaves.
+AUTOMATIC = {"cuda": ("sdpa_triton", "sdpa"), "cpu": ("sdpa",)}
 
 
 @cache
@@ -180,16 +180,18 @@ def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, bac
     if backend != "auto" and backend not in BACKENDS:
         names = ", ".join(["auto", *BACKENDS])
         raise UserError(f"phd_attention_backend={backend!r} is not an implementation; choose one of {names}")
-    name = AUTOMATIC[0] if backend == "auto" else backend
-    problem = BACKENDS[name].problem(device, dtype, head_dim)
+    able = AUTOMATIC.get(kind, ("sdpa",)) if backend == "auto" else (backend,)
+    problems = {name: BACKENDS[name].problem(device, dtype, head_dim) for name in able}
+    name = next((name for name, problem in problems.items() if problem is None), able[-1])
+    problem = problems[name]
     if problem is not None:
         raise UserError(f"phd_attention_backend={name!r} cannot run here: {problem}; use auto, or one that can")
     reason = f"asked for: {BACKENDS[name].about}"
     if backend == "auto":
         reason = "the quickest that has been measured on this kind of machine"
-        idle = [n for n in ("triton", "sdpa_triton") if BACKENDS[n].problem(device, dtype, head_dim) is None]
-        if idle and device.type == "cuda":
-            reason += f" ({' and '.join(idle)} can run, but auto waits for their times on a GPU)"
+        for other, why in problems.items():
+            if why is not None:
+                reason += f" but {other}, which cannot run: {why}"
     if "sdpa" in name:
         reason += f"; {causal_kernel(device, dtype, head_dim)[1]}"
     _log.info("PHD attention on %s in %s, head dimension %d: %s, %s", device, dtype, head_dim, name, reason)

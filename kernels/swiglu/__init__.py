@@ -1,6 +1,6 @@
-"""SwiGLU (arXiv 2002.05202) as one differentiable function.
+"""SwiGLU (arXiv 2002.05202) as one differentiable function: one Triton kernel each way on a GPU, torch elsewhere.
 
-The backward writes both halves of the input's gradient in place instead of joining two tensors.
+Both ways write both halves of the input's gradient in place instead of joining two tensors.
 :func:`swiglu_reference` is the definition.
 """
 
@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phd_megatron.kernels.triton_support import runs_on_gpu
+
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """``[..., 2f]``, gate first, to ``silu(gate) * up`` of ``[..., f]``."""
+    if runs_on_gpu(gate_and_up.device, gate_and_up.dtype):
+        return swiglu_triton(gate_and_up)
     return _SwiGLU.apply(gate_and_up)
+
+
+def swiglu_triton(gate_and_up: Tensor) -> Tensor:
+    """The same in Triton: computed in float32, rounded once."""
+    return _TritonSwiGLU.apply(gate_and_up)
 
 
 def swiglu_reference(gate_and_up: Tensor) -> Tensor:
@@ -43,3 +52,31 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(activated, grad, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
         return out
+
+
+class _TritonSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        from .swiglu_kernels import BLOCK, swiglu_forward_kernel
+
+        rows = gate_and_up.contiguous().flatten(0, -2)
+        columns = rows.size(1) // 2
+        out = torch.empty(rows.size(0), columns, dtype=rows.dtype, device=rows.device)
+        if rows.size(0):  # an expert may have no token
+            swiglu_forward_kernel[(rows.size(0), -(-columns // BLOCK))](rows, out, columns, rows.stride(0), BLOCK=BLOCK)
+        ctx.save_for_backward(rows)
+        ctx.shape = gate_and_up.shape
+        return out.view(*gate_and_up.shape[:-1], columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        from .swiglu_kernels import BLOCK, swiglu_backward_kernel
+
+        (rows,) = ctx.saved_tensors
+        columns, out = rows.size(1) // 2, torch.empty_like(rows)
+        if rows.size(0):
+            swiglu_backward_kernel[(rows.size(0), -(-columns // BLOCK))](
+                grad.contiguous(), rows, out, columns, rows.stride(0), BLOCK=BLOCK
+            )
+        return out.view(ctx.shape)

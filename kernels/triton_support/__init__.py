@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,12 @@ def triton_problem(device: torch.device | str, dtype: torch.dtype) -> str | None
     if device.type != "cuda":
         return f"Triton kernels run on a GPU, not on {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
     return None
+
+
+@cache
+def runs_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tensor there is best served by a Triton kernel: on a GPU, where Triton can run."""
+    return device.type == "cuda" and triton_problem(device, dtype) is None
 
 
 def tuned(space: Sequence[Tile], key: Sequence[str], **options: Any) -> Callable[[Any], Any]:

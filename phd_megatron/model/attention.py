@@ -13,6 +13,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import ContextParallel, phd_attention
 from phd_megatron.kernels.qkv_norm_rope import qkv_norm_rope
 from phd_megatron.kernels.qkv_rope import rope, split_qkv_rope
+from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.model.full_width_norm import FullWidthNorm
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
@@ -44,9 +45,8 @@ class PHDSelfAttention(SelfAttention):
     ) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
         self.head_norms = submodules.head_norms
-        # Whoever asks for Triton gets its fused norm and RoPE too; it knows RMSNorm of single heads alone.
-        asked = "triton" in config.phd_attention_backend
-        self.fuses_norms = asked and config.normalization == "RMSNorm" and submodules.qk_norm_width == "head"
+        # The fused kernel knows RMSNorm of single heads alone.
+        self.can_fuse_norms = config.normalization == "RMSNorm" and submodules.qk_norm_width == "head"
         self.v_layernorm = None
         head_dim = self.hidden_size_per_attention_head
         full = {"q": config.num_attention_heads, "k": config.num_query_groups}
@@ -76,7 +76,7 @@ class PHDSelfAttention(SelfAttention):
             mixed, _ = self.linear_qkv(hidden_states)
             mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))  # [rows, b, ng, (np/ng + 2) * hn]
             heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-            if self.fuses_norms:
+            if self.can_fuse_norms and self._wants_fused_norms(mixed):
                 norms = {"q": self.q_layernorm, "k": self.k_layernorm, "v": self.v_layernorm}
                 weights = {name: norm.weight for name, norm in norms.items() if norm is not None}
                 return qkv_norm_rope(mixed, heads_per_group, table, weights, self.config.layernorm_epsilon)
@@ -90,6 +90,11 @@ class PHDSelfAttention(SelfAttention):
         if self.v_layernorm is not None:
             value = self.v_layernorm(value)
         return rope(query, table), rope(key, table), value
+
+    def _wants_fused_norms(self, mixed: Tensor) -> bool:
+        """Whoever asks for Triton gets its norm and RoPE too, and so does whoever leaves the choice on a GPU."""
+        backend = self.config.phd_attention_backend
+        return "triton" in backend or (backend == "auto" and runs_on_gpu(mixed.device, mixed.dtype))
 
 
 class PHDCoreAttention(nn.Module):

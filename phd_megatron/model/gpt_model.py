@@ -9,8 +9,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.cross_entropy import cross_entropy, cross_entropy_problem
+from phd_megatron.kernels.cross_entropy import cross_entropy
 from phd_megatron.kernels.qkv_rope import rope_table
+from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.norm.modules import norm_class
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
 
@@ -72,8 +73,7 @@ class PHDGPTModel(GPTModel):
 
         Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them.
         """
-        asked = self.config.cross_entropy_loss_fusion
-        if asked or not logits.is_cuda or cross_entropy_problem(logits.device, logits.dtype) is not None:
+        if self.config.cross_entropy_loss_fusion or not runs_on_gpu(logits.device, logits.dtype):
             return super().compute_language_model_loss(labels, logits)
         losses = cross_entropy(logits.contiguous(), labels.transpose(0, 1).contiguous(), self.pg_collection.tp)
         return losses.transpose(0, 1).contiguous()

@@ -27,7 +27,7 @@ def _take_over(name: str) -> None:
             globals()[key if key not in globals() else f"{key}_of_{name}"] = value
 
 
-for suite in ("test_triton_attention", "test_triton_norm_rope", "test_triton_decode"):
+for suite in ("test_triton_attention", "test_triton_norm_rope", "test_triton_decode", "test_cross_entropy"):
     _take_over(suite)
 
 

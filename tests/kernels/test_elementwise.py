@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from phd_megatron.kernels.qkv_rope import rope, rope_reference, rope_table, split_qkv_reference, split_qkv_rope
-from phd_megatron.kernels.swiglu import swiglu, swiglu_reference
+from phd_megatron.kernels.swiglu import swiglu, swiglu_reference, swiglu_triton
+from phd_megatron.kernels.triton_support import triton_problem
 
 
 def table(rows: int, rotary: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,6 +93,9 @@ def test_swiglu(dtype, tolerance, shape):
     compare(swiglu, swiglu_reference, x, tolerance)
     wide = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     compare(swiglu, swiglu_reference, wide, tolerance)
+    if triton_problem("cpu", dtype) is None:
+        compare(swiglu_triton, swiglu_reference, x, tolerance)
+        compare(swiglu_triton, swiglu_reference, wide, tolerance)
 
 
 def test_gradcheck():
