@@ -7,6 +7,8 @@ Hugging Face's is ``LlamaForCausalLM`` with SDPA, gradient clipping and ``AdamW(
 bfloat16 ones, as ``pretrain`` does; Hugging Face's keeps bfloat16 alone, which is less work, and once more float32
 weights under autocast, as its Trainer does. Before anything is timed the vanilla models, given the same weights, must
 have the same loss.
+
+With ``--preset NAME`` variants of that model are compared instead: see ``bench train --preset NAME --help``.
 """
 
 from __future__ import annotations
@@ -87,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if ``--check`` was asked for and a bound is missed."""
+    if any(word.split("=")[0] == "--preset" for word in argv):
+        from phd_megatron.cli import bench_members
+
+        return bench_members.run(argv)
     args = _parser().parse_args(argv)
     from phd_megatron.runtime.context import Runtime
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phd_megatron.cli import bench, bench_attention
+from phd_megatron.cli import bench, bench_attention, bench_members
 from phd_megatron.cli.bench_measure import Contender
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
@@ -118,3 +118,42 @@ def test_help_lists_only_what_is_there(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert bench.run(["--help"]) == 0
     printed = capsys.readouterr().out
     assert "attention" in printed and "nothing_yet" not in printed
+
+
+def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "members.json"
+    words = ["--preset", "tiny-dense", "--members", "vanilla", "K=3+hybrid_star", "--rounds", "1", "--device", "cpu"]
+    options = "--vocab-size 300 --num-layers 2 --seq-length 64 --hidden-size 32 --ffn-hidden-size 64 --kv-channels 8"
+    assert main(["bench", "train", *words, "--options", options, "--json", str(target)]) == 0
+    first, second, again = json.loads(target.read_text(encoding="utf-8"))["members"]
+    assert [first["name"], second["name"], again["name"]] == ["vanilla", "K=3+hybrid_star", "vanilla"]
+    assert again["loss"] == first["loss"] != second["loss"]
+    assert 1.5 < second["flops"] / first["flops"] < 3  # three copies, fewer in the pruned last layer and the head
+    assert (first["copies"], second["copies"]) == (1, 3) and first["breakdown"]["GEMM"] > 0
+    printed = capsys.readouterr().out
+    assert "original tokens/s" in printed and "milliseconds of one profiled step" in printed
+
+
+def test_members_are_configured_and_named() -> None:
+    args = bench_members._parser().parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
+    model = bench_members._configure(args, "K=2+hybrid_star").model
+    assert (model.phd_repeat, model.norm_scheme) == (2, "hybrid_star")
+    with pytest.raises(UserError, match="'K=9' is none of vanilla"):
+        bench_members._configure(args, "K=9")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
+        ("window_forward_kernel", "attention"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
+        ("void multi_tensor_apply_kernel<adam>", "optimizer"),
+        ("void rmsnorm_fwd_tuned_kernel", "norm and RoPE"),
+        ("swiglu_forward_kernel", "SwiGLU"),
+        ("statistics_kernel", "cross-entropy"),
+        ("void at::native::vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_kinds_of_kernels(kernel: str, kind: str) -> None:
+    assert bench_members.kind_of(kernel) == kind
