@@ -109,7 +109,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
-    from phd_megatron.training.signals import ExitController
+    from phd_megatron.training.signals import ExitController, record_stop
 
     checkpoint = config.checkpoint
     with ExitStack() as stack:
@@ -137,3 +137,4 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
         reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
         reason = trainer.train(reporter, exits)
         reporter.log(f"stopped at iteration {trainer.progress.iteration}: {reason}")
+        record_stop(reason, runtime.local_rank)

@@ -38,7 +38,7 @@ from phd_megatron.training.optimizer import (
     wrap_data_parallel,
 )
 from phd_megatron.training.router_metrics import collect_router_metrics
-from phd_megatron.training.signals import ExitController
+from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
 
@@ -149,7 +149,7 @@ class Trainer:
         run, progress = self.run, self.progress
         self.reporter = reporter
         interval = Interval(time.perf_counter())
-        reason = "finished"
+        reason = FINISHED
         last = self._next_batch(progress.consumed_samples) == 0
         first_iteration = progress.iteration + 1
         while not last:
