@@ -31,6 +31,9 @@ if [[ -z "${NPROC:-}" && "${PET_NPROC_PER_NODE:-}" =~ ^[0-9]+$ ]]; then NPROC="$
 [[ "$NNODES" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
     phd_fail "NNODES=$NNODES is no number of machines; set it to 2, for example, or to MIN:MAX"
 
+# The ranks get a store of their own each time they find one another. In torchrun's shared one a machine that takes the
+# place of a lost one waits for an address that the others wrote before it came, and all fail a minute later.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 # c10d: a key-value store on the master that every machine joins, again after a fault, and no ranks to give by hand.
 phd_pretrain --nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$MASTER" \
     --rdzv-id "${RUN_ID:-${PET_RDZV_ID:-phd-megatron}}" --max-restarts "${MAX_RESTARTS:-${PET_MAX_RESTARTS:-0}}" -- "$@"

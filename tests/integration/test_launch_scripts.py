@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -151,7 +152,7 @@ def test_single_node(one_machine: dict[int, float]) -> None:
     assert one_machine[FIRST] < one_machine[1]
 
 
-def container(manifest: str) -> dict[str, object]:
+def container(manifest: str) -> dict[str, Any]:
     """The one container of a manifest's pods."""
     *_, workload = yaml.safe_load_all((SCRIPTS / manifest).read_text("utf-8"))
     template = workload["spec"].get("template") or workload["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
@@ -160,28 +161,58 @@ def container(manifest: str) -> dict[str, object]:
 
 
 def environment_of(manifest: str) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in container(manifest)["env"]}  # type: ignore[attr-defined]
+    return {entry["name"]: entry["value"] for entry in container(manifest)["env"]}
 
 
-def test_several_nodes_as_the_pods_of_a_pytorchjob(config: Path, one_machine: dict[int, float], tmp_path: Path) -> None:
-    """The manifest's own command, with what the operator sets for an elastic policy; then both pods are drained."""
-    places = {"/data/run.yaml": str(config), "/data/checkpoints": str(tmp_path / "save")}
-    command = [places.get(word, word) for word in container("kubernetes_pytorchjob.yaml")["command"]]  # type: ignore
-    command += ["--metrics-file", str(tmp_path / "metrics.jsonl"), "--exit-interval", str(FIRST)]
+def pods_of_a_pytorchjob(config: Path, directory: Path, *options: object) -> tuple[list[str], dict[str, str]]:
+    """The manifest's own command, and what the operator sets for its elastic policy; both pods on this machine."""
+    places = {"/data/run.yaml": str(config), "/data/checkpoints": str(directory / "save")}
+    command = [places.get(word, word) for word in container("kubernetes_pytorchjob.yaml")["command"]]
+    command += ["--metrics-file", str(directory / "metrics.jsonl"), *map(str, options)]
     operator = {
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": f"localhost:{free_port()}",
         "PET_NNODES": "2:2",
         "PET_MAX_RESTARTS": "3",
     }
-    env = {**environment_of("kubernetes_pytorchjob.yaml"), **variables(**operator)}
+    return command, {**environment_of("kubernetes_pytorchjob.yaml"), **variables(**operator)}
+
+
+def wait_until_open(endpoint: str) -> None:
+    """Until the rendezvous is served there, so that the process that was started first is the one that serves it."""
+    host, _, port = endpoint.partition(":")
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.05)
+    pytest.fail(f"nobody serves {endpoint}")
+
+
+def test_a_pod_is_killed_and_replaced(config: Path, one_machine: dict[int, float], tmp_path: Path) -> None:
+    """The other pod's ranks start again, find the new pod's and go on from the newest checkpoint, with equal losses."""
+    command, env = pods_of_a_pytorchjob(config, tmp_path, "--save-interval", 3)
+    logs = [tmp_path / name for name in ("master", "killed", "replacement")]
     with ExitStack() as stack:
-        logs = [tmp_path / f"node{node}" for node in range(2)]
-        nodes = [stack.enter_context(started(command, env, log)) for log in logs]
-        codes = [ended(node, log) for node, log in zip(nodes, logs, strict=True)]
-    assert codes == [UNFINISHED] * 2, [log.read_text() for log in logs]
-    assert losses(tmp_path / "metrics.jsonl") == one_machine
-    assert (tmp_path / f"save/iter_{FIRST:07d}/metadata.json").exists()
+        master = stack.enter_context(started(command, env, logs[0]))
+        wait_until_open(env["PET_RDZV_ENDPOINT"])
+        with started(command, env, logs[1]) as killed:
+            deadline = time.monotonic() + PATIENCE
+            while not (tmp_path / f"save/iter_{FIRST:07d}/metadata.json").exists():
+                assert master.poll() is None and killed.poll() is None and time.monotonic() < deadline, [
+                    log.read_text() for log in logs[:2]
+                ]
+                time.sleep(0.05)
+        replacement = stack.enter_context(started(command, env, logs[2]))
+        codes = [ended(process, log) for process, log in ((replacement, logs[2]), (master, logs[0]))]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    assert re.search(r"training from iteration [1-9]", logs[0].read_text() + logs[2].read_text())
+    seen: dict[int, float] = {}
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        assert seen.setdefault(int(line["iteration"]), line["lm_loss"]) == line["lm_loss"]
+    assert sorted(seen) == list(range(1, STEPS + 1))
+    assert {step: seen[step] for step in one_machine} == one_machine
 
 
 @pytest.fixture
@@ -258,7 +289,7 @@ def test_slurm_requeues_exactly_when_unfinished(
 def test_manifest(manifest: str) -> None:
     """The command is a script of ours with options that exist, and every machine count is the same."""
     pod = container(manifest)
-    script, run_file, *options = pod["command"][1:]  # type: ignore[index]
+    script, run_file, *options = pod["command"][1:]
     assert (ROOT / script).is_file() and run_file.endswith(".yaml")
     assert {word[2:].replace("-", "_") for word in options if word.startswith("--")} <= set(fields())
     text = (SCRIPTS / "pretrain_multi_node.sh").read_text("utf-8") + (SCRIPTS / "_torchrun.sh").read_text("utf-8")
@@ -266,10 +297,10 @@ def test_manifest(manifest: str) -> None:
     *services, workload = yaml.safe_load_all((SCRIPTS / manifest).read_text("utf-8"))
     marked = re.findall(r"(\d+)\"?\}? +# machines", (SCRIPTS / manifest).read_text("utf-8"))
     assert len(marked) == 3 and len(set(marked)) == 1
-    assert pod["resources"]["limits"]["nvidia.com/gpu"] == int(environment_of(manifest)["NPROC"])  # type: ignore[index]
+    assert pod["resources"]["limits"]["nvidia.com/gpu"] == int(environment_of(manifest)["NPROC"])
     template = workload["spec"].get("template") or workload["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
     volumes = {volume["name"] for volume in template["spec"]["volumes"]}
-    assert volumes == {mount["name"] for mount in pod["volumeMounts"]}  # type: ignore[attr-defined]
+    assert volumes == {mount["name"] for mount in pod["volumeMounts"]}
     if services:
         name, host = workload["metadata"]["name"], environment_of(manifest)["MASTER"]
         assert services[0]["spec"]["selector"] == {"job-name": name}
