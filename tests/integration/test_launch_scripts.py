@@ -192,7 +192,7 @@ def wait_until_open(endpoint: str) -> None:
 
 def test_a_pod_is_killed_and_replaced(config: Path, one_machine: dict[int, float], tmp_path: Path) -> None:
     """The other pod's ranks start again, find the new pod's and go on from the newest checkpoint, with equal losses."""
-    command, env = pods_of_a_pytorchjob(config, tmp_path, "--save-interval", 3)
+    command, env = pods_of_a_pytorchjob(config, tmp_path, "--save-interval", FIRST)
     logs = [tmp_path / name for name in ("master", "killed", "replacement")]
     with ExitStack() as stack:
         master = stack.enter_context(started(command, env, logs[0]))
