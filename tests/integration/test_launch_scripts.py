@@ -5,108 +5,38 @@ Of SLURM there are only the commands that the script calls, and Kubernetes is wh
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from phd_megatron.config.catalog import fields
-
-from .conftest import ROOT, TINY_MODEL, program_environment, read_metrics
+from .conftest import TINY_MODEL, read_metrics
+from .launch_nodes import (
+    PATIENCE,
+    SCRIPTS,
+    UNFINISHED,
+    container,
+    ended,
+    environment_of,
+    free_port,
+    slurm_variables,
+    started,
+    variables,
+    wait_for,
+    wait_until_open,
+)
 
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash"),
 ]
 
-SCRIPTS = ROOT / "launch_scripts"
-SHELL_FILES = sorted([*SCRIPTS.glob("*.sh"), SCRIPTS / "slurm.sbatch", *ROOT.glob("tests/**/run.sh"), ROOT / ".ci/run"])
-MANIFESTS = ("kubernetes.yaml", "kubernetes_pytorchjob.yaml")
-PATIENCE = 200.0  # seconds for anything to happen on a busy machine
-STEPS, FIRST = 60, 6
-UNFINISHED = 75
-
-#: What SLURM's commands do for the script: two "nodes", signals passed on to the tasks, the highest exit code.
-SRUN = """#!/usr/bin/env bash
-while [[ "$1" == --* ]]; do shift; done
-tasks=()
-for node in 0 1; do
-    SLURM_NODEID=$node "$@" &
-    tasks+=($!)
-done
-trap 'kill -USR1 "${tasks[@]}"; again=1' USR1
-trap 'kill -TERM "${tasks[@]}"; again=1' TERM
-highest=0
-for task in "${tasks[@]}"; do
-    again=1
-    while ((again)); do again=0 code=0; wait "$task" || code=$?; done
-    ((code <= highest)) || highest=$code
-done
-exit "$highest"
-"""
-SCONTROL = """#!/usr/bin/env bash
-case "$1 $2" in
-    "show hostnames") [[ "$3" == "node[0-1]" ]] && printf 'localhost\\nlocalhost\\n' ;;
-    requeue*) echo "$2" >>"$REQUEUED"; exit "${REQUEUE_CODE:-0}" ;;
-    *) exit 1 ;;
-esac
-"""
-
-
-def variables(**more: str) -> dict[str, str]:
-    """The environment of a node: this interpreter, one rank, nothing left of another launcher."""
-    kept = {
-        n: v for n, v in program_environment().items() if not n.startswith(("PET_", "SLURM_", "MASTER", "TORCHELAS"))
-    }
-    del kept["OMP_NUM_THREADS"]
-    return {**kept, "PYTHON": sys.executable, "NPROC": "1", "PHD_MEGATRON_THREADS": "1", **more}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def started(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a session of its own, whose processes do not outlive the block; ranks die with their torchrun."""
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def ended(process: subprocess.Popen[bytes], log: Path) -> int:
-    try:
-        return process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"not within {PATIENCE:.0f} s: the end of {process.args!r}\n{log.read_text()}")
-
-
-def wait_for(pattern: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not re.search(pattern, log.read_text()):
-        if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"never printed {pattern!r}, code {process.poll()}:\n{log.read_text()}")
-        time.sleep(0.05)
+STEPS, FIRST = 60, 6  # of a run, and of the runs that it is compared with
 
 
 @pytest.fixture(scope="module")
@@ -152,18 +82,6 @@ def test_single_node(one_machine: dict[int, float]) -> None:
     assert one_machine[FIRST] < one_machine[1]
 
 
-def container(manifest: str) -> dict[str, Any]:
-    """The one container of a manifest's pods."""
-    *_, workload = yaml.safe_load_all((SCRIPTS / manifest).read_text("utf-8"))
-    template = workload["spec"].get("template") or workload["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-    (found,) = template["spec"]["containers"]
-    return found
-
-
-def environment_of(manifest: str) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in container(manifest)["env"]}
-
-
 def pods_of_a_pytorchjob(config: Path, directory: Path, *options: object) -> tuple[list[str], dict[str, str]]:
     """The manifest's own command, and what the operator sets for its elastic policy; both pods on this machine."""
     places = {"/data/run.yaml": str(config), "/data/checkpoints": str(directory / "save")}
@@ -176,18 +94,6 @@ def pods_of_a_pytorchjob(config: Path, directory: Path, *options: object) -> tup
         "PET_MAX_RESTARTS": "3",
     }
     return command, {**environment_of("kubernetes_pytorchjob.yaml"), **variables(**operator)}
-
-
-def wait_until_open(endpoint: str) -> None:
-    """Until the rendezvous is served there, so that the process that was started first is the one that serves it."""
-    host, _, port = endpoint.partition(":")
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex((host, int(port))) == 0:
-                return
-        time.sleep(0.05)
-    pytest.fail(f"nobody serves {endpoint}")
 
 
 def test_a_pod_is_killed_and_replaced(config: Path, one_machine: dict[int, float], tmp_path: Path) -> None:
@@ -217,20 +123,7 @@ def test_a_pod_is_killed_and_replaced(config: Path, one_machine: dict[int, float
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """Variables of a batch script, and a PATH with the commands it calls."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (commands / name).write_text(text)
-        (commands / name).chmod(0o755)
-    return variables(
-        PATH=f"{commands}:{os.environ['PATH']}",
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_ID=str(free_port()),
-        SLURM_JOB_NODELIST="node[0-1]",
-        SLURM_JOB_NUM_NODES="2",
-        REQUEUED=str(tmp_path / "requeued"),
-    )
+    return slurm_variables(tmp_path)
 
 
 def test_slurm_saves_before_the_limit_requeues_and_finishes(
@@ -283,116 +176,3 @@ def test_slurm_requeues_exactly_when_unfinished(
             batch.send_signal(signal.SIGTERM)
         assert ended(batch, tmp_path / "log") == code
     assert (tmp_path / "requeued").exists() == requeues
-
-
-@pytest.mark.parametrize("manifest", MANIFESTS)
-def test_manifest(manifest: str) -> None:
-    """The command is a script of ours with options that exist, and every machine count is the same."""
-    pod = container(manifest)
-    script, run_file, *options = pod["command"][1:]
-    assert (ROOT / script).is_file() and run_file.endswith(".yaml")
-    assert {word[2:].replace("-", "_") for word in options if word.startswith("--")} <= set(fields())
-    text = (SCRIPTS / "pretrain_multi_node.sh").read_text("utf-8") + (SCRIPTS / "_torchrun.sh").read_text("utf-8")
-    assert all(re.search(rf"\b{name}\b", text) for name in environment_of(manifest))
-    *services, workload = yaml.safe_load_all((SCRIPTS / manifest).read_text("utf-8"))
-    marked = re.findall(r"(\d+)\"?\}? +# machines", (SCRIPTS / manifest).read_text("utf-8"))
-    assert len(marked) == 3 and len(set(marked)) == 1
-    assert pod["resources"]["limits"]["nvidia.com/gpu"] == int(environment_of(manifest)["NPROC"])
-    template = workload["spec"].get("template") or workload["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-    volumes = {volume["name"] for volume in template["spec"]["volumes"]}
-    assert volumes == {mount["name"] for mount in pod["volumeMounts"]}
-    if services:
-        name, host = workload["metadata"]["name"], environment_of(manifest)["MASTER"]
-        assert services[0]["spec"]["selector"] == {"job-name": name}
-        assert host.startswith(f"{name}-0.{template['spec']['subdomain']}:")
-        codes = [
-            r["onExitCodes"]["values"] for r in workload["spec"]["podFailurePolicy"]["rules"] if "onExitCodes" in r
-        ]
-        assert [UNFINISHED] in codes
-
-
-NAME = "phd-megatron"
-TORCHRUN = "-m torch.distributed.run --nnodes {} --rdzv-backend c10d --rdzv-endpoint {} --rdzv-id {} --max-restarts {} "
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"MASTER": "a:1", "NNODES": "2"}, ("2", "a:1", NAME, 0, 1)),
-        ({"MASTER_ADDR": "a", "WORLD_SIZE": "4", "RANK": "1"}, ("4", "a:29500", NAME, 0, 1)),
-        (
-            {"PET_MASTER_ADDR": "b", "PET_MASTER_PORT": "7", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "4"},
-            ("2", "b:7", NAME, 0, 4),
-        ),
-        (
-            {"PET_MASTER_ADDR": "b", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto"},
-            ("2", "b:29500", NAME, 0, 1),
-        ),
-        (
-            {
-                "PET_RDZV_ENDPOINT": "c:8",
-                "PET_NNODES": "2:4",
-                "PET_RDZV_ID": "x",
-                "PET_MAX_RESTARTS": "3",
-                "NPROC": "2",
-            },
-            ("2:4", "c:8", "x", 3, 2),
-        ),
-        ({"MASTER": "a:1", "NNODES": "2", "CUDA_VISIBLE_DEVICES": "0,2,3"}, ("2", "a:1", NAME, 0, 3)),
-        ({"MASTER": "a:1", "NNODES": "2", "CUDA_VISIBLE_DEVICES": ""}, ("2", "a:1", NAME, 0, 1)),
-    ],
-    ids=["ours", "master-addr", "trainer-v2", "auto", "elastic-policy", "visible-gpus", "no-gpu"],
-)
-def test_where_the_rendezvous_comes_from(given: dict[str, str], expected: tuple[object, ...]) -> None:
-    """The interpreter is ``echo``, which prints how torchrun would have been started."""
-    env = {**variables(), "PYTHON": "echo", **given}
-    env = {name: value for name, value in env.items() if name != "NPROC" or "NPROC" in given}
-    if "CUDA_VISIBLE_DEVICES" not in given:
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    script = str(SCRIPTS / "pretrain_multi_node.sh")
-    done = subprocess.run(["bash", script, "--lr", "1"], env=env, capture_output=True, text=True, timeout=60)
-    *rendezvous, ranks = expected
-    assert done.stdout.strip() == (
-        TORCHRUN.format(*rendezvous) + f"--nproc-per-node {ranks} -m phd_megatron pretrain --lr 1"
-    )
-    assert done.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "words", "message"),
-    [
-        ({"NNODES": "2"}, ["--lr", "1"], "MASTER is not set"),
-        (
-            {"NNODES": "2", "MASTER": "host0"},
-            ["--lr", "1"],
-            "MASTER=host0 has no port; use host:port, such as host0:29500",
-        ),
-        ({"MASTER": "a:1"}, ["--lr", "1"], "NNODES= is no number of machines"),
-        ({"MASTER": "a:1", "NNODES": "all"}, ["--lr", "1"], "NNODES=all is no number"),
-        ({"MASTER": "a:1", "NNODES": "2", "NPROC": "0"}, ["--lr", "1"], "NPROC=0 is no number of ranks"),
-        ({"MASTER": "a:1", "NNODES": "2"}, ["nowhere.yaml"], "cannot read the run configuration nowhere.yaml"),
-    ],
-)
-def test_bad_input(given: dict[str, str], words: list[str], message: str) -> None:
-    env = {**variables(), "PYTHON": "echo", **given}
-    script = str(SCRIPTS / "pretrain_multi_node.sh")
-    done = subprocess.run(["bash", script, *words], env=env, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {message}")
-
-
-@pytest.mark.parametrize("name", ["pretrain_single_node.sh", "pretrain_multi_node.sh"])
-def test_help_is_the_comment_at_the_head(name: str) -> None:
-    done = subprocess.run(["bash", str(SCRIPTS / name), "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "Exit code" in done.stdout and "set -euo" not in done.stdout
-
-
-@pytest.mark.parametrize("path", SHELL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_shell_files_are_clean(path: Path) -> None:
-    beside = Path(sys.executable).with_name("shellcheck")
-    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed")
-    command = [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout
