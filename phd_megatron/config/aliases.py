@@ -137,6 +137,7 @@ ALIASES: dict[str, Alias] = {
     "non_persistent_save_interval": Refuse("there is one kind of checkpoint", "use --save-interval and --keep-last"),
     "save_retain_interval": Refuse("old checkpoints are kept by count", "use --keep-last N"),
     # logging
+    "use_pytorch_profiler": Accept("--profile uses torch's profiler"),
     "log_throughput": Accept("throughput is in every log line"),
     "log_params_norm": Refuse("the parameters' norm is not logged", "leave it out"),
     "log_num_zeros_in_grad": Refuse("zeros in gradients are not counted", "leave it out"),

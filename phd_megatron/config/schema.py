@@ -170,6 +170,11 @@ class LoggingConfig:
     log_layer_statistics: int = 0  #: statistics by layer in the first step and every so many; 0 is none
     dump_gradients_dir: str | None = None  #: write every parameter's full gradient (safetensors) for comparison
     dump_gradients_iterations: list[int] = field(default_factory=lambda: [1])  #: at these steps
+    profile: bool = False  #: trace some steps with torch's profiler
+    profile_step_start: int = 10  #: trace the steps after this one
+    profile_step_end: int = 12  #: up to this one, itself included
+    profile_ranks: list[int] = field(default_factory=lambda: [0])  #: ranks that write a trace
+    profile_dir: str | None = None  #: where traces go; default SAVE/profile
 
 
 @dataclass

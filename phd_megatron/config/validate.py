@@ -23,7 +23,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
     *("num_workers", "eval_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_samples"),
-    *("lr_warmup_tokens", "weight_decay", "clip_grad", "log_layer_statistics"),
+    *("lr_warmup_tokens", "weight_decay", "clip_grad", "log_layer_statistics", "profile_step_start"),
 )
 _ABOVE_ZERO = (
     *("layernorm_epsilon", "rotary_base", "init_method_std", "distributed_timeout_minutes"),
@@ -169,6 +169,27 @@ def _training(config: RunConfig) -> Iterator[str]:
                 yield f"{name}=True without a checkpoint to load; set load"
 
 
+def _profile(config: RunConfig) -> Iterator[str]:
+    logging, steps = config.logging, config.training.train_iters
+    if not logging.profile:
+        return
+    start, end = logging.profile_step_start, logging.profile_step_end
+    if end <= start:
+        yield (
+            f"profile_step_end={end} is not after profile_step_start={start}: the steps after the first, up to and "
+            f"including the second, are traced; use {start + 1} or more"
+        )
+    elif steps is not None and end > steps:
+        yield (
+            f"profile_step_end={end} is beyond train_iters={steps}; lower profile_step_start={start} and "
+            f"profile_step_end, or train longer"
+        )
+    if not logging.profile_ranks or min(logging.profile_ranks) < 0:
+        yield f"profile_ranks={logging.profile_ranks} are not ranks; name at least one, counted from 0"
+    if logging.profile_dir is None and config.checkpoint.save is None:
+        yield "profile=True without a place for the traces; set profile_dir, or save (then SAVE/profile)"
+
+
 def problems(config: RunConfig) -> list[str]:
     """Everything wrong with the values themselves, whatever the layout."""
     return [
@@ -178,6 +199,7 @@ def problems(config: RunConfig) -> list[str]:
         *_data(config.data),
         *_optimizer(config.optimizer),
         *_training(config),
+        *_profile(config),
         *moe_problems(config.model),
     ]
 

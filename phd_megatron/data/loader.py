@@ -26,9 +26,9 @@ def _collate(samples: list[dict[str, Any]], slices: Sequence[range] | None = Non
 
 
 def _quiet_worker(worker: int) -> None:
-    """Ctrl-C and SIGTERM go to the whole process group; the trainer decides when loaders stop, or a save breaks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Signals that ask a run to stop reach the whole process group; the trainer decides when, or a save breaks."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

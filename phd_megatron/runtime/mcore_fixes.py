@@ -172,6 +172,20 @@ def _scale_in_place(module: Any) -> None:
     module.local_multi_tensor_scale = scale_all
 
 
+def _norm_on_device(module: Any) -> None:
+    import torch
+
+    _ = module.local_multi_tensor_l2_norm
+
+    def norm_of_all(
+        chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool, *args: Any
+    ) -> tuple[Any, None]:
+        norms = [norm.float() for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
+        return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+
+    module.local_multi_tensor_l2_norm = norm_of_all
+
+
 REDIRECTS = (
     Redirect(
         "torch-adamw",
@@ -209,5 +223,11 @@ REDIRECTS = (
         ("megatron.core.utils",),
         _scale_in_place,
         "clipping without Transformer Engine and apex makes a second copy of every gradient",
+    ),
+    Redirect(
+        "norm-on-device",
+        ("megatron.core.utils",),
+        _norm_on_device,
+        "the gradient norm without Transformer Engine and apex waits for the GPU once for every parameter",
     ),
 )

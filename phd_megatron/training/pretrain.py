@@ -40,8 +40,9 @@ from phd_megatron.training.optimizer import (
     plan_schedule,
     wrap_data_parallel,
 )
+from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.router_metrics import collect_router_metrics
-from phd_megatron.training.signals import ExitController
+from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
 
@@ -117,6 +118,9 @@ class Trainer:
         )
         self.saver = self._open_saver()
         self._open_data()
+        self.profiler: StepProfiler | None = None
+        if run.logging.profile:
+            self.profiler = StepProfiler.of_run(run, runtime, self.progress.iteration, self.total_iterations)
 
     def _resume(self, path: Path) -> None:
         run = self.run
@@ -153,11 +157,16 @@ class Trainer:
         run, progress = self.run, self.progress
         self.reporter = reporter
         interval = Interval(time.perf_counter())
-        reason = "finished"
+        reason = FINISHED
         last = self._next_batch(progress.consumed_samples) == 0
         first_iteration = progress.iteration + 1
         while not last:
-            grad_norm = self._one_step(interval)
+            if self.profiler is None:
+                grad_norm = self._one_step(interval)
+            else:
+                with self.profiler.step(progress.iteration + 1):
+                    grad_norm = self._one_step(interval)
+                interval.started += self.profiler.seconds_spent()  # not the time of a training step
             if progress.iteration == first_iteration:
                 self._report_exchange()
             reporter.advance(progress.iteration)
@@ -332,6 +341,8 @@ class Trainer:
         their process groups: DDP hangs on hooks of autograd's gradient accumulators, a cycle that the garbage collector
         cannot see. So the wrappers are emptied; they cannot be used afterwards.
         """
+        if self.profiler is not None:
+            self.profiler.close()
         if self.saver is not None:
             self.saver.close()
         self.train_stream.close()

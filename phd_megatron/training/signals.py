@@ -8,10 +8,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from phd_megatron.training import agreement
 
+FINISHED = "finished"
+"""Why a run ended that came to its end; every other reason leaves something to do."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C can reach a rank twice: from the terminal's process group and again from torchrun.
 _ONE_PRESS_SECONDS = 1.0
@@ -22,7 +25,7 @@ class ExitController:
 
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 on any rank ask for it; a second one more than a second later ends the process
     at once, with exit code 128 + signal. Forked children keep the default action; data-loader workers must outlive the
-    signal until the checkpoint is written: pass :func:`ignore_in_worker` as their ``worker_init_fn``.
+    signal until the checkpoint is written, so ``data/loader.py`` has them ignore it.
 
     Args:
         exit_duration_in_mins: stop when the run has lasted this long, counted from ``started``.
@@ -105,10 +108,15 @@ class ExitController:
             os.write(2, f"received {name}: saving and stopping after this step (again: stop at once)\n".encode())
 
 
-def ignore_in_worker(worker_id: int = 0) -> None:
-    """``worker_init_fn`` of a DataLoader: the parent decides when a worker ends, not a signal to the whole job."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def record_stop(reason: str, local_rank: int) -> None:
+    """Tell the launch script of this host why the run stopped; :data:`FINISHED` is success there.
+
+    torchrun has one exit code for everything but success, so the reason goes into the file that ``PHD_STOP_FILE``
+    names; ``launch_scripts/_torchrun.sh`` sets it and makes an exit code of it.
+    """
+    path = os.environ.get("PHD_STOP_FILE")
+    if path and local_rank == 0:
+        Path(path).write_text(f"{reason}\n", encoding="utf-8")
 
 
 def die_with_launcher() -> bool:

@@ -29,6 +29,7 @@ CASES = (
     "te-general-gemm",
     "single-rank",
     "scale-in-place",
+    "norm-on-device",
 )
 
 

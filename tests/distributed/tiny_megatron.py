@@ -310,6 +310,20 @@ def _clips_in_place():
     return "in place"
 
 
+def _norm_is_not_read():
+    """Every reading of a number is a wait for the device on a GPU; the values are those of the loop, bit for bit."""
+    import torch
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in (7, 500, 12345)]
+    with torch.profiler.profile() as profile:
+        norm, _ = local_multi_tensor_l2_norm(65536, None, [gradients], False)
+    assert norm.shape == (1,) and norm.dtype == torch.float32
+    assert norm.item() == torch.norm(torch.tensor([torch.norm(gradient).item() for gradient in gradients])).item()
+    assert "aten::_local_scalar_dense" not in {event.name for event in profile.events()}
+    return "not read"
+
+
 #: redirect, or redirect/aspect -> what needs it; a case returns something or raises
 CASES = {
     "cuda-names": lambda directory: _train(),
@@ -327,6 +341,7 @@ CASES = {
     "te-general-gemm": lambda directory: _train(moe=1),
     "single-rank": lambda directory: _collectives_of_one_rank(),
     "scale-in-place": lambda directory: _clips_in_place(),
+    "norm-on-device": lambda directory: _norm_is_not_read(),
 }
 
 

@@ -7,7 +7,7 @@
 #                                    or a part of it: kernel_tests, attention WIDTH REPEAT, decode, norm_rope
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs, then training steps, without the rest
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 out=${OUT:-runs/gpu}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=1

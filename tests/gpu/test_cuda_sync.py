@@ -1,0 +1,66 @@
+"""Inside a training step the host runs ahead of the GPU, but for the places that Megatron-Core needs a number at.
+
+A wait in our own files is a mistake: each one leaves the GPU idle for as long as the host needs to start it again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, WARM_UP = 5, 3
+#: Files of Megatron-Core that wait, and for what. Each waits once a step.
+STATED = {
+    "megatron/core/distributed/finalize_model_grads.py": "are there tokens at all: `if num_tokens > 0`",
+    "megatron/core/optimizer/clip_grads.py": "the gradient norm, which the log and the check for divergence read",
+}
+SIZES = {"num-layers": 3, "hidden-size": 64, "ffn-hidden-size": 96, "num-attention-heads": 4, "num-query-groups": 2}
+SIZES |= {"seq-length": 48, "phd-window": 5, "phd-chunk": 8, "micro-batch-size": 2, "global-batch-size": 4}
+SIZES |= {"train-iters": STEPS, "eval-iters": 0, "log-interval": STEPS}
+IMPLEMENTATIONS = ["local", *(["transformer_engine"] if importlib.util.find_spec("transformer_engine") else [])]
+
+
+def program(*words: str) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("corpus")
+    (directory / "text.txt").write_text("\n".join(f"{i} squared is {i * i}" for i in range(3000)))
+    prefix = str(directory / "data")
+    prepare = ["--input", str(directory), "--output-prefix", prefix, "--tokenizer", "byte"]
+    program("-m", "phd_megatron", "prepare", *prepare)
+    return prefix
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("scheme", "repeat"), [("pre", 1), ("hybrid_star", 2)])
+def test_a_step_waits_where_it_is_stated_only(data: str, implementation: str, scheme: str, repeat: int) -> None:
+    words = ["--norm-scheme", scheme, "--phd-repeat", str(repeat), "--transformer-impl", implementation]
+    words += ["--bf16", "--data-path", data, *(w for n, v in SIZES.items() for w in (f"--{n}", str(v)))]
+    out = program(str(Path(__file__).with_name("sync_program.py")), str(WARM_UP), "pretrain", *words)
+    found = json.loads(out.splitlines()[-1])
+    assert found["steps"] == STEPS - WARM_UP
+    unstated = {site: times for site, times in found["sites"].items() if not any(name in site for name in STATED)}
+    assert unstated == {}
+    for name in STATED:
+        times = sum(times for site, times in found["sites"].items() if name in site)
+        assert times <= found["steps"], f"{name} waited {times} times in {found['steps']} steps"
