@@ -13,7 +13,10 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
+from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.fp8 import require_fp8
+from phd_megatron.runtime.implementations import require_transformer_engine, table
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
 if TYPE_CHECKING:
@@ -26,12 +29,17 @@ def run(argv: list[str]) -> int:
     from phd_megatron.training.signals import die_with_launcher
 
     die_with_launcher()
-    install_backend(choose_device(asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
+    device = choose_device(asked_device(argv), environment.local_rank)[0]
+    install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)
     config = loaded.config
     require_for_pretraining(config)
     tokenizer, derived = complete(config, environment.world_size)
     notes = loaded.notes + derived
+    capabilities = probe(device, environment.local_rank if device == "cuda" else None)
+    require_transformer_engine(config.model, capabilities)
+    require_fp8(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
+    implementations = table(config, capabilities)
     runtime = Runtime.start(
         config.parallel,
         model=config.model,
@@ -43,6 +51,7 @@ def run(argv: list[str]) -> int:
         for note in notes:
             runtime.log(f"note: {note}")
         runtime.log(f"resolved configuration:\n{format_config(config, loaded.origins)}")
+        runtime.log(implementations)
         _train(config, runtime, tokenizer)
     return 0
 

@@ -101,15 +101,18 @@ class PHDRouter(TopKRouter):
                 counter.data = counter.data.float()
 
 
-def moe_spec(config: PHDTransformerConfig, transformer_engine: bool, activation: type | None) -> ModuleSpec:
+def moe_spec(config: PHDTransformerConfig, activation: type | None) -> ModuleSpec:
     """Spec of an FFN with experts, in the place of a dense one.
 
+    Transformer Engine's linear layers are grouped into one where ``moe_grouped_gemm`` asks for it.
+
     Args:
-        transformer_engine: use its linear layers, grouped into one where ``moe_grouped_gemm`` asks for it.
         activation: module of the gated activation, as in dense layers.
     """
     spec = get_moe_module_spec(
-        use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        use_te=config.transformer_engine,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
     )
     spec.submodules.router = PHDRouter
     spec.submodules.experts.submodules.activation_func = activation
