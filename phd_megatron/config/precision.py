@@ -43,6 +43,17 @@ def drop_fp8(model: ModelConfig) -> bool:
     return had
 
 
+def switched_off(model: ModelConfig) -> list[str]:
+    """``fp8: null`` over a checkpoint that had FP8 leaves out what belongs to it too; a note if there was anything."""
+    extra = model.transformer
+    if "fp8" not in extra or extra["fp8"]:
+        return []
+    before = dict(extra)
+    drop_fp8(model)
+    left = ", ".join(f"{name}={value}" for name, value in before.items() if name not in extra and value)
+    return [f"fp8=null: {left} left out with it"] if left else []
+
+
 def for_cpu(model: ModelConfig) -> list[str]:
     """Make it the same model with what every machine has, in place; notes on what changes the numbers a little."""
     model.transformer_impl = "local"

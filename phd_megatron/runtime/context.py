@@ -265,6 +265,8 @@ class Runtime:
         atexit.unregister(self.shutdown)
         import torch.distributed as dist
 
+        if te := sys.modules.get("transformer_engine.pytorch.fp8"):
+            te.FP8GlobalStateManager.reset()  # it holds scales of the layers that were, and their process group
         if "megatron.core.parallel_state" in sys.modules:
             sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
         if dist.is_initialized():

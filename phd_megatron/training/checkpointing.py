@@ -153,7 +153,12 @@ def load_checkpoint(
             runtime.log(f"note: {path} holds no random-number state")
 
     loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
-    agreement.everywhere(lambda: [extra_state.check(loaded[key], path) for key, _ in chunks(models)])
+
+    def check_extra_states() -> None:
+        for key, _ in chunks(models):
+            extra_state.check(loaded[key], path)
+
+    agreement.everywhere(check_extra_states)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:

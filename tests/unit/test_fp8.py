@@ -301,3 +301,12 @@ def test_the_same_model_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
         *("fp8", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
         *("moe_router_padding_for_quantization", "moe_grouped_gemm", "gradient_accumulation_fusion", "tp_comm_overlap"),
     }
+
+
+def test_fp8_is_switched_off_with_all_that_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(monkeypatch, fp8_recipe="tensorwise", first_last_layers_bf16=True)
+    config.model.transformer["fp8"] = None  # what --fp8-format null does to the configuration of a checkpoint
+    notes = resolve(config)
+    assert "fp8=null: fp8_recipe=tensorwise, first_last_layers_bf16=True left out with it" in notes
+    assert not {"fp8_recipe", "first_last_layers_bf16"} & set(config.model.transformer)
+    assert not any("fp8" in note for note in resolve(config))
