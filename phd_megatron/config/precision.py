@@ -90,9 +90,27 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
         for field, default in _DELAYED_ONLY.items():
             if extra.get(field, default) != default:
                 yield f"{field}={extra[field]!r}: fp8_recipe={recipe} does not read it; leave it out, or use delayed"
+    yield from _parameters(config, recipe)
     if extra.get("fp8_interval", 1) != 1:
         yield f"fp8_interval={extra['fp8_interval']}: Transformer Engine ignores it since 1.8; leave it out"
     yield from _bf16_layers(config)
+
+
+def _parameters(config: RunConfig, recipe: str) -> Iterator[str]:
+    if not config.model.transformer.get("fp8_param"):
+        return
+    if not config.parallel.use_distributed_optimizer:
+        yield (
+            "fp8_param=True without use_distributed_optimizer: Megatron-Core's plain optimizer cannot write FP8 "
+            "weights; turn it on, or leave fp8_param out"
+        )
+    if recipe == "mxfp8":
+        yield "fp8_param=True with fp8_recipe=mxfp8: it needs a gather of its own, which is not built; leave it out"
+    if config.logging.dump_gradients_dir is not None:
+        yield (
+            f"dump_gradients_dir={config.logging.dump_gradients_dir} with fp8_param=True: gradients are found by the "
+            "memory of weights in the model's own type; leave one of them out"
+        )
 
 
 def _delayed(model: ModelConfig) -> Iterator[str]:

@@ -160,7 +160,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     # --- precision
     Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
-    Unsupported("fp8_param", "parameters held in FP8 are not available yet"),
     Unsupported("fp8_dot_product_attention", _ATTENTION),
     Unsupported("fp8_multi_head_attention", _ATTENTION),
     Unsupported("fp8_recipe", "it names Python code that would be imported", _RECIPES, _holds("custom")),

@@ -15,6 +15,7 @@ from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
 from phd_megatron.model.moe import mark_expert_parameters
+from phd_megatron.model.quantised import plain_weights
 from phd_megatron.model.transformer_config import PHDTransformerConfig, build_transformer_config
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.fp8 import require_fp8
@@ -115,5 +116,6 @@ def _build_chunk(
     mark_expert_parameters(model)
     if device.type == "meta":
         return model
-    initialise(model, config, run.training.seed, pg_collection.dp_cp)
+    with plain_weights(model, config.params_dtype):
+        initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)

@@ -194,6 +194,8 @@ def _precision(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation
         f"linear layers of blocks {layers[0]} to {layers[-1]} of {run.model.num_layers}; embedding, attention, router, "
         "norms and head stay in bfloat16",
     )
+    held = bool(run.model.transformer.get("fp8_param"))
+    yield Operation("weights of those", "FP8" if held else "bfloat16", f"fp8_param is {'' if held else 'not '}set")
 
 
 def _step(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:

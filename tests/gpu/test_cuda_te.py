@@ -56,6 +56,8 @@ RECIPES = {
     "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
     "edges": "--fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16",
+    "held tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather",
+    "held delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-param-gather",
 }
 if not HAS_FP8:
     RECIPES = {}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from phd_megatron.config.precision import drop_fp8, for_cpu, fp8_layers, precision_problems
 from phd_megatron.config.resolve import resolve
@@ -16,6 +17,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import Capabilities, parse_version
+from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.fp8 import RECIPES, machine_problems, require_fp8, size_problems
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -252,12 +254,16 @@ REFUSED = [
     ({"fp8_recipe": "custom"}, "names Python code"),
     ({"num_layers_at_start_in_bf16": 2}, "without first_last_layers_bf16"),
     ({"activation_func_fp8_input_store": True}, "SwiGLU"),
+    ({"fp8_param": True, "use_distributed_optimizer": False}, "fp8_param=True without use_distributed_optimizer"),
+    ({"fp8_param": True, "fp8_recipe": "mxfp8"}, "fp8_param=True with fp8_recipe=mxfp8"),
+    ({"fp8_param": True, "dump_gradients_dir": "x"}, "dump_gradients_dir=x with fp8_param=True"),
 ]
 ACCEPTED = [
     {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max", "fp8_wgrad": False},
     {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     {"fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2},
     {"fp8_recipe": "tensorwise", "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+    {"fp8_param": True},
     {**EXPERTS, "moe_router_padding_for_quantization": True, "moe_token_dispatcher_type": "alltoall"},
 ]
 
@@ -310,3 +316,22 @@ def test_fp8_is_switched_off_with_all_that_belongs_to_it(monkeypatch: pytest.Mon
     assert "fp8=null: fp8_recipe=tensorwise, first_last_layers_bf16=True left out with it" in notes
     assert not {"fp8_recipe", "first_last_layers_bf16"} & set(config.model.transformer)
     assert not any("fp8" in note for note in resolve(config))
+
+
+def test_quantised_weights_are_set_as_plain_ones() -> None:
+    install_backend("cpu")
+    from phd_megatron.model.quantised import plain_weights
+
+    layer = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    weight, bias = layer.weight, layer.bias
+    weight._high_precision_init_val = torch.zeros(3, 4)  # as Transformer Engine keeps it, for the optimizer
+    values = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    with plain_weights(layer, torch.float32, quantised=lambda parameter: parameter is weight):
+        assert layer.weight is not weight and layer.weight.dtype == torch.float32 and layer.bias is bias
+        with torch.no_grad():
+            layer.weight.copy_(values)
+    assert layer.weight is weight and layer.bias is bias
+    assert torch.equal(weight, values.bfloat16())
+    assert torch.equal(weight._high_precision_init_val, values), "the optimizer starts from unrounded values"
+    with plain_weights(layer, torch.float32):
+        assert layer.weight is weight, "nothing is quantised"
