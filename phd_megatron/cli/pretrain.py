@@ -15,9 +15,9 @@ from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
-from phd_megatron.runtime.fp8 import require_fp8
-from phd_megatron.runtime.implementations import require_transformer_engine, table
+from phd_megatron.runtime.implementations import table
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
 
 if TYPE_CHECKING:
     from phd_megatron.data.tokenizers import Tokenizer
@@ -37,8 +37,7 @@ def run(argv: list[str]) -> int:
     tokenizer, derived = complete(config, environment.world_size)
     notes = loaded.notes + derived
     capabilities = probe(device, environment.local_rank if device == "cuda" else None)
-    require_transformer_engine(config.model, capabilities)
-    require_fp8(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
+    require(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
     implementations = table(config, capabilities)
     runtime = Runtime.start(
         config.parallel,

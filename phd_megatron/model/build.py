@@ -18,14 +18,10 @@ from phd_megatron.model.moe import mark_expert_parameters
 from phd_megatron.model.quantised import plain_weights
 from phd_megatron.model.transformer_config import PHDTransformerConfig, build_transformer_config
 from phd_megatron.runtime.capabilities import probe
-from phd_megatron.runtime.fp8 import require_fp8
-from phd_megatron.runtime.implementations import (
-    fused_norms,
-    gradient_accumulation,
-    require_transformer_engine,
-    use_transformer_engine,
-)
+from phd_megatron.runtime.implementations import fused_norms, gradient_accumulation, use_transformer_engine
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
+from phd_megatron.runtime.userbuffers import start_userbuffers
 
 
 def build_model(
@@ -37,8 +33,7 @@ def build_model(
     configuration. On the ``meta`` device parameters have shapes and no values, so a model of any size can be looked at.
 
     Raises:
-        UserError: for FP8 that this machine, the layout or a dimension does not allow; Megatron-Core would go on in
-            the model's own type.
+        UserError: for what this machine or the layout would compute otherwise than asked.
     """
     if device.type == "meta":
         with _OnMeta(), device:
@@ -63,12 +58,13 @@ def _build_chunks(
     accumulates = ""
     if device.type != "meta":  # shapes are the same whatever computes
         capabilities = probe(device.type, device.index)
-        if config.fp8:
-            require_fp8(run, ParallelDims.from_config(run.parallel, torch.distributed.get_world_size()), capabilities)
-        require_transformer_engine(run.model, capabilities)
+        dims = ParallelDims.from_config(run.parallel, torch.distributed.get_world_size())
+        require(run, dims, capabilities)
         config.transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
         config.fused_norms = fused_norms(run.model, config.transformer_engine)
         accumulates, _ = gradient_accumulation(run.model, capabilities)
+        if config.tp_comm_overlap:
+            start_userbuffers(run, dims)
     config.gradient_accumulation_fusion = accumulates == "all"
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)

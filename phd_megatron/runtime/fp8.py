@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from phd_megatron.config.moe import layer_pattern
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
-from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import Capabilities, Version, version_text
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -67,18 +66,6 @@ class Size:
     def fits(self) -> bool:
         """Whether it is a multiple."""
         return self.value % self.multiple == 0
-
-
-def require_fp8(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> None:
-    """Check a resolved run that asks for FP8, on this machine and in this layout; return at once for one that does not.
-
-    Raises:
-        UserError: with every problem.
-    """
-    problems = [*machine_problems(run.model, capabilities), *size_problems(run, dims)]
-    if problems:
-        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  - "
-        raise UserError(head + "\n  - ".join(problems))
 
 
 def machine_problems(model: ModelConfig, capabilities: Capabilities) -> Iterator[str]:

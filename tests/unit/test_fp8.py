@@ -18,8 +18,9 @@ from phd_megatron.config.serialize import assign
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import Capabilities, parse_version
 from phd_megatron.runtime.context import install_backend
-from phd_megatron.runtime.fp8 import RECIPES, machine_problems, require_fp8, size_problems
+from phd_megatron.runtime.fp8 import RECIPES, machine_problems, size_problems
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
 
 HOPPER = Capabilities("cuda", "NVIDIA H100", (9, 0), (12, 9), (2, 11), "")
 FITTING = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "kv_channels": 16}
@@ -98,9 +99,9 @@ def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(monkeypatch, fp8_recipe="blockwise", hidden_size=72)
     dims = ParallelDims.from_config(config.parallel, 1)
     with pytest.raises(UserError, match=r"(?s)2 problems:.*CUDA 12\.8.*hidden_size = 72"):
-        require_fp8(config, dims, H100_CUDA_12_8)
+        require(config, dims, H100_CUDA_12_8)
     drop_fp8(config.model)
-    require_fp8(config, dims, Capabilities())
+    require(config, dims, Capabilities())
 
 
 def test_versions() -> None:

@@ -26,6 +26,8 @@ from phd_megatron.runtime.implementations import (
     table,
     use_transformer_engine,
 )
+from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.userbuffers import overlap_problems
 
 HOPPER = Capabilities("cuda", "NVIDIA H100", (9, 0), (12, 9), (2, 11), "")
 WITHOUT = replace(HOPPER, transformer_engine=None, transformer_engine_problem="transformer-engine is not installed")
@@ -92,6 +94,31 @@ def test_gradient_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gradient_accumulation(on, machine)[0] for machine in (HOPPER, APEX)] == ["te", "all"]
     with pytest.raises(UserError, match=r"gradient_accumulation_fusion=True needs .*not installed; leave it out"):
         gradient_accumulation(on, WITHOUT)
+
+
+OVERLAP = {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "machine", "refusal"),
+    [
+        (OVERLAP, HOPPER, ""),
+        ({**OVERLAP, "sequence_parallel": False}, HOPPER, "sequence_parallel=False: it overlaps"),
+        ({"tp_comm_overlap": True}, HOPPER, "tensor_model_parallel_size=1"),
+        ({**OVERLAP, "phd_repeat": 2}, HOPPER, "the last layer computes the last copy alone"),
+        ({**OVERLAP, "phd_repeat": 2, "phd_last_layer_pruning": False}, HOPPER, ""),
+        ({**OVERLAP, "num_moe_experts": 4}, HOPPER, "with experts is not tested"),
+        (OVERLAP, replace(HOPPER, transformer_engine=(2, 6)), "Transformer Engine is 2.6, and it needs 2.7"),
+        ({**OVERLAP, "tp_comm_overlap": False, "phd_repeat": 2}, WITHOUT, ""),
+    ],
+)
+def test_overlapped_tensor_parallelism(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], machine: Capabilities, refusal: str
+) -> None:
+    run = make(monkeypatch, **values)
+    found = "\n".join(overlap_problems(run, ParallelDims.from_config(run.parallel, 2), machine))
+    assert bool(found) == bool(refusal)
+    assert refusal in found
 
 
 def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
