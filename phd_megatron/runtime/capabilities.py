@@ -85,10 +85,13 @@ def _transformer_engine() -> tuple[Version | None, str]:
     for module in ("transformer_engine.pytorch", "transformer_engine.pytorch.fp8"):
         if problem := _imports(module):
             return None, f"transformer-engine is installed but {module} does not import ({problem})"
+    number = getattr(
+        importlib.import_module("transformer_engine"), "__version__", None
+    )  # where Megatron-Core looks too
     try:
-        return parse_version(version("transformer-engine")), ""
-    except PackageNotFoundError:
-        return None, "transformer-engine imports, but it was not installed as a package, so its version is unknown"
+        return parse_version(str(number or version("transformer-engine"))), ""
+    except (PackageNotFoundError, ValueError):
+        return None, f"transformer-engine imports, but its version is {number!r}"
 
 
 def _imports(module: str) -> str | None:
