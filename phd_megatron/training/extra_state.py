@@ -19,6 +19,7 @@ from phd_megatron.runtime.checkpoint_store import CheckpointError
 _RECIPES = "transformer_engine.common.recipe"
 _NAMES = {
     ("collections", "OrderedDict"),
+    ("torch", "device"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
 }
