@@ -14,6 +14,7 @@ from typing import Any
 
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, choose_device, install_backend, usable_cores
 
 COLUMNS = ("layout", "ranks", "loss", "grad norm", "gradients", "worst parameter", "result")
@@ -57,7 +58,7 @@ def run(argv: list[str]) -> int:
     install_backend(device)  # before Megatron is imported
 
     from phd_megatron.cli.parity_runs import run_parity
-    from phd_megatron.model.build import use_transformer_engine
+    from phd_megatron.runtime.implementations import use_transformer_engine
     from phd_megatron.training.parity_compare import tolerance_of
     from phd_megatron.training.parity_layouts import covering, parse_layouts
 
@@ -68,7 +69,7 @@ def run(argv: list[str]) -> int:
     config = loaded.config
     for note in loaded.notes:
         print(f"note: {note}")
-    tolerance = tolerance_of(config, use_transformer_engine(config.model.transformer_impl, device == "cuda")[0])
+    tolerance = tolerance_of(config, use_transformer_engine(config.model.transformer_impl, probe(device))[0])
     beyond = [layout for layout in layouts if device == "cuda" and layout.ranks > most]
     with _directory(options.work_dir) as work:
         fitting = [layout for layout in layouts if layout not in beyond]

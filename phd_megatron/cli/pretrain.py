@@ -14,8 +14,11 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.implementations import table
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
 
 if TYPE_CHECKING:
     from phd_megatron.data.tokenizers import Tokenizer
@@ -27,12 +30,16 @@ def run(argv: list[str]) -> int:
     from phd_megatron.training.signals import die_with_launcher
 
     die_with_launcher()
-    install_backend(choose_device(asked_device(argv), environment.local_rank)[0])  # before Megatron is imported
+    device = choose_device(asked_device(argv), environment.local_rank)[0]
+    install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)
     config = loaded.config
     require_for_pretraining(config)
     tokenizer, derived = complete(config, environment.world_size)
     notes = loaded.notes + derived
+    capabilities = probe(device, environment.local_rank if device == "cuda" else None)
+    require(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
+    implementations = table(config, capabilities)
     runtime = Runtime.start(
         config.parallel,
         model=config.model,
@@ -44,6 +51,7 @@ def run(argv: list[str]) -> int:
         for note in notes:
             runtime.log(f"note: {note}")
         runtime.log(f"resolved configuration:\n{format_config(config, loaded.origins)}")
+        runtime.log(implementations)
         _train(config, runtime, tokenizer)
     return 0
 

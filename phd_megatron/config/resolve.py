@@ -10,6 +10,7 @@ import math
 
 from phd_megatron.config.catalog import nearest
 from phd_megatron.config.moe import router_losses
+from phd_megatron.config.precision import switched_off
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.unsupported import raise_all, refuse_unsupported
 from phd_megatron.config.validate import problems
@@ -28,6 +29,7 @@ def resolve(config: RunConfig) -> list[str]:
     Raises:
         UserError: with every problem found: missing architecture, values out of range, features not available.
     """
+    switched_off_notes = switched_off(config.model)
     refuse_unsupported(config)
     raise_all(
         [
@@ -39,7 +41,7 @@ def resolve(config: RunConfig) -> list[str]:
     raise_all([*problems(config), *_unknown_scheme(config.model), *_unfitting_init(config.model)])
     notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
     raise_all(problems(config))
-    return notes
+    return switched_off_notes + notes
 
 
 def _resolve_model(model: ModelConfig) -> list[str]:

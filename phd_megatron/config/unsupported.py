@@ -66,6 +66,7 @@ _ATTENTION = "PHD attention has one form and would ignore it"
 _TE = "it needs Transformer Engine, which is not used here, and would be silently ignored without it"
 _TE_CURE = "install transformer_engine and do not ask for transformer_impl=local, or leave it out"
 _NO_FP8 = "it has no effect without fp8"
+_RECIPES = "use fp8_recipe delayed, tensorwise, blockwise or mxfp8"
 _NO_RECOMPUTE = "it has no effect without recompute_granularity"
 _RECOMPUTE = "set recompute_granularity to full or selective"
 _SCHEDULE = "it needs a pipeline schedule of Megatron-Core that runs layers in pieces, which PHD's model does not offer"
@@ -159,16 +160,22 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     # --- precision
     Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
-    Unsupported("fp8_param", "parameters held in FP8 are not available yet"),
     Unsupported("fp8_dot_product_attention", _ATTENTION),
     Unsupported("fp8_multi_head_attention", _ATTENTION),
+    Unsupported("fp8_recipe", "it names Python code that would be imported", _RECIPES, _holds("custom")),
+    Unsupported("fp8_quantizer_factory", "it names Python code that would be imported", _RECIPES),
     Unsupported("fp8_*", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
     Unsupported("tp_only_amax_red", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
     Unsupported("first_last_layers_bf16", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
-    Unsupported("num_layers_at_*_in_bf16", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
-    Unsupported("activation_func_fp8_input_store", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
-    Unsupported("fp4", "FP4 is not available yet"),
-    Unsupported("fp4_*", "FP4 is not available yet"),
+    Unsupported(
+        "num_layers_at_*_in_bf16",
+        "it has no effect without first_last_layers_bf16",
+        "set fp8 and first_last_layers_bf16",
+        _without("first_last_layers_bf16"),
+    ),
+    Unsupported("activation_func_fp8_input_store", "SwiGLU is a function of this package, which keeps its input as is"),
+    Unsupported("fp4", "FP4 needs a Blackwell GPU, and has not been built or run on one", "use fp8 on Ada or newer"),
+    Unsupported("fp4_*", "FP4 needs a Blackwell GPU, and has not been built or run on one", "use fp8 on Ada or newer"),
     Unsupported("enable_autocast", "parameters are cast once, with bf16 or fp16", "use bf16 or fp16"),
     Unsupported("fp32_residual_connection", "the residual streams of the norm schemes are not tested with it"),
     Unsupported("use_kitchen*", "kitchen layers are not wired up"),

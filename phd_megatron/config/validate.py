@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.moe import moe_problems
+from phd_megatron.config.precision import precision_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import raise_all
@@ -201,6 +202,7 @@ def problems(config: RunConfig) -> list[str]:
         *_training(config),
         *_profile(config),
         *moe_problems(config.model),
+        *precision_problems(config),
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
@@ -33,10 +34,10 @@ def inference_config(saved: RunConfig) -> RunConfig:
     """A configuration of the same function on one rank in float32, where nothing is dropped."""
     saved.parallel = ParallelConfig(device="cpu")
     saved.training.bf16 = saved.training.fp16 = False
-    saved.model.transformer_impl = "local"
+    for_cpu(saved.model)
     extra = saved.model.transformer
-    left = ("recompute_", "fp8", "moe_expert_capacity_factor", "moe_pad_", "moe_token_drop", "moe_grouped_gemm")
-    for name in [name for name in extra if name.startswith((*left, "moe_permute_fusion", "moe_router_fusion"))]:
+    left = ("recompute_", "moe_expert_capacity_factor", "moe_pad_", "moe_token_drop")
+    for name in [name for name in extra if name.startswith(left)]:
         del extra[name]
     resolve(saved)
     return saved

@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.overrides import TorchFunctionMode
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.vocabulary import padded_vocab_size
-from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
 from phd_megatron.model.moe import mark_expert_parameters
+from phd_megatron.model.quantised import plain_weights
 from phd_megatron.model.transformer_config import PHDTransformerConfig, build_transformer_config
-
-
-def use_transformer_engine(transformer_impl: str, on_cuda: bool) -> tuple[bool, str]:
-    """Whether linear layers come from Transformer Engine, and why.
-
-    Raises:
-        UserError: if it is asked for and cannot be had.
-    """
-    if transformer_impl == "local":
-        return False, "asked for by transformer_impl=local"
-    problem = _import_problem() if on_cuda else None
-    if on_cuda and problem is None:
-        return True, "Transformer Engine is installed"
-    reason = problem or "there is no CUDA device"
-    if transformer_impl == "transformer_engine":
-        raise UserError(
-            f"transformer_impl=transformer_engine, but {reason}; use transformer_impl=auto, or install "
-            "'phd-megatron[te]' on a GPU machine"
-        )
-    return False, reason
-
-
-def _import_problem() -> str | None:
-    """Why Transformer Engine cannot be had: it is absent, or built for another CUDA or torch."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "transformer-engine is not installed"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a library that does not fit raises anything: ImportError, OSError, RuntimeError
-        return f"transformer-engine is installed but does not import ({type(error).__name__}: {error})"
-    return None
+from phd_megatron.runtime.capabilities import probe
+from phd_megatron.runtime.implementations import fused_norms, gradient_accumulation, use_transformer_engine
+from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
+from phd_megatron.runtime.userbuffers import start_userbuffers
 
 
 def build_model(
@@ -58,6 +31,9 @@ def build_model(
 
     One, or with virtual pipeline stages one for each, in the order in which activations pass. They share one
     configuration. On the ``meta`` device parameters have shapes and no values, so a model of any size can be looked at.
+
+    Raises:
+        UserError: for what this machine or the layout would compute otherwise than asked.
     """
     if device.type == "meta":
         with _OnMeta(), device:
@@ -79,9 +55,34 @@ def _build_chunks(
     run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None
 ) -> list[PHDGPTModel]:
     config = build_transformer_config(run)
+    accumulates = ""
+    if device.type != "meta":  # shapes are the same whatever computes
+        capabilities = probe(device.type, device.index)
+        dims = ParallelDims.from_config(run.parallel, torch.distributed.get_world_size())
+        require(run, dims, capabilities)
+        config.transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
+        config.fused_norms = fused_norms(run.model, config.transformer_engine)
+        accumulates, _ = gradient_accumulation(run.model, capabilities)
+        if config.tp_comm_overlap:
+            start_userbuffers(run, dims)
+    config.gradient_accumulation_fusion = accumulates == "all"
     virtual = config.virtual_pipeline_model_parallel_size
     stages = [None] if virtual is None else range(virtual)
-    return [_build_chunk(run, config, true_vocab_size, device, pg_collection, stage) for stage in stages]
+    models = [_build_chunk(run, config, true_vocab_size, device, pg_collection, stage) for stage in stages]
+    if accumulates == "te":
+        for model in models:
+            accumulate_in_transformer_engine(model)
+    return models
+
+
+def accumulate_in_transformer_engine(model: Any) -> None:
+    """Let its layers add a weight's gradient to the gradient buffer in the GEMM.
+
+    Megatron-Core has one switch for these and for its own layers, which cannot do it without apex.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _build_chunk(
@@ -92,12 +93,11 @@ def _build_chunk(
     pg_collection: ProcessGroupCollection | None,
     vp_stage: int | None,
 ) -> PHDGPTModel:
-    transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, device.type == "cuda")
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     model = PHDGPTModel(
         true_vocab_size=true_vocab_size,
         config=config,
-        transformer_layer_spec=block_spec(config, transformer_engine, vp_stage),
+        transformer_layer_spec=block_spec(config, vp_stage),
         vocab_size=padded_vocab_size(true_vocab_size, run.model.make_vocab_size_divisible_by),
         max_sequence_length=run.model.max_position_embeddings or run.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -112,5 +112,6 @@ def _build_chunk(
     mark_expert_parameters(model)
     if device.type == "meta":
         return model
-    initialise(model, config, run.training.seed, pg_collection.dp_cp)
+    with plain_weights(model, config.params_dtype):
+        initialise(model, config, run.training.seed, pg_collection.dp_cp)
     return model.to(device)

@@ -12,7 +12,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.kernels.cross_entropy import cross_entropy
 from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.kernels.triton_support import runs_on_gpu
-from phd_megatron.norm.modules import norm_class
+from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
 
 
@@ -32,8 +32,7 @@ class PHDGPTModel(GPTModel):
         super().__init__(**kwargs)
         self.repeat = self.config.kv_policy.repeat
         if self.pre_process and self.config.embed_norm:
-            norm = norm_class(self.config.normalization)
-            self.embed_norm = norm(self.config, self.config.hidden_size, self.config.layernorm_epsilon)
+            self.embed_norm = wide_norm(self.config)
         self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)

@@ -119,15 +119,18 @@ def routing_entropy(logits: Tensor, score_function: str) -> Tensor:
     return torch.special.entr(scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)).sum(-1)
 
 
-def moe_spec(config: PHDTransformerConfig, transformer_engine: bool, activation: type | None) -> ModuleSpec:
+def moe_spec(config: PHDTransformerConfig, activation: type | None) -> ModuleSpec:
     """Spec of an FFN with experts, in the place of a dense one.
 
+    Transformer Engine's linear layers are grouped into one where ``moe_grouped_gemm`` asks for it.
+
     Args:
-        transformer_engine: use its linear layers, grouped into one where ``moe_grouped_gemm`` asks for it.
         activation: module of the gated activation, as in dense layers.
     """
     spec = get_moe_module_spec(
-        use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        use_te=config.transformer_engine,
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
     )
     spec.submodules.router = PHDRouter
     spec.submodules.experts.submodules.activation_func = activation

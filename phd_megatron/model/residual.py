@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phd_megatron.norm.modules import norm_class
+from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import last_copy
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SublayerResidual(nn.Module):
         self.norms_branch = norms.output_norm == "branch"
         self.output_norm: nn.Module | None = None
         if norms.output_norm is not None:
-            norm = norm_class(config.normalization)(config, config.hidden_size, config.layernorm_epsilon)
+            norm = wide_norm(config)
             nn.init.constant_(norm.weight, norms.output_norm_init)  # type: ignore[arg-type]
             self.output_norm = norm
 

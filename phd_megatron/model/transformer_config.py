@@ -27,6 +27,8 @@ class PHDTransformerConfig(TransformerConfig):
     embed_norm: bool = False  #: a norm follows the embedding
     phd_attention_backend: str = "auto"
     phd_last_layer_pruning: bool = True
+    transformer_engine: bool = False  #: linear layers and norms are Transformer Engine's
+    fused_norms: bool = False  #: a norm that only a linear layer reads is computed inside it
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     init_scheme: str = "normal"
     init_gain: float = 1.0  #: of value, attention-output and FFN weights, by the norm scheme

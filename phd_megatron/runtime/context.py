@@ -15,6 +15,7 @@ from typing import Any, Literal
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.userbuffers import stop_userbuffers
 
 _STARTS = itertools.count()
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -265,6 +266,9 @@ class Runtime:
         atexit.unregister(self.shutdown)
         import torch.distributed as dist
 
+        stop_userbuffers()
+        if te := sys.modules.get("transformer_engine.pytorch.fp8"):
+            te.FP8GlobalStateManager.reset()  # it holds scales of the layers that were, and their process group
         if "megatron.core.parallel_state" in sys.modules:
             sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
         if dist.is_initialized():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -10,6 +9,10 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.runtime.capabilities import probe
+from phd_megatron.runtime.implementations import Operation, format_operations, operations
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,6 @@ class Package:
     version: str | None
     cost: str
     command: str
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An operation, the implementation that will run it here, and why that one."""
-
-    name: str
-    implementation: str
-    reason: str
 
 
 @dataclass
@@ -96,17 +90,6 @@ def _packages() -> list[Package]:
     return found
 
 
-def _imports(module: str) -> tuple[bool, str]:
-    """Whether a package not only is there but works, and the error when not."""
-    if not _installed(module):
-        return False, f"{module} is not installed"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a broken binary raises anything: ImportError, OSError, RuntimeError
-        return False, f"{module} is installed but does not import: {type(error).__name__}: {error}"
-    return True, f"{module} is installed"
-
-
 def examine(device: str = "auto") -> Report:
     """Look at this machine. Nothing is changed; no process group is made.
 
@@ -124,33 +107,15 @@ def examine(device: str = "auto") -> Report:
     )
     if not _installed("torch"):
         return report
-    import torch
 
-    report.device, report.device_reason = choose_device(device)
+    chosen, report.device_reason = choose_device(device)
+    report.device = chosen
     report.backend = "nccl" if report.device == "cuda" else "gloo"
     report.devices = _devices()
-    on_cuda = report.device == "cuda"
-    te, te_reason = _imports("transformer_engine.pytorch") if on_cuda else (False, "the device is the CPU")
-    apex, _ = _imports("apex") if on_cuda else (False, "")
-    dtype = torch.bfloat16 if on_cuda else torch.float32
+    run = RunConfig()
+    run.training.bf16 = report.device == "cuda"
     report.operations = [
-        _attention(report.device, dtype),
-        Operation("linear layers", "Transformer Engine" if te else "torch matmul (megatron local layers)", te_reason),
-        Operation("norms", "torch rms_norm / layer_norm", "the norm schemes put norms where no fused module has them"),
-        Operation("RoPE", "phd_megatron.kernels", "one pass with the split of QKV; torch operations, no compiler"),
-        Operation("SwiGLU", "phd_megatron.kernels", "one differentiable function; torch operations, no compiler"),
-        Operation("cross entropy", "megatron vocab-parallel", "works with and without tensor parallelism"),
-        Operation(
-            "optimizer",
-            "Transformer Engine FusedAdam" if te else "apex FusedAdam" if apex else "torch AdamW(fused=True)",
-            te_reason if te else "megatron's order is Transformer Engine, apex, torch",
-        ),
-        Operation(
-            "grouped GEMM of experts",
-            "Transformer Engine" if te else "one GEMM per expert",
-            te_reason if te else f"grouped GEMM needs Transformer Engine; {te_reason}",
-        ),
-        Operation("FP8", "Transformer Engine" if te else "not available", te_reason),
+        *operations(run, probe(chosen)),
         Operation("checkpoint writer", "torch distributed checkpoint", "one file per rank, written in this process"),
     ]
     return report
@@ -172,18 +137,6 @@ def _devices() -> list[str]:
     return found
 
 
-def _attention(device: str, dtype: Any) -> Operation:
-    import torch
-
-    name = "PHD attention"
-    try:
-        door = importlib.import_module("phd_megatron.kernels.phd_attention")
-        implementation, reason = door.choose_backend(torch.device(device), dtype)
-    except Exception as error:  # the doctor reports what is broken; it must not break with it
-        return Operation(name, "not available", f"{type(error).__name__}: {error}")
-    return Operation(name, str(implementation), str(reason))
-
-
 def format_report(report: Report) -> str:
     """The report as text for a terminal."""
     lines = [
@@ -200,8 +153,5 @@ def format_report(report: Report) -> str:
         else:
             lines.append(f"  {package.name:<{width}}  not installed: {package.cost}. Get it: {package.command}")
     if report.operations:
-        lines += ["", "operations:"]
-        width = max(len(operation.name) for operation in report.operations)
-        for operation in report.operations:
-            lines.append(f"  {operation.name:<{width}}  {operation.implementation}  ({operation.reason})")
+        lines += ["", "operations of a run with default settings:", format_operations(report.operations)]
     return "\n".join(lines)

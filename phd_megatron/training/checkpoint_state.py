@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from phd_megatron.model.quantised import dequantise
 from phd_megatron.training import agreement
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def sharded_state(
     if optimizer is not None:
         # given the models' dict alone: the optimizer's tensors are named after the parameters in it
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    dequantise({key: state[key] for key, _ in chunks(models)})  # the optimizer has found its parameters by then
     if scheduler is not None:
         state["opt_param_scheduler"] = scheduler.state_dict()
     return state

@@ -25,7 +25,7 @@ from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
-from phd_megatron.training import adam_state, agreement, checkpoint_format, optimizer_kind, rng_state
+from phd_megatron.training import adam_state, agreement, checkpoint_format, extra_state, optimizer_kind, rng_state
 from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
 from phd_megatron.training.checkpoint_saver import RuntimeLike
 from phd_megatron.training.checkpoint_state import chunks, content, rng_object, sharded_state
@@ -153,6 +153,12 @@ def load_checkpoint(
             runtime.log(f"note: {path} holds no random-number state")
 
     loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
+
+    def check_extra_states() -> None:
+        for key, _ in chunks(models):
+            extra_state.check(loaded[key], path)
+
+    agreement.everywhere(check_extra_states)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:

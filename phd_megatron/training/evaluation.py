@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
@@ -40,11 +41,7 @@ def for_evaluation(
     if extra.pop("moe_expert_capacity_factor", None) is not None:
         notes.append("moe_expert_capacity_factor is left out: outside of training no token is dropped")
     if device == "cpu":
-        run.model.transformer_impl = "auto"
-        if extra.get("fp8"):
-            for name in [name for name in extra if name.startswith("fp8")]:
-                del extra[name]
-            notes.append("fp8 is left out: this machine computes in the checkpoint's own type")
+        notes += for_cpu(run.model)
     run.checkpoint.save = run.checkpoint.load = None
     run.training.rampup_batch_size = None
     dims = ParallelDims.from_config(run.parallel, world_size)

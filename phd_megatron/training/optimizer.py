@@ -12,6 +12,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
@@ -106,6 +107,7 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
         align_param_gather=run.parallel.overlap_param_gather and len(models) > 1,
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         bucket_size=run.parallel.ddp_bucket_size,
+        fp8_param_gather=bool(run.model.transformer.get("fp8_param")),
     )
     return [
         DistributedDataParallel(
@@ -137,6 +139,7 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
             params_dtype=params_dtype(run),
             use_distributed_optimizer=run.parallel.use_distributed_optimizer,
             overlap_param_gather=run.parallel.overlap_param_gather,
+            fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
         ),
         models,
         # An empty override decays every parameter; None leaves out one-dimensional ones and biases.

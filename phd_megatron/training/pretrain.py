@@ -22,7 +22,6 @@ from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import DIVERGED, UserError
-from phd_megatron.kernels.phd_attention import choose_backend
 from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
 from phd_megatron.planning.flops import forward_flops
@@ -94,10 +93,6 @@ class Trainer:
         )
         models = build_model(run, run.model.vocab_size, runtime.device)
         config = models[0].config
-        attention, why = choose_backend(
-            runtime.device, config.params_dtype, config.kv_channels, backend=config.phd_attention_backend
-        )
-        runtime.log(f"PHD attention: {attention}, {why}")
         self.flops_model = replace(run.model, phd_last_layer_pruning=config.phd_last_layer_pruning)
         if run.model.phd_repeat > 1 and config.copies_dropped_at_head:
             runtime.log("note: the head has a pipeline stage of its own, so the last decoder layer computes all copies")

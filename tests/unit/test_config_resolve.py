@@ -210,7 +210,13 @@ def test_layers_of_a_virtual_stage_become_the_number_of_stages() -> None:
 # ---------------------------------------------------------------- refusals by name
 
 REFUSED_VALUES: dict[str, Any] = {
-    **{"expert_tensor_parallel_size": 2, "attention_dropout": 0.1, "softmax_type": "learnable", "fp8_*": 1},
+    **{
+        "expert_tensor_parallel_size": 2,
+        "attention_dropout": 0.1,
+        "softmax_type": "learnable",
+        "fp8_*": 1,
+        "fp8_recipe": "custom",
+    },
     **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
     **{"cross_entropy_fusion_impl": "te", "perform_initialization": False},
     **{"moe_token_dispatcher_type": "flex", "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},

@@ -111,7 +111,7 @@ def test_doctor_reports_every_operation(capsys):
     assert doctor.run(["--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out)
     names = {operation["name"] for operation in report["operations"]}
-    assert {"PHD attention", "linear layers", "norms", "optimizer", "cross entropy", "RoPE"} <= names
+    assert {"PHD attention", "linear layers", "norms", "optimizer", "cross entropy", "q/k/v norm and RoPE"} <= names
     assert all(operation["implementation"] and operation["reason"] for operation in report["operations"])
     assert {package["name"] for package in report["packages"]} >= {"torch", "megatron-core", "flash-attn", "apex"}
 

@@ -1,0 +1,260 @@
+"""Which implementation is chosen for what, that the table says it, and what is refused without Transformer Engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from phd_megatron.config.resolve import resolve
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import assign
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.capabilities import Capabilities, probe
+from phd_megatron.runtime.context import install_backend
+from phd_megatron.runtime.implementations import (
+    fused_norms,
+    gradient_accumulation,
+    operations,
+    require_transformer_engine,
+    table,
+    use_transformer_engine,
+)
+from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.userbuffers import overlap_problems
+
+HOPPER = Capabilities("cuda", "NVIDIA H100", (9, 0), (12, 9), (2, 11), "")
+WITHOUT = replace(HOPPER, transformer_engine=None, transformer_engine_problem="transformer-engine is not installed")
+APEX = replace(WITHOUT, apex_adam=True, apex_weight_gradient=True)
+
+
+def make(monkeypatch: pytest.MonkeyPatch, **values: Any) -> RunConfig:
+    """A resolved run in bfloat16, as on a machine that has Transformer Engine."""
+    real = importlib.util.find_spec
+    there = {"transformer_engine": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there.get(name) or real(name, *rest))
+    config = RunConfig()
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 48, "bf16": True}
+    for name, value in {**sizes, **values}.items():
+        assign(config, name, value)
+    resolve(config)
+    return config
+
+
+def rows(monkeypatch: pytest.MonkeyPatch, machine: Capabilities, **values: Any) -> dict[str, tuple[str, str]]:
+    run = make(monkeypatch, **values)
+    monkeypatch.undo()  # or the attention front door would believe it too
+    on_cpu = replace(machine, device="cpu")  # this machine has no other attention
+    return {row.name: (row.implementation, row.reason) for row in operations(run, on_cpu)}
+
+
+def test_transformer_engine_or_not() -> None:
+    assert use_transformer_engine("auto", HOPPER) == (
+        True,
+        "transformer_impl=auto takes it: Transformer Engine 2.11 is installed",
+    )
+    assert use_transformer_engine("transformer_engine", HOPPER)[0]
+    assert use_transformer_engine("auto", WITHOUT) == (False, "transformer-engine is not installed")
+    assert use_transformer_engine("local", HOPPER) == (False, "asked for by transformer_impl=local")
+    with pytest.raises(UserError, match=r"transformer_impl=transformer_engine, but .*is not installed; use"):
+        use_transformer_engine("transformer_engine", WITHOUT)
+    with pytest.raises(UserError, match="there is no CUDA device"):
+        use_transformer_engine("transformer_engine", probe("cpu"))
+
+
+@pytest.mark.parametrize("field", ["moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap"])
+def test_what_only_transformer_engine_does(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2} if field.startswith("moe") else {}
+    model = make(monkeypatch, **experts, **{field: True}).model
+    require_transformer_engine(model, HOPPER)
+    for machine in (WITHOUT, Capabilities()):
+        with pytest.raises(UserError, match=f"{field}=True: only Transformer Engine does that.*leave it out"):
+            require_transformer_engine(model, machine)
+
+
+def test_fused_cross_entropy_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = {"cross_entropy_loss_fusion": True}
+    require_transformer_engine(make(monkeypatch, **fused).model, WITHOUT)
+    with pytest.raises(UserError, match="cross_entropy_fusion_impl='te'"):
+        require_transformer_engine(make(monkeypatch, **fused, cross_entropy_fusion_impl="te").model, WITHOUT)
+
+
+def test_gradient_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = make(monkeypatch).model
+    off = make(monkeypatch, gradient_accumulation_fusion=False).model
+    on = make(monkeypatch, gradient_accumulation_fusion=True).model
+    assert [gradient_accumulation(auto, machine)[0] for machine in (HOPPER, APEX, WITHOUT)] == ["te", "all", ""]
+    assert {gradient_accumulation(off, machine)[0] for machine in (HOPPER, APEX, WITHOUT)} == {""}
+    assert [gradient_accumulation(on, machine)[0] for machine in (HOPPER, APEX)] == ["te", "all"]
+    with pytest.raises(UserError, match=r"gradient_accumulation_fusion=True needs .*not installed; leave it out"):
+        gradient_accumulation(on, WITHOUT)
+
+
+OVERLAP = {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "machine", "refusal"),
+    [
+        (OVERLAP, HOPPER, ""),
+        ({**OVERLAP, "sequence_parallel": False}, HOPPER, "sequence_parallel=False: it overlaps"),
+        ({"tp_comm_overlap": True}, HOPPER, "tensor_model_parallel_size=1"),
+        ({**OVERLAP, "phd_repeat": 2}, HOPPER, "the last layer computes the last copy alone"),
+        ({**OVERLAP, "phd_repeat": 2, "phd_last_layer_pruning": False}, HOPPER, ""),
+        ({**OVERLAP, "num_moe_experts": 4}, HOPPER, "with experts is not tested"),
+        (OVERLAP, replace(HOPPER, transformer_engine=(2, 6)), "Transformer Engine is 2.6, and it needs 2.7"),
+        ({**OVERLAP, "tp_comm_overlap": False, "phd_repeat": 2}, WITHOUT, ""),
+    ],
+)
+def test_overlapped_tensor_parallelism(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], machine: Capabilities, refusal: str
+) -> None:
+    run = make(monkeypatch, **values)
+    found = "\n".join(overlap_problems(run, ParallelDims.from_config(run.parallel, 2), machine))
+    assert bool(found) == bool(refusal)
+    assert refusal in found
+
+
+def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rows(monkeypatch, Capabilities())
+    assert found["linear layers"] == ("torch matmul (Megatron's local layers)", "there is no CUDA device")
+    assert found["norms"][0] == "torch rms_norm / layer_norm"
+    assert found["FP8"][0] == "not used"
+    assert found["optimizer"][0] == "torch AdamW(fused=True)"
+    assert found["gradient accumulation"][0] == "after the GEMM"
+    assert all(implementation and reason for implementation, reason in found.values())
+
+
+def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
+    found = rows(monkeypatch, HOPPER, **edges, norm_scheme="hybrid_star")
+    assert found["linear layers"][0] == found["norms"][0] == "Transformer Engine"
+    assert found["norms"][1].startswith("2 of 8 sublayers of hybrid_star")
+    assert found["FP8"] == (
+        "hybrid, tensorwise",
+        "linear layers of blocks 1 to 2 of 4; embedding, attention, router, norms and head stay in bfloat16",
+    )
+    assert found["optimizer"][0] == "Transformer Engine FusedAdam"
+    assert found["gradient accumulation"][0] == "inside Transformer Engine's GEMMs"
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_grouped_gemm": True}
+    assert rows(monkeypatch, HOPPER, **experts)["experts"][0] == "Transformer Engine grouped GEMM"
+    assert rows(monkeypatch, APEX)["optimizer"][0] == "apex FusedAdam"
+
+
+def test_the_table_refuses_an_attention_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(monkeypatch)
+    monkeypatch.undo()
+    assert table(run, Capabilities()).startswith("implementations on cpu:\n  PHD attention ")
+    run.model.phd_attention_backend = "triton"
+    with pytest.raises(UserError, match="phd_attention_backend"):
+        table(run, Capabilities())
+
+
+# ---------------------------------------------------------------- layers
+
+PRE, PLAIN, TE_NORM, NONE = "norm and linear", "linear", "norm", "none"
+SCHEMES = {
+    # (qkv, its norm, fc1, its norm, the normed residual's norm) of the first layer and of the second
+    "pre": [(PRE, NONE, PRE, NONE, NONE)] * 2,
+    "post": [(PLAIN, NONE, PLAIN, NONE, NONE)] * 2,
+    "hybrid_star": [(PRE, NONE, PRE, NONE, NONE), (PLAIN, NONE, PLAIN, NONE, TE_NORM)],
+    "sandwich": [(PRE, NONE, PRE, NONE, NONE)] * 2,
+}
+
+
+def spec_of(monkeypatch: pytest.MonkeyPatch, layer: int, **values: Any) -> tuple[str, ...]:
+    """What sits in a layer's slots, by name."""
+    install_backend("cpu")
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from phd_megatron.model.layer_specs import layer_spec
+    from phd_megatron.model.transformer_config import build_transformer_config
+
+    run = make(monkeypatch, **values)
+    config = build_transformer_config(run)
+    config.transformer_engine, config.fused_norms = True, fused_norms(run.model, True)
+    slots = layer_spec(config, layer).submodules
+    names = {
+        id(te.TELayerNormColumnParallelLinear): PRE,
+        **{id(te.TEColumnParallelLinear): PLAIN, id(te.TENorm): TE_NORM, id(IdentityOp): NONE},
+    }
+    first = getattr(slots.mlp.submodules, "linear_fc1", te.TEColumnParallelLinear)
+    found = (slots.self_attention.submodules.linear_qkv, slots.input_layernorm, first, slots.pre_mlp_layernorm)
+    return tuple(names[id(module)] for module in (*found, slots.pre_cross_attn_layernorm))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_norms_inside_linear_layers(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """A norm goes into the linear layer that alone reads it, and stays outside where it is the residual too."""
+    found = [spec_of(monkeypatch, layer, norm_scheme=scheme) for layer in (1, 2)]
+    assert found == SCHEMES[scheme]
+
+
+def test_norms_that_are_recomputed_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    assert spec_of(monkeypatch, 1, **recompute) == (PLAIN, TE_NORM, PLAIN, TE_NORM, NONE)
+
+
+def test_checkpoint_names_of_norms_inside() -> None:
+    """A checkpoint of Transformer Engine's layers has the names of any other."""
+    install_backend("cpu")
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+
+    from phd_megatron.model.layer_specs import _CHECKPOINT_NAMES
+
+    names = ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_bias", "mlp.linear_fc1.weight"]
+    state = {name: ShardedTensor.from_rank_offsets(name, torch.zeros(2)) for name in names}
+    apply_prefix_mapping(state, _CHECKPOINT_NAMES)
+    assert [part.key for part in state.values()] == [
+        *("input_layernorm.weight", "pre_mlp_layernorm.bias", "mlp.linear_fc1.weight"),
+    ]
+
+
+# ---------------------------------------------------------------- states of Transformer Engine in checkpoints
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/phd-megatron-was-here",)
+
+
+class _EvilStorage:
+    """Torch pickles the memory of a tensor as a file inside the pickle; this one holds a pickle of its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stream = io.BytesIO()
+        torch.save(_Evil(), stream)
+        return torch.storage._load_from_bytes, (stream.getvalue(),)
+
+
+class _EvilAttribute:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (torch.nn.Module, "__init__")
+
+
+def _bytes(content: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
+
+
+def test_extra_states_hold_values_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_backend("cpu")
+    from phd_megatron.training.extra_state import check
+
+    variables = {"num_gemms": 1, "fp8_checkpoint": True, "fp8_max_fwd": 448.0}
+    scales = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(16, 3), "extra_fp8_variables": variables}
+    check({"a._extra_state": _bytes(scales), "b._extra_state": torch.empty(0, dtype=torch.uint8)}, tmp_path)
+    check({"a._extra_state": None, "weight": torch.ones(1)}, tmp_path)
+    for evil in (_Evil(), _EvilStorage(), _EvilAttribute(), {"recipe": [_Evil()]}):
+        with pytest.raises(UserError, match=r"holds a state of Transformer Engine that is not read: x\._extra_state"):
+            check({"x._extra_state": _bytes(evil)}, tmp_path)
+    with pytest.raises(UserError, match=r"before 2\.0"):
+        check({"x._extra_state": io.BytesIO(b"")}, tmp_path)
+    assert not os.path.exists("/tmp/phd-megatron-was-here")
