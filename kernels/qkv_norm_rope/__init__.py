@@ -115,7 +115,9 @@ class _NormRope(torch.autograd.Function):
         constants = _constants(mixed, heads_per_group, table, tuple(w is not None for w in weights))
         query = mixed.new_empty(rows, batch, groups * heads_per_group, constants["D"])
         key = mixed.new_empty(rows, batch, groups, constants["D"])
-        value = torch.empty_like(key) if v_weight is not None else split_qkv_reference(mixed, heads_per_group)[2]
+        value = mixed[..., -constants["D"] :]  # a view; split_qkv_reference would copy the queries on the way
+        if v_weight is not None:
+            value = torch.empty_like(key)
         turn = mixed if table is None else table.contiguous()
 
         def grid(meta: dict[str, Any]) -> tuple[int, int]:

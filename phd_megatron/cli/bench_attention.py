@@ -104,13 +104,15 @@ def run(argv: list[str]) -> int:
             measure(contenders, args.rounds, device)
             result = _result(policy, args, length, width, contenders, device)
             results.append(result | {"auto": auto, "why": reason})
+            write_results(
+                args, device, dtype_name, results, "seq_length", "ratio_to_floor"
+            )  # kept, if a later one breaks
             _print(result, args, device, [*notes, *more])
             key = "cpu_ratio_to_floor" if device.type == "cpu" else "ratio_to_floor"
             ratio = next(row[key] for row in result["rows"] if row["name"] == f"PHD {auto}")
             if args.fail_above is not None and ratio > args.fail_above:
                 print(f"error: {auto} takes {ratio:.3f} x the floor, more than --fail-above={args.fail_above:g}")
                 status = 1
-    write_results(args, device, dtype_name, results, "seq_length", "ratio_to_floor")
     return status
 
 

@@ -113,6 +113,7 @@ def run(argv: list[str]) -> int:
         for name in [*configs, args.members[0]]:
             try:
                 measured.append(_measure(name, configs[name], args, runtime))
+                _write(args, measured, runtime)  # what is measured is kept, whatever comes after
             except (RuntimeError, UserError) as error:  # out of memory, or no such recipe here: the others go on
                 failed[name] = str(error).strip().splitlines()[0]
                 print(f"{name} was not measured: {failed[name]}", flush=True)
@@ -150,22 +151,29 @@ def _pairs(options: str) -> list[tuple[str, str]]:
 
 
 def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Any) -> Measured:
+    from phd_megatron.model.build import build_model
+    from phd_megatron.training.optimizer import build_optimizer, let_go, wrap_data_parallel
+    from phd_megatron.training.step import Stepper
+
+    model = config.model
+    assert model.vocab_size is not None
+    models = wrap_data_parallel(build_model(config, model.vocab_size, runtime.device), config)
+    try:
+        optimizer, size = build_optimizer(models, config), args.micro_batch_size
+        stepper = Stepper(models, optimizer, runtime.device, size, model.seq_length, model.phd_repeat)
+        return _time(name, config, stepper, args, runtime)
+    finally:
+        let_go(models)
+
+
+def _time(name: str, config: RunConfig, stepper: Any, args: argparse.Namespace, runtime: Any) -> Measured:
     import torch
 
     from phd_megatron.config.vocabulary import padded_vocab_size
-    from phd_megatron.model.build import build_model
     from phd_megatron.planning.flops import forward_flops
-    from phd_megatron.training.optimizer import build_optimizer, wrap_data_parallel
-    from phd_megatron.training.step import Stepper
 
-    model, size, count = config.model, args.micro_batch_size, args.num_microbatches
+    model, size, count, cuda = config.model, args.micro_batch_size, args.num_microbatches, not runtime.on_cpu
     assert model.vocab_size is not None
-    cuda = not runtime.on_cpu
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    models = wrap_data_parallel(build_model(config, model.vocab_size, runtime.device), config)
-    optimizer = build_optimizer(models, config)
-    stepper = Stepper(models, optimizer, runtime.device, size, model.seq_length, model.phd_repeat)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.vocab_size, (size, model.seq_length + 1), generator=generator)
     positions = torch.arange(model.seq_length).expand(size, -1)
@@ -180,6 +188,8 @@ def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: An
         runtime.synchronize()
         return float(total / number), time.perf_counter() - start
 
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     first = step()[0]
     for _ in range(2):
         step()
@@ -266,8 +276,16 @@ def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) 
         if member.breakdown
     ]
     print_table("milliseconds of one profiled step by kind of kernel", ["member", *kinds], lines)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        report = {"settings": settings, "where": where, "peak_tflops": peak, "members": [vars(m) for m in measured]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) -> None:
+    from phd_megatron.planning.peak import peak_tflops
+
+    if args.json is None:
+        return
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    report: dict[str, Any] = {"settings": settings, "where": f"{runtime.describe()}, {runtime.device_name}"}
+    report |= {"peak_tflops": peak_tflops(args.peak_tflops, runtime.device_name)}
+    report |= {"members": [vars(member) for member in measured]}
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import stop_userbuffers
 
@@ -267,8 +268,7 @@ class Runtime:
         import torch.distributed as dist
 
         stop_userbuffers()
-        if te := sys.modules.get("transformer_engine.pytorch.fp8"):
-            te.FP8GlobalStateManager.reset()  # it holds scales of the layers that were, and their process group
+        forget_fp8_scales()
         if "megatron.core.parallel_state" in sys.modules:
             sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
         if dist.is_initialized():

@@ -8,6 +8,7 @@ assert_dim_for_fp8_exec``, ``common/gemm/cublaslt_gemm.cu``).
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -217,3 +218,9 @@ def _fitting_length(run: RunConfig, dims: ParallelDims, rows: list[Size]) -> int
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def forget_fp8_scales() -> None:
+    """Transformer Engine keeps the scales of all layers that ever were, and their process group: let go of them."""
+    if te := sys.modules.get("transformer_engine.pytorch.fp8"):
+        te.FP8GlobalStateManager.reset()

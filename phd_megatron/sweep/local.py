@@ -27,7 +27,7 @@ def unfinished(store: Store, retry_diverged: bool = False) -> list[str]:
 
 
 def device_slots(launcher: Launcher, device: str) -> list[str | None]:
-    """CUDA devices of each place for a member: its own ones, so that members do not share.
+    """CUDA devices of each place for a member: its own ones, or shared by ``members_per_device`` where that is asked.
 
     Raises:
         UserError: when there are fewer devices than ranks at once.
@@ -38,13 +38,15 @@ def device_slots(launcher: Launcher, device: str) -> list[str | None]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    needed = launcher.parallel * launcher.ranks
+    needed = -(-launcher.parallel // launcher.members_per_device) * launcher.ranks
     if needed > len(names):
         raise UserError(
-            f"{launcher.parallel} members at once of {launcher.ranks} ranks need {needed} CUDA devices, and there are "
-            f"{len(names)}; lower --parallel or --ranks"
+            f"{launcher.parallel} members at once of {launcher.ranks} ranks, {launcher.members_per_device} to a device, "
+            f"need {needed} CUDA devices, and there are {len(names)}; lower --parallel or --ranks, or let small members "
+            "share a device (launcher: members_per_device)"
         )
-    return [",".join(names[i : i + launcher.ranks]) for i in range(0, needed, launcher.ranks)]
+    own = [",".join(names[i : i + launcher.ranks]) for i in range(0, needed, launcher.ranks)]
+    return [own[place // launcher.members_per_device] for place in range(launcher.parallel)]
 
 
 class LocalRun:

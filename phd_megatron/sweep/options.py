@@ -23,6 +23,7 @@ class Launcher:
     kind: Literal["local", "slurm", "print"] = "local"  #: run here, submit a SLURM array, or print commands
     parallel: int = 1  #: members at once (SLURM: at most)
     ranks: int = 1  #: processes of a member on each node; above 1 they are started by torchrun
+    members_per_device: int = 1  #: local: members at once that share their CUDA devices, for small ones
     nodes: int = 1  #: nodes of a member; above 1 with SLURM only
     threads: int | None = None  #: CPU threads of a process; default the cores divided by all processes at once
     slurm_options: list[str] = field(default_factory=list)  #: further lines, such as "--partition=gpu"
@@ -33,7 +34,7 @@ class Launcher:
         Raises:
             UserError: for a number below 1, or several nodes without SLURM.
         """
-        for name in ("parallel", "ranks", "nodes", "threads"):
+        for name in ("parallel", "ranks", "members_per_device", "nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"launcher: {name}={value} is out of range; use a value at least 1")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -18,6 +19,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
 from phd_megatron.model.transformer_config import params_dtype
+from phd_megatron.runtime.fp8 import forget_fp8_scales
 
 
 @dataclass(frozen=True)
@@ -178,3 +180,16 @@ def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Sche
         wsd_decay_steps=schedule.wsd_decay,
         lr_wsd_decay_style=options.lr_wsd_decay_style,
     )
+
+
+def let_go(models: Sequence[DistributedDataParallel]) -> None:
+    """Free what wrapped models hold; they cannot be used afterwards.
+
+    A process that trains several models one after the other would otherwise keep all of them, with the threads of their
+    process groups: DDP hangs on hooks of autograd's gradient accumulators, a cycle that the garbage collector cannot
+    see. So the wrappers are emptied.
+    """
+    for model in models:
+        vars(model).clear()
+    forget_fp8_scales()
+    RotaryEmbedding.forward.cache_clear()

@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -36,6 +35,7 @@ from phd_megatron.training.optimizer import (
     Schedule,
     build_optimizer,
     build_scheduler,
+    let_go,
     plan_schedule,
     wrap_data_parallel,
 )
@@ -330,12 +330,7 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """End the saver's thread and data workers, forget the global batch-size calculator, and let go of the model.
-
-        A process that trains several models one after the other would otherwise keep all of them, with the threads of
-        their process groups: DDP hangs on hooks of autograd's gradient accumulators, a cycle that the garbage collector
-        cannot see. So the wrappers are emptied; they cannot be used afterwards.
-        """
+        """End the saver's thread and data workers, forget the global batch-size calculator, and let go of the model."""
         if self.profiler is not None:
             self.profiler.close()
         if self.saver is not None:
@@ -344,9 +339,7 @@ class Trainer:
         if self.valid_stream is not None:
             self.valid_stream.close()
         microbatches.destroy_num_microbatches_calculator()
-        for model in self.models:
-            vars(model).clear()
-        RotaryEmbedding.forward.cache_clear()
+        let_go(self.models)
 
 
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from phd_megatron.errors import UserError
+from phd_megatron.sweep import local
 from phd_megatron.sweep.definition import Sweep, check_fields, read_sweep
 from phd_megatron.sweep.local import LocalRun, unfinished
 from phd_megatron.sweep.members import plan_members
@@ -221,3 +222,13 @@ def test_example_sweeps_plan(path: Path, tmp_path: Path) -> None:
     members, _ = plan_members(sweep, tmp_path, flags, check=False)
     assert sweep.baseline
     assert len({member.samples for member in members}) >= 1
+
+
+def test_members_have_devices_of_their_own_or_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "choose_device", lambda name: ("cuda", "for this test"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert local.device_slots(Launcher(parallel=2, ranks=2), "cuda") == ["4,5", "6,7"]
+    assert local.device_slots(Launcher(parallel=3, members_per_device=2), "auto") == ["4", "4", "5"]
+    assert local.device_slots(Launcher(parallel=3), "cpu") == [None, None, None]
+    with pytest.raises(UserError, match="5 members at once of 1 ranks, 1 to a device, need 5 CUDA devices"):
+        local.device_slots(Launcher(parallel=5), "cuda")
