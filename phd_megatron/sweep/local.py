@@ -41,9 +41,9 @@ def device_slots(launcher: Launcher, device: str) -> list[str | None]:
     needed = -(-launcher.parallel // launcher.members_per_device) * launcher.ranks
     if needed > len(names):
         raise UserError(
-            f"{launcher.parallel} members at once of {launcher.ranks} ranks, {launcher.members_per_device} to a device, "
-            f"need {needed} CUDA devices, and there are {len(names)}; lower --parallel or --ranks, or let small members "
-            "share a device (launcher: members_per_device)"
+            f"{launcher.parallel} members at once of {launcher.ranks} ranks, {launcher.members_per_device} to a "
+            f"device, need {needed} CUDA devices, and there are {len(names)}; lower --parallel or --ranks, or let "
+            "small members share devices (launcher: members_per_device)"
         )
     own = [",".join(names[i : i + launcher.ranks]) for i in range(0, needed, launcher.ranks)]
     return [own[place // launcher.members_per_device] for place in range(launcher.parallel)]

@@ -218,7 +218,7 @@ def test_example_sweeps_plan(path: Path, tmp_path: Path) -> None:
     from phd_megatron.model.transformer_config import transformer_field_types
 
     sweep = read_sweep(path, transformer_field_types())
-    flags = {"data_path": ["DATA"], "vocab_size": 257} if "tiny" in path.stem else {"data_path": ["DATA"]}
+    flags = {"data_path": ["DATA"], "vocab_size": 257} if "h100" not in path.stem else {"data_path": ["DATA"]}
     members, _ = plan_members(sweep, tmp_path, flags, check=False)
     assert sweep.baseline
     assert len({member.samples for member in members}) >= 1
