@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from phd_megatron.cli import bench, bench_attention, bench_members
 from phd_megatron.cli.bench_measure import Contender
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
+from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.phd.kv_policy import KVPolicy
 
 SMALL = ["attention", "--seq-length", "48", "--heads", "4", "--head-dim", "16", "--rounds", "1", "--device", "cpu"]
@@ -124,7 +126,9 @@ def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     target = tmp_path / "members.json"
     words = ["--preset", "tiny-dense", "--members", "vanilla", "K=3+hybrid_star", "--rounds", "1", "--device", "cpu"]
     options = "--vocab-size 300 --num-layers 2 --seq-length 64 --hidden-size 32 --ffn-hidden-size 64 --kv-channels 8"
+    before = sum(isinstance(x, PHDGPTModel) for x in gc.get_objects())
     assert main(["bench", "train", *words, "--options", options, "--json", str(target)]) == 0
+    assert sum(isinstance(x, PHDGPTModel) for x in gc.get_objects()) == before  # each was freed before the next
     first, second, again = json.loads(target.read_text(encoding="utf-8"))["members"]
     assert [first["name"], second["name"], again["name"]] == ["vanilla", "K=3+hybrid_star", "vanilla"]
     assert again["loss"] == first["loss"] != second["loss"]
