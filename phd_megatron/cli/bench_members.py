@@ -141,6 +141,10 @@ def _configure(args: argparse.Namespace, name: str) -> RunConfig:
     loaded = load_run_config(
         [*words, *batch, *flags, *shlex.split(args.options)], transformer_fields=transformer_field_types()
     )
+    model = loaded.config.model
+    if model.transformer.get("fp8") and model.transformer.get("num_moe_experts"):
+        # FP8 products take rows in multiples of 16 alone, and a router sends any number of them.
+        model.transformer["moe_router_padding_for_quantization"] = True
     resolve(loaded.config)
     return loaded.config
 

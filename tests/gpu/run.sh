@@ -1,64 +1,86 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, unattended: check first, then measure. Results go to $OUT (default runs/gpu).
-# It uses the python on PATH, with the product's requirements already there; nothing is installed.
+# Everything that needs a GPU, unattended: check, then measure. Results go to $OUT (default runs/gpu), each as soon as it
+# is there. It uses the python on PATH, with the product's requirements already there; nothing is installed.
 #
-#   bash tests/gpu/run.sh            all of it but the kernels
-#   bash tests/gpu/run.sh kernels    kernels alone: their tests on CUDA, then attention, decoding, norm and RoPE timed;
-#                                    or a part of it: kernel_tests, attention WIDTH REPEAT, decode, norm_rope
-#   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs, then training steps, without the rest
+#   bash tests/gpu/run.sh first      correctness, then training steps, bfloat16 and FP8, dense and with experts
+#   bash tests/gpu/run.sh second     attention, decoding, norm and RoPE, generation, a paired comparison of trainings
+#   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
+#   bash tests/gpu/run.sh PART...    parts by name: the functions below
+#
+# first and second take about ten minutes each on an H100 with 16 idle cores, and no part takes more than its limit.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 out=${OUT:-runs/gpu}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=1
 status=0
-phd() { python3 -W ignore -m phd_megatron "$@" || status=1; }
-check() { timeout 420 python3 -m pytest -q -rA -W ignore -p no:cacheprovider "$@" 2>&1 | tee -a "$out/tests.txt" || status=1; }
+memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+
+phd() { # LIMIT NAME ARGUMENTS...; prints and keeps what it says
+    timeout "$1" python3 -W ignore -m phd_megatron "${@:3}" 2>&1 | tee "$out/$2.txt" || { status=1; echo "$2 failed"; }
+}
+check() { # LIMIT PYTEST ARGUMENTS...
+    timeout "$1" python3 -m pytest -q -rA -W ignore -p no:cacheprovider "${@:2}" 2>&1 | tee -a "$out/tests.txt" || status=1
+}
+# Room for a 1.2B model with K = 3: one sample on 80 GB, two on 141 GB.
+samples=$((memory > 120000 ? 2 : 1))
 
 # What is tested is the result, so nothing is tuned; the first compilation of each case takes seconds.
 kernel_tests() {
-    PHD_TRITON_TUNE=0 timeout 1500 python3 -m pytest -q -rf -W ignore -p no:cacheprovider -n "${PHD_TEST_WORKERS:-8}" \
-        tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py 2>&1 | tee -a "$out/kernel_tests.txt" || status=1
+    PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
-attention() { # WIDTH REPEAT...; every K tunes its own tiles, which takes minutes the first time
-    local name="$out/attention_d$1_k${2// /}"
-    phd bench attention --seq-length 1024 4096 16384 32768 --head-dim "$1" --repeat "${@:2}" --heads 16 --kv-heads 4 \
-        --dtype bfloat16 --rounds 5 --json "$name.json" --csv "$name.csv" --plot "$name.svg"
+model_tests() { check 150 tests/gpu/test_cuda_parity.py tests/gpu/test_cuda_sync.py; }
+te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
+doctor() { phd 30 doctor doctor; }
+train() {
+    phd 100 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 hybrid_star \
+        --micro-batch-size $samples --json "$out/train_k.json"
+    phd 100 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
+        --micro-batch-size 4 --json "$out/train_fp8.json"
+}
+experts() { # as many layers as fit with their optimizer state
+    phd 100 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
+        --options "--num-layers $((memory > 120000 ? 12 : 6)) --moe-grouped-gemm"
+}
+attention() {
+    for width in 64 128; do
+        for repeat in 2 3; do
+            phd 100 "attention_d${width}_k$repeat" bench attention --seq-length 4096 16384 32768 --head-dim $width \
+                --repeat $repeat --heads 16 --kv-heads 4 --dtype bfloat16 --rounds 5 --only-phd \
+                --backends sdpa_triton flex triton --json "$out/attention_d${width}_k$repeat.json" \
+                --csv "$out/attention_d${width}_k$repeat.csv" --plot "$out/attention_d${width}_k$repeat.svg"
+        done
+    done
 }
 decode() {
-    phd bench decode --kv-length 4096 16384 32768 --batch 1 32 --repeat 2 3 4 --rounds 9 \
+    phd 80 decode bench decode --kv-length 4096 16384 32768 --batch 1 32 --repeat 2 3 4 --rounds 9 \
         --json "$out/decode.json" --csv "$out/decode.csv" --plot "$out/decode.svg"
 }
 norm_rope() {
-    phd bench norm-rope --rows 8192 65536 --head-dim 64 128 --norms "" q qk qkv --rounds 9 \
+    phd 80 norm_rope bench norm-rope --rows 8192 65536 --head-dim 64 128 --norms "" q qk qkv --rounds 9 \
         --json "$out/norm_rope.json" --csv "$out/norm_rope.csv" --plot "$out/norm_rope.svg"
 }
+generate() {
+    phd 120 generate bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
+        --json "$out/generate.json" --csv "$out/generate.csv"
+}
+paired() {
+    python3 tools/stdlib_corpus.py "$out/corpus" && phd 60 prepare prepare --input "$out/corpus" \
+        --output-prefix "$out/data/stdlib" --tokenizer byte --on-decode-error skip
+    phd 400 paired sweep --config examples/sweeps/paired_75m_gpu.yaml --output "$out/paired" \
+        --data-path "$out/data/stdlib"
+}
+layouts() { check 560 tests/gpu/test_cuda_layouts.py; }
 
 case "${1:-}" in
-    kernel_tests | attention | decode | norm_rope)
-        "$@"
-        exit $status
-        ;;
-    kernels)
-        kernel_tests
-        for width in 64 128; do for repeat in 1 2 3 4; do attention $width $repeat; done; done
-        decode
-        norm_rope
-        exit $status
-        ;;
-    layouts) check tests/gpu/test_cuda_layouts.py ;;
-    *)
-        phd doctor
-        check tests/gpu --ignore tests/gpu/test_cuda_triton.py # `kernels` runs those
-        for repeat in 2 3; do
-            phd bench attention --seq-length 4096 --batch 4 --heads 32 --kv-heads 8 --head-dim 64 --dtype bfloat16 \
-                --repeat $repeat --rounds 9 --json "$out/attention_k$repeat.json"
-        done
-        ;;
+    first) set -- doctor kernel_tests model_tests train te_tests experts ;;
+    second) set -- attention decode norm_rope generate paired ;;
+    "") set -- doctor kernel_tests model_tests train te_tests experts attention decode norm_rope generate paired ;;
 esac
-for implementation in auto local; do
-    phd bench train --size 12x768 --micro-batch-size 8 --bf16 --rounds 9 --transformer-impl $implementation \
-        --json "$out/train_12x768_$implementation.json"
+for part in "$@"; do
+    [[ "$(type -t "$part")" == function ]] || { echo "error: no part $part; see the functions of $0" >&2; exit 2; }
+    echo "== $part, $SECONDS s"
+    "$part"
 done
-phd bench train --size 1p2b --micro-batch-size 1 --bf16 --rounds 5 --json "$out/train_1p2b.json"
+echo "== end, $SECONDS s"
 exit $status

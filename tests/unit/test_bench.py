@@ -142,6 +142,7 @@ def test_members_are_configured_and_named() -> None:
     args = bench_members._parser().parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
     model = bench_members._configure(args, "K=2+hybrid_star").model
     assert (model.phd_repeat, model.norm_scheme) == (2, "hybrid_star")
+    assert "moe_router_padding_for_quantization" not in model.transformer
     with pytest.raises(UserError, match="'K=9' is none of vanilla"):
         bench_members._configure(args, "K=9")
 
