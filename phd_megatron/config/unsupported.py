@@ -6,7 +6,6 @@ Field references are to Megatron-Core 0.16.1.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -32,10 +31,9 @@ def _above_one(value: Any, config: RunConfig) -> bool:
     return value is not None and value > 1
 
 
-def _without_transformer_engine(value: Any, config: RunConfig) -> bool:
-    if not _set(value, config):
-        return False
-    return config.model.transformer_impl == "local" or importlib.util.find_spec("transformer_engine") is None
+def _with_local_layers(value: Any, config: RunConfig) -> bool:
+    """The machine that the run is for may have Transformer Engine; a run is held against its machine when it starts."""
+    return _set(value, config) and config.model.transformer_impl == "local"
 
 
 def _without(switch: str) -> Test:
@@ -63,8 +61,8 @@ class Unsupported:
 
 _OURS = "use norm_scheme, the one place that says what is normed"
 _ATTENTION = "PHD attention has one form and would ignore it"
-_TE = "it needs Transformer Engine, which is not used here, and would be silently ignored without it"
-_TE_CURE = "install transformer_engine and do not ask for transformer_impl=local, or leave it out"
+_TE = "it needs Transformer Engine's layers, and would be silently ignored without them"
+_TE_CURE = "leave out transformer_impl=local, or leave it out itself"
 _NO_FP8 = "it has no effect without fp8"
 _RECIPES = "use fp8_recipe delayed, tensorwise, blockwise or mxfp8"
 _NO_RECOMPUTE = "it has no effect without recompute_granularity"
@@ -103,14 +101,14 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("ep_overlap_early_attn_memory_release", _SCHEDULE),
     Unsupported("delay_wgrad_compute", _SCHEDULE),
     Unsupported("use_ring_exchange_p2p", "it needs a PyTorch built with ring exchange"),
-    Unsupported("tp_comm_overlap", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("tp_comm_overlap", _TE, _TE_CURE, _with_local_layers),
     Unsupported(
         "tp_comm_*", "it has no effect without tp_comm_overlap", "set tp_comm_overlap", _without("tp_comm_overlap")
     ),
     # --- mixture of experts
     Unsupported("expert_tensor_parallel_size", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
     Unsupported("moe_*", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
-    Unsupported("moe_grouped_gemm", _TE_GROUPED, _TE_CURE, _without_transformer_engine),
+    Unsupported("moe_grouped_gemm", _TE_GROUPED, _TE_CURE, _with_local_layers),
     Unsupported(
         "moe_use_legacy_grouped_gemm", "Megatron-Core has given its grouped_gemm layer up", "use moe_grouped_gemm"
     ),
@@ -119,8 +117,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("moe_flex_dispatcher_backend", _FLEX, "use moe_token_dispatcher_type alltoall"),
     Unsupported("moe_deepep_num_sms", _FLEX),
     Unsupported("moe_hybridep_num_sms", _FLEX),
-    Unsupported("moe_permute_fusion", _TE, _TE_CURE, _without_transformer_engine),
-    Unsupported("moe_router_fusion", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("moe_permute_fusion", _TE, _TE_CURE, _with_local_layers),
+    Unsupported("moe_router_fusion", _TE, _TE_CURE, _with_local_layers),
     Unsupported("moe_latent_size", "latent projections around experts are not available, and not in any export"),
     Unsupported(
         "moe_router_load_balancing_type",
@@ -159,7 +157,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         _without("moe_expert_capacity_factor"),
     ),
     # --- precision
-    Unsupported("fp8", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("fp8", _TE, _TE_CURE, _with_local_layers),
     Unsupported("fp8_dot_product_attention", _ATTENTION),
     Unsupported("fp8_multi_head_attention", _ATTENTION),
     Unsupported("fp8_recipe", "it names Python code that would be imported", _RECIPES, _holds("custom")),
@@ -189,7 +187,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "cross_entropy_fusion_impl",
         _TE,
         "use native",
-        lambda value, config: value == "te" and _without_transformer_engine(value, config),
+        lambda value, config: value == "te" and _with_local_layers(value, config),
     ),
     # --- attention
     Unsupported("multi_latent_attention", "the layers have plain q, k and v projections, which PHD repeats"),
@@ -225,7 +223,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("glu_linear_offset", "the FFN is SwiGLU or GELU, as in the export", refused=_not(0)),
     Unsupported("activation_func_clamp_value", "the FFN is SwiGLU or GELU, as in the export"),
     Unsupported("use_fused_weighted_squared_relu", "the FFN is SwiGLU or GELU, as in the export"),
-    Unsupported("use_te_activation_func", _TE, _TE_CURE, _without_transformer_engine),
+    Unsupported("use_te_activation_func", _TE, _TE_CURE, _with_local_layers),
     Unsupported("mtp_*", "multi-token prediction is not available; the loss sees the last copy only"),
     Unsupported("heterogeneous_block_specs", _LAYERS),
     Unsupported("hetereogenous_dist_checkpoint", _LAYERS),

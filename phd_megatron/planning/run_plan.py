@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.unsupported import raise_all
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.errors import UserError
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.memory import Memory, estimate_memory
 from phd_megatron.planning.parameters import count_parameters
 from phd_megatron.planning.peak import device_hours
+from phd_megatron.runtime.fp8 import size_problems
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
 
@@ -40,10 +42,10 @@ class RunPlan:
 
 
 def plan_run(run: RunConfig, samples: int, world_size: int) -> RunPlan:
-    """Plan a resolved run of so many samples.
+    """Plan a resolved run of so many samples, for whatever machine.
 
     Raises:
-        UserError: when the vocabulary is not known, or the layout does not fit.
+        UserError: when the vocabulary is not known, the layout does not fit, or FP8 cannot take a product's size.
     """
     model = run.model
     if model.vocab_size is None:
@@ -51,6 +53,7 @@ def plan_run(run: RunConfig, samples: int, world_size: int) -> RunPlan:
     vocabulary = padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
     dims = ParallelDims.from_config(run.parallel, world_size)
     dims.validate(model, run.training)
+    raise_all([*size_problems(run, dims)])
     parameters = count_parameters(model, vocabulary)
     per_sample = forward_flops(model, vocabulary).training
     return RunPlan(

@@ -45,7 +45,9 @@ def use_transformer_engine(transformer_impl: str, capabilities: Capabilities) ->
     return False, capabilities.transformer_engine_problem
 
 
-_ONLY_THERE = ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap")
+_ONLY_THERE = (
+    *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap", "use_te_activation_func"),
+)
 
 
 def require_transformer_engine(model: ModelConfig, capabilities: Capabilities) -> None:

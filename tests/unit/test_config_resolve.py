@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -231,8 +230,7 @@ RECOMPUTED = {"mla_up_proj": ["mla_up_proj"], "moe,": ["moe"], "moe_act": ["moe_
 
 
 @pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.field)
-def test_each_refusal_tells_value_reason_and_cure(row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_each_refusal_tells_value_reason_and_cure(row: Any) -> None:
     name = row.field.replace("[!i]*", "scope").replace("*", "x")
     value = REFUSED_VALUES.get(row.field, 2 if row.field.endswith("*") else True)
     if row.field == "recompute_modules":
@@ -243,6 +241,9 @@ def test_each_refusal_tells_value_reason_and_cure(row: Any, monkeypatch: pytest.
     needs_experts = row.field.startswith("moe_") and "*" not in row.field
     if needs_experts or row.reason.startswith(("moe_act is", "there are no")):
         config.model.transformer["num_moe_experts"] = 4
+    if "Transformer Engine's" in row.reason:  # the machine that a run is planned for may have them
+        assert refusals(config) == []
+        config.model.transformer_impl = "local"
     message = "\n".join(refusals(config))
     assert f"{name}={value!r}: {row.reason}; {row.cure}" in message
     with pytest.raises(UserError):
@@ -327,12 +328,9 @@ def test_harmless_values_pass() -> None:
     assert refusals(make(**harmless)) == []
 
 
-def test_fp8_depends_on_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+def test_fp8_is_planned_anywhere_but_not_with_local_layers() -> None:
     assert refusals(make(fp8="hybrid", fp8_recipe="tensorwise")) == []
     assert "transformer_impl=local" in refusals(make(fp8="hybrid", transformer_impl="local"))[0]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "Transformer Engine" in refusals(make(fp8="hybrid"))[0]
 
 
 def test_warnings() -> None:

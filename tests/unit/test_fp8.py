@@ -4,7 +4,6 @@ limit."""
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -27,18 +26,8 @@ FITTING = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_atten
 FITTING |= {"num_query_groups": 2, "seq_length": 48, "bf16": True, "fp8": "hybrid"}
 
 
-def transformer_engine(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    real = importlib.util.find_spec
-
-    def find(name: str, *rest: Any) -> Any:
-        return (object() if there else None) if name == "transformer_engine" else real(name, *rest)
-
-    monkeypatch.setattr(importlib.util, "find_spec", find)
-
-
-def make(monkeypatch: pytest.MonkeyPatch, **values: Any) -> RunConfig:
-    """A resolved run, as on a machine that has Transformer Engine."""
-    transformer_engine(monkeypatch, True)
+def make(**values: Any) -> RunConfig:
+    """A resolved run."""
     config = RunConfig()
     for name, value in {**FITTING, **values}.items():
         assign(config, name, value)
@@ -83,20 +72,20 @@ MACHINES = [
 
 
 @pytest.mark.parametrize(("recipe", "machine", "refusal"), MACHINES)
-def test_machines(monkeypatch: pytest.MonkeyPatch, recipe: str, machine: Capabilities, refusal: str) -> None:
-    found = "\n".join(machine_problems(make(monkeypatch, fp8_recipe=recipe).model, machine))
+def test_machines(recipe: str, machine: Capabilities, refusal: str) -> None:
+    found = "\n".join(machine_problems(make(fp8_recipe=recipe).model, machine))
     assert found.startswith(f"fp8=hybrid with fp8_recipe={recipe}") if refusal else not found
     assert refusal in found
 
 
-def test_local_layers_have_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make(monkeypatch)
+def test_local_layers_have_no_fp8() -> None:
+    config = make()
     config.model.transformer_impl = "local"
     assert "would silently compute in bfloat16" in "\n".join(machine_problems(config.model, HOPPER))
 
 
-def test_every_problem_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make(monkeypatch, fp8_recipe="blockwise", hidden_size=72)
+def test_every_problem_is_told_at_once() -> None:
+    config = make(fp8_recipe="blockwise", hidden_size=72)
     dims = ParallelDims.from_config(config.parallel, 1)
     with pytest.raises(UserError, match=r"(?s)2 problems:.*CUDA 12\.8.*hidden_size = 72"):
         require(config, dims, H100_CUDA_12_8)
@@ -165,8 +154,8 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("values", "refusal"), SIZES)
-def test_sizes_on_one_rank(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], refusal: str) -> None:
-    found = sizes(make(monkeypatch, **values))
+def test_sizes_on_one_rank(values: dict[str, Any], refusal: str) -> None:
+    found = sizes(make(**values))
     assert bool(found) == bool(refusal)
     assert refusal in found
 
@@ -220,19 +209,17 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("values", "world_size", "refusal"), LAYOUTS)
-def test_sizes_in_a_layout(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], world_size: int, refusal: str
-) -> None:
-    found = sizes(make(monkeypatch, **values), world_size)
+def test_sizes_in_a_layout(values: dict[str, Any], world_size: int, refusal: str) -> None:
+    found = sizes(make(**values), world_size)
     assert bool(found) == bool(refusal)
     assert refusal in found
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("values", [{"seq_length": 40, "phd_repeat": 3}, {**SP, "seq_length": 44}, {"seq_length": 50}])
-def test_what_is_advised_fits(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], recipe: str) -> None:
+def test_what_is_advised_fits(values: dict[str, Any], recipe: str) -> None:
     wide = {"hidden_size": 128, "ffn_hidden_size": 256, "kv_channels": 64, "fp8_recipe": recipe}
-    config = make(monkeypatch, **wide, **values)
+    config = make(**wide, **values)
     found = sizes(config, 2)
     advised = int(found.split("use seq_length=")[1].split(",")[0])
     assert advised > config.model.seq_length
@@ -270,29 +257,28 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("values", "refusal"), REFUSED)
-def test_refused_combinations(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], refusal: str) -> None:
+def test_refused_combinations(values: dict[str, Any], refusal: str) -> None:
     with pytest.raises(UserError) as caught:
-        make(monkeypatch, **values)
+        make(**values)
     assert refusal in str(caught.value)
 
 
 @pytest.mark.parametrize("values", ACCEPTED)
-def test_accepted_combinations(monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> None:
-    assert not list(precision_problems(make(monkeypatch, **values)))
+def test_accepted_combinations(values: dict[str, Any]) -> None:
+    assert not list(precision_problems(make(**values)))
 
 
-def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fp8_layers(make(monkeypatch).model) == range(4)
-    assert fp8_layers(make(monkeypatch, fp8=None).model) == range(0)
+def test_layers() -> None:
+    assert fp8_layers(make().model) == range(4)
+    assert fp8_layers(make(fp8=None).model) == range(0)
     edges = {"fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
-    assert fp8_layers(make(monkeypatch, **edges).model) == range(1, 3)
-    assert fp8_layers(make(monkeypatch, **edges, num_layers_at_end_in_bf16=0).model) == range(1, 4)
+    assert fp8_layers(make(**edges).model) == range(1, 3)
+    assert fp8_layers(make(**edges, num_layers_at_end_in_bf16=0).model) == range(1, 4)
 
 
-def test_the_same_model_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_model_without_fp8() -> None:
     """Evaluation and export on a machine without a GPU build the same model, whatever computed it."""
     config = make(
-        monkeypatch,
         **EXPERTS,
         **{"fp8_recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2},
         **{"moe_router_padding_for_quantization": True, "moe_token_dispatcher_type": "alltoall"},
@@ -302,7 +288,6 @@ def test_the_same_model_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert for_cpu(plain.model) and not for_cpu(plain.model)
     assert plain.model.transformer_impl == "local"
     left = {name for name in config.model.transformer if name not in plain.model.transformer}
-    transformer_engine(monkeypatch, False)
     resolve(plain)
     assert left == {
         *("fp8", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
@@ -310,8 +295,8 @@ def test_the_same_model_without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_fp8_is_switched_off_with_all_that_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make(monkeypatch, fp8_recipe="tensorwise", first_last_layers_bf16=True)
+def test_fp8_is_switched_off_with_all_that_belongs_to_it() -> None:
+    config = make(fp8_recipe="tensorwise", first_last_layers_bf16=True)
     config.model.transformer["fp8"] = None  # what --fp8-format null does to the configuration of a checkpoint
     notes = resolve(config)
     assert "fp8=null: fp8_recipe=tensorwise, first_last_layers_bf16=True left out with it" in notes

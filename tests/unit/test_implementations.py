@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import pickle
@@ -34,11 +33,8 @@ WITHOUT = replace(HOPPER, transformer_engine=None, transformer_engine_problem="t
 APEX = replace(WITHOUT, apex_adam=True, apex_weight_gradient=True)
 
 
-def make(monkeypatch: pytest.MonkeyPatch, **values: Any) -> RunConfig:
-    """A resolved run in bfloat16, as on a machine that has Transformer Engine."""
-    real = importlib.util.find_spec
-    there = {"transformer_engine": object()}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there.get(name) or real(name, *rest))
+def make(**values: Any) -> RunConfig:
+    """A resolved run in bfloat16."""
     config = RunConfig()
     sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 48, "bf16": True}
     for name, value in {**sizes, **values}.items():
@@ -47,9 +43,8 @@ def make(monkeypatch: pytest.MonkeyPatch, **values: Any) -> RunConfig:
     return config
 
 
-def rows(monkeypatch: pytest.MonkeyPatch, machine: Capabilities, **values: Any) -> dict[str, tuple[str, str]]:
-    run = make(monkeypatch, **values)
-    monkeypatch.undo()  # or the attention front door would believe it too
+def rows(machine: Capabilities, **values: Any) -> dict[str, tuple[str, str]]:
+    run = make(**values)
     on_cpu = replace(machine, device="cpu")  # this machine has no other attention
     return {row.name: (row.implementation, row.reason) for row in operations(run, on_cpu)}
 
@@ -69,26 +64,26 @@ def test_transformer_engine_or_not() -> None:
 
 
 @pytest.mark.parametrize("field", ["moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap"])
-def test_what_only_transformer_engine_does(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+def test_what_only_transformer_engine_does(field: str) -> None:
     experts = {"num_moe_experts": 4, "moe_router_topk": 2} if field.startswith("moe") else {}
-    model = make(monkeypatch, **experts, **{field: True}).model
+    model = make(**experts, **{field: True}).model
     require_transformer_engine(model, HOPPER)
     for machine in (WITHOUT, Capabilities()):
         with pytest.raises(UserError, match=f"{field}=True: only Transformer Engine does that.*leave it out"):
             require_transformer_engine(model, machine)
 
 
-def test_fused_cross_entropy_of_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_cross_entropy_of_transformer_engine() -> None:
     fused = {"cross_entropy_loss_fusion": True}
-    require_transformer_engine(make(monkeypatch, **fused).model, WITHOUT)
+    require_transformer_engine(make(**fused).model, WITHOUT)
     with pytest.raises(UserError, match="cross_entropy_fusion_impl='te'"):
-        require_transformer_engine(make(monkeypatch, **fused, cross_entropy_fusion_impl="te").model, WITHOUT)
+        require_transformer_engine(make(**fused, cross_entropy_fusion_impl="te").model, WITHOUT)
 
 
-def test_gradient_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    auto = make(monkeypatch).model
-    off = make(monkeypatch, gradient_accumulation_fusion=False).model
-    on = make(monkeypatch, gradient_accumulation_fusion=True).model
+def test_gradient_accumulation() -> None:
+    auto = make().model
+    off = make(gradient_accumulation_fusion=False).model
+    on = make(gradient_accumulation_fusion=True).model
     assert [gradient_accumulation(auto, machine)[0] for machine in (HOPPER, APEX, WITHOUT)] == ["te", "all", ""]
     assert {gradient_accumulation(off, machine)[0] for machine in (HOPPER, APEX, WITHOUT)} == {""}
     assert [gradient_accumulation(on, machine)[0] for machine in (HOPPER, APEX)] == ["te", "all"]
@@ -112,17 +107,15 @@ OVERLAP = {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_p
         ({**OVERLAP, "tp_comm_overlap": False, "phd_repeat": 2}, WITHOUT, ""),
     ],
 )
-def test_overlapped_tensor_parallelism(
-    monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], machine: Capabilities, refusal: str
-) -> None:
-    run = make(monkeypatch, **values)
+def test_overlapped_tensor_parallelism(values: dict[str, Any], machine: Capabilities, refusal: str) -> None:
+    run = make(**values)
     found = "\n".join(overlap_problems(run, ParallelDims.from_config(run.parallel, 2), machine))
     assert bool(found) == bool(refusal)
     assert refusal in found
 
 
-def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rows(monkeypatch, Capabilities())
+def test_the_table_of_a_cpu() -> None:
+    found = rows(Capabilities())
     assert found["linear layers"] == ("torch matmul (Megatron's local layers)", "there is no CUDA device")
     assert found["norms"][0] == "torch rms_norm / layer_norm"
     assert found["FP8"][0] == "not used"
@@ -131,9 +124,9 @@ def test_the_table_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(implementation and reason for implementation, reason in found.values())
 
 
-def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_gpu() -> None:
     edges = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
-    found = rows(monkeypatch, HOPPER, **edges, norm_scheme="hybrid_star")
+    found = rows(HOPPER, **edges, norm_scheme="hybrid_star")
     assert found["linear layers"][0] == found["norms"][0] == "Transformer Engine"
     assert found["norms"][1].startswith("2 of 8 sublayers of hybrid_star")
     assert found["FP8"] == (
@@ -143,13 +136,23 @@ def test_the_table_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["optimizer"][0] == "Transformer Engine FusedAdam"
     assert found["gradient accumulation"][0] == "inside Transformer Engine's GEMMs"
     experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_grouped_gemm": True}
-    assert rows(monkeypatch, HOPPER, **experts)["experts"][0] == "Transformer Engine grouped GEMM"
-    assert rows(monkeypatch, APEX)["optimizer"][0] == "apex FusedAdam"
+    assert rows(HOPPER, **experts)["experts"][0] == "Transformer Engine grouped GEMM"
+    assert rows(APEX)["optimizer"][0] == "apex FusedAdam"
 
 
-def test_the_table_refuses_an_attention_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make(monkeypatch)
-    monkeypatch.undo()
+def test_the_table_says_where_triton_computes() -> None:
+    names = ("q/k/v norm and RoPE", "SwiGLU", "cross entropy")
+    with_triton = rows(replace(HOPPER, triton_problem=None))
+    assert {with_triton[name][0] for name in names} == {"phd_megatron.kernels, Triton"}
+    without = rows(replace(HOPPER, triton_problem="triton is not installed"))
+    assert all("triton is not installed" in without[name][1] for name in names)
+    assert without["cross entropy"][0] == "Megatron's vocabulary-parallel"
+    sdpa = rows(replace(HOPPER, triton_problem=None), phd_attention_backend="sdpa")
+    assert sdpa["q/k/v norm and RoPE"][0] == "phd_megatron.kernels, torch operations"
+
+
+def test_the_table_refuses_an_attention_that_cannot_run() -> None:
+    run = make()
     assert table(run, Capabilities()).startswith("implementations on cpu:\n  PHD attention ")
     run.model.phd_attention_backend = "triton"
     with pytest.raises(UserError, match="phd_attention_backend"):
@@ -168,7 +171,7 @@ SCHEMES = {
 }
 
 
-def spec_of(monkeypatch: pytest.MonkeyPatch, layer: int, **values: Any) -> tuple[str, ...]:
+def spec_of(layer: int, **values: Any) -> tuple[str, ...]:
     """What sits in a layer's slots, by name."""
     install_backend("cpu")
     from megatron.core.extensions import transformer_engine as te
@@ -177,7 +180,7 @@ def spec_of(monkeypatch: pytest.MonkeyPatch, layer: int, **values: Any) -> tuple
     from phd_megatron.model.layer_specs import layer_spec
     from phd_megatron.model.transformer_config import build_transformer_config
 
-    run = make(monkeypatch, **values)
+    run = make(**values)
     config = build_transformer_config(run)
     config.transformer_engine, config.fused_norms = True, fused_norms(run.model, True)
     slots = layer_spec(config, layer).submodules
@@ -191,15 +194,15 @@ def spec_of(monkeypatch: pytest.MonkeyPatch, layer: int, **values: Any) -> tuple
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_norms_inside_linear_layers(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_norms_inside_linear_layers(scheme: str) -> None:
     """A norm goes into the linear layer that alone reads it, and stays outside where it is the residual too."""
-    found = [spec_of(monkeypatch, layer, norm_scheme=scheme) for layer in (1, 2)]
+    found = [spec_of(layer, norm_scheme=scheme) for layer in (1, 2)]
     assert found == SCHEMES[scheme]
 
 
-def test_norms_that_are_recomputed_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_that_are_recomputed_stay_outside() -> None:
     recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
-    assert spec_of(monkeypatch, 1, **recompute) == (PLAIN, TE_NORM, PLAIN, TE_NORM, NONE)
+    assert spec_of(1, **recompute) == (PLAIN, TE_NORM, PLAIN, TE_NORM, NONE)
 
 
 def test_checkpoint_names_of_norms_inside() -> None:

@@ -112,3 +112,14 @@ def test_costs_by_hand() -> None:
 def test_a_plan_needs_the_vocabulary() -> None:
     with pytest.raises(UserError, match="vocab_size"):
         plan_run(make_run(vocab_size=None), 1, 1)
+
+
+def test_fp8_is_planned_without_a_gpu_and_its_sizes_are_checked() -> None:
+    fp8 = {"transformer": {"fp8": "hybrid", "fp8_recipe": "delayed"}}
+    run = RunConfig(model=ModelConfig(**SIZES, **fp8))
+    run.training.bf16 = True
+    resolve(run)
+    assert plan_run(run, 1, 1).tokens == 256
+    run.model.seq_length = 250
+    with pytest.raises(UserError, match=r"250 is not a multiple of 16.*use seq_length=256"):
+        plan_run(run, 1, 1)
