@@ -193,7 +193,10 @@ def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, bac
             if why is not None:
                 reason += f" but {other}, which cannot run: {why}"
     if "sdpa" in name:
-        reason += f"; {causal_kernel(device, dtype, head_dim)[1]}"
+        try:
+            reason += f"; {causal_kernel(device, dtype, head_dim)[1]}"
+        except ValueError as error:
+            raise UserError(str(error)) from error
     _log.info("PHD attention on %s in %s, head dimension %d: %s, %s", device, dtype, head_dim, name, reason)
     return name, reason
 

@@ -8,7 +8,9 @@ inside an exported Hugging Face model.
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -112,6 +114,87 @@ def _cudnn_backward(
     op = _aten("_scaled_dot_product_cudnn_attention_backward")
     lse = lse.unsqueeze(-1)
     return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale)
+
+
+# The flash-attn packages, 2 (2.7 or later) and 3: tensors [b, s, heads, d], log-sum-exp [b, heads, s].
+
+
+def _package(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _package_2_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    out, lse, _, state = _package("flash_attn.flash_attn_interface")._flash_attn_forward(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        return_softmax=False,
+    )
+    return out.transpose(1, 2), lse, (state,)
+
+
+def _package_2_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _package("flash_attn.flash_attn_interface")._flash_attn_backward(
+        *(grad, q, k, v, out, lse.contiguous(), dq, dk, dv),
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        rng_state=extra[0],
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _package_3_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+    inputs = (x.transpose(1, 2) for x in (q, k, v))
+    found = _package("flash_attn_interface")._flash_attn_forward(*inputs, softmax_scale=scale, causal=causal)
+    return found[0].transpose(1, 2), found[1], ()
+
+
+def _package_3_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extra: Extra,
+    scale: float,
+    causal: bool = True,
+) -> Three:
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    _package("flash_attn_interface")._flash_attn_backward(
+        *(grad, q, k, v, out, lse.contiguous()),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        softmax_scale=scale,
+        is_causal=causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
@@ -220,8 +303,12 @@ CPU_FLASH = CausalKernel("cpu flash", _cpu_flash_forward, _cpu_flash_backward)
 CUDA_FLASH = CausalKernel("cuda flash", _cuda_flash_forward, _cuda_flash_backward, _HALF, 8, 256)
 CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128)
 EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward, _HALF | {torch.float32}, 8)
+PACKAGE_2 = CausalKernel("flash-attn 2", _package_2_forward, _package_2_backward, _HALF, 8, 256)
+PACKAGE_3 = CausalKernel("flash-attn 3", _package_3_forward, _package_3_backward, _HALF, 8, 256)
 
-_PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, CUDA_FLASH, EFFICIENT)}
+# On a GPU cuDNN's was measured to be the quickest of torch's. The packages come next where they are installed.
+_PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, PACKAGE_3, PACKAGE_2, CUDA_FLASH, EFFICIENT)}
+FORCED = "PHD_CAUSAL_KERNEL"  # environment variable: the name of the only one of these to try
 
 
 def causal_kernel(
@@ -240,10 +327,18 @@ def _causal_kernel(
 ) -> tuple[CausalKernel, str]:
     reasons: list[str] = []
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    for kernel in _PREFERRED.get(kind, ()):
+    preferred = _PREFERRED.get(kind, ())
+    if forced := os.environ.get(FORCED):
+        preferred = tuple(kernel for kernel in preferred if kernel.name == forced)
+        if not preferred:
+            names = ", ".join(kernel.name for kernel in _PREFERRED.get(kind, ()))
+            raise ValueError(f"{FORCED}={forced} is no operator for {kind}; unset it, or use one of {names}")
+    for kernel in preferred:
         problem = _probe(kernel, device, dtype, width, causal)
         if problem is None:
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
+        if forced:
+            raise ValueError(f"{FORCED}={forced} cannot be used here: {problem}; unset it")
         reasons.append(f"{kernel.name} not used: {problem}")
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
 
@@ -287,7 +382,9 @@ def _probe(
     try:
         out, lse, extra = kernel.forward(q, k, v, scale, causal)
         got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale, causal))
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError, ImportError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     want_out, want_lse, _ = _plain_forward(q, k, v, scale, causal)
     want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale, causal))

@@ -410,3 +410,52 @@ assert not [name for name in sys.modules if name.startswith(("phd_megatron", "me
 """
     result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+class Package:
+    """What the flash-attn packages promise: ``[b, s, heads, d]`` in and out, gradients written into what is passed."""
+
+    def __init__(self, version: int) -> None:
+        self.version, self.calls = version, 0
+
+    def _flash_attn_forward(self, *inputs, softmax_scale, **options):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        out, lse, _ = causal._plain_forward(*(x.transpose(1, 2) for x in inputs), softmax_scale, options["causal"])
+        return out.transpose(1, 2), lse, None, "state" if self.version == 2 else None
+
+    def _flash_attn_backward(self, grad, q, k, v, out, lse, *rest, softmax_scale, **options):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        targets = rest if self.version == 2 else [options[name] for name in ("dq", "dk", "dv")]
+        masked = options["causal" if self.version == 2 else "is_causal"]
+        assert not options["deterministic"] and (self.version == 3 or options["rng_state"] == "state")
+        inputs = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        found = causal._plain_backward(*inputs, lse, (), softmax_scale, masked)
+        for target, value in zip(targets, found, strict=True):
+            target.copy_(value.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("version", "module"), [(2, "flash_attn.flash_attn_interface"), (3, "flash_attn_interface")])
+def test_flash_attn_packages_are_called_as_they_promise(
+    version: int, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layouts and arguments alone: the packages themselves need a GPU."""
+    package, kernel = Package(version), {2: causal.PACKAGE_2, 3: causal.PACKAGE_3}[version]
+    missing = causal._probe(kernel, torch.device("cpu"), torch.bfloat16, 16)
+    assert missing is not None and "is not installed" in missing
+    monkeypatch.setattr(causal, "_package", {module: package}.__getitem__)
+    for masked in (True, False):
+        assert causal._probe(kernel, torch.device("cpu"), torch.bfloat16, 16, masked) is None
+    assert package.calls == 4
+
+
+def test_a_forced_operator_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    causal._causal_kernel.cache_clear()
+    monkeypatch.setenv("PHD_CAUSAL_KERNEL", "cpu flash")
+    assert causal.causal_kernel(torch.device("cpu"), torch.float32, 16)[0].name == "cpu flash"
+    causal._causal_kernel.cache_clear()
+    monkeypatch.setenv("PHD_CAUSAL_KERNEL", "flash-attn 3")
+    with pytest.raises(ValueError, match=r"flash-attn 3 is no operator for cpu.*use one of cpu flash"):
+        causal.causal_kernel(torch.device("cpu"), torch.float32, 16)
+    monkeypatch.setitem(causal._PREFERRED, "cpu", (causal.PACKAGE_3,))
+    with pytest.raises(ValueError, match="cannot be used here: flash_attn_interface is not installed"):
+        causal.causal_kernel(torch.device("cpu"), torch.bfloat16, 16)
