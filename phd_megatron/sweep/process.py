@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime.context import usable_cores
 from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, RUN_FILE
@@ -53,6 +55,8 @@ def member_environment(launcher: Launcher, devices: str | None = None) -> dict[s
         chosen = {}
     always = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     always["TOKENIZERS_PARALLELISM"] = "false"
+    # Where only torchrun can be signalled (several nodes) it must leave the ranks time to save.
+    always["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = inherited.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     if devices is not None:
         always["CUDA_VISIBLE_DEVICES"] = devices
     return {**inherited, **chosen, **always}
@@ -62,7 +66,7 @@ class MemberProcess:
     """A member that is running. Its folder is locked as long as this object has not seen its end."""
 
     def __init__(self, store: Store, name: str, launcher: Launcher, devices: str | None = None) -> None:
-        self.store, self.name = store, name
+        self.store, self.name, self._launcher = store, name, launcher
         home = store.home(name)
         self._lock = RunLock(home).acquire()
         try:
@@ -111,11 +115,26 @@ class MemberProcess:
         return self._ended(self._process.wait())
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
             if number == signal.SIGKILL:
                 os.killpg(self._process.pid, number)
             else:
-                self._process.send_signal(number)  # torchrun passes it on to its ranks
+                ranks = self._ranks()
+                for rank in ranks:
+                    rank.send_signal(number)
+                if not ranks:
+                    self._process.send_signal(number)
+
+    def _ranks(self) -> list[psutil.Process]:
+        """Ranks under torchrun on this machine; none without it, or before it has started them.
+
+        They are signalled themselves: torchrun would pass the signal on and kill them 30 seconds later, saved or not.
+        """
+        if self._launcher.ranks == 1 or self._launcher.nodes > 1:
+            return []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._process.pid).children()
+        return []
 
     def _ended(self, code: int) -> Status:
         if not self._log.closed:

@@ -3,7 +3,8 @@
 # is there. It uses the python on PATH, with the product's requirements already there; nothing is installed.
 #
 #   bash tests/gpu/run.sh first      correctness, then training steps, bfloat16 and FP8, dense and with experts
-#   bash tests/gpu/run.sh second     attention, decoding, norm and RoPE, generation, a paired comparison of trainings
+#   bash tests/gpu/run.sh second     attention, decoding, norm and RoPE, generation
+#   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds (about five minutes)
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
@@ -33,9 +34,9 @@ model_tests() { check 150 tests/gpu/test_cuda_parity.py tests/gpu/test_cuda_sync
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 doctor() { phd 30 doctor doctor; }
 train() {
-    phd 100 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 hybrid_star \
+    phd 140 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 hybrid_star \
         --micro-batch-size $samples --json "$out/train_k.json"
-    phd 100 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
+    phd 120 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
         --micro-batch-size 4 --json "$out/train_fp8.json"
 }
 experts() { # as many layers as fit with their optimizer state
@@ -74,7 +75,7 @@ layouts() { check 560 tests/gpu/test_cuda_layouts.py; }
 
 case "${1:-}" in
     first) set -- doctor kernel_tests model_tests train te_tests experts ;;
-    second) set -- attention decode norm_rope generate paired ;;
+    second) set -- attention decode norm_rope generate ;;
     "") set -- doctor kernel_tests model_tests train te_tests experts attention decode norm_rope generate paired ;;
 esac
 for part in "$@"; do
