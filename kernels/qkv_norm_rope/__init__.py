@@ -141,14 +141,24 @@ class _NormRope(torch.autograd.Function):
         constants, (rows, batch, groups, _) = ctx.constants, mixed.shape
         query, key, value = (x.contiguous() for x in grads)
         mixed_grad = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
-        ratio = constants["RATIO"]
-        programs = min(-(-PROGRAMS // (groups * (ratio + 2))), -(-rows * batch // 4))
-        partial = torch.empty(programs, groups, ratio + 2, constants["D"], dtype=torch.float32, device=mixed.device)
-        backward_kernel[(programs, groups * (ratio + 2))](
+        heads = constants["RATIO"] + 2
+        normed = any(w is not None for w in weights)
+        most = -(-PROGRAMS // (groups * heads)) if normed else rows * batch
+
+        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+            tiles = -(-rows * batch // meta["BLOCK_R"])
+            each = -(-tiles // most)  # the same for all, or the last ones would wait for a few
+            return -(-tiles // each), groups * heads
+
+        # Fewer programs than there are rows here may run: the others' parts are zero.
+        partial = torch.zeros(
+            most if normed else 0, groups, heads, constants["D"], dtype=torch.float32, device=mixed.device
+        )
+        backward_kernel[grid](
             *(query, key, value, mixed, turn, *(mixed if w is None else w for w in weights), mixed_grad, partial),
             *(mixed.stride()[:3], rows, batch, groups, ctx.eps),
             **constants,
         )
-        parts = partial.sum((0, 1)).split([ratio, 1, 1])  # heads of q, k, v
-        found = (None if w is None else x.sum(0).to(w.dtype) for w, x in zip(weights, parts, strict=True))
+        parts = partial.split([constants["RATIO"], 1, 1], 2)  # heads of q, k, v
+        found = (None if w is None else x.sum((0, 1, 2)).to(w.dtype) for w, x in zip(weights, parts, strict=True))
         return mixed_grad, None, None, *found, None

@@ -178,7 +178,7 @@ def _places(pair, group, head, batch, mixed_strides, D: tl.constexpr):
     return row, at + group.to(tl.int64) * mixed_strides[2] + head * D
 
 
-@tuned(TILES, KEY)
+@tuned(TILES, KEY, reset_to_zero=["weight_grad"])  # tiles that are tried fill different parts of it
 @triton.jit
 def backward_kernel(
     query_grad,  # contiguous, as are all gradients
@@ -190,7 +190,7 @@ def backward_kernel(
     k_weight,
     v_weight,
     mixed_grad,  # [rows, b, groups, (RATIO + 2) * D]
-    weight_grad,  # [programs, groups, RATIO + 2, D] float32: each program's part, for the heads of q, then k and v
+    weight_grad,  # [programs, groups, RATIO + 2, D] float32: each program's part, for the heads of q, then k, v
     mixed_strides,
     rows,
     batch,
@@ -233,8 +233,9 @@ def backward_kernel(
                 value_grad, bundle * D, mixed, at, mixed_grad, to, inside,
                 v_weight, 0.0, 0.0, eps, a, b, c, NORM_V, False, HALF, D, BLOCK_H, BLOCK_C,
             )  # fmt: skip
-    part = weight_grad + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
-    _store_weight(part, a, b, c, HALF, D, BLOCK_H, BLOCK_C)
+    if NORM_Q or NORM_K or NORM_V:
+        part = weight_grad + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
+        _store_weight(part, a, b, c, HALF, D, BLOCK_H, BLOCK_C)
 
 
 @triton.jit
