@@ -21,6 +21,7 @@ from .fused_tiles import (
     TUNING_KEY,
     bundle_offset,
     first_hidden,
+    hidden_tile,
     hidden_visible,
     key_offsets,
     last_hidden_query,
@@ -171,17 +172,10 @@ def query_gradient_kernel(
     if HIDDEN > 0:
         low = tl.maximum(first_hidden(first, WINDOW, CHUNK), hidden_start)
         for begin in range(0, (last + 1 - low) * HIDDEN, BLOCK_N):
-            entry = begin + tl.arange(0, BLOCK_N)
-            key_position, key_copy = low + entry // HIDDEN, entry % HIDDEN
-            valid = key_position <= last
-            n = key_position - hidden_start + hidden_base
-            key_at = key_offsets(key_copy, n, batch, group, hidden_key_strides)
-            value_at = key_offsets(key_copy, n, batch, group, hidden_value_strides)
-            k = load_tile(hidden_key, key_at, valid, True, D, BLOCK_D)
-            v = load_tile(hidden_value, value_at, valid, True, D, BLOCK_D)
-            visible = valid[None, :] & hidden_visible(
-                position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
-            )
+            k, v, visible = hidden_tile(
+                begin, low, last, hidden_key, hidden_value, hidden_key_strides, hidden_value_strides, hidden_start,
+                hidden_base, batch, group, position, copy_number, HIDDEN, WINDOW, CHUNK, D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
             slope = _slope(q, k, v, g, row_lse, row_delta, visible, scale, True, PRECISION)
             acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION, out_dtype=tl.float32)
 

@@ -99,6 +99,30 @@ def last_hidden_query(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def hidden_tile(
+    begin, low, last, hidden_key, hidden_value, key_strides, value_strides, hidden_start, hidden_base, batch, group,
+    position, copy_number, HIDDEN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Packed hidden keys from entry ``begin`` on, counted from position ``low``: keys, values, which rows see which.
+
+    ``hidden_start`` is the position of the hidden row ``hidden_base``; keys behind position ``last`` are seen by none.
+    """
+    entry = begin + tl.arange(0, BLOCK_N)
+    key_position, key_copy = low + entry // HIDDEN, entry % HIDDEN
+    valid = key_position <= last
+    row = key_position - hidden_start + hidden_base
+    key_at = key_offsets(key_copy, row, batch, group, key_strides)
+    value_at = key_offsets(key_copy, row, batch, group, value_strides)
+    k = load_tile(hidden_key, key_at, valid, True, D, BLOCK_D)
+    v = load_tile(hidden_value, value_at, valid, True, D, BLOCK_D)
+    visible = valid[None, :] & hidden_visible(
+        position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
+    )
+    return k, v, visible
+
+
+@triton.jit
 def softmax_step(q, k, v, visible, out, top, total, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """Add one tile of keys to the running (unnormalised output, row maximum, row sum); scores are in base 2."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=tl.float32) * scale  # [M, N]

@@ -19,6 +19,7 @@ from .fused_tiles import (
     LOG2_E,
     TUNING_KEY,
     first_hidden,
+    hidden_tile,
     hidden_visible,
     key_offsets,
     last_hidden_query,
@@ -109,17 +110,10 @@ def window_forward_kernel(
 
     low = tl.maximum(first_hidden(first, WINDOW, CHUNK), hidden_start)
     for begin in range(0, (last + 1 - low) * HIDDEN, BLOCK_N):
-        entry = begin + tl.arange(0, BLOCK_N)
-        key_position, key_copy = low + entry // HIDDEN, entry % HIDDEN
-        valid = key_position <= last
-        n = key_position - hidden_start
-        k_at = key_offsets(key_copy, n, batch, group, hidden_key_strides)
-        v_at = key_offsets(key_copy, n, batch, group, hidden_value_strides)
-        k = load_tile(hidden_key, k_at, valid, True, D, BLOCK_D)
-        v = load_tile(hidden_value, v_at, valid, True, D, BLOCK_D)
-        visible = valid[None, :] & hidden_visible(
-            position[:, None], copy_number[:, None], key_position[None, :], key_copy[None, :] + 2, WINDOW, CHUNK
-        )
+        k, v, visible = hidden_tile(
+            begin, low, last, hidden_key, hidden_value, hidden_key_strides, hidden_value_strides, hidden_start,
+            0, batch, group, position, copy_number, HIDDEN, WINDOW, CHUNK, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
         acc, top, total = softmax_step(q, k, v, visible, acc, top, total, scale, True, PRECISION)
 
     out_at = query_offsets(token, copy, head, batch, group, out_strides)
