@@ -9,6 +9,8 @@
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
 # first and second take about ten minutes each on an H100 with 16 idle cores, and no part takes more than its limit.
+# Parts are called by their names.
+# shellcheck disable=SC2329
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 out=${OUT:-runs/gpu}
@@ -35,7 +37,7 @@ te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 doctor() { phd 30 doctor doctor; }
 train() {
     phd 140 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 hybrid_star \
-        --micro-batch-size $samples --json "$out/train_k.json"
+        --micro-batch-size "$samples" --json "$out/train_k.json"
     phd 120 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
         --micro-batch-size 4 --json "$out/train_fp8.json"
 }
@@ -46,8 +48,8 @@ experts() { # as many layers as fit with their optimizer state
 attention() {
     for width in 64 128; do
         for repeat in 2 3; do
-            phd 100 "attention_d${width}_k$repeat" bench attention --seq-length 4096 16384 32768 --head-dim $width \
-                --repeat $repeat --heads 16 --kv-heads 4 --dtype bfloat16 --rounds 5 --only-phd \
+            phd 100 "attention_d${width}_k$repeat" bench attention --seq-length 4096 16384 32768 --head-dim "$width" \
+                --repeat "$repeat" --heads 16 --kv-heads 4 --dtype bfloat16 --rounds 5 --only-phd \
                 --backends sdpa_triton flex triton --json "$out/attention_d${width}_k$repeat.json" \
                 --csv "$out/attention_d${width}_k$repeat.csv" --plot "$out/attention_d${width}_k$repeat.svg"
         done
