@@ -78,7 +78,9 @@ def _stage(
         kept = in_flight * len(held) * element * stream / (dims.tp if dims.sp else 1) + max(every, default=0.0)
     activations = rows * run.model.phd_repeat * kept
     if last:
-        activations += rows * padded_vocab_size / dims.tp * (element + 8)  # logits, their fp32 softmax and gradient
+        # Logits; Megatron-Core's loss keeps their fp32 softmax and gradient too, ours on a GPU overwrites them.
+        ours = half and not run.model.transformer.get("cross_entropy_loss_fusion")
+        activations += rows * padded_vocab_size / dims.tp * (element if ours else element + 8)
     return Memory(
         weights=math.ceil((dense + experts) * element),
         gradients=math.ceil((dense + experts) * gradient),

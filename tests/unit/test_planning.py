@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from phd_megatron.config.load import merge_layers
+from phd_megatron.config.presets import preset_values
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
@@ -68,6 +71,22 @@ def saved_for_backward(run: RunConfig) -> int:
 def test_activations_are_about_what_is_saved_for_backward(model: dict, runtime: Runtime) -> None:
     run = make_run(**model)
     assert plan_run(run, 1, 1).memory.activations == pytest.approx(saved_for_backward(run), rel=0.2)
+
+
+def test_memory_is_what_a_gpu_was_seen_to_need() -> None:
+    """Peaks of ``bench train --preset dense-1.2b`` in bfloat16, K = 1, on an H100 (docs/benchmarks.md)."""
+    for samples, measured in ((2, 31.9), (4, 43.4)):
+        run = from_preset("dense-1.2b", norm_scheme="pre", micro_batch_size=samples, global_batch_size=16)
+        assert plan_run(run, 1, 1).memory.total / 2**30 == pytest.approx(measured, rel=0.03)
+    asked = from_preset("dense-1.2b", norm_scheme="pre", micro_batch_size=4, global_batch_size=16)
+    asked.model.transformer["cross_entropy_loss_fusion"] = True
+    assert plan_run(asked, 1, 1).memory.total / 2**30 > 50  # float32 logits
+
+
+def from_preset(name: str, **changes: Any) -> RunConfig:
+    run = merge_layers([(preset_values(name) | changes, name)]).config
+    resolve(run)
+    return run
 
 
 def planned(run: RunConfig, ranks: int, **parallel) -> RunPlan:
