@@ -44,13 +44,15 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
-        from .cross_entropy_kernels import BLOCK, WARPS, statistics_kernel
+        from .cross_entropy_kernels import BLOCK, WARPS, cross_entropy_statistics_kernel
 
         columns, rows = logits.size(-1), labels.numel()
         first = 0 if group is None else torch.distributed.get_rank(group) * columns
         labels = labels.contiguous()
         top, total, target = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-        statistics_kernel[(rows,)](logits, labels, top, total, target, first, columns, BLOCK=BLOCK, num_warps=WARPS)
+        cross_entropy_statistics_kernel[(rows,)](
+            logits, labels, top, total, target, first, columns, BLOCK=BLOCK, num_warps=WARPS
+        )
         if group is not None and group.size() > 1:
             peak = top.clone()
             all_reduce(peak, ReduceOp.MAX, group)
@@ -65,12 +67,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from .cross_entropy_kernels import BLOCK, WARPS, gradient_kernel
+        from .cross_entropy_kernels import BLOCK, WARPS, cross_entropy_gradient_kernel
 
         logits, labels, lse = ctx.saved_tensors
         columns = logits.size(-1)
         logits = logits.detach()
-        gradient_kernel[(labels.numel(), -(-columns // BLOCK))](
+        cross_entropy_gradient_kernel[(labels.numel(), -(-columns // BLOCK))](
             *(logits, labels, lse, grad.to(torch.float32).contiguous(), ctx.first, columns),
             BLOCK=BLOCK,
             num_warps=WARPS,

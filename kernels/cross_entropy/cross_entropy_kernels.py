@@ -10,7 +10,7 @@ WARPS = 8
 
 
 @triton.jit
-def statistics_kernel(
+def cross_entropy_statistics_kernel(
     logits,  # [rows, columns], contiguous
     labels,  # [rows] int64, global token ids
     top,  # [rows] float32, like the next two: maximum
@@ -42,7 +42,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def cross_entropy_gradient_kernel(
     logits,  # [rows, columns]; overwritten with their gradient
     labels,
     lse,  # [rows] float32, over all ranks

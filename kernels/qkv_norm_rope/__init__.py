@@ -7,6 +7,7 @@ differ in it); v is never turned. :func:`qkv_norm_rope_reference` is the definit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,28 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 def qkv_norm_rope_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel cannot run here, or None where it can."""
-    if head_dim > WIDEST:
-        return f"its tiles hold head dimensions up to {WIDEST}, not {head_dim}"
-    return triton_problem(device, dtype)
+    return width_problem(head_dim) or triton_problem(device, dtype)
+
+
+def width_problem(head_dim: int) -> str | None:
+    """Why the kernel cannot hold such a head, or None where it can."""
+    return None if head_dim <= WIDEST else f"its tiles hold head dimensions up to {WIDEST}, not {head_dim}"
+
+
+def is_chosen(attention_backend: str, problem: str | None) -> bool:
+    """Whether a model uses the kernel: with a Triton backend of attention, and by itself on a GPU where it can run.
+
+    Args:
+        attention_backend: ``phd_attention_backend``.
+        problem: why it cannot run on the GPU, or that there is none; None where it can.
+    """
+    return "triton" in attention_backend or (attention_backend == "auto" and problem is None)
+
+
+@cache
+def gpu_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """:func:`qkv_norm_rope_problem`, and also that there is no GPU."""
+    return qkv_norm_rope_problem(device, dtype, head_dim) if device.type == "cuda" else "there is no CUDA device"
 
 
 def qkv_norm_rope(
@@ -107,7 +127,7 @@ class _NormRope(torch.autograd.Function):
         v_weight: Tensor | None,
         eps: float,
     ) -> Three:
-        from .norm_rope_kernels import forward_kernel
+        from .norm_rope_kernels import norm_rope_forward_kernel
 
         mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
         weights = (q_weight, k_weight, v_weight)
@@ -123,7 +143,7 @@ class _NormRope(torch.autograd.Function):
         def grid(meta: dict[str, Any]) -> tuple[int, int]:
             return -(-rows * batch // meta["BLOCK_R"]), groups * (heads_per_group + 2)
 
-        forward_kernel[grid](
+        norm_rope_forward_kernel[grid](
             *(mixed, turn, *(mixed if w is None else w for w in weights), query, key, value),
             *(mixed.stride()[:3], rows, batch, groups, eps),
             **constants,
@@ -135,7 +155,7 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from .norm_rope_kernels import backward_kernel
+        from .norm_rope_kernels import norm_rope_backward_kernel
 
         mixed, turn, *weights = ctx.saved_tensors
         constants, (rows, batch, groups, _) = ctx.constants, mixed.shape
@@ -154,7 +174,7 @@ class _NormRope(torch.autograd.Function):
         partial = torch.zeros(
             most if normed else 0, groups, heads, constants["D"], dtype=torch.float32, device=mixed.device
         )
-        backward_kernel[grid](
+        norm_rope_backward_kernel[grid](
             *(query, key, value, mixed, turn, *(mixed if w is None else w for w in weights), mixed_grad, partial),
             *(mixed.stride()[:3], rows, batch, groups, ctx.eps),
             **constants,

@@ -120,7 +120,7 @@ def _backward_head(
 
 @tuned(TILES, KEY)
 @triton.jit
-def forward_kernel(
+def norm_rope_forward_kernel(
     mixed,  # [rows, b, groups, (RATIO + 2) * D]
     table,  # [2, rows, HALF]
     q_weight,  # [D] each; not read where the norm is off
@@ -180,7 +180,7 @@ def _places(pair, group, head, batch, mixed_strides, D: tl.constexpr):
 
 @tuned(TILES, KEY, reset_to_zero=["weight_grad"])  # tiles that are tried fill different parts of it
 @triton.jit
-def backward_kernel(
+def norm_rope_backward_kernel(
     query_grad,  # contiguous, as are all gradients
     key_grad,
     value_grad,

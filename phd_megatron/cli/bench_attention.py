@@ -276,7 +276,7 @@ def _result(
     rows.append(row(f"floor: {repeat} x vanilla", floor, repeat * one))
     for contender in contenders[len(vanilla) :]:
         rows.append(row(contender.name, contender.median, whole))
-        rows[-1] |= {"samples": contender.times[BOTH], "peak_bytes": contender.peak_bytes}
+        rows[-1] |= {"samples": contender.times[BOTH], "peak_bytes": contender.peak_bytes, "eager": contender.eager}
     shape = {"policy": policy.name, "repeat": repeat, "seq_length": length, "batch": args.batch}
     shape |= {"heads": args.heads, "kv_heads": args.kv_heads, "head_dim": width}
     return {"shape": shape, "rows": rows}

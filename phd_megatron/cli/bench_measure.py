@@ -119,6 +119,7 @@ def _prepared(contender: Contender, step: Step, device: Any) -> Step:
         return captured(step, device)
     except RuntimeError as error:
         contender.eager = str(error).splitlines()[0]
+        print(f"{contender.name} is launched operation by operation, and Python's time counts: {contender.eager}")
         torch.cuda.synchronize(device)
         return step
 

@@ -41,11 +41,12 @@ MEMBERS = {
 }
 #: what a kernel's name has in it, and what it is counted as; the first that fits counts
 KINDS = (
-    ("attention", ("fmha", "flash", "sdpa", "attention", "window_forward", "window_backward", "compute_dot_do_o")),
     ("optimizer", ("multi_tensor", "adam", "l2norm", "foreach")),
     ("SwiGLU", ("swiglu", "silu")),
-    ("cross-entropy", ("statistics_kernel", "gradient_kernel", "cross_entropy")),
-    ("norm and RoPE", ("norm", "rope", "forward_kernel", "backward_kernel")),
+    ("cross-entropy", ("cross_entropy",)),
+    ("norm and RoPE", ("norm", "rope")),
+    ("attention", ("fmha", "flash", "sdpa", "attention", "window_forward", "window_backward", "compute_dot_do_o")),
+    ("attention", ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "delta_kernel")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "addmm", "aten::mm", "aten::bmm", "splitk")),
     ("FP8 cast", ("fp8", "cast_transpose", "quantize", "amax")),
     ("MoE routing", ("permute", "topk", "sort", "scatter", "gather")),

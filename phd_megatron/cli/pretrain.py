@@ -39,7 +39,6 @@ def run(argv: list[str]) -> int:
     notes = loaded.notes + derived
     capabilities = probe(device, environment.local_rank if device == "cuda" else None)
     require(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
-    implementations = table(config, capabilities)
     runtime = Runtime.start(
         config.parallel,
         model=config.model,
@@ -51,7 +50,7 @@ def run(argv: list[str]) -> int:
         for note in notes:
             runtime.log(f"note: {note}")
         runtime.log(f"resolved configuration:\n{format_config(config, loaded.origins)}")
-        runtime.log(implementations)
+        runtime.log(table(config, capabilities))  # it tries kernels: on this rank's own GPU, which is selected by now
         _train(config, runtime, tokenizer)
     return 0
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import ContextParallel, phd_attention
-from phd_megatron.kernels.qkv_norm_rope import qkv_norm_rope
+from phd_megatron.kernels.qkv_norm_rope import gpu_problem, is_chosen, qkv_norm_rope
 from phd_megatron.kernels.qkv_rope import rope, split_qkv_rope
-from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.model.full_width_norm import FullWidthNorm
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
@@ -92,9 +91,8 @@ class PHDSelfAttention(SelfAttention):
         return rope(query, table), rope(key, table), value
 
     def _wants_fused_norms(self, mixed: Tensor) -> bool:
-        """Whoever asks for Triton gets its norm and RoPE too, and so does whoever leaves the choice on a GPU."""
-        backend = self.config.phd_attention_backend
-        return "triton" in backend or (backend == "auto" and runs_on_gpu(mixed.device, mixed.dtype))
+        problem = gpu_problem(mixed.device, mixed.dtype, self.hidden_size_per_attention_head)
+        return is_chosen(self.config.phd_attention_backend, problem)
 
 
 class PHDCoreAttention(nn.Module):

@@ -13,6 +13,7 @@ from typing import Literal
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.qkv_norm_rope import is_chosen, width_problem
 from phd_megatron.norm.schemes import norm_plan
 from phd_megatron.runtime.capabilities import Capabilities, version_text
 
@@ -126,7 +127,7 @@ def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
 
     dtype = torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
     model, name = run.model, "PHD attention"
-    width = model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1) or 64
+    width = _head_dim(model)
     try:
         door = importlib.import_module("phd_megatron.kernels.phd_attention")
         implementation, reason = door.choose_backend(
@@ -137,6 +138,10 @@ def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
     except Exception as error:  # what is broken is reported; the report must not break with it
         return Operation(name, "not available", f"{type(error).__name__}: {error}")
     return Operation(name, str(implementation), str(reason))
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1) or 64
 
 
 def _layers(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:
@@ -166,10 +171,11 @@ def _ours(capabilities: Capabilities, reason: str) -> tuple[str, str]:
 def _norm_rope(model: ModelConfig, capabilities: Capabilities) -> tuple[str, str]:
     if model.normalization != "RMSNorm":
         return _TORCH, "the Triton kernel knows RMSNorm alone"
+    problem = capabilities.triton_problem or width_problem(_head_dim(model))
+    if is_chosen(model.phd_attention_backend, problem):
+        return _TRITON, "one kernel with the split of QKV; norms of full width are torch's"
     if model.phd_attention_backend == "auto":
-        return _ours(capabilities, "one kernel with the split of QKV; norms of full width are torch's")
-    if "triton" in model.phd_attention_backend:
-        return _TRITON, "it comes with a Triton attention backend; norms of full width are torch's"
+        return _TORCH, f"no Triton kernel: {problem}"
     return _TORCH, f"phd_attention_backend={model.phd_attention_backend}: its kernel comes with auto or a Triton one"
 
 

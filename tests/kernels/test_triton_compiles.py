@@ -13,9 +13,10 @@ import pytest
 
 PROGRAM = Path(__file__).parent / "compile_for_gpu.py"
 KERNELS = {
-    *("forward_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel", "backward_kernel"),
+    *("forward_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"),
+    *("norm_rope_forward_kernel", "norm_rope_backward_kernel"),
     *("window_forward_kernel", "window_backward_kernel"),
-    *("split_kernel", "combine_kernel", "statistics_kernel", "gradient_kernel"),
+    *("split_kernel", "combine_kernel", "cross_entropy_statistics_kernel", "cross_entropy_gradient_kernel"),
 }
 
 

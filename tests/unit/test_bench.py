@@ -156,7 +156,10 @@ def test_members_are_configured_and_named() -> None:
         ("void multi_tensor_apply_kernel<adam>", "optimizer"),
         ("void rmsnorm_fwd_tuned_kernel", "norm and RoPE"),
         ("swiglu_forward_kernel", "SwiGLU"),
-        ("statistics_kernel", "cross-entropy"),
+        ("cross_entropy_statistics_kernel", "cross-entropy"),
+        ("norm_rope_backward_kernel", "norm and RoPE"),
+        ("key_gradient_kernel", "attention"),
+        ("forward_kernel", "attention"),
         ("void at::native::vectorized_elementwise_kernel", "other"),
     ],
 )
