@@ -7,18 +7,21 @@ entries. All copies and query heads of a KV group are packed into the rows of on
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.triton_support import block_of, precision, triton_problem
+from phd_megatron.kernels.triton_support import block_of, covering, precision, triton_problem
 from phd_megatron.phd.kv_policy import KVPolicy
 
-WAVES = 2  # programs per multiprocessor to aim at
-TILE = 64  # keys: parts begin at multiples of it, and hidden keys behind the originals' last tile
+TILE = 64  # keys: parts begin at multiples of it
 SHORTEST_PART = 2  # tiles; shorter parts cost more to put together than they save
+LONG_PART = 512  # keys: the kernel's own tile is chosen separately for parts that are longer
+OWN_PART = 4  # parts that there must be room for before the hidden keys become one
+ROWS, MANY = 4, 256  # rows of a program of the merge, where that leaves more than so many programs
 WIDEST = 256  # head dimension
 
 
@@ -71,47 +74,43 @@ def decode_attention(
     from .decode_kernels import combine_kernel, split_kernel
 
     groups, length = key.size(1), key.size(2)
-    packed = copies * (heads // groups)
-    tiles = -(-length // TILE) + -(-(policy.repeat - 1) * hidden[2].size(1) // TILE)
-    each, parts = _parts(batch * groups, tiles, query.device)
-    found = torch.empty(batch * groups, parts, packed, width, dtype=torch.float32, device=query.device)
-    lse = torch.empty(batch * groups, parts, packed, dtype=torch.float32, device=query.device)
+    packed, bundles = copies * (heads // groups), batch * groups
+    keys, parts = _parts(bundles, length, policy.repeat > 1, query.device)
+    found = torch.empty(bundles, parts, packed, width, dtype=torch.float32, device=query.device)
+    lse = torch.empty(bundles, parts, packed, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grouped = query.unflatten(2, (groups, -1))  # [Kq, b, groups, ratio, d]
+    grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
     shared: dict[str, Any] = {
         "COPIES": copies,
         "RATIO": heads // groups,
         "D": width,
         "BLOCK_D": block_of(width),
+        "PDL": parts > 1 and _starts_early(query.device),
     }
-    scale = width**-0.5 if scale is None else scale
-    split_kernel[parts, batch * groups](
-        *(
-            grouped,
-            query_position,
-            key,
-            value,
-            key_position.contiguous(),
-            *hidden[:2],
-            hidden[2].contiguous(),
-            found,
-            lse,
-        ),
-        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3], hidden[0].stride()[:4], hidden[1].stride()[:4]),
-        *(scale, groups, length, hidden[2].size(1), each),
+    split_kernel[parts, bundles](
+        *(grouped, query_position, key, value, key_position.contiguous()),
+        *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
+        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
+        *(hidden[0].stride()[:4], hidden[1].stride()[:4], grouped_out.stride()[:4]),
+        *(width**-0.5 if scale is None else scale, groups, length, hidden[2].size(1), keys),
         HIDDEN=policy.repeat - 1,
         WINDOW=policy.window,
         CHUNK=policy.chunk or 0,
+        LONG=keys > LONG_PART,
+        ALONE=parts == 1,
         PRECISION=precision(query.dtype),
-        TILE=TILE,
         BLOCK_M=block_of(packed),
         **shared,
     )
-    combine_kernel[packed, batch * groups](
-        *(found, lse, out, out.unflatten(2, (groups, -1)).stride()[:4], groups, parts),
-        BLOCK_P=block_of(parts),
-        **shared,
-    )
+    if parts > 1:
+        rows = ROWS if bundles * packed > ROWS * MANY else 1
+        combine_kernel[-(-packed // rows), bundles](
+            *(found, lse, grouped_out, grouped_out.stride()[:4], groups, parts),
+            BLOCK_P=covering(parts),
+            ROWS=rows,
+            **({"launch_pdl": True} if shared["PDL"] else {}),
+            **shared,
+        )
     return out
 
 
@@ -152,12 +151,23 @@ def decode_attention_reference(
     return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
 
 
-def _parts(bundles: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """Tiles of a part, and parts, so that the device is full and no part is too short."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    wanted = max(1, WAVES * processors // bundles)
-    each = max(SHORTEST_PART, -(-tiles // wanted))
-    return each, -(-tiles // each)
+def _parts(bundles: int, length: int, hidden: bool, device: torch.device) -> tuple[int, int]:
+    """Originals of a part, and parts, so that the device is full once and no part is too short.
+
+    Hidden keys are a part of their own where multiprocessors are left for it; else the last part has them too.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    places = processors // bundles
+    own = hidden and places >= OWN_PART
+    tiles = -(-length // TILE)
+    each = max(SHORTEST_PART, -(-tiles // max(1, places - own)))
+    return each * TILE, -(-tiles // each) + own
+
+
+@cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether the merge's programs may wait on the multiprocessors for the parts (Hopper and later)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _checked_hidden(

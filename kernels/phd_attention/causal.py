@@ -36,7 +36,9 @@ class CausalKernel(NamedTuple):
     ``forward(q, k, v, scale, causal=True) -> out, lse [B, H, >= s], extra``;
     ``backward(grad, q, k, v, out, lse, extra, scale, causal=True) -> dq, dk, dv``. Without ``causal`` every query sees
     every key, and there may be any number of keys. The limits say what may even be tried: outside them cuDNN was seen
-    to return NaN (float32) and to crash the process instead of refusing.
+    to return NaN (float32) and to crash the process instead of refusing. ``shares_keys``: ``k`` and ``v`` may be one
+    sequence's expanded over ``B``, which is then no loss, so that the copies of PHD's queries can be the batch of one
+    call; dk and dv still come for each.
     """
 
     name: str
@@ -45,6 +47,7 @@ class CausalKernel(NamedTuple):
     dtypes: frozenset[torch.dtype] = _FLOATS
     multiple: int = 1  # of the head dimension
     widest: int = 1 << 30  # head dimension
+    shares_keys: bool = False
 
 
 def _aten(name: str) -> Any:
@@ -297,11 +300,11 @@ def _single_backward(
     return (slope * wide_k).to(dtype), dk, dv
 
 
-PLAIN = CausalKernel("plain", _plain_forward, _plain_backward)
+PLAIN = CausalKernel("plain", _plain_forward, _plain_backward, shares_keys=True)
 SINGLE = CausalKernel("single", _single_forward, _single_backward)
-CPU_FLASH = CausalKernel("cpu flash", _cpu_flash_forward, _cpu_flash_backward)
+CPU_FLASH = CausalKernel("cpu flash", _cpu_flash_forward, _cpu_flash_backward, shares_keys=True)
 CUDA_FLASH = CausalKernel("cuda flash", _cuda_flash_forward, _cuda_flash_backward, _HALF, 8, 256)
-CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128)
+CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128, shares_keys=True)
 EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward, _HALF | {torch.float32}, 8)
 PACKAGE_2 = CausalKernel("flash-attn 2", _package_2_forward, _package_2_backward, _HALF, 8, 256)
 PACKAGE_3 = CausalKernel("flash-attn 3", _package_3_forward, _package_3_backward, _HALF, 8, 256)
@@ -336,6 +339,9 @@ def _causal_kernel(
     for kernel in preferred:
         problem = _probe(kernel, device, dtype, width, causal)
         if problem is None:
+            if kernel.shares_keys and (problem := _probe(kernel, device, dtype, width, causal, shared=True)):
+                kernel = kernel._replace(shares_keys=False)
+                reasons.append(f"called for each copy: with shared keys {problem}")
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
         if forced:
             raise ValueError(f"{FORCED}={forced} cannot be used here: {problem}; unset it")
@@ -366,9 +372,17 @@ class Call(NamedTuple):
 
 
 def _probe(
-    kernel: CausalKernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+    kernel: CausalKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    causal: bool = True,
+    shared: bool = False,
 ) -> str | None:
-    """Run a private operator once, both ways with grouped queries, against the plain path: it may change or go."""
+    """Run a private operator once, both ways with grouped queries, against the plain path: it may change or go.
+
+    ``shared`` keys are one sequence's, expanded.
+    """
     if dtype not in kernel.dtypes or width % kernel.multiple or width > kernel.widest:
         return f"not for {str(dtype).removeprefix('torch.')} with head dimension {width}"
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 3e-2)
@@ -379,6 +393,8 @@ def _probe(
     k, v = wave.flip(0)[: 2 * 2 * 2 * 5 * width].view(2, 2, 2, 5, width)
     if not causal:
         k, v = (torch.cat([x, x.flip(2)[:, :, :3]], 2) for x in (k, v))  # 8 keys for 5 queries
+    if shared:
+        k, v = (x[:1].expand(x.shape) for x in (k, v))
     try:
         out, lse, extra = kernel.forward(q, k, v, scale, causal)
         got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale, causal))

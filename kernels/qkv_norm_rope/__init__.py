@@ -19,7 +19,8 @@ from phd_megatron.kernels.qkv_rope import rope_reference, split_qkv_reference
 from phd_megatron.kernels.triton_support import covering, triton_problem
 
 WIDEST = 512  # head dimension; a program holds a tile of rows of this width in registers
-PROGRAMS = 4096  # of the backward, about: each leaves one partial gradient of a norm's weight
+PROGRAMS = 2048  # of the backward, about: each leaves one partial gradient of a norm's weight
+COLUMNS, SUMMED_ROWS = 16, 256  # of a tile of those partial gradients when they are added up
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -155,7 +156,7 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from .norm_rope_kernels import norm_rope_backward_kernel
+        from .norm_rope_kernels import norm_rope_backward_kernel, norm_weight_gradient_kernel
 
         mixed, turn, *weights = ctx.saved_tensors
         constants, (rows, batch, groups, _) = ctx.constants, mixed.shape
@@ -163,22 +164,25 @@ class _NormRope(torch.autograd.Function):
         mixed_grad = torch.empty(mixed.shape, dtype=mixed.dtype, device=mixed.device)
         heads = constants["RATIO"] + 2
         normed = any(w is not None for w in weights)
-        most = -(-PROGRAMS // (groups * heads)) if normed else rows * batch
+        programs = min(-(-PROGRAMS // (groups * heads)), rows * batch)
 
         def grid(meta: dict[str, Any]) -> tuple[int, int]:
-            tiles = -(-rows * batch // meta["BLOCK_R"])
-            each = -(-tiles // most)  # the same for all, or the last ones would wait for a few
-            return -(-tiles // each), groups * heads
+            return programs if normed else -(-rows * batch // meta["BLOCK_R"]), groups * heads
 
-        # Fewer programs than there are rows here may run: the others' parts are zero.
-        partial = torch.zeros(
-            most if normed else 0, groups, heads, constants["D"], dtype=torch.float32, device=mixed.device
-        )
+        shape = (programs if normed else 0, groups, heads, constants["D"])
+        partial = torch.empty(shape, dtype=torch.float32, device=mixed.device)
         norm_rope_backward_kernel[grid](
             *(query, key, value, mixed, turn, *(mixed if w is None else w for w in weights), mixed_grad, partial),
             *(mixed.stride()[:3], rows, batch, groups, ctx.eps),
             **constants,
         )
-        parts = partial.split([constants["RATIO"], 1, 1], 2)  # heads of q, k, v
-        found = (None if w is None else x.sum((0, 1, 2)).to(w.dtype) for w, x in zip(weights, parts, strict=True))
+        found = [None if w is None else torch.empty_like(w) for w in weights]
+        if normed:
+            norm_weight_gradient_kernel[-(-constants["D"] // COLUMNS), 3](
+                *(partial, *(mixed if w is None else w for w in found), programs * groups),
+                **{name: constants[name] for name in ("RATIO", "NORM_Q", "NORM_K", "NORM_V", "D")},
+                COLUMNS=COLUMNS,
+                BLOCK_R=SUMMED_ROWS,
+                num_warps=8,
+            )
         return mixed_grad, None, None, *found, None

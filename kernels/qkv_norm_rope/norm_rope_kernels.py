@@ -178,7 +178,7 @@ def _places(pair, group, head, batch, mixed_strides, D: tl.constexpr):
     return row, at + group.to(tl.int64) * mixed_strides[2] + head * D
 
 
-@tuned(TILES, KEY, reset_to_zero=["weight_grad"])  # tiles that are tried fill different parts of it
+@tuned(TILES, KEY)
 @triton.jit
 def norm_rope_backward_kernel(
     query_grad,  # contiguous, as are all gradients
@@ -190,7 +190,7 @@ def norm_rope_backward_kernel(
     k_weight,
     v_weight,
     mixed_grad,  # [rows, b, groups, (RATIO + 2) * D]
-    weight_grad,  # [programs, groups, RATIO + 2, D] float32: each program's part, for the heads of q, then k, v
+    partial,  # [programs, groups, RATIO + 2, D] float32: each program's gradient of its head's weight
     mixed_strides,
     rows,
     batch,
@@ -234,7 +234,7 @@ def norm_rope_backward_kernel(
                 v_weight, 0.0, 0.0, eps, a, b, c, NORM_V, False, HALF, D, BLOCK_H, BLOCK_C,
             )  # fmt: skip
     if NORM_Q or NORM_K or NORM_V:
-        part = weight_grad + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
+        part = partial + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * D
         _store_weight(part, a, b, c, HALF, D, BLOCK_H, BLOCK_C)
 
 
@@ -244,3 +244,47 @@ def _store_weight(pointer, a, b, c, HALF: tl.constexpr, D: tl.constexpr, BLOCK_H
     tl.store(pointer + h, a, mask=h < HALF)
     tl.store(pointer + HALF + h, b, mask=h < HALF)
     tl.store(pointer + 2 * HALF + r, c, mask=r < D - 2 * HALF)
+
+
+@triton.jit
+def norm_weight_gradient_kernel(
+    partial,  # [programs, groups, RATIO + 2, D] float32
+    q_grad,  # [D] each; not written where the norm is off
+    k_grad,
+    v_grad,
+    bundles,  # programs * groups
+    RATIO: tl.constexpr,
+    NORM_Q: tl.constexpr,
+    NORM_K: tl.constexpr,
+    NORM_V: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: ``COLUMNS`` columns of one norm's weight gradient, added up in a fixed order."""
+    norm = tl.program_id(1)
+    if norm == 0:
+        if NORM_Q:
+            _add_up(partial, q_grad, bundles, 0, RATIO, RATIO + 2, D, COLUMNS, BLOCK_R)
+    elif norm == 1:
+        if NORM_K:
+            _add_up(partial, k_grad, bundles, RATIO, 1, RATIO + 2, D, COLUMNS, BLOCK_R)
+    elif NORM_V:
+        _add_up(partial, v_grad, bundles, RATIO + 1, 1, RATIO + 2, D, COLUMNS, BLOCK_R)
+
+
+@triton.jit
+def _add_up(
+    partial, target, bundles, FIRST: tl.constexpr, COUNT: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Heads ``FIRST .. FIRST + COUNT`` of every bundle's ``HEADS``."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (column < D)[None, :]
+    total = tl.zeros([BLOCK_R, COLUMNS], tl.float32)
+    for begin in range(0, bundles * COUNT, BLOCK_R):
+        row = begin + tl.arange(0, BLOCK_R)
+        at = (row // COUNT * HEADS + FIRST + row % COUNT) * D
+        mask = (row < bundles * COUNT)[:, None] & inside
+        total += tl.load(partial + at[:, None] + column[None, :], mask=mask, other=0.0)
+    tl.store(target + column, tl.sum(total, 0).to(target.dtype.element_ty), mask=column < D)

@@ -17,8 +17,8 @@ from typing import Any
 from phd_megatron.errors import UserError
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
-STEPS = 10  # on CUDA at most, per measurement: launches must not be what is timed
-ENOUGH = 100.0  # milliseconds; a measurement of long steps stops there
+STEPS = 100  # on CUDA at most, per measurement: launches must not be what is timed
+ENOUGH = 50.0  # milliseconds; a measurement of long steps stops there
 COPY_BYTES = 2**30  # moved by one copy when the bandwidth of a GPU is measured; 1/16 of it on a CPU
 
 Step = Callable[[], object]
@@ -41,7 +41,7 @@ class Contender:
     cpu_times: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
     eager: str | None = None
-    repeats: dict[str, int] = field(default_factory=dict)  # on CUDA, steps of one measurement
+    repeats: dict[str, int] = field(default_factory=dict)  # steps of one measurement
 
     def median(self, step: str, cpu: bool = False) -> float:
         """Milliseconds."""
@@ -88,26 +88,28 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[Any, str, Any]:
 def measure(contenders: Sequence[Contender], rounds: int, device: Any) -> None:
     """Time every step in interleaved rounds, each of which starts with another contender; the first only warms up.
 
-    On CUDA steps are replayed as graphs, so that what the device needs is timed, not Python.
+    On CUDA a measurement replays a graph of as many steps as last a while, so that what the device needs is timed, not
+    Python nor the launch of a graph.
     """
     for turn in range(rounds + 1):
         shift = turn % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
             for name, step in list(contender.steps.items()):
-                if not turn:  # compiles and tunes, then says how many steps make a measurement
-                    step()
-                    if device.type == "cuda":
-                        contender.steps[name] = step = _prepared(contender, step, device)
-                    single, _ = _timed(step, device, 1)
-                    contender.repeats[name] = max(1, min(STEPS, round(ENOUGH / max(single, 1e-3))))
+                if turn:
+                    wall, cpu = _timed(step, device)
+                    repeats = contender.repeats[name]
+                    contender.times.setdefault(name, []).append(wall / repeats)
+                    contender.cpu_times.setdefault(name, []).append(cpu / repeats)
                     continue
-                wall, cpu = _timed(step, device, contender.repeats[name])
-                contender.times.setdefault(name, []).append(wall)
-                contender.cpu_times.setdefault(name, []).append(cpu)
+                step()  # compiles and tunes
+                contender.repeats[name] = 1
+                if device.type == "cuda":
+                    contender.repeats[name] = max(1, min(STEPS, round(ENOUGH / max(_timed(step, device)[0], 1e-3))))
+                    contender.steps[name] = _prepared(contender, step, contender.repeats[name], device)
 
 
-def _prepared(contender: Contender, step: Step, device: Any) -> Step:
-    """Note the memory that a step takes, and make a CUDA graph of it where that can be done."""
+def _prepared(contender: Contender, step: Step, repeats: int, device: Any) -> Step:
+    """Note the memory that a step takes, and make a CUDA graph of ``repeats`` of it where that can be done."""
     import torch
 
     torch.cuda.synchronize(device)
@@ -115,17 +117,24 @@ def _prepared(contender: Contender, step: Step, device: Any) -> Step:
     before = torch.cuda.memory_allocated(device)
     step()
     contender.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+
+    def steps() -> None:
+        for _ in range(repeats):
+            step()
+
     try:
-        return captured(step, device)
+        replay = captured(steps)
+        replay()
+        return replay
     except RuntimeError as error:
         contender.eager = str(error).splitlines()[0]
         print(f"{contender.name} is launched operation by operation, and Python's time counts: {contender.eager}")
         torch.cuda.synchronize(device)
-        return step
+        return steps
 
 
-def _timed(step: Step, device: Any, repeats: int) -> tuple[float, float]:
-    """Milliseconds of one step: elapsed (by the device's own clock on CUDA), and CPU time of this process."""
+def _timed(step: Step, device: Any) -> tuple[float, float]:
+    """Milliseconds: elapsed (by the device's own clock on CUDA), and CPU time of this process."""
     import torch
 
     if device.type == "cuda":
@@ -133,11 +142,10 @@ def _timed(step: Step, device: Any, repeats: int) -> tuple[float, float]:
         stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
         start.record(stream)
-        for _ in range(repeats):
-            step()
+        step()
         end.record(stream)
         end.synchronize()
-        return float(start.elapsed_time(end)) / repeats, 0.0
+        return float(start.elapsed_time(end)), 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
@@ -153,26 +161,23 @@ def copy_contender(device: Any) -> tuple[Contender, int]:
     return Contender("copy", {"forward": lambda: target.copy_(source)}), size
 
 
-def captured(step: Step, device: Any) -> Step:
-    """``step`` as a CUDA graph, so that launches cost nothing; itself elsewhere.
+def captured(steps: Step) -> Step:
+    """``steps`` as a CUDA graph, so that launches cost nothing.
 
-    A graph knows addresses alone, so what is returned holds ``step``, and with it the tensors at these addresses.
+    A graph knows addresses alone, so what is returned holds ``steps``, and with it the tensors at these addresses.
     """
     import torch
 
-    if device.type != "cuda":
-        return step
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
+        steps()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        steps()
 
-    def replay(keeps: Step = step) -> None:
+    def replay(keeps: Step = steps) -> None:
         graph.replay()
 
     return replay

@@ -36,24 +36,31 @@ model_tests() { check 150 tests/gpu/test_cuda_parity.py tests/gpu/test_cuda_sync
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 doctor() { phd 30 doctor doctor; }
 train() {
-    phd 140 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 hybrid_star \
-        --micro-batch-size "$samples" --json "$out/train_k.json"
-    phd 120 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
+    phd 170 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 --micro-batch-size "$samples" \
+        --json "$out/train_k.json"
+    phd 100 train_star bench train --preset dense-1.2b --members vanilla hybrid_star --micro-batch-size 4 \
+        --json "$out/train_star.json"
+    phd 170 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
         --micro-batch-size 4 --json "$out/train_fp8.json"
 }
 experts() { # as many layers as fit with their optimizer state
-    phd 100 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
-        --options "--num-layers $((memory > 120000 ? 12 : 6)) --moe-grouped-gemm"
+    phd 150 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
+        --options "--num-layers $((memory > 120000 ? 12 : 6)) --moe-grouped-gemm --expert-model-parallel-size 1"
 }
 attention() {
     for width in 64 128; do
-        for repeat in 2 3; do
-            phd 100 "attention_d${width}_k$repeat" bench attention --seq-length 4096 16384 32768 --head-dim "$width" \
-                --repeat "$repeat" --heads 16 --kv-heads 4 --dtype bfloat16 --rounds 5 --only-phd \
-                --backends sdpa_triton flex triton --json "$out/attention_d${width}_k$repeat.json" \
-                --csv "$out/attention_d${width}_k$repeat.csv" --plot "$out/attention_d${width}_k$repeat.svg"
-        done
+        for repeat in 2 3; do attend 150 "attention_d${width}_k$repeat" "$width" "$repeat" sdpa_triton flex; done
     done
+}
+attention_triton() { # compiling and tuning the fused kernel takes most of the time
+    for width in 64 128; do
+        for repeat in 2 3; do attend 200 "attention_triton_d${width}_k$repeat" "$width" "$repeat" triton; done
+    done
+}
+attend() { # LIMIT NAME WIDTH REPEAT BACKENDS...
+    phd "$1" "$2" bench attention --seq-length 4096 16384 32768 --head-dim "$3" --repeat "$4" --heads 16 --kv-heads 4 \
+        --dtype bfloat16 --rounds 5 --only-phd --backends "${@:5}" --json "$out/$2.json" --csv "$out/$2.csv" \
+        --plot "$out/$2.svg"
 }
 decode() {
     phd 80 decode bench decode --kv-length 4096 16384 32768 --batch 1 32 --repeat 2 3 4 --rounds 9 \

@@ -14,7 +14,7 @@ import pytest
 PROGRAM = Path(__file__).parent / "compile_for_gpu.py"
 KERNELS = {
     *("forward_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"),
-    *("norm_rope_forward_kernel", "norm_rope_backward_kernel"),
+    *("norm_rope_forward_kernel", "norm_rope_backward_kernel", "norm_weight_gradient_kernel"),
     *("window_forward_kernel", "window_backward_kernel"),
     *("split_kernel", "combine_kernel", "cross_entropy_statistics_kernel", "cross_entropy_gradient_kernel"),
 }

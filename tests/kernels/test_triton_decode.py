@@ -80,9 +80,16 @@ triton_only = pytest.mark.skipif(
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_kernel(policy: KVPolicy, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux")
-    monkeypatch.setattr("phd_megatron.kernels.decode_attention.SHORTEST_PART", 20)  # several parts of a short cache
     compare(policy, [9, 90, 33], policy.repeat, 16, dtype)
     compare(policy, [1], 1, 16, dtype)
+    front = "phd_megatron.kernels.decode_attention."
+    # As many parts as a short cache can have, the hidden keys in the last of them or in one of their own.
+    for name, value in (("TILE", 16), ("SHORTEST_PART", 1), ("MANY", 2)):
+        monkeypatch.setattr(front + name, value)
+    for own in (1, 1000):
+        monkeypatch.setattr(front + "OWN_PART", own)
+        compare(policy, [90], policy.repeat, 16, dtype)
+        compare(policy, [90, 33], policy.repeat, 16, dtype)
 
 
 @triton_only

@@ -67,6 +67,14 @@ def test_odd_shapes(shape: tuple[int, int, int], ratio: int, width: int, turned:
     compare("qkv", shape, ratio, width, turned, dtype)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_programs_with_several_tiles_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phd_megatron.kernels.qkv_norm_rope.PROGRAMS", 20)
+    monkeypatch.setattr("phd_megatron.kernels.qkv_norm_rope.SUMMED_ROWS", 4)
+    compare("qkv", (31, 2, 2), 3, 24, 16, dtype)
+    compare("k", (31, 2, 2), 3, 24, 16, dtype)
+
+
 def test_gradcheck_of_the_definition() -> None:
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 1, 2, 18), (6,), (6,))]
     table = rope_table(torch.rand(3, 1, 1, 2, dtype=torch.float64).repeat(1, 1, 1, 2), torch.float64)
