@@ -3,6 +3,10 @@
 All models share one set of random weights, so a ratio is the price of K alone. Naive repetition is the same vanilla
 model reading (and caching) every token K times. Contenders run interleaved, round by round; the table shows medians
 and their ratios to K = 1. Before anything is timed, cached decoding is compared with recomputation.
+
+On a GPU both are replayed as CUDA graphs, so that no launch is timed, and a decoding step attends through the Triton
+kernel where that runs: the prompt from an empty cache, and ``--steps`` times one token after the prompt, each time from
+the same cache. On a CPU the cache grows.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,35 +223,81 @@ def _cache_word() -> str:
     return "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 
 
+Run = Callable[[], object]
+
+
 def _measure(contenders: Sequence[Contender], args: argparse.Namespace, device: Any) -> None:
     import torch
 
     ids = _ids(args, args.prompt + args.steps).to(device)
+    graphs: dict[str, tuple[Run, Run]] = {}
     with torch.no_grad():
         for turn in range(args.rounds + 1):
             shift = turn % len(contenders)
             for contender in [*contenders[shift:], *contenders[:shift]]:
-                width = contender.repeat if contender.naive else 1
+                prefill, decode = graphs.get(contender.name) or _ways(contender, ids, args)
+                if device.type == "cuda" and not turn:
+                    graphs[contender.name] = prefill, decode = _replays(contender, prefill, ids, args)
                 contender.cache = None
-                tokens = contender.tokens(ids)
-                prefill = _timed(contender, [tokens[:, : args.prompt * width]], device)
-                pieces = list(tokens[:, args.prompt * width :].split(width, dim=1))
-                decode = _timed(contender, pieces, device)
+                first, second = _timed(prefill, device), _timed(decode, device)
                 contender.cache = None
                 if turn:
-                    contender.prefill.append(prefill)
-                    contender.decode.append(Sample(decode.wall / args.steps, decode.cpu / args.steps))
+                    contender.prefill.append(first)
+                    contender.decode.append(Sample(second.wall / args.steps, second.cpu / args.steps))
 
 
-def _timed(contender: Contender, pieces: Sequence[Any], device: Any) -> Sample:
-    """For all pieces, one after the other."""
+def _ways(contender: Contender, ids: Any, args: argparse.Namespace) -> tuple[Run, Run]:
+    """The prompt, and the tokens after it."""
+    width = contender.repeat if contender.naive else 1
+    tokens = contender.tokens(ids)
+    prompt, *pieces = tokens.split([args.prompt * width] + [width] * args.steps, dim=1)
+
+    def decode() -> None:
+        for piece in pieces:
+            _advance(contender, piece)
+
+    return (lambda: _advance(contender, prompt)), decode
+
+
+def _replays(contender: Contender, prefill: Run, ids: Any, args: argparse.Namespace) -> tuple[Run, Run]:
+    """CUDA graphs of both, of ``steps`` times the same token for the second."""
+    from phd_megatron.cli.bench_measure import captured
+    from phd_megatron.huggingface.decoding import decode_kernel
+    from phd_megatron.kernels.decode_attention import decode_problem
+
+    model = contender.model
+    fast = not contender.naive and decode_problem(model.device, model.dtype, model.config.head_dim) is None
+    width = contender.repeat if contender.naive else 1
+    piece = contender.tokens(ids)[:, -width:]
+
+    def from_nothing() -> None:
+        contender.cache = None
+        prefill()
+
+    from_nothing()
+    # A step replaces the cache's tensors and changes none, so what they were is enough to go back.
+    held = [(holder, dict(vars(holder))) for holder in (contender.cache, *contender.cache.layers)]
+    cache = contender.cache
+
+    def same_step() -> None:
+        for _ in range(args.steps):
+            for holder, state in held:
+                vars(holder).update(state)
+            contender.cache = cache
+            _advance(contender, piece)
+
+    with decode_kernel(model) if fast else nullcontext():
+        return captured(from_nothing), captured(same_step)
+
+
+def _timed(run: Run, device: Any) -> Sample:
+    """One call."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    for piece in pieces:
-        _advance(contender, piece)
+    run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Sample(1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu))

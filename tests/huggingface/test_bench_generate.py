@@ -6,6 +6,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 from phd_megatron.cli import bench, bench_generate
 from phd_megatron.errors import UserError
@@ -45,6 +46,31 @@ def test_naive_repetition_reads_every_token_k_times():
         for one, two in zip(vanilla.model.parameters(), cswa.model.parameters(), strict=True)
     )
     assert cswa.model.config.phd_repeat == 3 and vanilla.model.config.phd_repeat == 1
+
+
+def test_replayed_steps_start_from_the_same_cache(monkeypatch):
+    """What becomes a CUDA graph on a GPU, run without one."""
+    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
+    monkeypatch.setattr("phd_megatron.cli.bench_measure.captured", lambda steps: steps)
+    ids = bench_generate._ids(args, args.prompt + args.steps)
+    found = []
+    advance = bench_generate._advance
+    monkeypatch.setattr(bench_generate, "_advance", lambda *given: found.append(advance(*given)))
+    with torch.no_grad():
+        for contender in bench_generate._contenders(args):
+            width = contender.repeat if contender.naive else 1
+            prefill, steps = bench_generate._replays(
+                contender, bench_generate._ways(contender, ids, args)[0], ids, args
+            )
+            expected = contender.model(contender.tokens(ids)[:, : args.prompt * width]).logits[:, -1]
+            for _ in range(2):
+                found.clear()
+                steps()
+                assert contender.cache.get_seq_length() == (args.prompt + 1) * width
+                assert len(found) == args.steps and all(torch.equal(logits, found[0]) for logits in found)
+                prefill()
+                torch.testing.assert_close(found[-1][:, -1], expected)
+            assert not torch.equal(found[0], found[-1])
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):

@@ -125,8 +125,10 @@ class StepRows:
                 past_positions, hidden_positions = cache.positions, cache.hidden_positions
                 positions = positions.expand(batch, new)
         wanted = first_wanted(logits_to_keep, new)
-        aligned = False
-        if new > 1 and past_positions.size(1) == 0:
+        fresh = past_positions.size(1) == 0
+        counted = fresh and attention_mask is None and position_ids is None  # positions are slots, known without a sync
+        aligned = counted and new > 1
+        if new > 1 and fresh and not counted:
             slots = torch.arange(new, device=positions.device)
             aligned = bool(((positions == slots) | (positions < 0)).all())
         if policy.repeat == 1:
@@ -134,7 +136,7 @@ class StepRows:
         elif wanted == 0:
             starts = [0] * (num_layers + 1)
         else:
-            starts = _cone(policy, num_layers, positions, wanted)
+            starts = _cone(policy, num_layers, torch.arange(new)[None] if counted else positions, wanted)
         return cls(
             policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
         )
