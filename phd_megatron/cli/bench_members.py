@@ -25,6 +25,7 @@ from typing import Any
 
 from phd_megatron.cli.bench_measure import check_counts
 from phd_megatron.cli.tables import print_table
+from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
@@ -112,6 +113,10 @@ def run(argv: list[str]) -> int:
 
     with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:
         configs = {name: _configure(args, name) for name in args.members}
+        if any(is_graphed(config.model) for config in configs.values()):
+            from phd_megatron.training.cuda_graph import keep_profiler
+
+            keep_profiler()
         measured, failed = [], {}
         for name in [*configs, args.members[0]]:
             try:

@@ -38,14 +38,22 @@ from phd_megatron.errors import UserError
 Batch = dict[str, Tensor]
 ForwardBackward = Callable[[Iterator[Batch]], list[Tensor]]
 
-#: CUPTI crashes when it is started again after a graph was recorded (torch/profiler/profiler.py), so it stays.
-_PROFILER = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 _CACHE = "_fp8_workspaces"  #: attribute of Transformer Engine's modules: name to FP8 form of a weight
 
 
 @cache
 def _graph_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
+
+
+def keep_profiler() -> None:
+    """Leave the library below torch's profiler loaded after a trace; to be called before the first one.
+
+    It crashes when it is started again in a process with CUDA graphs (torch/profiler/profiler.py says so, and does the
+    same for graphs that torch.compile makes).
+    """
+    for name, value in {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -155,8 +163,7 @@ class StepGraph:
         self._batches = StaticBatches(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded = Recorded([])
-        for name, value in _PROFILER.items():
-            os.environ.setdefault(name, value)
+        keep_profiler()
 
     @classmethod
     def of_run(
