@@ -217,9 +217,9 @@ class StepGraph:
         except RuntimeError as error:
             # Ending a broken recording fails too, and hides why it broke.
             first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            why = (str(first).strip().splitlines() or [type(first).__name__])[0]
             raise UserError(
-                f"cuda_graph_impl=local: the step could not be recorded ({str(first).strip().splitlines()[0]}); use "
-                "cuda_graph_impl none"
+                f"cuda_graph_impl=local: the step could not be recorded ({why}); use cuda_graph_impl none"
             ) from error
         self._graph = graph
         seconds = time.perf_counter() - began
