@@ -1,9 +1,9 @@
 """``phd-megatron bench train --preset NAME``: whole training steps of variants of one model, in one run.
 
-A member is the preset with a few options changed: vanilla, K = 2 and 3, HybridNorm*, FP8 recipes. Each is built, warmed
-up, timed and freed in turn, and the first one is timed once more at the end, which shows how far the machine drifted. A
-step is that of ``pretrain``: micro-batches, gradient buffers, clipping, optimizer. Token ids are random: the time of a
-step does not depend on them, except for how evenly a router spreads tokens over experts.
+A member is the preset with a few options changed: vanilla, K = 2 and 3, HybridNorm*, FP8 recipes, the step as a CUDA
+graph. Each is built, warmed up, timed and freed in turn, and the first one is timed once more at the end, which shows
+how far the machine drifted. A step is that of ``pretrain``: micro-batches, gradient buffers, clipping, optimizer. Token
+ids are random: the time of a step does not depend on them, except for how evenly a router spreads tokens over experts.
 
 Beside every time stands its floor: the FLOPs of the member over those of the first (:mod:`phd_megatron.planning.flops`;
 KVPolicy's pairs, backward twice the forward, recomputation not counted). MFU is the same FLOPs over the dense bfloat16
@@ -25,6 +25,7 @@ from typing import Any
 
 from phd_megatron.cli.bench_measure import check_counts
 from phd_megatron.cli.tables import print_table
+from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
@@ -38,6 +39,8 @@ MEMBERS = {
     "delayed": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe delayed",
     "tensorwise": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--norm-scheme pre --phd-repeat 1 --fp8-format e4m3 --fp8-recipe blockwise",
+    # Recorded in the third step, the last that is not timed.
+    "graph": "--cuda-graph-impl local --cuda-graph-scope full_iteration --cuda-graph-warmup-steps 2",
 }
 #: what a kernel's name has in it, and what it is counted as; the first that fits counts
 KINDS = (
@@ -90,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["vanilla", "hybrid_star", "K=2", "K=3"],
         metavar="NAME",
-        help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed",
+        help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed or vanilla+graph",
     )
     parser.add_argument("--options", default="", help='further options of pretrain for all, e.g. "--vocab-size 50304"')
     parser.add_argument("--micro-batch-size", type=int, default=1)
@@ -110,6 +113,10 @@ def run(argv: list[str]) -> int:
 
     with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:
         configs = {name: _configure(args, name) for name in args.members}
+        if any(is_graphed(config.model) for config in configs.values()):
+            from phd_megatron.training.cuda_graph import keep_profiler
+
+            keep_profiler()
         measured, failed = [], {}
         for name in [*configs, args.members[0]]:
             try:
@@ -157,6 +164,7 @@ def _pairs(options: str) -> list[tuple[str, str]]:
 
 def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Any) -> Measured:
     from phd_megatron.model.build import build_model
+    from phd_megatron.training.cuda_graph import StepGraph
     from phd_megatron.training.optimizer import build_optimizer, let_go, wrap_data_parallel
     from phd_megatron.training.step import Stepper
 
@@ -165,7 +173,8 @@ def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: An
     models = wrap_data_parallel(build_model(config, model.vocab_size, runtime.device), config)
     try:
         optimizer, size = build_optimizer(models, config), args.micro_batch_size
-        stepper = Stepper(models, optimizer, runtime.device, size, model.seq_length, model.phd_repeat)
+        graph = StepGraph.of_run(config, models, runtime.device, runtime.log)
+        stepper = Stepper(models, optimizer, runtime.device, size, model.seq_length, model.phd_repeat, graph)
         return _time(name, config, stepper, args, runtime)
     finally:
         let_go(models)

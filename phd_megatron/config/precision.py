@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.schema import ModelConfig, RunConfig
 
 DEPENDENT = (
@@ -57,6 +58,7 @@ def switched_off(model: ModelConfig) -> list[str]:
 def for_cpu(model: ModelConfig) -> list[str]:
     """Make it the same model with what every machine has, in place; notes on what changes the numbers a little."""
     model.transformer_impl = "local"
+    drop_graph(model)
     for name in [n for n in model.transformer if any(fnmatchcase(n, pattern) for pattern in _LIBRARIES)]:
         del model.transformer[name]
     return ["fp8 is left out: this machine computes in the checkpoint's own type"] if drop_fp8(model) else []

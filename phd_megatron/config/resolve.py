@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
 from phd_megatron.config.precision import switched_off
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
@@ -29,7 +30,7 @@ def resolve(config: RunConfig) -> list[str]:
     Raises:
         UserError: with every problem found: missing architecture, values out of range, features not available.
     """
-    switched_off_notes = switched_off(config.model)
+    switched_off_notes = switched_off(config.model) + switched_off_graph(config.model)
     refuse_unsupported(config)
     raise_all(
         [

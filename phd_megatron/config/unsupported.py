@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from phd_megatron.config.catalog import fields
+from phd_megatron.config.cuda_graph import is_full_iteration
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.errors import UserError
@@ -49,6 +50,12 @@ def _holds_without(switch: str, *items: str) -> Test:
     return lambda value, config: _holds(*items)(value, config) and _without(switch)(value, config)
 
 
+def _graph_of_layers(value: Any, config: RunConfig) -> bool:
+    if value in (None, "none"):
+        return False
+    return value != "local" or not is_full_iteration(config.model.transformer.get("cuda_graph_scope"))
+
+
 @dataclass(frozen=True)
 class Unsupported:
     """One row. ``field`` is a name or a pattern with ``*`` of names; ``refused(value, config)`` says which values."""
@@ -75,6 +82,9 @@ _FLEX = "the flex dispatcher needs DeepEP or HybridEP, which are not supported"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _FLAT_CP = "every sample is cut over all context-parallel ranks alike, in one group"
 _FLAT_CP_CURE = "use context_parallel_size and cp_comm_type"
+_NO_GRAPH = "it has no effect without cuda_graph_impl"
+_LAYER_GRAPHS = "graphs of single layers are not supported: Megatron-Core's know the inputs of its own layers alone"
+_GRAPH_CURE = "use cuda_graph_impl local with cuda_graph_scope full_iteration"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
@@ -272,10 +282,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("fine_grained_activation_offloading", "it is not available yet", "use recompute_granularity"),
     Unsupported("offload_modules", "activation offloading is not available yet", refused=_not(None, [])),
     Unsupported("min_offloaded_tensor_size", "activation offloading is not available yet"),
-    Unsupported("enable_cuda_graph", "CUDA graphs are not available yet"),
-    Unsupported("external_cuda_graph", "CUDA graphs are not available yet"),
-    Unsupported("cuda_graph_impl", "CUDA graphs are not available yet", "use none", _not("none")),
-    Unsupported("cuda_graph_[!i]*", "CUDA graphs are not available yet"),
+    Unsupported("enable_cuda_graph", "Megatron-Core has renamed it", _GRAPH_CURE),
+    Unsupported("external_cuda_graph", _LAYER_GRAPHS, _GRAPH_CURE),
+    Unsupported("cuda_graph_impl", _LAYER_GRAPHS, f"{_GRAPH_CURE}, or none", _graph_of_layers),
+    Unsupported("cuda_graph_scope", _NO_GRAPH, _GRAPH_CURE, _without("cuda_graph_impl")),
+    Unsupported("cuda_graph_warmup_steps", _NO_GRAPH, _GRAPH_CURE, _without("cuda_graph_impl")),
+    Unsupported("cuda_graph_use_single_mempool", "it belongs to graphs of single layers, which are not supported"),
+    Unsupported("cuda_graph_retain_backward_graph", "it belongs to graphs of single layers, which are not supported"),
     Unsupported("barrier_with_L1_time", "there are no timer levels", refused=_not(True)),
     # --- inference
     Unsupported("flash_decode", _INFERENCE, "use `phd-megatron generate`"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phd_megatron.config.catalog import ALTERNATIVES, fields
+from phd_megatron.config.cuda_graph import graph_problems
 from phd_megatron.config.moe import moe_problems
 from phd_megatron.config.precision import precision_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -203,6 +204,7 @@ def problems(config: RunConfig) -> list[str]:
         *_profile(config),
         *moe_problems(config.model),
         *precision_problems(config),
+        *graph_problems(config),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The one gradient reduction that Megatron-Core does not know: per-head norms shared by tensor-parallel ranks."""
+"""What makes gradients final: Megatron-Core's reductions, and the one that it does not know, of per-head norms."""
 
 from __future__ import annotations
 
@@ -14,8 +14,28 @@ def finalize_model_grads(model: list[Any], num_tokens: torch.Tensor | None = Non
 
     The order does not matter for the values: scaling by the token count and the sum commute.
     """
-    finalize_with_megatron(model, num_tokens, **kwargs)
-    sum_marked_gradients(model, kwargs["pg_collection"].tp)
+    groups = kwargs["pg_collection"]
+    finalize_with_megatron(model, None, **kwargs)
+    if num_tokens is not None:
+        divide_by_tokens(model, num_tokens, groups)
+    sum_marked_gradients(model, groups.tp)
+
+
+def divide_by_tokens(model: list[Any], num_tokens: torch.Tensor, groups: Any) -> None:
+    """Divide gradients by the tokens of the global batch, as Megatron-Core does, without the host waiting for them.
+
+    Megatron-Core asks on the host whether there are any, and leaves the gradients as they are where there are none.
+
+    Args:
+        num_tokens: 0-dimensional, int, of this rank's batch on the last pipeline stage; overwritten with the sum.
+        groups: with ``pp`` and ``dp_cp``.
+    """
+    last = torch.distributed.get_process_group_ranks(groups.pp)[-1]
+    torch.distributed.broadcast(num_tokens, src=last, group=groups.pp)
+    torch.distributed.all_reduce(num_tokens, group=groups.dp_cp)
+    scaling = 1.0 / num_tokens.clamp(min=1)
+    for chunk in model:
+        chunk.scale_gradients(scaling)
 
 
 def sum_marked_gradients(model: list[Any], tp_group: Any) -> None:

@@ -76,6 +76,9 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "output_layer_init_method": _leave_alone,
         "embedding_init_method": _leave_alone,
         **decode(model.transformer, transformer_field_types()),
+        # The graph around a step is phd_megatron.training.cuda_graph's. By this word Megatron-Core would make managers
+        # for graphs of its own; the scope stays, by which Transformer Engine's cross-entropy can be recorded.
+        "cuda_graph_impl": "none",
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,

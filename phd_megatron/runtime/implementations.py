@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.errors import UserError
@@ -236,6 +237,12 @@ def _step(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:
     why = order if library else f"{order}; {capabilities.transformer_engine_problem}"
     yield Operation("optimizer", f"{library} FusedAdam" if library else "torch AdamW(fused=True)", why)
     yield Operation("gradient norm and clipping", f"{library} multi-tensor" if library else "torch, per tensor", why)
+    if is_graphed(run.model):
+        first = warm_up_steps(run.model)
+        why = f"cuda_graph_impl=local; recorded after {first} steps of a process; evaluation is not in it"
+        yield Operation("training step", "CUDA graph of forward and backward", why)
+    else:
+        yield Operation("training step", "operations launched one by one", "cuda_graph_impl is not set")
     overlap = extra.get("tp_comm_overlap")
     if run.parallel.tensor_model_parallel_size > 1:
         yield Operation(

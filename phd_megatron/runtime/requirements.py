@@ -5,6 +5,7 @@ from __future__ import annotations
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.unsupported import raise_all
 from phd_megatron.runtime.capabilities import Capabilities
+from phd_megatron.runtime.cuda_graph import graph_machine_problems
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
 from phd_megatron.runtime.parallel_dims import ParallelDims
@@ -26,5 +27,6 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
             *machine_problems(run.model, capabilities),
             *size_problems(run, dims),
             *overlap_problems(run, dims, capabilities),
+            *graph_machine_problems(run, dims, capabilities),
         ]
     )

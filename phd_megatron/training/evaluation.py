@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
@@ -40,6 +41,7 @@ def for_evaluation(
         del extra[name]
     if extra.pop("moe_expert_capacity_factor", None) is not None:
         notes.append("moe_expert_capacity_factor is left out: outside of training no token is dropped")
+    drop_graph(run.model)
     if device == "cpu":
         notes += for_cpu(run.model)
     run.checkpoint.save = run.checkpoint.load = None

@@ -20,6 +20,7 @@ from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
 from phd_megatron.model.transformer_config import params_dtype
 from phd_megatron.runtime.fp8 import forget_fp8_scales
+from phd_megatron.training.cuda_graph import stream_of
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,17 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
         bucket_size=run.parallel.ddp_bucket_size,
         fp8_param_gather=bool(run.model.transformer.get("fp8_param")),
     )
-    return [
-        DistributedDataParallel(
-            model.config,
-            ddp_config,
-            model,
-            # The communication of later chunks is hidden behind the first chunk's compute as it is.
-            disable_bucketing=number > 0,
-        )
-        for number, model in enumerate(in_run_precision(models, run))
-    ]
+    with stream_of(run):
+        return [
+            DistributedDataParallel(
+                model.config,
+                ddp_config,
+                model,
+                # The communication of later chunks is hidden behind the first chunk's compute as it is.
+                disable_bucketing=number > 0,
+            )
+            for number, model in enumerate(in_run_precision(models, run))
+        ]
 
 
 def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:

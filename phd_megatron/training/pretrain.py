@@ -28,6 +28,7 @@ from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
+from phd_megatron.training.cuda_graph import StepGraph
 from phd_megatron.training.gradient_dump import dump_gradients
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
@@ -110,6 +111,7 @@ class Trainer:
             run.training.micro_batch_size,
             run.model.seq_length,
             run.model.phd_repeat,
+            StepGraph.of_run(run, self.models, runtime.device, runtime.log),
         )
         self.saver = self._open_saver()
         self._open_data()
@@ -215,7 +217,7 @@ class Trainer:
             on_gradients.append(statistics.take_gradients)
             scale = float(self.optimizer.get_loss_scale())  # of this step; the optimizer may change it
             with statistics.watching():
-                result = self.stepper.train(batches, count, on_gradients)
+                result = self.stepper.train(batches, count, on_gradients, watched=True)
             interval.layer_statistics = statistics.collect(self.models[0].config.num_layers, scale)
         else:
             result = self.stepper.train(batches, count, on_gradients)

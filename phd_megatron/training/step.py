@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-Batch = dict[str, Tensor]
+from phd_megatron.training.cuda_graph import Batch, StepGraph
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Stepper:
         micro_batch_size: samples per forward pass.
         seq_length: original tokens per sample.
         repeat: K; between pipeline stages travel ``K * seq_length`` rows.
+        graph: of the forward and backward of training steps, where the run asks for one.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Stepper:
         micro_batch_size: int,
         seq_length: int,
         repeat: int,
+        graph: StepGraph | None = None,
     ) -> None:
         self.models = list(models)
         self.optimizer = optimizer
         self.device = device
+        self.graph = graph
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.shape = {"micro_batch_size": micro_batch_size, "seq_length": repeat * seq_length}
 
@@ -66,16 +69,18 @@ class Stepper:
         batches: Iterator[Batch],
         num_microbatches: int,
         on_gradients: Sequence[Callable[[], None]] = (),
+        watched: bool = False,
     ) -> StepResult:
         """Forward, backward and update over one global batch.
 
-        ``on_gradients`` are called between backward and update, when every gradient is final.
+        ``on_gradients`` are called between backward and update, when every gradient is final. ``watched``: hooks on the
+        model want to see this step.
         """
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(batches, num_microbatches, forward_only=False)
+        loss = self._run(batches, num_microbatches, forward_only=False, watched=watched)
         for look in on_gradients:
             look()
         updated, grad_norm, _ = self.optimizer.step()
@@ -87,24 +92,21 @@ class Stepper:
         for model in self.models:
             model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with synced_parameters(self.models):
+        with synced_parameters(self.models), self.graph.outside() if self.graph is not None else nullcontext():
             for _ in range(num_batches):
                 total += self._run(batches, num_microbatches, forward_only=True)
         for model in self.models:
             model.train()
         return total
 
-    def _run(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> Tensor:
-        # Every chunk of an interleaved pipeline reads all micro-batches at its own pace.
-        iterators = list(tee(batches, len(self.models)))
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, device=self.device),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.models,
-            num_microbatches=num_microbatches,
-            forward_only=forward_only,
-            **self.shape,
-        )
+    def _run(
+        self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool, watched: bool = False
+    ) -> Tensor:
+        run = partial(self._schedule, num_microbatches=num_microbatches, forward_only=forward_only)
+        if forward_only or self.graph is None:
+            reports = run(batches)
+        else:
+            reports = self.graph(run, batches, num_microbatches, watched)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for report in reports:  # empty on all but the last pipeline stage
             total += report
@@ -112,6 +114,20 @@ class Stepper:
         pipeline = torch.distributed.get_process_group_ranks(self.groups.pp)
         torch.distributed.broadcast(total, src=pipeline[-1], group=self.groups.pp)
         return total
+
+    def _schedule(self, batches: Iterator[Batch], num_microbatches: int, forward_only: bool) -> list[Tensor]:
+        """Megatron-Core's schedule: the report of each micro-batch, as :func:`summed_loss` makes it."""
+        # Every chunk of an interleaved pipeline reads all micro-batches at its own pace.
+        iterators = list(tee(batches, len(self.models)))
+        reports: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=partial(forward_step, device=self.device),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+            **self.shape,
+        )
+        return reports
 
 
 def forward_step(batches: Iterator[Batch], model: Any, device: torch.device) -> tuple[Tensor, Callable[..., Any]]:

@@ -5,6 +5,7 @@
 #   bash tests/gpu/run.sh first      correctness, then training steps, bfloat16 and FP8, dense and with experts
 #   bash tests/gpu/run.sh second     attention, decoding, norm and RoPE, generation
 #   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds (about five minutes)
+#   bash tests/gpu/run.sh graph_tests graphs   steps as CUDA graphs: the same numbers, and times
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
@@ -33,6 +34,7 @@ kernel_tests() {
     PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
 model_tests() { check 150 tests/gpu/test_cuda_parity.py tests/gpu/test_cuda_sync.py; }
+graph_tests() { check 400 -s tests/gpu/test_cuda_graph_step.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 doctor() { phd 30 doctor doctor; }
 train() {
@@ -42,6 +44,13 @@ train() {
         --json "$out/train_star.json"
     phd 170 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
         --micro-batch-size 4 --json "$out/train_fp8.json"
+}
+graphs() { # steps with many launches for little work, and full ones; each eager and as a CUDA graph
+    for size in 1 4; do
+        phd 200 "train_graph_$size" bench train --preset dense-1.2b --micro-batch-size "$size" --json \
+            "$out/train_graph_$size.json" --members vanilla vanilla+graph delayed delayed+graph tensorwise \
+            tensorwise+graph blockwise blockwise+graph
+    done
 }
 experts() { # as many layers as fit with their optimizer state
     phd 150 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARM_UP = 5, 3
 #: Files of Megatron-Core that wait, and for what. Each waits once a step.
 STATED = {
-    "megatron/core/distributed/finalize_model_grads.py": "are there tokens at all: `if num_tokens > 0`",
     "megatron/core/optimizer/clip_grads.py": "the gradient norm, which the log and the check for divergence read",
 }
 SIZES = {"num-layers": 3, "hidden-size": 64, "ffn-hidden-size": 96, "num-attention-heads": 4, "num-query-groups": 2}
@@ -51,11 +50,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prefix
 
 
+#: Recorded in the third step, the last that is not watched.
+GRAPH = ["--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration", "--cuda-graph-warmup-steps", "2"]
+
+
+@pytest.mark.parametrize("graph", [[], GRAPH], ids=["", "graph"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("scheme", "repeat"), [("pre", 1), ("hybrid_star", 2)])
-def test_a_step_waits_where_it_is_stated_only(data: str, implementation: str, scheme: str, repeat: int) -> None:
+def test_a_step_waits_where_it_is_stated_only(
+    data: str, implementation: str, scheme: str, repeat: int, graph: list[str]
+) -> None:
     words = ["--norm-scheme", scheme, "--phd-repeat", str(repeat), "--transformer-impl", implementation]
-    words += ["--bf16", "--data-path", data, *(w for n, v in SIZES.items() for w in (f"--{n}", str(v)))]
+    words += [*graph, "--bf16", "--data-path", data, *(w for n, v in SIZES.items() for w in (f"--{n}", str(v)))]
     out = program(str(Path(__file__).with_name("sync_program.py")), str(WARM_UP), "pretrain", *words)
     found = json.loads(out.splitlines()[-1])
     assert found["steps"] == STEPS - WARM_UP

@@ -14,6 +14,7 @@ import torch
 from phd_megatron.cli import bench, bench_attention, bench_members
 from phd_megatron.cli.bench_measure import Contender
 from phd_megatron.cli.main import main
+from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -138,11 +139,22 @@ def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "original tokens/s" in printed and "milliseconds of one profiled step" in printed
 
 
+def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "tiny-dense", "--options", "--vocab-size 300", "--device", "cpu", "--members", "K=2+graph"]
+    model = bench_members._configure(bench_members._parser().parse_args(words), "K=2+graph").model
+    assert model.phd_repeat == 2 and is_graphed(model)
+    assert warm_up_steps(model) == 2  # the third step is recorded, and the fourth is timed
+    assert main(["bench", "train", *words]) == 1
+    assert "K=2+graph was not measured: cuda_graph_impl=local: CUDA graphs need a" in capsys.readouterr().out
+
+
 def test_members_are_configured_and_named() -> None:
     args = bench_members._parser().parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
     model = bench_members._configure(args, "K=2+hybrid_star").model
     assert (model.phd_repeat, model.norm_scheme) == (2, "hybrid_star")
     assert "moe_router_padding_for_quantization" not in model.transformer
+    with pytest.raises(UserError, match=r"num_moe_experts=.*the host reads how many rows"):
+        bench_members._configure(args, "vanilla+graph")
     with pytest.raises(UserError, match="'K=9' is none of vanilla"):
         bench_members._configure(args, "K=9")
 

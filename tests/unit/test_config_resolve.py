@@ -231,7 +231,7 @@ RECOMPUTED = {"mla_up_proj": ["mla_up_proj"], "moe,": ["moe"], "moe_act": ["moe_
 
 @pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.field)
 def test_each_refusal_tells_value_reason_and_cure(row: Any) -> None:
-    name = row.field.replace("[!i]*", "scope").replace("*", "x")
+    name = row.field.replace("*", "x")
     value = REFUSED_VALUES.get(row.field, 2 if row.field.endswith("*") else True)
     if row.field == "recompute_modules":
         value = RECOMPUTED.get(row.reason.split()[0], value)
