@@ -40,7 +40,8 @@ MEMBERS = {
     "tensorwise": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--norm-scheme pre --phd-repeat 1 --fp8-format e4m3 --fp8-recipe blockwise",
     # Recorded in the third step, the last that is not timed.
-    "graph": "--cuda-graph-impl local --cuda-graph-scope full_iteration --cuda-graph-warmup-steps 2",
+    "graph": "--cuda-graph-impl local --cuda-graph-scope full_iteration --cuda-graph-warmup-steps 2 "
+    "--overlap-grad-reduce false --overlap-param-gather false",
 }
 #: what a kernel's name has in it, and what it is counted as; the first that fits counts
 KINDS = (
@@ -123,7 +124,8 @@ def run(argv: list[str]) -> int:
                 measured.append(_measure(name, configs[name], args, runtime))
                 _write(args, measured, runtime)  # what is measured is kept, whatever comes after
             except (RuntimeError, UserError) as error:  # out of memory, or no such recipe here: the others go on
-                failed[name] = str(error).strip().splitlines()[0]
+                said = str(error).strip()
+                failed[name] = said if isinstance(error, UserError) else said.splitlines()[0]
                 print(f"{name} was not measured: {failed[name]}", flush=True)
             _free(runtime)
         if measured:

@@ -143,6 +143,8 @@ def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "tiny-dense", "--options", "--vocab-size 300", "--device", "cpu", "--members", "K=2+graph"]
     model = bench_members._configure(bench_members._parser().parse_args(words), "K=2+graph").model
     assert model.phd_repeat == 2 and is_graphed(model)
+    other = ["--preset", "dense-1.2b", "--members", "tensorwise+graph"]  # overlaps communication, which graphs cannot
+    assert is_graphed(bench_members._configure(bench_members._parser().parse_args(other), "tensorwise+graph").model)
     assert warm_up_steps(model) == 2  # the third step is recorded, and the fourth is timed
     assert main(["bench", "train", *words]) == 1
     assert "K=2+graph was not measured: cuda_graph_impl=local: CUDA graphs need a" in capsys.readouterr().out
