@@ -111,13 +111,15 @@ def run(argv: list[str]) -> int:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     where = f"{args.dtype} on {machine}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     print(f"{parameters / 1e6:.0f}M parameters, {args.norm_scheme}, {where}, torch {torch.__version__}")
+    for contender in contenders:
+        contender.model.to(device)
     worst = max(_error(contender, args) for contender in contenders)
     print(f"cached decoding against recomputation, float32: worst relative error {worst:.1e} (allowed {TOLERANCE:g})")
     if not worst <= TOLERANCE:
         print("error: the result is wrong, so it is not timed")
         return 1
     for contender in contenders:
-        contender.model.to(device, getattr(torch, args.dtype))
+        contender.model.to(getattr(torch, args.dtype))
     _measure(contenders, args, device)
     columns, rows, records = _results(contenders, device.type == "cpu")
     title = f"batch {args.batch}, prompt of {args.prompt} tokens, medians of {args.rounds} interleaved rounds"
@@ -196,7 +198,7 @@ def _error(contender: Contender, args: argparse.Namespace) -> float:
     import torch
 
     length, steps = 37, 5
-    ids = contender.tokens(_ids(args, length + steps))
+    ids = contender.tokens(_ids(args, length + steps)).to(contender.model.device)
     width = contender.repeat if contender.naive else 1
     with torch.no_grad():
         whole = contender.model(ids, use_cache=False).logits[:, -width:]
