@@ -20,6 +20,7 @@ from phd_megatron.phd.kv_policy import KVPolicy
 TILE = 64  # keys: parts begin at multiples of it
 SHORTEST_PART = 2  # tiles; shorter parts cost more to put together than they save
 LONG_PART = 512  # keys: the kernel's own tile is chosen separately for parts that are longer
+MOST_ROWS = 64  # packed copies and heads of a program; with more of them the cache is read more than once
 OWN_PART = 4  # parts that there must be room for before the hidden keys become one
 ROWS, MANY = 4, 256  # rows of a program of the merge, where that leaves more than so many programs
 WIDEST = 256  # head dimension
@@ -75,7 +76,9 @@ def decode_attention(
 
     groups, length = key.size(1), key.size(2)
     packed, bundles = copies * (heads // groups), batch * groups
-    keys, parts = _parts(bundles, length, policy.repeat > 1, query.device)
+    block = min(block_of(packed), MOST_ROWS)
+    blocks = -(-packed // block)
+    keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
     found = torch.empty(bundles, parts, packed, width, dtype=torch.float32, device=query.device)
     lse = torch.empty(bundles, parts, packed, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -87,7 +90,7 @@ def decode_attention(
         "BLOCK_D": block_of(width),
         "PDL": parts > 1 and _starts_early(query.device),
     }
-    split_kernel[parts, bundles](
+    split_kernel[parts, bundles, blocks](
         *(grouped, query_position, key, value, key_position.contiguous()),
         *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
         *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
@@ -99,7 +102,7 @@ def decode_attention(
         LONG=keys > LONG_PART,
         ALONE=parts == 1,
         PRECISION=precision(query.dtype),
-        BLOCK_M=block_of(packed),
+        BLOCK_M=block,
         **shared,
     )
     if parts > 1:

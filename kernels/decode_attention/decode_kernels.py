@@ -91,16 +91,17 @@ def split_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: all copies and heads of one sequence and KV group over one part of its cache.
+    """One program: copies and heads of one sequence and KV group over one part of its cache.
 
-    The last part ends with the hidden keys; it may have no originals.
+    All of them, up to ``BLOCK_M``; the third dimension of the grid has the others. The last part ends with the hidden
+    keys; it may have no originals.
     """
     PACK: tl.constexpr = COPIES * RATIO
     if PDL:
         gdc_launch_dependents()
     part, bundle = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, group = bundle // groups, bundle % groups
-    row = tl.arange(0, BLOCK_M)
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < PACK
     at = (row // RATIO).to(tl.int64) * query_strides[0] + row % RATIO * query_strides[3]
     q = load_tile(query + batch * query_strides[1] + group * query_strides[2], at, inside, True, D, BLOCK_D)

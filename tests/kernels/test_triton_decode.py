@@ -101,6 +101,14 @@ def test_kernel_of_other_widths(width: int, dtype: torch.dtype) -> None:
 
 
 @triton_only
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_more_rows_than_a_tile_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    monkeypatch.setattr("phd_megatron.kernels.decode_attention.MOST_ROWS", 16)
+    compare(KVPolicy(9, 4, 8), [21, 40], 9, 16, dtype)
+
+
+@triton_only
 def test_a_row_that_sees_nothing_gives_zeros() -> None:
     pytest.importorskip("triton", reason="Triton is for Linux")
     policy = KVPolicy(2, 4, 8)
