@@ -13,8 +13,6 @@ TILES = (
     Tile({"BLOCK_N": 128}, warps=4, stages=3),
     Tile({"BLOCK_N": 64}, warps=4, stages=4),
     Tile({"BLOCK_N": 64}, warps=4, stages=3),
-    Tile({"BLOCK_N": 128}, warps=8, stages=2),
-    Tile({"BLOCK_N": 64}, warps=2, stages=3),
     Tile({"BLOCK_N": 32}, warps=2, stages=3),
 )
 HIDDEN_TILE = tl.constexpr(64)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+MOST_THREADS = 16  # that draw
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _FFN = re.compile(r"\.mlp\..*linear_fc[12]\.weight$")
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
@@ -67,6 +70,7 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
         RuntimeError: if a parameter has no entry in the sharded state dict, so that none stays uninitialised.
     """
     covered: dict[int, int] = {}
+    jobs: list[tuple[ShardedTensor, str, float]] = []
     for part in sharded_tensors(model, dp_cp_group):
         storage = part.data.untyped_storage().data_ptr()
         covered[storage] = covered.get(storage, 0) + part.data.numel()
@@ -79,11 +83,12 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
         if layer and part.key.endswith(_OUTPUT_PROJECTIONS):
             std = output_projection_std(std, config.init_scheme, int(layer[1]) + 1, config.num_layers)
         # Axes before a parameter's own count its siblings (experts); each is drawn alone, by its global number.
-        own = part.prepend_axis_num
-        name = "/".join([part.key, *map(str, part.global_offset[:own])])
-        full = draw(name, tuple(part.global_shape[own:]), std, seed)
-        if layer and config.init_gain != 1:
+        name = "/".join([part.key, *map(str, part.global_offset[: part.prepend_axis_num])])
+        jobs.append((part, name, std))
+    for part, full in _drawn(jobs, seed):
+        if config.init_gain != 1 and _LAYER.match(part.key):
             scale_by_gain(part.key, full, config)
+        own = part.prepend_axis_num
         place = tuple(
             slice(start, start + size) for start, size in zip(part.global_offset[own:], part.local_shape, strict=True)
         )
@@ -91,3 +96,21 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
     for name, parameter in model.named_parameters():
         if covered.get(parameter.untyped_storage().data_ptr(), 0) < parameter.numel():
             raise RuntimeError(f"parameter {name} {tuple(parameter.shape)} was not initialised")
+
+
+def _drawn(jobs: Iterable[tuple[ShardedTensor, str, float]], seed: int) -> Iterator[tuple[ShardedTensor, Tensor]]:
+    """The full tensor of each (part, name, std), in order, drawn by several threads; few are held at a time.
+
+    A generator draws one number after the other, so a billion of them take one core half a minute.
+    """
+    workers = min(MOST_THREADS, torch.get_num_threads())
+    waiting: deque[tuple[ShardedTensor, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for part, name, std in jobs:
+            shape = tuple(part.global_shape[part.prepend_axis_num :])
+            waiting.append((part, pool.submit(draw, name, shape, std, seed)))
+            if len(waiting) > workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for last, future in waiting:
+            yield last, future.result()

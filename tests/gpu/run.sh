@@ -2,14 +2,16 @@
 # Everything that needs a GPU, unattended: check, then measure. Results go to $OUT (default runs/gpu), each as soon as it
 # is there. It uses the python on PATH, with the product's requirements already there; nothing is installed.
 #
-#   bash tests/gpu/run.sh first      correctness, then training steps, bfloat16 and FP8, dense and with experts
-#   bash tests/gpu/run.sh second     attention, decoding, norm and RoPE, generation
-#   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds (about five minutes)
-#   bash tests/gpu/run.sh graph_tests graphs   steps as CUDA graphs: the same numbers, and times
+#   bash tests/gpu/run.sh first      correctness: kernels, models, Transformer Engine and FP8, waits, CUDA graphs
+#   bash tests/gpu/run.sh second     training steps, bfloat16, FP8, CUDA graphs, experts; generation and decoding
+#   bash tests/gpu/run.sh third      attention, norm and RoPE
+#   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds, on all GPUs that are visible
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
-# first and second take about ten minutes each on an H100 with 16 idle cores, and no part takes more than its limit.
+# first, second and third take about ten minutes each on an H100 with 16 idle cores, and no part takes more than its
+# limit. On several GPUs they can run side by side, each with its CUDA_VISIBLE_DEVICES and OUT; two on one GPU run out of
+# memory and spoil each other's times.
 # Parts are called by their names.
 # shellcheck disable=SC2329
 set -uo pipefail
@@ -33,9 +35,10 @@ samples=$((memory > 120000 ? 4 : 2))
 kernel_tests() {
     PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
-model_tests() { check 150 tests/gpu/test_cuda_parity.py tests/gpu/test_cuda_sync.py; }
-graph_tests() { check 400 -s tests/gpu/test_cuda_graph_step.py; }
+model_tests() { check 180 tests/gpu/test_cuda_parity.py; }
+sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
+graph_tests() { check 300 -s tests/gpu/test_cuda_graph_step.py; }
 doctor() { phd 30 doctor doctor; }
 train() {
     phd 170 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 --micro-batch-size "$samples" \
@@ -45,15 +48,15 @@ train() {
     phd 170 train_fp8 bench train --preset dense-1.2b --members vanilla delayed tensorwise blockwise \
         --micro-batch-size 4 --json "$out/train_fp8.json"
 }
-graphs() { # steps with many launches for little work, and full ones; each eager and as a CUDA graph
-    for size in 1 4; do
-        phd 200 "train_graph_$size" bench train --preset dense-1.2b --micro-batch-size "$size" --json \
-            "$out/train_graph_$size.json" --members vanilla vanilla+graph delayed delayed+graph tensorwise \
-            tensorwise+graph blockwise blockwise+graph
-    done
+graphs() { # a step with many launches for little work, and full ones; each eager and as a CUDA graph
+    phd 100 train_graph_1 bench train --preset dense-1.2b --micro-batch-size 1 --members vanilla vanilla+graph K=2 \
+        K=2+graph --json "$out/train_graph_1.json"
+    phd 140 train_graph_4 bench train --preset dense-1.2b --micro-batch-size 4 --members vanilla vanilla+graph delayed \
+        delayed+graph tensorwise tensorwise+graph --json "$out/train_graph_4.json"
 }
-experts() { # as many layers as fit with their optimizer state
-    phd 150 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
+experts() { # as many layers as fit with their optimizer state; all 64 experts on one GPU
+    phd 200 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
+        --micro-batch-size "$((memory > 120000 ? 2 : 4))" \
         --options "--num-layers $((memory > 120000 ? 12 : 6)) --moe-grouped-gemm --expert-model-parallel-size 1"
 }
 attention() {
@@ -72,11 +75,11 @@ attend() { # LIMIT NAME WIDTH REPEAT BACKENDS...
         --plot "$out/$2.svg"
 }
 decode() {
-    phd 80 decode bench decode --kv-length 4096 16384 32768 --batch 1 32 --repeat 2 3 4 --rounds 9 \
+    phd 200 decode bench decode --kv-length 4096 16384 32768 --batch 1 32 --repeat 2 3 4 --rounds 9 \
         --json "$out/decode.json" --csv "$out/decode.csv" --plot "$out/decode.svg"
 }
 norm_rope() {
-    phd 80 norm_rope bench norm-rope --rows 8192 65536 --head-dim 64 128 --norms "" q qk qkv --rounds 9 \
+    phd 140 norm_rope bench norm-rope --rows 8192 65536 --head-dim 64 128 --norms "" q qk qkv --rounds 9 \
         --json "$out/norm_rope.json" --csv "$out/norm_rope.csv" --plot "$out/norm_rope.svg"
 }
 generate() {
@@ -86,15 +89,19 @@ generate() {
 paired() {
     python3 tools/stdlib_corpus.py "$out/corpus" && phd 60 prepare prepare --input "$out/corpus" \
         --output-prefix "$out/data/stdlib" --tokenizer byte --on-decode-error skip
-    phd 400 paired sweep --config examples/sweeps/paired_75m_gpu.yaml --output "$out/paired" \
-        --data-path "$out/data/stdlib"
+    phd 500 paired sweep --config examples/sweeps/paired_75m_gpu.yaml --output "$out/paired" \
+        --data-path "$out/data/stdlib" --parallel "$((3 * $(python3 -c 'import torch; print(torch.cuda.device_count())')))"
 }
 layouts() { check 560 tests/gpu/test_cuda_layouts.py; }
 
+first=(doctor kernel_tests model_tests te_tests sync_tests graph_tests)
+second=(train graphs experts generate decode)
+third=(attention norm_rope attention_triton)
 case "${1:-}" in
-    first) set -- doctor kernel_tests model_tests train te_tests experts ;;
-    second) set -- attention decode norm_rope generate ;;
-    "") set -- doctor kernel_tests model_tests train te_tests experts attention decode norm_rope generate paired ;;
+    first) set -- "${first[@]}" ;;
+    second) set -- "${second[@]}" ;;
+    third) set -- "${third[@]}" ;;
+    "") set -- "${first[@]}" "${second[@]}" "${third[@]}" paired ;;
 esac
 for part in "$@"; do
     [[ "$(type -t "$part")" == function ]] || { echo "error: no part $part; see the functions of $0" >&2; exit 2; }

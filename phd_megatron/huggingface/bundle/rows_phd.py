@@ -179,8 +179,9 @@ class StepRows:
         if hidden_start is not None:
             hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
             slots = torch.cat([torch.arange(begin, self.new, device=device) for begin in begins])
-            counts = [self.new - begin for begin in begins]
-            copy = torch.repeat_interleave(torch.tensor(copies, device=device), torch.tensor(counts, device=device))
+            # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
+            pairs = zip(copies, begins, strict=True)
+            copy = torch.cat([torch.full((self.new - begin,), copy, device=device) for copy, begin in pairs])
             hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
             key_copy = hidden_copies.repeat_interleave(hidden.size(1))
             keys = hidden.repeat(1, len(hidden_copies))
