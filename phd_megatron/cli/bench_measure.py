@@ -232,10 +232,10 @@ def write_results(
             writer.writeheader()
             writer.writerows(lines)
     if args.plot is not None:
-        _draw(args.plot, lines, x, y)
+        draw(args.plot, lines, x, y)
 
 
-def _draw(target: Path, lines: Sequence[dict[str, Any]], x: str, y: str) -> None:
+def draw(target: Path, lines: Sequence[dict[str, Any]], x: str, y: str) -> None:
     """One line per name and per value of what else varies, ``y`` over ``x``."""
     import matplotlib
 
