@@ -264,11 +264,10 @@ def _ways(contender: Contender, ids: Any, args: argparse.Namespace) -> tuple[Run
 def _replays(contender: Contender, prefill: Run, ids: Any, args: argparse.Namespace) -> tuple[Run, Run]:
     """CUDA graphs of both, of ``steps`` times the same token for the second."""
     from phd_megatron.cli.bench_measure import captured
-    from phd_megatron.huggingface.decoding import decode_kernel
-    from phd_megatron.kernels.decode_attention import decode_problem
+    from phd_megatron.huggingface.decoding import decode_kernel, takes_decode_kernel
 
     model = contender.model
-    fast = not contender.naive and decode_problem(model.device, model.dtype, model.config.head_dim) is None
+    fast = not contender.naive and takes_decode_kernel(model, "auto")
     width = contender.repeat if contender.naive else 1
     piece = contender.tokens(ids)[:, -width:]
 

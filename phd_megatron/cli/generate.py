@@ -27,9 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
     parser.add_argument(
         "--decode-kernel",
-        choices=("torch", "triton"),
-        default="torch",
-        help="attention of single steps: torch's, or the split-KV kernel, which is not yet timed (%(default)s)",
+        choices=("auto", "torch", "triton"),
+        default="auto",
+        help="attention of single steps: torch's, or the split-KV kernel, which auto takes on a GPU (%(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
     parser.add_argument(

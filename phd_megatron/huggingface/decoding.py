@@ -14,19 +14,31 @@ from phd_megatron.errors import UserError
 from phd_megatron.kernels.decode_attention import decode_attention, decode_problem
 
 
+def decode_kernel_problem(model: Any) -> str | None:
+    """Why the kernel cannot serve this model where it is, or None where it can."""
+    if type(model).__module__.rpartition(".")[2] != "modeling_phd":
+        return f"{type(model).__name__} has no PHD cache"
+    return decode_problem(model.device, model.dtype, model.config.head_dim)
+
+
+def takes_decode_kernel(model: Any, asked: str) -> bool:
+    """Whether ``--decode-kernel`` ``asked`` means the kernel here; ``auto`` takes it on a GPU where it can run."""
+    return asked == "triton" or (
+        asked == "auto" and model.device.type == "cuda" and decode_kernel_problem(model) is None
+    )
+
+
 @contextmanager
 def decode_kernel(model: Any) -> Iterator[None]:
     """While it is open, steps of one token of this model attend through the Triton kernel.
 
     Raises:
-        UserError: if the model has no PHD cache, or Triton cannot run where it is.
+        UserError: with :func:`decode_kernel_problem`.
     """
-    package, _, module = type(model).__module__.rpartition(".")
-    if module != "modeling_phd":
-        raise UserError(f"--decode-kernel=triton: {type(model).__name__} has no PHD cache; use --decode-kernel=torch")
-    problem = decode_problem(model.device, model.dtype, model.config.head_dim)
+    problem = decode_kernel_problem(model)
     if problem is not None:
         raise UserError(f"--decode-kernel=triton cannot run here: {problem}; use --decode-kernel=torch")
+    package = type(model).__module__.rpartition(".")[0]
     steps = importlib.import_module(f"{package}.rows_phd").StepRows
     steps.decode = staticmethod(_attend)
     try:

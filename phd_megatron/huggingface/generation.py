@@ -58,6 +58,7 @@ class Continuation:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    decode_attention: str
     cache_tokens: int
     hidden_entries: int
     hidden_bound: int
@@ -67,7 +68,8 @@ class Continuation:
 
     def summary(self) -> str:
         """Speed, and the cache beside a vanilla model's."""
-        lines = [f"{self.new_tokens} tokens in {self.seconds:.2f} s, {self.new_tokens / self.seconds:.1f} tokens/s"]
+        speed = f"{self.new_tokens / self.seconds:.1f} tokens/s, decode attention: {self.decode_attention}"
+        lines = [f"{self.new_tokens} tokens in {self.seconds:.2f} s, {speed}"]
         extra = f" + {self.hidden_entries} hidden entries (at most {self.hidden_bound})" if self.hidden_bound else ""
         share = self.cache_bytes / self.vanilla_bytes - 1
         lines.append(
@@ -152,15 +154,16 @@ def generate_text(
     prompt: str,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    kernel: str = "torch",
+    kernel: str = "auto",
 ) -> Continuation:
     """Continue ``prompt`` by at most ``max_new_tokens`` tokens through the KV cache.
 
-    ``kernel`` is what attends in steps of one token: ``torch``, or ``triton`` (:mod:`.decoding`).
+    ``kernel`` is what attends in steps of one token: ``torch``, ``triton`` (:mod:`.decoding`), or ``auto``, which is
+    ``triton`` on a GPU where it can run.
     """
     import torch
 
-    from phd_megatron.huggingface.decoding import decode_kernel
+    from phd_megatron.huggingface.decoding import decode_kernel, takes_decode_kernel
 
     options = (sampling or Sampling()).options()
     if max_new_tokens < 1:
@@ -171,14 +174,16 @@ def generate_text(
         raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
     if sampling is not None and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
+    triton = takes_decode_kernel(model, kernel)
     began = time.perf_counter()
-    with decode_kernel(model) if kernel == "triton" else nullcontext():
+    with decode_kernel(model) if triton else nullcontext():
         result = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
     seconds = time.perf_counter() - began
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     cache = result["cache" if "cache" in result else "past_key_values"]  # renamed in transformers 5.24
-    return Continuation(text, length, len(tokens), seconds, **_cache_size(model, cache))
+    attention = "triton" if triton else "torch"
+    return Continuation(text, length, len(tokens), seconds, attention, **_cache_size(model, cache))
 
 
 def _cache_size(model: Any, cache: Any) -> dict[str, int]:

@@ -97,6 +97,9 @@ def test_the_decode_kernel_generates_the_same(make_model, policy, monkeypatch):
     assert calls == 3 * 5  # layers, and tokens after the first, which the prompt gives
     with pytest.raises(UserError, match="float64"), decode_kernel(model.double()):
         pass
+    assert decoding.takes_decode_kernel(model, "triton") and not decoding.takes_decode_kernel(model, "auto")  # no GPU
+    with pytest.raises(UserError, match="Linear has no PHD cache"), decode_kernel(torch.nn.Linear(1, 1)):
+        pass
 
 
 @pytest.mark.parametrize("policy", SMALL, ids=str)

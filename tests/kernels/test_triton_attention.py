@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set, and there is no GPU", allow_module_level=True)
 
-from phd_megatron.kernels.phd_attention import fused, phd_attention, window
+from phd_megatron.kernels.phd_attention import beside, fused, phd_attention, window
 from phd_megatron.kernels.phd_attention.fused import triton_attention
 from phd_megatron.kernels.phd_attention.fused_tiles import first_hidden, hidden_visible, last_hidden_query
 from phd_megatron.kernels.triton_support import FixedTile
@@ -57,6 +57,7 @@ CASES = [
     Case(KVPolicy(4, 3, 7), 18, copies=2, groups=2, ratio=1),  # a chunk that divides nothing
     Case(KVPolicy(5, 20), 13, ratio=1),  # window > sequence, no chunks
     Case(KVPolicy(18, 3, 4), 6, ratio=1),  # one position has more hidden keys than a tile
+    Case(KVPolicy(3, 4, 8), 21, groups=2, batch=2),  # sequences and groups in one dimension
     Case(KVPolicy(2, 16, 32), 1, groups=2, batch=2),  # one token
 ]
 WIDE = [
@@ -143,6 +144,17 @@ def test_against_the_definition(case: Case, backend: str, dtype: torch.dtype, na
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
 def test_head_dimensions_between_powers_of_two(case: Case, dtype: torch.dtype, nan_memory: None) -> None:
     check(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[3]], ids=lambda case: case.name)
+def test_an_operator_that_takes_no_shared_keys(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, nan_memory: None
+) -> None:
+    """There is a call for each copy then."""
+    chosen = beside.causal_kernel
+    monkeypatch.setattr(beside, "causal_kernel", lambda *given: (chosen(*given)[0]._replace(shares_keys=False), ""))
+    check(case, dtype, "sdpa_triton")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
