@@ -1,0 +1,61 @@
+"""A prompt and the steps after it never wait for the device, nor copy from the host: both can become CUDA graphs.
+
+The meta device stands for the GPU: its numbers cannot be read, and what is copied to it is seen.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from phd_megatron.phd.kv_policy import KVPolicy
+
+POLICIES = [KVPolicy(1), KVPolicy(3, 4, 8), KVPolicy(2, 5)]
+
+
+class NoCopies(TorchDispatchMode):
+    """Notes operations that see tensors of the host beside those of the device; numbers are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed: list[str] = []
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor) and x.dim()]
+        devices = {x.device.type for x in tensors}
+        self.seen += "meta" in devices
+        if len(devices) > 1:
+            self.mixed.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+@torch.no_grad()
+def test_nothing_crosses_between_host_and_device(make_model, policy: KVPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(
+        norm_scheme="hybrid_star", phd_repeat=policy.repeat, phd_window=policy.window, phd_chunk=policy.chunk
+    ).to("meta")
+    tokens = torch.zeros(2, 19, dtype=torch.long, device="meta")
+    cache = model.make_cache()
+    genuine = torch.tensor
+
+    def of_the_host(*args, device=None, **kwargs):
+        assert device is None or torch.device(device).type == "cpu", "numbers of the host are copied to the device"
+        return genuine(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", of_the_host)  # on the meta device there is nothing to copy, so no operation
+    with NoCopies() as watched:
+        for piece in (tokens, tokens[:, :1], tokens[:, :1]):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    assert watched.mixed == [] and watched.seen > 100
+    assert cache.get_seq_length() == 21
+
+
+def test_a_copy_is_seen() -> None:
+    with NoCopies() as watched:
+        torch.zeros(3).to("meta")
+    assert len(watched.mixed) == 1
