@@ -158,6 +158,8 @@ def test_kill_9_during_a_save_and_sigterm(documents: Path, tmp_path: Path, backg
             if part == ".":
                 program.kill()  # during training, or in whatever it does just now
             else:
+                if background:
+                    program.wait_for("in the background")  # the save on SIGTERM itself waits
                 program.process.send_signal(signal.SIGTERM)
                 assert program.end() == 0, program.output
             said = program.output
