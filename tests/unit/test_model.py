@@ -230,6 +230,17 @@ def test_hidden_dropout_is_honoured(runtime):
     assert torch.equal(model(**batch()), model(**batch()))
 
 
+def test_initial_weights_of_a_seed_stay():
+    """In every version of this package and of torch."""
+    from phd_megatron.model.initialisation import draw
+
+    first = draw("decoder.layers.0.mlp.linear_fc1.weight", (5,), 1.0, 1234)
+    expected = torch.tensor([-0.953721, -0.233501, -1.341184, 0.854762, -0.667473])
+    torch.testing.assert_close(first, expected, rtol=0, atol=2e-6)
+    values = draw("x", (100, 100), 1.0, 0)  # some were drawn again
+    assert float(values.abs().max()) <= 3.0 and abs(float(values.double().sum()) + 55.5578) < 1e-3
+
+
 def test_initialisation_depends_on_seed_and_name_alone(runtime):
     run = make_run(norm_scheme="hybrid_star", phd_repeat=2)
     first, again = build(run), build(make_run(norm_scheme="hybrid_star"))
