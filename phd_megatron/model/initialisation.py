@@ -50,8 +50,8 @@ def output_projection_std(std: float, scheme: str, layer_number: int, num_layers
 def draw(key: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """The full tensor named ``key``: normal with ``std``, truncated at three of them, float32 on CPU.
 
-    What lies outside is drawn again, and of a whole new tensor, until nothing does. ``torch.nn.init.trunc_normal_`` gives
-    other values in other versions of torch; these stay, so that a seed means the same weights everywhere.
+    What lies outside is drawn again, and of a whole new tensor, until nothing does. ``torch.nn.init.trunc_normal_``
+    gives other values in other versions of torch; these stay, so that a seed means the same weights everywhere.
     """
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
