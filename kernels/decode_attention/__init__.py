@@ -79,8 +79,9 @@ def decode_attention(
     block = min(block_of(packed), MOST_ROWS)
     blocks = -(-packed // block)
     keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
-    found = torch.empty(bundles, parts, packed, width, dtype=torch.float32, device=query.device)
-    lse = torch.empty(bundles, parts, packed, dtype=torch.float32, device=query.device)
+    merged = parts if parts > 1 else 0  # a single part is the output
+    found = torch.empty(bundles, merged, packed, width, dtype=torch.float32, device=query.device)
+    lse = torch.empty(bundles, merged, packed, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
     shared: dict[str, Any] = {

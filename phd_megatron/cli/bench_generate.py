@@ -239,7 +239,7 @@ def _measure(contenders: Sequence[Contender], args: argparse.Namespace, device: 
             for contender in [*contenders[shift:], *contenders[:shift]]:
                 prefill, decode = graphs.get(contender.name) or _ways(contender, ids, args)
                 if device.type == "cuda" and not turn:
-                    graphs[contender.name] = prefill, decode = _replays(contender, prefill, ids, args)
+                    graphs[contender.name] = prefill, decode = _replays(contender, prefill, decode, ids, args)
                 contender.cache = None
                 first, second = _timed(prefill, device), _timed(decode, device)
                 contender.cache = None
@@ -261,8 +261,10 @@ def _ways(contender: Contender, ids: Any, args: argparse.Namespace) -> tuple[Run
     return (lambda: _advance(contender, prompt)), decode
 
 
-def _replays(contender: Contender, prefill: Run, ids: Any, args: argparse.Namespace) -> tuple[Run, Run]:
-    """CUDA graphs of both, of ``steps`` times the same token for the second."""
+def _replays(contender: Contender, prefill: Run, decode: Run, ids: Any, args: argparse.Namespace) -> tuple[Run, Run]:
+    """CUDA graphs of both, of ``steps`` times the same token for the second; where that fails, what was given."""
+    import torch
+
     from phd_megatron.cli.bench_measure import captured
     from phd_megatron.huggingface.decoding import decode_kernel, takes_decode_kernel
 
@@ -287,8 +289,14 @@ def _replays(contender: Contender, prefill: Run, ids: Any, args: argparse.Namesp
             contender.cache = cache
             _advance(contender, piece)
 
-    with decode_kernel(model) if fast else nullcontext():
-        return captured(from_nothing), captured(same_step)
+    try:
+        with decode_kernel(model) if fast else nullcontext():
+            return captured(from_nothing), captured(same_step)
+    except RuntimeError as error:  # out of memory, or an operation that cannot be recorded: the others go on
+        why = str(error).splitlines()[0]
+        print(f"{contender.name} is launched operation by operation, and Python's time counts: {why}")
+        torch.cuda.synchronize(ids.device)
+        return prefill, decode
 
 
 def _timed(run: Run, device: Any) -> Sample:

@@ -59,9 +59,8 @@ def test_replayed_steps_start_from_the_same_cache(monkeypatch):
     with torch.no_grad():
         for contender in bench_generate._contenders(args):
             width = contender.repeat if contender.naive else 1
-            prefill, steps = bench_generate._replays(
-                contender, bench_generate._ways(contender, ids, args)[0], ids, args
-            )
+            ways = bench_generate._ways(contender, ids, args)
+            prefill, steps = bench_generate._replays(contender, *ways, ids, args)
             expected = contender.model(contender.tokens(ids)[:, : args.prompt * width]).logits[:, -1]
             for _ in range(2):
                 found.clear()
@@ -71,6 +70,24 @@ def test_replayed_steps_start_from_the_same_cache(monkeypatch):
                 prefill()
                 torch.testing.assert_close(found[-1][:, -1], expected)
             assert not torch.equal(found[0], found[-1])
+
+
+def test_what_cannot_be_recorded_is_launched_as_it_is(monkeypatch, capsys):
+    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "cswa"])
+    contender = next(bench_generate._contenders(args))
+
+    def refuse(steps):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr("phd_megatron.cli.bench_measure.captured", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ids = bench_generate._ids(args, args.prompt + args.steps)
+    ways = bench_generate._ways(contender, ids, args)
+    assert bench_generate._replays(contender, *ways, ids, args) == ways
+    assert (
+        "vanilla is launched operation by operation, and Python's time counts: out of memory\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):

@@ -96,12 +96,9 @@ def test_expert_bias_is_updated_and_saved(root: Path) -> None:
     """Each step adds the rate for experts below the mean load and takes it from those above (arXiv 2408.15664)."""
     steps = read_metrics(root / "single-whole.jsonl")[:2]
     checkpoint = MegatronCheckpoint(root / "ep2" / "save")
-    changed = False
     for layer in (3, 4):
         loads = torch.tensor([step["tokens_per_expert"][str(layer)] for step in steps], dtype=torch.float64)
         expected = RATE * torch.sign(loads.mean(dim=1, keepdim=True) - loads).sum(dim=0)
         key = f"decoder.layers.{layer - 1}.mlp.router.expert_bias"
         torch.testing.assert_close(checkpoint.read(key).double(), expected, atol=1e-7, rtol=0)
-        assert (loads != loads[:, :1]).any(dim=1).all()  # in every step some expert had more than another
-        changed |= bool(expected.any())  # steps of opposite sign add up to nothing
-    assert changed
+        assert expected.abs().max() > 0

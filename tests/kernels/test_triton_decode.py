@@ -106,6 +106,7 @@ def test_more_rows_than_a_tile_holds(dtype: torch.dtype, monkeypatch: pytest.Mon
     pytest.importorskip("triton", reason="Triton is for Linux")
     monkeypatch.setattr("phd_megatron.kernels.decode_attention.MOST_ROWS", 16)
     compare(KVPolicy(9, 4, 8), [21, 40], 9, 16, dtype)
+    compare(KVPolicy(9, 16, 32), [21, 40], 9, 16, dtype)  # and more hidden keys
 
 
 @triton_only
