@@ -106,13 +106,11 @@ def run(argv: list[str]) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
-    contenders = list(_contenders(args))
+    contenders = list(_contenders(args, device))
     parameters = sum(p.numel() for p in contenders[0].model.parameters())
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     where = f"{args.dtype} on {machine}" + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     print(f"{parameters / 1e6:.0f}M parameters, {args.norm_scheme}, {where}, torch {torch.__version__}")
-    for contender in contenders:
-        contender.model.to(device)
     worst = max(_error(contender, args) for contender in contenders)
     print(f"cached decoding against recomputation, float32: worst relative error {worst:.1e} (allowed {TOLERANCE:g})")
     if not worst <= TOLERANCE:
@@ -136,9 +134,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _contenders(args: argparse.Namespace) -> Iterator[Contender]:
+def _contenders(args: argparse.Namespace, device: Any) -> Iterator[Contender]:
     """Vanilla first. Every model holds the same tensors; of transformers' own classes none is involved."""
-    vanilla = _build(args, 1, 1, None)
+    vanilla = _build(args, device, 1, 1, None)
     yield Contender("vanilla", 1, vanilla)
     shapes = {"cswa": (args.window, args.chunk), "swa": (args.window, None), "phd": (1, None)}
     for variant in args.variants:
@@ -146,13 +144,13 @@ def _contenders(args: argparse.Namespace) -> Iterator[Contender]:
             if variant == "naive":
                 yield Contender(variant, repeat, vanilla, naive=True)
                 continue
-            model = _build(args, repeat, *shapes[variant])
+            model = _build(args, "meta", repeat, *shapes[variant])
             model.load_state_dict(vanilla.state_dict(), assign=True)
             model.tie_weights()
             yield Contender(variant, repeat, model)
 
 
-def _build(args: argparse.Namespace, repeat: int, window: int, chunk: int | None) -> Any:
+def _build(args: argparse.Namespace, device: Any, repeat: int, window: int, chunk: int | None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -183,7 +181,8 @@ def _build(args: argparse.Namespace, repeat: int, window: int, chunk: int | None
         except ValueError as error:
             raise UserError(str(error)) from error
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 def _ids(args: argparse.Namespace, length: int) -> Any:

@@ -57,8 +57,11 @@ def _attend(rows: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         hidden = x[:, :, originals:].unflatten(2, (copies, -1)) if copies else None
         return x[:, :, :originals], hidden
 
-    def positions(past: Tensor) -> Tensor:
-        return torch.cat([past.expand(batch, -1), step.positions.expand(batch, -1)], dim=1)
+    def positions(name: str, past: Tensor) -> Tensor:
+        def joined() -> Tensor:
+            return torch.cat([past.expand(batch, -1), step.positions.expand(batch, -1)], dim=1)
+
+        return step.once((name, batch), joined)
 
     (key, hidden_key), (value, hidden_value) = split(keys), split(values)
     out = decode_attention(
@@ -66,10 +69,10 @@ def _attend(rows: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         step.positions[:, 0].expand(batch),
         key,
         value,
-        positions(step.past_positions),
+        positions("key positions", step.past_positions),
         hidden_key,
         hidden_value,
-        positions(step.hidden_positions) if copies else None,
+        positions("hidden positions", step.hidden_positions) if copies else None,
         step.policy,
     )
     return out.transpose(0, 1)

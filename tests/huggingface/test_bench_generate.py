@@ -37,7 +37,7 @@ def test_table_json_csv_and_plot(tmp_path, capsys):
 
 def test_naive_repetition_reads_every_token_k_times():
     args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
-    vanilla, naive, cswa = bench_generate._contenders(args)
+    vanilla, naive, cswa = bench_generate._contenders(args, "cpu")
     assert naive.model is vanilla.model
     ids = bench_generate._ids(args, 4)
     assert naive.tokens(ids).tolist() == [[token for token in ids[0].tolist() for _ in range(3)]]
@@ -57,7 +57,7 @@ def test_replayed_steps_start_from_the_same_cache(monkeypatch):
     advance = bench_generate._advance
     monkeypatch.setattr(bench_generate, "_advance", lambda *given: found.append(advance(*given)))
     with torch.no_grad():
-        for contender in bench_generate._contenders(args):
+        for contender in bench_generate._contenders(args, "cpu"):
             width = contender.repeat if contender.naive else 1
             ways = bench_generate._ways(contender, ids, args)
             prefill, steps = bench_generate._replays(contender, *ways, ids, args)
@@ -74,7 +74,7 @@ def test_replayed_steps_start_from_the_same_cache(monkeypatch):
 
 def test_what_cannot_be_recorded_is_launched_as_it_is(monkeypatch, capsys):
     args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "cswa"])
-    contender = next(bench_generate._contenders(args))
+    contender = next(bench_generate._contenders(args, "cpu"))
 
     def refuse(steps):
         raise RuntimeError("out of memory\nmore")

@@ -7,7 +7,7 @@ padding; a *position* is a token's index in its own sequence, -1 for padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ class CacheStep:
     lengths: Tensor  # [b] tokens of each sequence once this step is in
     keep: Tensor  # [b, r'] indices into hidden_positions that later queries can see, -1 for none
     new: int  # n
+    shifted: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def keep_of(self, retained: int, fresh: int, device: torch.device) -> Tensor:
+        """``keep`` for a layer that holds ``retained`` hidden slots and only the last ``fresh`` of the new ones."""
+        name = (retained, fresh, device)
+        if name not in self.shifted:
+            keep = self.keep.to(device)
+            self.shifted[name] = torch.where(keep < retained, keep, keep - (self.new - fresh)).clamp(min=0)
+        return self.shifted[name]
 
 
 class PHDCacheLayer(DynamicLayer):
@@ -73,9 +82,7 @@ class PHDCacheLayer(DynamicLayer):
         originals = everything[:, :, : old.size(2) + step.new]
         if hidden.size(2) * hidden.size(3) > self.policy.max_hidden_entries:
             originals = originals.clone()  # a view would keep the hidden entries of the whole prompt alive
-        # This layer may hold only the last `fresh` of the `n` new slots, so its indices shift.
-        keep = step.keep.to(hidden.device)
-        keep = torch.where(keep < retained, keep, keep - (step.new - fresh)).clamp(min=0)
+        keep = step.keep_of(retained, fresh, hidden.device)
         index = keep[:, None, None, :, None].expand(-1, hidden.size(1), copies, -1, hidden.size(4))
         return everything, originals, hidden.gather(3, index)
 

@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,7 +30,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWith
 
 
 class PHDRMSNorm(nn.Module):
-    """RMSNorm over the last dimension, computed in float32 or better, scaled in the input's dtype."""
+    """RMSNorm over the last dimension, computed and scaled in float32 or better, as in training."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -37,9 +38,7 @@ class PHDRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(hidden.dtype) * self.weight
+        return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
@@ -49,21 +48,30 @@ def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
 
 
 def rotary_table(config: PHDConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[b, rows, rotary_dim]`` at token positions ``[b, rows]``."""
+    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at token positions ``[b, rows]``; the first half of sines negated."""
     # Made on the fly: a buffer would be lost when transformers builds the model on the meta device.
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
     frequency = 1.0 / config.rope_parameters["rope_theta"] ** exponent
-    angle = positions.clamp(min=0)[..., None].float() * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions.clamp(min=0)[..., None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+
+
+def rotary_tables(config: PHDConfig, rows: LayerRows, like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Tables of a layer's queries and of its keys, made once for all layers with the same rows."""
+
+    def tables() -> tuple[tuple[Tensor, Tensor], ...]:
+        cos, sin = rotary_table(config, rows.key_positions.to(like.device), like.dtype)
+        return (rows.select(cos), rows.select(sin)), (cos, sin)
+
+    return rows.step.once(("rotary", rows.start, rows.end, rows.last, like.device, like.dtype), tables)
 
 
 def apply_rotary(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first ``rotary_dim`` dimensions of ``[b, rows, heads, d]``, first half against second half."""
-    cos, sin = (part[:, :, None] for part in table)
+    cos, sin = table
     turned, rest = states[..., : cos.size(-1)], states[..., cos.size(-1) :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, dims=-1), sin)
     return torch.cat([turned, rest], dim=-1) if rest.size(-1) else turned
 
 
@@ -99,9 +107,8 @@ class PHDAttention(nn.Module):
         query = self._heads(self.q_proj(rows.select(hidden)), self.q_norm)
         key = self._heads(self.k_proj(hidden), self.k_norm)
         value = self.v_norm(self.v_proj(hidden).unflatten(-1, (-1, self.head_dim)))
-        table = rotary_table(self.config, rows.key_positions.to(query.device), query.dtype)
-        query = apply_rotary(query, (rows.select(table[0]), rows.select(table[1])))
-        key = apply_rotary(key, table)
+        query_table, key_table = rotary_tables(self.config, rows, query)
+        query, key = apply_rotary(query, query_table), apply_rotary(key, key_table)
         keys, values = key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(keys, values, layer_index, rows.step.cache_step)

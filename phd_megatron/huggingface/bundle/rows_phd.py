@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class StepRows:
     hidden_positions: Tensor  # [b or 1, r]
     aligned: bool  # nothing cached, and padding on the right at most: slots are positions
     cache_step: CacheStep | None
-    masks: dict[tuple, Tensor] = field(default_factory=dict)
+    made: dict[tuple, Any] = field(default_factory=dict)  # what layers share
 
     # Whoever has a faster attention for steps of one token puts it here: arguments and result of LayerRows.attend.
     decode: ClassVar[Callable[..., Tensor] | None] = None
@@ -154,6 +154,12 @@ class StepRows:
         last = index == self.num_layers - 1
         return LayerRows(self, self.starts[index], self.starts[index + 1], last)
 
+    def once(self, name: tuple, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept under ``name`` for the layers after."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
     def mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
         """Bool mask ``[b or 1, 1, queries, keys]``.
 
@@ -161,9 +167,7 @@ class StepRows:
         the originals and, unless ``hidden_start`` is None, the retained and the new hidden entries from that slot on.
         """
         name = (first, start, copies, hidden_start)
-        if name not in self.masks:
-            self.masks[name] = self._mask(first, start, copies, hidden_start)
-        return self.masks[name]
+        return self.once(("mask", *name), lambda: self._mask(*name))
 
     def _mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
         device, past = self.positions.device, self.past_positions.size(1)
@@ -178,10 +182,13 @@ class StepRows:
         seen = torch.cat([originals[:, begin - lowest :] for begin in begins], dim=1)
         if hidden_start is not None:
             hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
-            slots = torch.cat([torch.arange(begin, self.new, device=device) for begin in begins])
             # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
-            pairs = zip(copies, begins, strict=True)
-            copy = torch.cat([torch.full((self.new - begin,), copy, device=device) for copy, begin in pairs])
+            runs = [(1, 2, first)] if copies[0] == 1 else []
+            runs += [(max(copies[0], 2), copies[-1] + 1, start)] if copies[-1] > 1 else []
+            slots = torch.cat([torch.arange(at, self.new, device=device).repeat(end - low) for low, end, at in runs])
+            copy = torch.cat(
+                [torch.arange(low, end, device=device).repeat_interleave(self.new - at) for low, end, at in runs]
+            )
             hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
             key_copy = hidden_copies.repeat_interleave(hidden.size(1))
             keys = hidden.repeat(1, len(hidden_copies))
@@ -249,7 +256,7 @@ class LayerRows:
             parts.append(self._originals(query[:, :, :new], keys[:, :, :originals], values[:, :, :originals], 0))
             mask = step.mask(0, self.end, hidden_copies, self.start)
             parts.append(_attend(query[:, :, new:], keys, values, mask))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
     def _originals(self, query: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         if self.step.aligned and first == 0:  # padding on the right is later than every token, so causal hides it
@@ -270,6 +277,10 @@ class LayerRows:
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     mask = None if mask is None else mask.to(query.device)  # the layers may lie on several devices
     grouped = query.size(1) != keys.size(1)
+    if grouped and mask is not None and query.device.type == "cuda":
+        # With both, torch's fused kernels for CUDA refuse, and what is left writes all scores to memory.
+        keys, values = (x.repeat_interleave(query.size(1) // keys.size(1), dim=1) for x in (keys, values))
+        grouped = False
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
