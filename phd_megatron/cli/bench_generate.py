@@ -345,6 +345,7 @@ def _plot(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise UserError(f"--plot needs matplotlib ({error}); pip install matplotlib, or leave it out") from error
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
@@ -356,7 +357,9 @@ def _plot(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", label=variant)
         axis.set(title=name, xlabel="K", ylabel="ms", xscale="log", yscale="log")
         axis.set_xticks([1, *sorted({r["repeat"] for r in records[1:]})])
-        axis.get_xaxis().set_major_formatter("{x:g}")
+        axis.get_yaxis().set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        for scale in (axis.get_xaxis(), axis.get_yaxis()):
+            scale.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.legend()
     figure.suptitle(title, fontsize=8)

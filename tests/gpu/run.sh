@@ -83,10 +83,11 @@ norm_rope() {
         --json "$out/norm_rope.json" --csv "$out/norm_rope.csv" --plot "$out/norm_rope.svg"
 }
 generate() { # the PHD paper's Figure 9, with a model of its size and a small one
-    phd 100 generate_550m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
-        --hidden-size 1536 --ffn-hidden-size 4096 --vocab-size 100278 --json "$out/generate_550m.json"
-    phd 100 generate_147m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
-        --json "$out/generate_147m.json"
+    phd 200 generate_550m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
+        --hidden-size 1536 --ffn-hidden-size 4096 --vocab-size 100278 --json "$out/generate_550m.json" \
+        --plot "$out/generate_550m.svg"
+    phd 150 generate_147m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
+        --json "$out/generate_147m.json" --plot "$out/generate_147m.svg"
 }
 paired() {
     python3 tools/stdlib_corpus.py "$out/corpus" && phd 60 prepare prepare --input "$out/corpus" \

@@ -1,9 +1,13 @@
 """A prompt and the steps after it never wait for the device, nor copy from the host: both can become CUDA graphs.
 
+A step is many small operations, so those that layers or copies can share are made once.
+
 The meta device stands for the GPU: its numbers cannot be read, and what is copied to it is seen.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
@@ -60,3 +64,43 @@ def test_a_copy_is_seen() -> None:
     with NoCopies() as watched:
         torch.zeros(3).to("meta")
     assert len(watched.mixed) == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched, by name; views launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def operations(make_model, policy: KVPolicy, layers: int) -> tuple[Counter[str], Counter[str]]:
+    """Of a prompt that ends inside a chunk, and of the token after it."""
+    fields = {"phd_repeat": policy.repeat, "phd_window": policy.window, "phd_chunk": policy.chunk}
+    model = make_model(norm_scheme="hybrid_star", num_hidden_layers=layers, **fields)
+    tokens, cache = torch.zeros(1, 19, dtype=torch.long), model.make_cache()
+    found = []
+    for piece in (tokens, tokens[:, :1]):
+        with torch.no_grad(), Operations() as watched:
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found.append(watched.counts)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=lambda policy: policy.name)
+def test_rope_and_masks_are_made_once_for_all_layers(make_model, policy: KVPolicy) -> None:
+    """With chunks all layers but the last have the same rows."""
+    for few, many in zip(operations(make_model, policy, 3), operations(make_model, policy, 6), strict=True):
+        for name in ("aten.cos.default", "aten.le.Tensor", "aten.floor_divide.default", "aten.arange.default"):
+            assert few[name] == many[name]
+        assert 1 <= few["aten.cos.default"] <= 2
+
+
+def test_launches_do_not_grow_with_copies(make_model) -> None:
+    few, many = (operations(make_model, KVPolicy(repeat, 4, 8), 3) for repeat in (3, 17))
+    for one, two in zip(few, many, strict=True):
+        assert sum(one.values()) == sum(two.values())
