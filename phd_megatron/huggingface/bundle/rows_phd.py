@@ -277,10 +277,6 @@ class LayerRows:
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
     mask = None if mask is None else mask.to(query.device)  # the layers may lie on several devices
     grouped = query.size(1) != keys.size(1)
-    if grouped and mask is not None and query.device.type == "cuda":
-        # With both, torch's fused kernels for CUDA refuse, and what is left writes all scores to memory.
-        keys, values = (x.repeat_interleave(query.size(1) // keys.size(1), dim=1) for x in (keys, values))
-        grouped = False
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
