@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
@@ -57,22 +56,20 @@ def _attend(rows: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         hidden = x[:, :, originals:].unflatten(2, (copies, -1)) if copies else None
         return x[:, :, :originals], hidden
 
-    def positions(name: str, past: Tensor) -> Tensor:
-        def joined() -> Tensor:
-            return torch.cat([past.expand(batch, -1), step.positions.expand(batch, -1)], dim=1)
-
-        return step.once((name, batch), joined)
-
+    # Without a cache the token is the only one.
+    new = step.positions.expand(batch, -1)
+    cached = step.cache_step
+    positions, hidden_positions = (new, new) if cached is None else (cached.positions, cached.hidden_positions)
     (key, hidden_key), (value, hidden_value) = split(keys), split(values)
     out = decode_attention(
         query.permute(2, 0, 1, 3),
         step.positions[:, 0].expand(batch),
         key,
         value,
-        positions("key positions", step.past_positions),
+        positions,
         hidden_key,
         hidden_value,
-        positions("hidden positions", step.hidden_positions) if copies else None,
+        hidden_positions if copies else None,
         step.policy,
     )
     return out.transpose(0, 1)

@@ -82,12 +82,14 @@ norm_rope() {
     phd 140 norm_rope bench norm-rope --rows 8192 65536 --head-dim 64 128 --norms "" q qk qkv --rounds 9 \
         --json "$out/norm_rope.json" --csv "$out/norm_rope.csv" --plot "$out/norm_rope.svg"
 }
-generate() { # the PHD paper's Figure 9, with a model of its size and a small one
-    phd 200 generate_550m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
+generate() { # the PHD paper's Figure 9, with a small model
+    phd 150 generate bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
+        --json "$out/generate.json" --plot "$out/generate.svg"
+}
+generate_550m() { # and with one of the paper's size
+    phd 300 generate_550m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
         --hidden-size 1536 --ffn-hidden-size 4096 --vocab-size 100278 --json "$out/generate_550m.json" \
         --plot "$out/generate_550m.svg"
-    phd 150 generate_147m bench generate --repeats 2 4 16 64 256 --variants cswa --prompt 2048 --steps 32 \
-        --json "$out/generate_147m.json" --plot "$out/generate_147m.svg"
 }
 paired() {
     python3 tools/stdlib_corpus.py "$out/corpus" && phd 60 prepare prepare --input "$out/corpus" \
@@ -104,7 +106,7 @@ case "${1:-}" in
     first) set -- "${first[@]}" ;;
     second) set -- "${second[@]}" ;;
     third) set -- "${third[@]}" ;;
-    "") set -- "${first[@]}" "${second[@]}" "${third[@]}" paired ;;
+    "") set -- "${first[@]}" "${second[@]}" "${third[@]}" generate_550m paired ;;
 esac
 for part in "$@"; do
     [[ "$(type -t "$part")" == function ]] || { echo "error: no part $part; see the functions of $0" >&2; exit 2; }

@@ -7,7 +7,9 @@ padding; a *position* is a token's index in its own sequence, -1 for padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,21 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .kv_policy import KVPolicy
 
 
+@dataclass(kw_only=True)
+class Shared:
+    """What the layers of one forward pass have in common, made once."""
+
+    made: dict[tuple, Any] = field(default_factory=dict)
+
+    def once(self, name: tuple, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, kept under ``name`` for the layers after."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+
 @dataclass
-class CacheStep:
+class CacheStep(Shared):
     """Where the tokens of one forward pass go, shared by all layers."""
 
     positions: Tensor  # [b, p + n] of all originals, new ones last
@@ -25,15 +40,15 @@ class CacheStep:
     lengths: Tensor  # [b] tokens of each sequence once this step is in
     keep: Tensor  # [b, r'] indices into hidden_positions that later queries can see, -1 for none
     new: int  # n
-    shifted: dict[tuple, Tensor] = field(default_factory=dict)
 
     def keep_of(self, retained: int, fresh: int, device: torch.device) -> Tensor:
         """``keep`` for a layer that holds ``retained`` hidden slots and only the last ``fresh`` of the new ones."""
-        name = (retained, fresh, device)
-        if name not in self.shifted:
+
+        def shifted() -> Tensor:
             keep = self.keep.to(device)
-            self.shifted[name] = torch.where(keep < retained, keep, keep - (self.new - fresh)).clamp(min=0)
-        return self.shifted[name]
+            return torch.where(keep < retained, keep, keep - (self.new - fresh)).clamp(min=0)
+
+        return self.once((retained, fresh, device), shifted)
 
 
 class PHDCacheLayer(DynamicLayer):

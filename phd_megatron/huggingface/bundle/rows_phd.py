@@ -9,14 +9,14 @@ computes the last copy of the wanted slots alone. All of it is exact, and follow
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .cache_phd import CacheStep, PHDCache
+from .cache_phd import CacheStep, PHDCache, Shared
 from .kv_policy import KVPolicy
 from .reference import reference_attention
 from .sdpa import sdpa_attention
@@ -81,7 +81,7 @@ def token_positions(
 
 
 @dataclass
-class StepRows:
+class StepRows(Shared):
     """One forward pass over ``new`` slots. Shapes: ``p`` cached slots, ``r`` retained hidden slots."""
 
     policy: KVPolicy
@@ -94,7 +94,6 @@ class StepRows:
     hidden_positions: Tensor  # [b or 1, r]
     aligned: bool  # nothing cached, and padding on the right at most: slots are positions
     cache_step: CacheStep | None
-    made: dict[tuple, Any] = field(default_factory=dict)  # what layers share
 
     # Whoever has a faster attention for steps of one token puts it here: arguments and result of LayerRows.attend.
     decode: ClassVar[Callable[..., Tensor] | None] = None
@@ -154,46 +153,33 @@ class StepRows:
         last = index == self.num_layers - 1
         return LayerRows(self, self.starts[index], self.starts[index + 1], last)
 
-    def once(self, name: tuple, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, kept under ``name`` for the layers after."""
-        if name not in self.made:
-            self.made[name] = make()
-        return self.made[name]
-
-    def mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
+    def mask(self, start: int, copies: range, hidden_start: int | None) -> Tensor:
         """Bool mask ``[b or 1, 1, queries, keys]``.
 
-        Queries are the slots from ``first`` (copy 1) or ``start`` (others) on, for each copy in ``copies``. Keys are
-        the originals and, unless ``hidden_start`` is None, the retained and the new hidden entries from that slot on.
+        Queries are the slots from ``start`` on, for each copy in ``copies``. Keys are the originals and, unless
+        ``hidden_start`` is None, the retained and the new hidden entries from that slot on.
         """
-        name = (first, start, copies, hidden_start)
+        name = (start, copies, hidden_start)
         return self.once(("mask", *name), lambda: self._mask(*name))
 
-    def _mask(self, first: int, start: int, copies: tuple[int, ...], hidden_start: int | None) -> Tensor:
+    def _mask(self, start: int, copies: range, hidden_start: int | None) -> Tensor:
         device, past = self.positions.device, self.past_positions.size(1)
-        # What a slot sees of the originals is the same for all its copies.
-        lowest = min(first if copy == 1 else start for copy in copies)
+        queries = self.positions[:, start:]
         keys = torch.cat([self.past_positions, self.positions], dim=1)
-        originals = self.policy.original_visible(self.positions[:, lowest:, None], keys[:, None])
+        originals = self.policy.original_visible(queries[:, :, None], keys[:, None])
         originals = originals & (keys >= 0)[:, None]
         # A padded query sees its own slot, as every query does, so that its (unused) softmax is finite.
-        originals.diagonal(past + lowest, 1, 2).fill_(True)
-        begins = [first if copy == 1 else start for copy in copies]
-        seen = torch.cat([originals[:, begin - lowest :] for begin in begins], dim=1)
+        originals.diagonal(past + start, 1, 2).fill_(True)
+        seen = originals.repeat(1, len(copies), 1)  # what a slot sees of the originals is the same for all its copies
         if hidden_start is not None:
             hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
             # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
-            runs = [(1, 2, first)] if copies[0] == 1 else []
-            runs += [(max(copies[0], 2), copies[-1] + 1, start)] if copies[-1] > 1 else []
-            slots = torch.cat([torch.arange(at, self.new, device=device).repeat(end - low) for low, end, at in runs])
-            copy = torch.cat(
-                [torch.arange(low, end, device=device).repeat_interleave(self.new - at) for low, end, at in runs]
-            )
+            copy = torch.arange(copies.start, copies.stop, device=device).repeat_interleave(self.new - start)
             hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
             key_copy = hidden_copies.repeat_interleave(hidden.size(1))
             keys = hidden.repeat(1, len(hidden_copies))
             visible = self.policy.hidden_visible(
-                self.positions[:, slots, None], copy[None, :, None], keys[:, None], key_copy[None, None]
+                queries.repeat(1, len(copies))[:, :, None], copy[None, :, None], keys[:, None], key_copy[None, None]
             )
             seen = torch.cat([seen, visible & (keys >= 0)[:, None]], dim=2)
         return seen[:, None]
@@ -243,25 +229,24 @@ class LayerRows:
             return step.decode(self, query, keys, values)
         originals = step.past_positions.size(1) + new
         parts = []
-        hidden_copies = tuple(range(2, repeat + 1))
         if new == 1 and not self.last:
-            mask = step.mask(0, 0, (1, *hidden_copies), self.start if repeat > 1 else None)
+            mask = step.mask(0, range(1, repeat + 1), self.start if repeat > 1 else None)
             parts.append(_attend(query, keys, values, mask))
         elif repeat == 1:
             parts.append(self._originals(query, keys, values, step.wanted if self.last else 0))
         elif self.last:
-            mask = step.mask(0, step.wanted, (repeat,), self.start)
+            mask = step.mask(step.wanted, range(repeat, repeat + 1), self.start)
             parts.append(_attend(query, keys, values, mask))
         else:
             parts.append(self._originals(query[:, :, :new], keys[:, :, :originals], values[:, :, :originals], 0))
-            mask = step.mask(0, self.end, hidden_copies, self.start)
+            mask = step.mask(self.end, range(2, repeat + 1), self.start)
             parts.append(_attend(query[:, :, new:], keys, values, mask))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2)
 
     def _originals(self, query: Tensor, keys: Tensor, values: Tensor, first: int) -> Tensor:
         if self.step.aligned and first == 0:  # padding on the right is later than every token, so causal hides it
             return _attend(query, keys, values, None, causal=True)
-        return _attend(query, keys, values, self.step.mask(first, 0, (1,), None))
+        return _attend(query, keys, values, self.step.mask(first, range(1, 2), None))
 
     def attend_full(self, query: Tensor, key: Tensor, value: Tensor, reference: bool) -> Tensor:
         """Attention of a layer that :attr:`is_full`, as in training.
