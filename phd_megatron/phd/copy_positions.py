@@ -24,15 +24,15 @@ def rotary_positions(positions: Tensor, copies: Tensor, repeat: int, kind: str) 
             originals where a vanilla model has them.
 
     Returns:
-        float32 of the broadcast shape: exact for whole numbers up to 2^24, rounded for fractions.
+        float32 of the broadcast shape: places of repeated tokens up to 2^24 are exact, and fractions the nearest
+        numbers to theirs.
 
     Raises:
         ValueError: for another kind.
     """
     if kind == "token":
         return positions.float().expand(torch.broadcast_shapes(positions.shape, copies.shape))
-    if kind == "repeated":
-        return (positions * repeat + (copies - 1)).float()
-    if kind == "fraction":
-        return positions.float() + (copies - 1) / repeat
-    raise ValueError(f"phd_copy_positions={kind!r} is not known; choose {', '.join(COPY_POSITIONS)}")
+    if kind not in COPY_POSITIONS:
+        raise ValueError(f"phd_copy_positions={kind!r} is not known; choose {', '.join(COPY_POSITIONS)}")
+    places = (positions * repeat + (copies - 1)).float()
+    return places if kind == "repeated" else places / repeat
