@@ -105,7 +105,8 @@ def logits_by_formula(weights, config, tokens):
     K, n, d = config.phd_repeat, len(tokens), config.head_dim
     heads, groups, scheme = config.num_attention_heads, config.num_key_value_heads, config.norm_scheme
     mask = KVPolicy(K, config.phd_window, config.phd_chunk).mask(n)
-    positions = torch.tensor([rope_position(config.phd_copy_positions, m, j, K) for j in range(1, K + 1) for m in range(n)])
+    kind = config.phd_copy_positions
+    positions = torch.tensor([rope_position(kind, m, j, K) for j in range(1, K + 1) for m in range(n)])
     x = weights["model.embed_tokens.weight"][tokens]
 
     def linear(name, x):

@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "none"),
         default="full",
         help="compare the checkpoint's logits of a text with transformers' (full, the default); with --phd-repeat "
-        "those of its parameters without the copies, and the originals with these, bit for bit; prints the loss with copies",
+        "those of its parameters without copies, then the originals beside copies with these, bit for bit, and print "
+        "the loss of the text with and without",
     )
     return parser
 

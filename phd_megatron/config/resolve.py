@@ -143,9 +143,9 @@ def _resolve_phd(model: ModelConfig) -> list[str]:
         notes.append(f"{', '.join(given)}: no effect at phd_repeat=1")
     elif model.phd_copy_positions == "repeated":
         notes.append(
-            f"phd_copy_positions=repeated: tokens are {model.phd_repeat} positions apart, so RoPE turns by up to "
-            f"{model.phd_repeat * model.seq_length - 1} for {model.seq_length} tokens; rotary_base={model.rotary_base:g} "
-            "has to do for that"
+            f"phd_copy_positions=repeated: tokens are {model.phd_repeat} RoPE positions apart, which go up to "
+            f"{model.phd_repeat * model.seq_length - 1} for {model.seq_length} tokens; rotary_base="
+            f"{model.rotary_base:g} has to do for that"
         )
     return notes
 

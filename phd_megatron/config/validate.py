@@ -83,8 +83,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
     if model.phd_copy_positions != "token" and places > _EXACT_POSITIONS:
         yield (
             f"phd_copy_positions={model.phd_copy_positions!r}: {places} places of repeated tokens "
-            f"(phd_repeat={model.phd_repeat}) are more than the {_EXACT_POSITIONS} that float32 tells apart; use token, or "
-            "a shorter seq_length"
+            f"(phd_repeat={model.phd_repeat}) are more than the {_EXACT_POSITIONS} that float32 tells apart; use "
+            "token, or a shorter seq_length"
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
         yield (
