@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare every file of a checkpoint with its checksum first (on)",
     )
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code in HF_DIR that is not this package's"
+        "--trust-remote-code", action="store_true", help="run the Python files in HF_DIR"
     )
     return parser
 

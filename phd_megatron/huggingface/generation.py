@@ -13,7 +13,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.huggingface.loading import load_directory
 
 
@@ -96,26 +95,14 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
         yield output
 
 
-def check_code(directory: Path) -> None:
-    """Refuse a directory that brings code other than this package's own, which loading it would run."""
-    if not any(directory.glob("*.py")):
-        return
-    own = {name: source.read_bytes() for name, source in bundle_files().items()}
-    foreign = [path.name for path in sorted(directory.glob("*.py")) if path.read_bytes() != own.get(path.name)]
-    if foreign:
-        raise UserError(
-            f"{directory} brings its own code ({', '.join(foreign)}), which is not that of this phd-megatron; read it, "
-            "then pass --trust-remote-code to run it, or export the checkpoint again"
-        )
-
-
 def load(
     path: str | Path, device: str | None = None, trust_remote_code: bool = False, verify_checkpoint: bool = True
 ) -> tuple[Any, Any]:
     """Model, in eval mode, and tokenizer of an exported directory or a Megatron checkpoint.
 
-    Code in the directory is run only if it is byte for byte this package's, or ``trust_remote_code`` says so. Files of
-    a checkpoint are compared with their checksums first, unless ``verify_checkpoint`` is false.
+    Code in the directory is run only if ``trust_remote_code`` says so; else the classes of this package and of
+    transformers do. Files of a checkpoint are compared with their checksums first, unless ``verify_checkpoint`` is
+    false.
 
     Raises:
         UserError: if it cannot be loaded, or has no tokenizer.
@@ -129,8 +116,10 @@ def load(
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(directory, path, device, trust_remote_code)
         try:
-            # transformers reads the model's configuration for the tokenizer too, and would ask about its code again.
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True, local_files_only=True)
+            # With the configuration at hand transformers does not look for the class that the directory names.
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, config=model.config, trust_remote_code=trust_remote_code, local_files_only=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} cannot be loaded: {str(error).strip()}") from error
         return model, tokenizer
@@ -140,12 +129,9 @@ def load_model(directory: Path, named: str | Path, device: str, trust_remote_cod
     """The model of an exported directory, in eval mode on ``device``; ``named`` is what an error calls the directory.
 
     Raises:
-        UserError: for code that is not this package's, unless ``trust_remote_code``, or if it cannot be loaded.
+        UserError: if it cannot be loaded, or needs code of its own without ``trust_remote_code``.
     """
-    if not trust_remote_code:
-        check_code(directory)
-    model = load_directory(directory, named)
-    return model.to(device).eval()
+    return load_directory(directory, named, trust_remote_code).to(device).eval()
 
 
 def generate_text(

@@ -1,13 +1,15 @@
-"""Load a Hugging Face directory through ``AutoModelForCausalLM``, and refuse one that does not fit together."""
+"""Load a Hugging Face directory with classes that are installed, and refuse one that does not fit together."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from phd_megatron.errors import UserError
+from phd_megatron.huggingface import installed
 
 _PROBLEMS = {
     "missing_keys": "it lacks",
@@ -16,8 +18,44 @@ _PROBLEMS = {
 }
 
 
-def load_directory(directory: Path, named: str | Path) -> Any:
+def load_config(directory: Path) -> Any:
+    """The configuration of a directory, by an installed class; its own code does not run.
+
+    Raises:
+        UserError: if it cannot be read, or no installed class is for it.
+    """
+    from transformers import AutoConfig
+
+    own = is_our_export(directory)
+    loader = installed.config_class() if own else AutoConfig
+    try:
+        # An installed class would do nothing with the word.
+        return loader.from_pretrained(directory, local_files_only=True, **({} if own else {"trust_remote_code": False}))
+    except Exception as error:  # transformers' strict classes raise many kinds
+        raise UserError(f"{directory / 'config.json'} is refused by transformers: {error}") from error
+
+
+def is_our_export(directory: Path) -> bool:
+    """Whether ``config.json`` names the bundled model.
+
+    Raises:
+        UserError: if it is missing or no JSON.
+    """
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
+    return isinstance(content, dict) and content.get("model_type") == installed.MODEL_TYPE
+
+
+def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:
     """The model, in the type of its files; ``named`` is what an error calls the directory.
+
+    Args:
+        run_its_code: load as the export's users do, with the Python files that it brings.
 
     Raises:
         UserError: for a file that is missing or damaged, or tensors that are not those of ``config.json``.
@@ -28,11 +66,13 @@ def load_directory(directory: Path, named: str | Path) -> Any:
     _check_files(directory, named)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    own = not run_its_code and is_our_export(directory)
+    loader = installed.model_class() if own else AutoModelForCausalLM
     try:
         # With sizes that do not match transformers would point to a report in its log.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             directory,
-            trust_remote_code=True,
+            trust_remote_code=run_its_code,
             local_files_only=True,
             dtype="auto",
             output_loading_info=True,

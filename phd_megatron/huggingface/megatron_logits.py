@@ -3,8 +3,8 @@
 ``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT [CHANGES]`` builds the model on the
 CPU in float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the hidden states after
 each layer, of the last copy and of the originals, and the logits. ``CHANGES`` is JSON: fields of the model's
-configuration that shall be others than the checkpoint's. A process of its own, because Megatron-Core's CPU backend changes the one it is
-in, and because its memory is free again before the export is loaded.
+configuration that shall be others than the checkpoint's. A process of its own, because Megatron-Core's CPU backend
+changes the one it is in, and because its memory is free again before the export is loaded.
 """
 
 from __future__ import annotations

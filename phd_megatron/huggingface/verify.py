@@ -53,7 +53,7 @@ def verify_export(
             output differs, or non-finite logits.
     """
     expected = _megatron_outputs(source, dtype) if level == "full" else None  # before the model takes its memory
-    model = _load(directory)
+    model = _load(directory, run_its_code=True)
     _compare_tensors(model, source, rules, dtype)
     if expected is not None:
         _compare_outputs(model.float().eval(), expected)
@@ -95,7 +95,7 @@ def verify_import(checkpoint: Path, directory: Path, source: Architecture) -> Lo
     # One thread: products are cut among several by their rows, and copies have more of those.
     threads = 1 if changed else None
     expected = _megatron_outputs(imported, torch.float32, source.copies, threads)
-    _compare_outputs(_load(directory).float().eval(), expected)
+    _compare_outputs(_load(directory, run_its_code=False).float().eval(), expected)
     if not changed:
         return None
     found = _megatron_outputs(imported, torch.float32, None, threads)
@@ -114,9 +114,9 @@ def _text_loss(outputs: dict[str, Tensor]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, run_its_code: bool) -> Any:
     try:
-        return load_directory(directory, directory.name)
+        return load_directory(directory, directory.name, run_its_code)
     except UserError as error:
         raise VerificationError(f"the directory does not load cleanly: {error}") from error
 

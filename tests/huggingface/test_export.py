@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -370,11 +371,15 @@ def test_commands(make_checkpoint, tmp_path, capsys):
     ):
         assert main(["generate", "--checkpoint", output, "--prompt", "x", *wrong]) == 2
         assert message in capsys.readouterr().err
-    with open(tmp_path / "hf" / "modeling_phd.py", "a") as stream:
-        stream.write("# changed\n")
-    assert main(["generate", "--checkpoint", output, "--prompt", "x"]) == 2
-    assert "--trust-remote-code" in capsys.readouterr().err
-    assert main(["generate", "--checkpoint", output, "--prompt", "x", "--trust-remote-code"]) == 0
+    changed = shutil.copytree(output, tmp_path / "changed")
+    with open(changed / "modeling_phd.py", "a") as stream:
+        stream.write("print('its own code runs')\n")
+    short = ["generate", "--checkpoint", str(changed), "--prompt", "def main", "--max-new-tokens", "40"]
+    assert main(short) == 0
+    said = capsys.readouterr().out
+    assert said.split("\n\n")[0] == texts[0].split("\n\n")[0] and "its own code runs" not in said
+    assert main([*short, "--trust-remote-code"]) == 0
+    assert "its own code runs" in capsys.readouterr().out
     assert main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "--prompt", "x"]) == 2
 
 

@@ -276,14 +276,26 @@ def test_a_tokenizer_that_does_not_fit_and_a_full_directory(make_source, tmp_pat
     assert "no tokenizer" in capsys.readouterr().out
 
 
-def test_an_unknown_scheme_and_foreign_code_are_refused(make_checkpoint, tmp_path, capsys):
+def test_an_unknown_scheme_is_refused_and_foreign_code_does_not_run(make_checkpoint, tmp_path, capsys):
     export_checkpoint(make_checkpoint(phd_repeat=2), tmp_path / "hf", verify="none")
     shutil.copytree(tmp_path / "hf", tmp_path / "foreign")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "norm_scheme": "nonsense"}))
     assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 2
     assert "norm_scheme='nonsense'" in capsys.readouterr().err
-    code = tmp_path / "foreign" / "modeling_phd.py"
-    code.write_text(code.read_text() + "\n")
-    assert run("--hf-dir", tmp_path / "foreign", "--output", tmp_path / "save") == 2
-    assert "brings its own code" in capsys.readouterr().err
+    for code in (tmp_path / "foreign").glob("*.py"):
+        code.write_text("raise SystemExit('its own code runs')\n")
+    assert run("--hf-dir", tmp_path / "foreign", "--output", tmp_path / "save") == 0
+
+
+def test_an_export_of_before_copies_were_told_apart_comes_back(make_checkpoint, tmp_path):
+    """``config.json`` has no word about it, and the code beside it is another release's."""
+    export_checkpoint(make_checkpoint(norm_scheme="hybrid_star", phd_repeat=2), tmp_path / "hf", verify="none")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for name in ("phd_copy_positions", "phd_copy_embedding"):
+        del config[name]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "copy_positions.py").unlink()
+    assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 0
+    model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
+    assert (model.phd_copy_positions, model.phd_copy_embedding) == ("token", "none")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.generation import check_code
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
+from phd_megatron.huggingface.loading import load_config
 from phd_megatron.huggingface.mapping import Rule, VocabRows
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -26,8 +26,7 @@ class HFDirectory:
     """One directory in the form that ``save_pretrained`` writes.
 
     Raises:
-        UserError: if it is none, of an unknown family, brings code that is not this package's, or a file of its weights
-            is missing or damaged.
+        UserError: if it is none, of an unknown family, or a file of its weights is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,13 +39,7 @@ class HFDirectory:
         kind = raw.get("model_type")
         if kind not in FAMILIES:
             raise UserError(f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported")
-        check_code(self.path)
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=True, local_files_only=True)
-        except Exception as error:  # transformers' strict classes raise many kinds
-            raise UserError(f"{self.path / 'config.json'} is refused by transformers: {error}") from error
+        config = load_config(self.path)
         return FAMILIES[kind], {**config.to_dict(), **_rope_as_now(raw, config)}
 
     def _read_index(self) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:

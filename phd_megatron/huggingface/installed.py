@@ -1,0 +1,54 @@
+"""The exported model's classes as this package has them, for directories whose own code shall not run.
+
+An export carries the files flat in one directory, while here they lie in several packages under other names. So a module
+finder of a few lines puts them together under one name. Exports of every release load with them: what an older
+``config.json`` does not say has a default that means what was computed then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from types import ModuleType
+from typing import Any
+
+from phd_megatron.huggingface.bundle_files import bundle_files
+
+PACKAGE = "phd_megatron_exported_model"
+MODEL_TYPE = "phd_transformer"
+
+
+class _Finder(MetaPathFinder):
+    """Finds ``PACKAGE`` and the files of an export in it."""
+
+    def __init__(self) -> None:
+        self.files = {f"{PACKAGE}.{name.removesuffix('.py')}": path for name, path in bundle_files().items()}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The standard library's protocol; None for every other module."""
+        if fullname == PACKAGE:
+            return ModuleSpec(PACKAGE, None, is_package=True)
+        source = self.files.get(fullname)
+        return None if source is None else spec_from_file_location(fullname, source)
+
+
+def _module(name: str) -> Any:
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def config_class() -> Any:
+    """``PHDConfig``."""
+    return _module("configuration_phd").PHDConfig
+
+
+def model_class() -> Any:
+    """``PHDForCausalLM``."""
+    return _module("modeling_phd").PHDForCausalLM
