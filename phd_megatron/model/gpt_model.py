@@ -13,14 +13,15 @@ from phd_megatron.kernels.cross_entropy import cross_entropy
 from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.model.layer_modules import wide_norm
-from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
+from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens, split_copies
 
 
 class PHDGPTModel(GPTModel):
     """``GPTModel`` that repeats tokens after the embedding (PHD-Transformer, Sec. 2).
 
     The copies are dropped inside the last decoder layer, or before the head where it has a pipeline stage of its own,
-    so the final norm, the head and the loss see the last copy only. ``vocab_size`` is the padded one; logits beyond
+    so the final norm, the head and the loss see the last copy only; with ``config.keep_copies`` they see all of them,
+    and the losses are ``[K, b, s]``, those of the last copy last. ``vocab_size`` is the padded one; logits beyond
     ``true_vocab_size`` are minus infinity everywhere. A norm follows the embedding where the scheme has one.
 
     Args:
@@ -40,7 +41,7 @@ class PHDGPTModel(GPTModel):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Rows of the stage before, ``[K * s, b, h]``; a stage with the head alone goes on with ``[s, b, h]``."""
         super().set_input_tensor(input_tensor)
-        if self.decoder.input_tensor is not None and not self.decoder.layers:
+        if self.decoder.input_tensor is not None and self.config.copies_dropped_at_head and not self.decoder.layers:
             self.decoder.set_input_tensor(last_copy(self.decoder.input_tensor, self.repeat))
 
     def _preprocess(
@@ -70,8 +71,18 @@ class PHDGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses ``[b, s]`` of ``labels [b, s]`` under ``logits [s, b, V / tp]``: on a GPU without float32 logits.
 
-        Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them.
+        Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them. Of kept copies there are
+        losses ``[K, b, s]``, of logits ``[K * s, b, V / tp]``.
         """
+        if not self.config.keep_copies:
+            return self._losses(labels, logits)
+        ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1  # that the head gathered
+        copies = labels.transpose(0, 1).expand(self.repeat, -1, -1)  # [K, s, b]
+        losses = self._losses(join_copies(copies, ranks).transpose(0, 1), logits)  # [b, ranks*K*s_rank]
+        return split_copies(losses.transpose(0, 1), self.repeat, ranks).transpose(1, 2).contiguous()
+
+    def _losses(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses ``[b, rows]`` of ``labels [b, rows]`` under ``logits [rows, b, V / tp]``."""
         if self.config.cross_entropy_loss_fusion or not runs_on_gpu(logits.device, logits.dtype):
             return super().compute_language_model_loss(labels, logits)
         losses = cross_entropy(logits.contiguous(), labels.transpose(0, 1).contiguous(), self.pg_collection.tp)
