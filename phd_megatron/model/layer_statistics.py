@@ -79,8 +79,8 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, kinds: Tensor
         scale: factor on the scores.
 
     Returns:
-        ``[2 + kinds, b, heads, n]`` in float64; ``-inf`` and zeros for a query that sees none of these keys. The entropy
-        of the weights is the difference of the first two.
+        ``[2 + kinds, b, heads, n]`` in float64; ``-inf`` and zeros for a query that sees none of these keys. The
+        entropy of the weights is the difference of the first two.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(2, (key.size(2), -1))  # [n, b, g, r, d]
@@ -179,7 +179,7 @@ class LayerRecorder:
         self._attention[core.layer_number] = attention_moments(sampled, key, visible, kinds, scale)
 
     def _lookup(self, policy: KVPolicy, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Whether this rank has each sampled query, in which row, which of this rank's keys it sees, and their kinds."""
+        """Whether this rank has each sampled query, in which row, which of this rank's keys it sees, their kinds."""
         slices = policy.context_parallel_slices(self.length, self.groups.cp.size(), self.groups.cp.rank())
         positions = torch.cat([torch.arange(part.start, part.stop) for part in slices])
         match = sampled_positions(self.length)[:, None] == positions
