@@ -65,7 +65,8 @@ def root(documents: Path, run_cases: Any, torchrun: Any, tmp_path_factory: pytes
     for name, model in MODELS.items():
         repeat = f"phd_repeat: {model['phd-repeat']}\n"
         vanilla = changed(root / name, root / f"{name}-vanilla", repeat, "phd_repeat: 1\n")
-        alone.append(["evaluate", *words(vanilla, root / f"{name}-vanilla.json", "--copies")])
+        alone.append(["evaluate", *words(vanilla, root / f"{name}-vanilla.json")])
+        alone.append(["evaluate", *words(vanilla, root / f"{name}-vanilla--copies.json", "--copies")])
         for layout in (ALONE, *LAYOUTS[name]):
             where = () if layout == ALONE else ("--layout", layout)
             for kind in ("", "--copies"):
@@ -111,15 +112,15 @@ def test_a_model_without_pruning_gives_the_same(root: Path) -> None:
 def test_what_is_printed(root: Path) -> None:
     """A line a copy; of a model without PHD one."""
     printed = (root / "printed.txt").read_text()
-    for name in (f"dense-{ALONE}--copies", "dense-vanilla"):
+    for name, count in ((f"dense-{ALONE}--copies", 3), ("dense-vanilla--copies", 1)):
         losses = result(root, name)["diagnostic_copy_losses"]
+        assert len(losses) == count
         for number, loss in enumerate(losses, 1):
-            meaning = "the model's loss" if number == len(losses) else "not trained to predict"
-            assert (
-                f"copy {number} of {len(losses)} through the final norm and head | loss {loss:.6f} ({meaning})"
-                in printed
+            meaning = "the model's loss" if number == count else "not trained to predict"
+            line = (
+                f"diagnostic | copy {number} of {count} through the final norm and head | loss {loss:.6f} ({meaning})"
             )
-    assert len(result(root, "dense-vanilla")["diagnostic_copy_losses"]) == 1
+            assert line in printed
 
 
 def test_an_export_is_refused(tmp_path: Path) -> None:
