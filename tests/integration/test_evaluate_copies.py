@@ -117,10 +117,8 @@ def test_what_is_printed(root: Path) -> None:
         assert len(losses) == count
         for number, loss in enumerate(losses, 1):
             meaning = "the model's loss" if number == count else "not trained to predict"
-            line = (
-                f"diagnostic | copy {number} of {count} through the final norm and head | loss {loss:.6f} ({meaning})"
-            )
-            assert line in printed
+            place = f"diagnostic | copy {number} of {count} through the final norm and head"
+            assert f"{place} | loss {loss:.6f} ({meaning})\n" in printed
 
 
 def test_an_export_is_refused(tmp_path: Path) -> None:
