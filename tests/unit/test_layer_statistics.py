@@ -226,7 +226,8 @@ def test_every_logger_gets_them(tmp_path):
     options = LoggingConfig(metrics_file=str(tmp_path / "metrics.jsonl"), tensorboard_dir=str(tmp_path / "events"))
     reporter = Reporter(options, True, 2, {}, None)
     router = {"router_entropy": {1: 1.5}, "tokens_per_expert": {1: [3, 4]}}
-    for tables in ({"residual_rms": {1: 0.5, 2: 0.25}}, {}):
+    tables_of_step = {"residual_rms": {1: 0.5, 2: 0.25}, "copy_cosine": {1: 0.75}}  # not there for the last layer
+    for tables in (tables_of_step, {}):
         numbers = dict.fromkeys(("consumed_flops", "lm_loss", "grad_norm", "learning_rate", "iteration_seconds"), 1.0)
         numbers |= dict.fromkeys(("tokens_per_second", "processed_tokens_per_second", "tflops_per_gpu", "mfu"), 1.0)
         counts = dict.fromkeys(("consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations"), 1)
@@ -234,10 +235,11 @@ def test_every_logger_gets_them(tmp_path):
         reporter.report(StepMetrics(iteration=step, **numbers, **counts, router=router, layer_statistics=tables))
     reporter.close()
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}}
+    assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}, "copy_cosine": {"1": 0.75}}
     assert "layer_statistics" not in second
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [event.value for event in events.Scalars("layer_statistics/residual_rms/2")] == [0.25]
+    assert [name for name in events.Tags()["scalars"] if "copy_cosine" in name] == ["layer_statistics/copy_cosine/1"]
     assert [event.value for event in events.Scalars("router_entropy/1")] == [1.5, 1.5]
     assert not [name for name in events.Tags()["scalars"] if "tokens_per_expert" in name]
