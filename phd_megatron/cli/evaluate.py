@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default cuda where there is one"
     )
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="of a checkpoint also the loss of every copy's output through the same final norm and head: a diagnostic, "
+        "since copies before the last are not trained to predict; the logits take phd_repeat times the memory, so "
+        "lower --micro-batch-size where that is too much",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
         "--verify-checkpoint",
@@ -54,14 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="compare every file of a checkpoint with its checksum first (on)",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python files in HF_DIR"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python files in HF_DIR")
     return parser
 
 
 def run(argv: list[str]) -> int:
-    """Evaluate and print one line."""
+    """Evaluate and print one line, with ``--copies`` another for each copy."""
     args = parse_strictly(build_parser(), argv)
     path = Path(args.checkpoint)
     for name in ("seq_length", "micro_batch_size"):
@@ -72,6 +78,8 @@ def run(argv: list[str]) -> int:
     result, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:
         print(result)
+        for line in _copy_lines(result.copy_losses):
+            print(line)
         if args.json:
             _write(args.json, result)
     return 0
@@ -108,7 +116,9 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]
         for note in notes:
             runtime.log(f"note: {note}")
         runtime.log(f"evaluating {found} on {samples} samples of {config.model.seq_length} tokens")
-        result = evaluate_checkpoint(found, config, runtime, tokenizer, subset, samples, args.verify_checkpoint)
+        result = evaluate_checkpoint(
+            found, config, runtime, tokenizer, subset, samples, args.verify_checkpoint, args.copies
+        )
         return result, runtime.is_main
 
 
@@ -117,6 +127,11 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
         raise UserError(
             f"{path} is a Hugging Face directory, which one process evaluates; start without torchrun and --layout, or "
             "give the Megatron checkpoint"
+        )
+    if args.copies:
+        raise UserError(
+            f"--copies with {path}: an exported model computes the last copy alone in its last layer, so there is no "
+            "output of the others; give the Megatron checkpoint that was exported"
         )
     if not args.data_path:
         raise UserError(f"{path} does not say what data it was trained on; name prepared data with --data-path")
@@ -164,6 +179,15 @@ def _choose_data(config: RunConfig, args: argparse.Namespace) -> str:
     return subset
 
 
+def _copy_lines(losses: Sequence[float]) -> list[str]:
+    count = len(losses)
+    what = ["not trained to predict"] * (count - 1) + ["the model's loss"]
+    return [
+        f"diagnostic | copy {number} of {count} through the final norm and head | loss {loss:.6f} ({what[number - 1]})"
+        for number, loss in enumerate(losses, 1)
+    ]
+
+
 def _write(path: str, result: Evaluation) -> None:
     content: dict[str, Any] = {
         "loss": result.loss,
@@ -172,6 +196,8 @@ def _write(path: str, result: Evaluation) -> None:
         "samples": result.samples,
         "seconds": result.seconds,
     }
+    if result.copy_losses:
+        content["diagnostic_copy_losses"] = result.copy_losses
     try:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

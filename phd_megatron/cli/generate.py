@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="compare every file of a pretrain checkpoint with its checksum first (on)",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python files in HF_DIR"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python files in HF_DIR")
     return parser
 
 

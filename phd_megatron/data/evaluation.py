@@ -20,12 +20,17 @@ from phd_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one pass: mean ``loss`` in nats a token over the ``tokens`` that carry loss."""
+    """Result of one pass: mean ``loss`` in nats a token over the ``tokens`` that carry loss.
+
+    ``copy_losses`` is the same mean of every copy's output, where it was asked for: a diagnostic, whose last value is
+    the loss.
+    """
 
     loss: float
     tokens: int
     samples: int
     seconds: float
+    copy_losses: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:

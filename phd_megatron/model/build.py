@@ -25,20 +25,26 @@ from phd_megatron.runtime.userbuffers import start_userbuffers
 
 
 def build_model(
-    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None = None
+    run: RunConfig,
+    true_vocab_size: int,
+    device: Any,
+    pg_collection: ProcessGroupCollection | None = None,
+    keep_copies: bool = False,
 ) -> list[PHDGPTModel]:
     """The initialised model chunks of this rank, on ``device``, in the run's parameter type.
 
     One, or with virtual pipeline stages one for each, in the order in which activations pass. They share one
     configuration. On the ``meta`` device parameters have shapes and no values, so a model of any size can be looked at.
 
+    With ``keep_copies`` they evaluate every copy of a token, see :class:`~phd_megatron.model.gpt_model.PHDGPTModel`.
+
     Raises:
         UserError: for what this machine or the layout would compute otherwise than asked.
     """
     if device.type == "meta":
         with _OnMeta(), device:
-            return _build_chunks(run, true_vocab_size, device, pg_collection)
-    return _build_chunks(run, true_vocab_size, device, pg_collection)
+            return _build_chunks(run, true_vocab_size, device, pg_collection, keep_copies)
+    return _build_chunks(run, true_vocab_size, device, pg_collection, keep_copies)
 
 
 class _OnMeta(TorchFunctionMode):
@@ -52,9 +58,9 @@ class _OnMeta(TorchFunctionMode):
 
 
 def _build_chunks(
-    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None
+    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None, keep_copies: bool
 ) -> list[PHDGPTModel]:
-    config = build_transformer_config(run)
+    config = build_transformer_config(run, keep_copies)
     accumulates = ""
     if device.type != "meta":  # shapes are the same whatever computes
         capabilities = probe(device.type, device.index)

@@ -14,7 +14,7 @@ from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.model.copy_embedding import CopyEmbedding
 from phd_megatron.model.layer_modules import wide_norm
-from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
+from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens, split_copies
 from phd_megatron.phd.copy_positions import rotary_positions
 
 
@@ -22,7 +22,8 @@ class PHDGPTModel(GPTModel):
     """``GPTModel`` that repeats tokens after the embedding (PHD-Transformer, Sec. 2).
 
     The copies are dropped inside the last decoder layer, or before the head where it has a pipeline stage of its own,
-    so the final norm, the head and the loss see the last copy only. ``vocab_size`` is the padded one; logits beyond
+    so the final norm, the head and the loss see the last copy only; with ``config.keep_copies`` they see all of them,
+    and the losses are ``[K, b, s]``, those of the last copy last. ``vocab_size`` is the padded one; logits beyond
     ``true_vocab_size`` are minus infinity everywhere. A norm follows the embedding where the scheme has one, and then
     copies 2 to K get a vector each where the configuration says so.
 
@@ -34,6 +35,9 @@ class PHDGPTModel(GPTModel):
     def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.repeat = self.config.kv_policy.repeat
+        self.ranks = (
+            self.pg_collection.tp.size() if self.config.sequence_parallel else 1
+        )  # that attention and head gather
         if self.pre_process and self.config.embed_norm:
             self.embed_norm = wide_norm(self.config)
         self.copy_embedding: CopyEmbedding | None = None
@@ -46,7 +50,7 @@ class PHDGPTModel(GPTModel):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Rows of the stage before, ``[K * s, b, h]``; a stage with the head alone goes on with ``[s, b, h]``."""
         super().set_input_tensor(input_tensor)
-        if self.decoder.input_tensor is not None and not self.decoder.layers:
+        if self.decoder.input_tensor is not None and self.config.copies_dropped_at_head and not self.decoder.layers:
             self.decoder.set_input_tensor(last_copy(self.decoder.input_tensor, self.repeat))
 
     def _preprocess(
@@ -78,8 +82,17 @@ class PHDGPTModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Losses ``[b, s]`` of ``labels [b, s]`` under ``logits [s, b, V / tp]``: on a GPU without float32 logits.
 
-        Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them.
+        Megatron-Core's fused losses run where ``cross_entropy_loss_fusion`` asks for them. Of kept copies there are
+        losses ``[K, b, s]``, of logits ``[K * s, b, V / tp]``.
         """
+        if not self.config.keep_copies:
+            return self._losses(labels, logits)
+        copies = labels.transpose(0, 1).expand(self.repeat, -1, -1)  # [K, s, b]
+        losses = self._losses(join_copies(copies, self.ranks).transpose(0, 1), logits)  # [b, ranks*K*s_rank]
+        return split_copies(losses.transpose(0, 1), self.repeat, self.ranks).transpose(1, 2).contiguous()
+
+    def _losses(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Losses ``[b, rows]`` of ``labels [b, rows]`` under ``logits [rows, b, V / tp]``."""
         if self.config.cross_entropy_loss_fusion or not runs_on_gpu(logits.device, logits.dtype):
             return super().compute_language_model_loss(labels, logits)
         losses = cross_entropy(logits.contiguous(), labels.transpose(0, 1).contiguous(), self.pg_collection.tp)
@@ -89,14 +102,13 @@ class PHDGPTModel(GPTModel):
         """RoPE table for attention's rows ``[ranks, K, s_rank]``; positions are those of the whole sequence."""
         if rows not in self.rotary_pos_emb_cache:
             config, group = self.config, self.pg_collection.cp
-            ranks = self.pg_collection.tp.size() if config.sequence_parallel else 1
-            length = rows // self.repeat * ranks * group.size()
+            length = rows // self.repeat * self.ranks * group.size()
             slices = config.kv_policy.context_parallel_slices(length, group.size(), group.rank())
             tokens = torch.cat([torch.arange(part.start, part.stop, device=device) for part in slices])
             copies = torch.arange(1, self.repeat + 1, device=device)[:, None]
             positions = rotary_positions(tokens, copies, self.repeat, config.copy_positions)  # [K, s]
             angles = positions[:, :, None, None, None] * self.rotary_pos_emb.inv_freq.to(device)
-            angles = join_copies(torch.cat([angles, angles], -1), ranks)  # [ranks*K*s_rank, 1, 1, hn]
+            angles = join_copies(torch.cat([angles, angles], -1), self.ranks)  # [ranks*K*s_rank, 1, 1, hn]
             # [2, ranks*K*s_rank, 1, 1, hn/2]
             self.rotary_pos_emb_cache = {rows: rope_table(angles, config.params_dtype)}
         return self.rotary_pos_emb_cache[rows]

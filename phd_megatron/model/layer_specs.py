@@ -83,7 +83,7 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int) -> ModuleSpec:
     qkv_linear = norm_and_linear(modules, block.attention)
     last_layer = layer_number == config.num_layers
     prune = config.phd_last_layer_pruning
-    drop_after = last_layer and not prune and not config.copies_dropped_at_head
+    drop_after = last_layer and not prune and config.last_layer_drops_copies
     normed_residual = block.mlp.residual == "normed"
     ffn = _ffn_spec(config, layer_number)
     inside_ffn = getattr(ffn.submodules, "linear_fc1", modules.column) is not modules.column

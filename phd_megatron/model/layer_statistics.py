@@ -2,6 +2,7 @@
 
 The analyses are those of HybridNorm (arXiv 2503.04598, Figures 7 and 8). All speak of the *last* copy of each token,
 the one that the loss sees: it is there in every layer, in a pruned last one too, and with K = 1 it is the token itself.
+With K > 1 also: how far its residual stream still agrees with the original's, and which kinds of keys it attends to.
 
 A hook keeps this rank's share, in float64; :meth:`LayerRecorder.activations` adds up the shares. Nothing is drawn at
 random: the same tokens and queries are looked at in every layout.
@@ -21,10 +22,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from phd_megatron.model.attention import PHDCoreAttention
-from phd_megatron.phd.copies import last_copy, split_copies
+from phd_megatron.phd.copies import split_copies
 from phd_megatron.phd.kv_policy import KVPolicy
 
 SAMPLED_QUERIES = 128
+#: shares of the attention weights, with K > 1; in this order in :func:`key_kinds`
+ATTENDED = ("attention_on_originals", "attention_on_own", "attention_on_window")
 
 
 # ---------------------------------------------------------------- formulas
@@ -50,18 +53,34 @@ def mean_cosine(unit_sum: Tensor, tokens: int) -> Tensor:
     return (unit_sum.square().sum(-1) - tokens) / max(tokens * (tokens - 1), 1)
 
 
-def attention_moments(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the scores that each query sees, and their mean under its attention weights.
+def cosine_sum(rows: Tensor, others: Tensor) -> Tensor:
+    """Sum of the cosines of the rows ``[tokens, b, h]`` with those of the same place, ``[]`` in float64."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return F.cosine_similarity(rows.to(wide), others.to(wide), dim=-1).sum(dtype=torch.float64)
+
+
+def key_kinds(query_position: Tensor, key_position: Tensor, key_copy: Tensor) -> Tensor:
+    """``[3, n, keys]``: whether a key is an original, or hidden and of the query's own token, or of another token.
+
+    Every key that a query sees is of one kind; hidden ones of other tokens are those of the window.
+    """
+    original, own = key_copy == 1, key_position == query_position
+    return torch.stack([original.expand_as(own), ~original & own, ~original & ~own])
+
+
+def attention_moments(query: Tensor, key: Tensor, visible: Tensor, kinds: Tensor, scale: float) -> Tensor:
+    """Log-sum-exp of the scores that each query sees, and means under its attention weights: of scores and of kinds.
 
     Args:
         query: ``[n, b, heads, d]``.
         key: ``[keys, b, groups, d]``; head ``h`` uses group ``h // (heads / groups)``.
         visible: ``[n, keys]``.
+        kinds: ``[kinds, n, keys]``, whether a key is of a kind; its mean is the weights' share on that kind.
         scale: factor on the scores.
 
     Returns:
-        Twice ``[b, heads, n]`` in float64; ``-inf`` and 0 for a query that sees none of these keys. The entropy of the
-        weights is the difference of the two.
+        ``[2 + kinds, b, heads, n]`` in float64; ``-inf`` and zeros for a query that sees none of these keys. The
+        entropy of the weights is the difference of the first two.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(2, (key.size(2), -1))  # [n, b, g, r, d]
@@ -74,21 +93,22 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, scale: float)
         total = weights.sum(-1, dtype=torch.float64)
         mean = (weights * below).sum(-1, dtype=torch.float64) / total.clamp_min(1.0)  # 0 or at least 1
         top = top.squeeze(-1).double()
-        moments.append(torch.stack([total.log() + top, torch.where(visible.any(-1), mean + top, 0.0)]))
-    log_sum, mean = torch.stack(moments, 1).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # [2, b, g*r, n]
-    return log_sum, mean
+        shares = [(weights * kind).sum(-1, dtype=torch.float64) / total.clamp_min(1.0) for kind in kinds]
+        moments.append(torch.stack([total.log() + top, torch.where(visible.any(-1), mean + top, 0.0), *shares]))
+    return torch.stack(moments, 1).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # [2 + kinds, b, g*r, n]
 
 
-def union_entropy(log_sum: Tensor, mean: Tensor, group: Any) -> Tensor:
-    """Entropy of the weights over the keys of all ranks of ``group``, from each rank's :func:`attention_moments`."""
+def union_moments(moments: Tensor, group: Any) -> Tensor:
+    """:func:`attention_moments` of the keys of all ranks of ``group``, from each rank's."""
     if group.size() == 1:
-        return log_sum - mean
+        return moments
+    log_sum, means = moments[0], moments[1:]
     top = log_sum.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group)
     weight = (log_sum - top).exp()
-    both = torch.stack([weight, weight * mean])
-    dist.all_reduce(both, group=group)
-    return both[0].log() + top - both[1] / both[0]
+    sums = torch.cat([weight[None], weight * means])
+    dist.all_reduce(sums, group=group)
+    return torch.cat([(sums[0].log() + top)[None], sums[1:] / sums[0]])
 
 
 # ---------------------------------------------------------------- hooks
@@ -110,9 +130,11 @@ class LayerRecorder:
         modules = [module for model in models for module in model.modules()]
         self.layers = [module for module in modules if isinstance(module, TransformerLayer)]
         self._cores = [module for module in modules if isinstance(module, PHDCoreAttention)]
-        self._residual: dict[int, tuple[Tensor, Tensor]] = {}
-        self._attention: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._squares: dict[int, Tensor] = {}
+        self._units: dict[int, Tensor] = {}
+        self._copy_cosines: dict[int, Tensor] = {}
+        self._attention: dict[int, Tensor] = {}
+        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -130,11 +152,13 @@ class LayerRecorder:
     @torch.no_grad()
     def _see_layer(self, layer: Any, args: Any, output: tuple[Tensor, Any]) -> None:
         number, config = layer.layer_number, layer.config
-        if number in self._residual:
+        if number in self._squares:
             return
-        dropped = number == config.num_layers and not config.copies_dropped_at_head
-        rows = last_copy(output[0].detach(), 1 if dropped else config.kv_policy.repeat)
-        self._residual[number] = residual_sums(rows)
+        dropped = number == config.num_layers and config.last_layer_drops_copies
+        copies = split_copies(output[0].detach(), 1 if dropped else config.kv_policy.repeat)
+        self._squares[number], self._units[number] = residual_sums(copies[-1])
+        if len(copies) > 1:
+            self._copy_cosines[number] = cosine_sum(copies[0], copies[-1])
 
     @torch.no_grad()
     def _see_attention(self, core: PHDCoreAttention, args: tuple[Tensor, ...]) -> None:
@@ -145,29 +169,33 @@ class LayerRecorder:
         key = split_copies(key, policy.repeat, core.ranks).flatten(0, 1)  # [K*s_rank, b, ng, hn]
         if self._tables is None:
             self._tables = self._lookup(policy, query.device)
-        held, rows, visible = self._tables
+        held, rows, visible, kinds = self._tables
         # Each sampled query is on one rank; the others add zeros. In float32, since not every backend adds halves.
         sampled = query[rows].to(torch.promote_types(query.dtype, torch.float32))
         if self.groups.cp.size() > 1:
             sampled = sampled.masked_fill(~held[:, None, None, None], 0.0)
             dist.all_reduce(sampled, group=self.groups.cp)
         scale = query.size(-1) ** -0.5 if core.scale is None else core.scale
-        self._attention[core.layer_number] = attention_moments(sampled, key, visible, scale)
+        self._attention[core.layer_number] = attention_moments(sampled, key, visible, kinds, scale)
 
-    def _lookup(self, policy: KVPolicy, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether this rank has each sampled query, in which row, and which of this rank's keys it sees."""
+    def _lookup(self, policy: KVPolicy, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whether this rank has each sampled query, in which row, which of this rank's keys it sees, their kinds."""
         slices = policy.context_parallel_slices(self.length, self.groups.cp.size(), self.groups.cp.rank())
         positions = torch.cat([torch.arange(part.start, part.stop) for part in slices])
         match = sampled_positions(self.length)[:, None] == positions
-        visible = self._visible(policy, positions)
-        return match.any(1).to(device), match.int().argmax(1).to(device), visible.to(device)
+        visible, kinds = self._keys(policy, positions)
+        return match.any(1).to(device), match.int().argmax(1).to(device), visible.to(device), kinds.to(device)
 
-    def _visible(self, policy: KVPolicy, positions: Tensor) -> Tensor:
-        """``[n, K*positions]``, keys copy-major: what the sampled queries of the last copy see at these positions."""
+    def _keys(self, policy: KVPolicy, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the keys at these positions, copy-major: ``[n, K*positions]``, which the sampled queries of the last copy
+        see, and their :func:`key_kinds`; no kinds with K = 1.
+        """
         query_position = sampled_positions(self.length)[:, None]
         key_copy = torch.arange(1, policy.repeat + 1).repeat_interleave(len(positions))
-        query_copy = torch.tensor(policy.repeat)
-        return policy.visible(query_position, query_copy, positions.repeat(policy.repeat), key_copy)
+        query_copy, key_position = torch.tensor(policy.repeat), positions.repeat(policy.repeat)
+        kinds = key_kinds(query_position, key_position, key_copy)
+        visible = policy.visible(query_position, query_copy, key_position, key_copy)
+        return visible, kinds if policy.repeat > 1 else kinds[:0]
 
     # ------------------------------------------------------------ sums over ranks
 
@@ -177,32 +205,44 @@ class LayerRecorder:
 
         Collective among the ranks that watched; empty elsewhere.
         """
-        found: dict[int, dict[str, Tensor]] = {number: {} for number in self._residual}
+        found: dict[int, dict[str, Tensor]] = {number: {} for number in self._squares}
         if not found:
             return found
         groups, config = self.groups, self.layers[0].config
-        squares, units = (torch.stack(parts) for parts in zip(*self._residual.values(), strict=True))
-        if not config.sequence_parallel and groups.tp.rank() > 0:  # the same rows as on the first rank
-            squares, units = torch.zeros_like(squares), torch.zeros_like(units)
-        dist.all_reduce(squares, group=groups.tp_cp)
-        dist.all_reduce(units, group=groups.tp_cp)  # [layers, b, h]
-        entropies = self._entropies(config)
-        for index, number in enumerate(self._residual):
+        squares, units, cosines = map(self._sum_over_rows, (self._squares, self._units, self._copy_cosines))
+        attention = self._attention_means(config)
+        for number in found:
             if groups.tp_cp.rank() == 0:
-                found[number]["residual_rms"] = (squares[index] / (self.length * units[index].numel())).sqrt()
-                found[number]["cosine_similarity"] = mean_cosine(units[index], self.length).mean()
+                sequences, channels = units[number].shape
+                tokens = self.length * sequences
+                found[number]["residual_rms"] = (squares[number] / (tokens * channels)).sqrt()
+                found[number]["cosine_similarity"] = mean_cosine(units[number], self.length).mean()
+                if number in cosines:
+                    found[number]["copy_cosine"] = cosines[number] / tokens
             if groups.cp.rank() == 0:
-                found[number] |= {name: values[number] for name, values in entropies.items()}
+                found[number] |= {name: values[number] for name, values in attention.items()}
         return found
 
-    def _entropies(self, config: Any) -> dict[str, dict[int, Tensor]]:
+    def _sum_over_rows(self, shares: dict[int, Tensor]) -> dict[int, Tensor]:
+        """By layer, from this rank's share, the sum over the rows of all ranks."""
+        if not shares:
+            return {}
+        sums = torch.stack([*shares.values()])
+        if not self.layers[0].config.sequence_parallel and self.groups.tp.rank() > 0:
+            sums = torch.zeros_like(sums)  # the same rows as on the first rank
+        dist.all_reduce(sums, group=self.groups.tp_cp)
+        return dict(zip(shares, sums, strict=True))
+
+    def _attention_means(self, config: Any) -> dict[str, dict[int, Tensor]]:
         """By name and layer: means over sequences and queries, summed over this rank's heads over the heads of all."""
-        log_sum, mean = (torch.stack(parts) for parts in zip(*self._attention.values(), strict=True))
-        entropy = union_entropy(log_sum, mean, self.groups.cp)  # [layers, b, np, n]
-        most = self._visible(config.kv_policy, torch.arange(self.length)).sum(-1).double().log().to(entropy.device)
+        moments = torch.stack([*self._attention.values()], 1)  # [2 + kinds, layers, b, np, n]
+        log_sum, mean, *shares = union_moments(moments, self.groups.cp)
+        entropy = log_sum - mean
+        visible, _ = self._keys(config.kv_policy, torch.arange(self.length))
+        most = visible.sum(-1).double().log().to(entropy.device)
         several = most > 0  # a query with a single key has no choice
-        shares = entropy[..., several] / most[several]
-        tables = {"attention_entropy": entropy, "attention_entropy_share": shares}
+        tables = {"attention_entropy": entropy, "attention_entropy_share": entropy[..., several] / most[several]}
+        tables |= zip(ATTENDED, shares, strict=False)  # none with K = 1
         return {
             name: dict(zip(self._attention, values.mean((1, 3)).sum(-1) / config.num_attention_heads, strict=True))
             for name, values in tables.items()

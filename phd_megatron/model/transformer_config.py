@@ -32,8 +32,14 @@ class PHDTransformerConfig(TransformerConfig):
     transformer_engine: bool = False  #: linear layers and norms are Transformer Engine's
     fused_norms: bool = False  #: a norm that only a linear layer reads is computed inside it
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
+    keep_copies: bool = False  #: no copy is dropped: the model gives the losses of all of them (a diagnostic)
     init_scheme: str = "normal"
     init_gain: float = 1.0  #: of value, attention-output and FFN weights, by the norm scheme
+
+    @property
+    def last_layer_drops_copies(self) -> bool:
+        """Whether the last copy alone leaves the last decoder layer."""
+        return not (self.copies_dropped_at_head or self.keep_copies)
 
 
 def transformer_field_types() -> dict[str, Any]:
@@ -50,8 +56,11 @@ def _leave_alone(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
+def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTransformerConfig:
     """Translate a resolved run configuration.
+
+    Args:
+        keep_copies: for a model that only evaluates, see :class:`~phd_megatron.model.gpt_model.PHDGPTModel`.
 
     Raises:
         UserError: for a combination that Megatron-Core or PHD attention cannot compute.
@@ -128,8 +137,9 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "norm_plan": norm_plan(model.norm_scheme, layers),
         "embed_norm": scheme.embed_norm,
         "phd_attention_backend": model.phd_attention_backend,
-        "phd_last_layer_pruning": model.phd_last_layer_pruning and not lone_head,
-        "copies_dropped_at_head": lone_head,
+        "phd_last_layer_pruning": model.phd_last_layer_pruning and not lone_head and not keep_copies,
+        "copies_dropped_at_head": lone_head and not keep_copies,
+        "keep_copies": keep_copies,
         "init_scheme": model.init,
         "init_gain": scheme.init_gain(layers) if scheme.init_gain else 1.0,
     }

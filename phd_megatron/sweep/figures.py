@@ -164,7 +164,10 @@ def draw_layers(
     label: str,
     logarithmic: bool,
 ) -> None:
-    """A statistic over the layers: a row of panels for each key, a panel for each step, a line for each group."""
+    """A statistic over the layers: a row of panels for each key, a panel for each step, a line for each group.
+
+    A group without values has no line; the others keep the looks that they have where it has one.
+    """
     pyplot = _pyplot()
     shape = len(panels), len(steps)
     size = (1.5 + 3.2 * shape[1], 0.6 + 2.6 * shape[0])
@@ -173,12 +176,14 @@ def draw_layers(
     for row, (title, groups) in zip(grid, panels.items(), strict=True):
         for index, (axes, step) in enumerate(zip(row, steps, strict=True)):
             for name, by_step in groups.items():
-                values = by_step[index]
+                if not (values := by_step[index]):
+                    continue
                 numbers = range(1, len(values) + 1)
                 axes.plot(numbers, values, marker=".", linewidth=1.2, label=name, **style(names.index(name)))
             axes.xaxis.get_major_locator().set_params(integer=True)
             if logarithmic:
                 axes.set_yscale("log")
             _tidy(axes, "layer", label if index == 0 else "", f"{title}, step {step}" if title else f"step {step}")
-    grid[0][-1].legend(frameon=False, fontsize=8)
+    drawn = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    grid[0][-1].legend(drawn.values(), drawn.keys(), frameon=False, fontsize=8)
     _save(figure, directory, stem)

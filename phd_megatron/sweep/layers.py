@@ -16,12 +16,16 @@ LABELS = {
     "cosine_similarity": "token similarity (cosine)",
     "attention_entropy": "attention entropy (nats)",
     "attention_entropy_share": "attention entropy / its maximum",
+    "copy_cosine": "original and last copy (cosine)",
+    "attention_on_originals": "attention on originals",
+    "attention_on_own": "attention on own hidden keys",
+    "attention_on_window": "attention on the window's hidden keys",
 }
 _LOGARITHMIC = ("gradient_norm", "residual_rms")
 _SHOWN = 3  #: steps
 
 Layers = dict[int, dict[str, list[float]]]
-"""Step to statistic to values from the first layer to the last."""
+"""Step to statistic to values from the first layer to the last that has it."""
 
 
 def read_layers(result: Result) -> Layers:
@@ -45,7 +49,7 @@ def shown_steps(members: Iterable[Iterable[int]]) -> list[int]:
 
 
 def layer_blocks(panels: Mapping[str, Mapping[str, Sequence[Result]]], output: Path) -> Iterator[Block]:
-    """The section: a figure for each statistic; nothing when no finished member has any.
+    """The section: a figure for each statistic that there is; nothing when no finished member has any.
 
     Args:
         panels: size to group's name to its members, which differ in their seed.
@@ -64,26 +68,37 @@ def layer_blocks(panels: Mapping[str, Mapping[str, Sequence[Result]]], output: P
     if not steps:
         yield Text("The members have recorded no step in common: give them the same log_layer_statistics.")
         return
-    columns: list[list[str]] = []
+    columns: dict[str, list[str]] = {}
     for statistic, label in LABELS.items():
         lines: dict[str, dict[str, list[list[float]]]] = {}
         for (title, name), found in read.items():
-            means = [_mean([layers[step][statistic] for layers in found]) for step in steps]
+            means = [_mean([layers[step].get(statistic, []) for layers in found]) for step in steps]
             lines.setdefault(title, {})[name] = means
+        if not any(mean for groups in lines.values() for means in groups.values() for mean in means):
+            continue
         stem = f"layers_{statistic}"
         figures.draw_layers(lines, steps, output, stem, label, statistic in _LOGARITHMIC)
         yield Figure(stem, f"By layer: {label}, at steps {', '.join(map(str, steps))}; mean over seeds")
-        columns.append([f"{lines[title][name][-1][0]:.3g} / {lines[title][name][-1][-1]:.3g}" for title, name in read])
+        columns[label] = [_ends(lines[title][name][-1]) for title, name in read]
     names = [f"{title}, {name}" if title else name for title, name in read]
-    yield Table(["members", *LABELS.values()], [list(row) for row in zip(names, *columns, strict=True)])
+    yield Table(["members", *columns], [list(row) for row in zip(names, *columns.values(), strict=True)])
     yield Text(
-        f"First layer / last layer at step {steps[-1]}. Gradient norms are those of all parameters of a layer, before "
-        "clipping. The others are of the last copy of each token of the step's first micro-batch: root mean square of "
-        "the residual stream after the layer, mean cosine of all pairs of different tokens of a sequence, and the "
-        "entropy of attention weights of up to 128 queries of a sequence, mean over heads; over its maximum means over "
-        "the log of the number of keys that a query sees."
+        f"First layer / last layer that has the value, at step {steps[-1]}. Gradient norms are those of all parameters "
+        "of a layer, before clipping. The others are of the last copy of each token of the step's first micro-batch: "
+        "root mean square of the residual stream after the layer, mean cosine of all pairs of different tokens of a "
+        "sequence, and the entropy of attention weights of up to 128 queries of a sequence, mean over heads; over its "
+        "maximum means over the log of the number of keys that a query sees. Of models that repeat tokens also the "
+        "mean cosine between the residual streams of a token's original and its last copy, and the shares of these "
+        "queries' attention weights on originals, on hidden keys of the token itself and on those of earlier tokens."
     )
 
 
+def _ends(values: Sequence[float]) -> str:
+    return f"{values[0]:.3g} / {values[-1]:.3g}" if values else "-"
+
+
 def _mean(members: Sequence[Sequence[float]]) -> list[float]:
+    """By layer; empty where a member has none: a model without copies, or recorded by a version without the value."""
+    if not all(members):
+        return []
     return [statistics.fmean(values) for values in zip(*members, strict=True)]

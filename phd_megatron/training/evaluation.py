@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,33 +61,43 @@ def _batch(run: RunConfig, dims: ParallelDims) -> int:
 
 
 def evaluate_checkpoint(
-    path: Path, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, split: str, samples: int, verify: bool = True
+    path: Path,
+    run: RunConfig,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    split: str,
+    samples: int,
+    verify: bool = True,
+    copies: bool = False,
 ) -> Evaluation:
     """One pass of the model in ``path`` over ``samples`` samples of a split; collective.
 
     Args:
         run: from :func:`for_evaluation`.
         verify: compare every file of the checkpoint with its checksum first.
+        copies: also the loss of every copy's output; the last layer and the head then compute K times as many rows.
 
     Raises:
         UserError: on all ranks, for a damaged checkpoint or one of another model.
     """
     assert run.model.vocab_size is not None
     dataset = evaluation_dataset(run, tokenizer, split, samples, _batch(run, runtime.dims))
-    models = in_run_precision(build_model(run, run.model.vocab_size, runtime.device), run)
+    models = in_run_precision(build_model(run, run.model.vocab_size, runtime.device, keep_copies=copies), run)
     load_checkpoint(path, models=models, optimizer=None, scheduler=None, runtime=runtime, load_rng=False, verify=verify)
     model = run.model
     size, stages = run.training.micro_batch_size, runtime.dims.pp
     stepper = Stepper(models, None, runtime.device, size, model.seq_length, model.phd_repeat)
     batch = _batch(run, runtime.dims)
-    total = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    total = torch.zeros(stepper.report_shape, dtype=torch.float64, device=runtime.device)
     progress = Progress(samples, runtime.log)
     stream = open_stream(run, runtime, dataset)
     try:
         batches = stream.microbatches(0, len(dataset) // batch * stages)
         for done in range(batch, len(dataset) + 1, batch):
             total += stepper.evaluate(batches, 1, stages)
-            progress.advance(done, total)
+            progress.advance(done, total[-1] if copies else total)
     finally:
         stream.close()
-    return progress.finish(total)
+    if not copies:
+        return progress.finish(total)
+    return replace(progress.finish(total[-1]), copy_losses=tuple((total[:, 0] / total[:, 1]).tolist()))

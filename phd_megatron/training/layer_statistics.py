@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
-from phd_megatron.model.layer_statistics import LayerRecorder
+from phd_megatron.model.layer_statistics import ATTENDED, LayerRecorder
 
 STATISTICS = (
     "gradient_norm",
@@ -19,6 +19,8 @@ STATISTICS = (
     "cosine_similarity",
     "attention_entropy",
     "attention_entropy_share",
+    "copy_cosine",
+    *ATTENDED,
 )
 
 
@@ -56,7 +58,7 @@ class LayerStatistics:
                     self._squares[number] = self._squares.get(number, 0) + square
 
     def collect(self, num_layers: int, loss_scale: float) -> dict[str, dict[int, float]]:
-        """Each statistic by 1-based layer number; collective, the same on all ranks.
+        """Each statistic by 1-based layer number, where the layer has it; collective, the same on all ranks.
 
         Args:
             num_layers: of the whole model.
@@ -64,15 +66,22 @@ class LayerStatistics:
         """
         device = next(self._models[0].parameters()).device
         table = torch.zeros(num_layers, len(STATISTICS), dtype=torch.float64, device=device)
+        known = torch.zeros_like(table)  # ranks that give a share
         for number, square in self._squares.items():
-            table[number - 1, 0] = square
+            table[number - 1, 0], known[number - 1, 0] = square, 1
         for number, values in self._recorder.activations().items():
             for name, value in values.items():
-                table[number - 1, STATISTICS.index(name)] = value
-        torch.distributed.all_reduce(table)
+                column = STATISTICS.index(name)
+                table[number - 1, column], known[number - 1, column] = value, 1
+        both = torch.stack([table, known])
+        torch.distributed.all_reduce(both)
+        table, known = both
         table[:, 0] = table[:, 0].sqrt() / loss_scale
-        columns = table.T.tolist()
-        return {name: dict(enumerate(column, 1)) for name, column in zip(STATISTICS, columns, strict=True)}
+        found = {
+            name: {number: value for number, (value, ranks) in enumerate(zip(*columns, strict=True), 1) if ranks}
+            for name, *columns in zip(STATISTICS, table.T.tolist(), known.T.tolist(), strict=True)
+        }
+        return {name: values for name, values in found.items() if values}
 
 
 def own_gradients(model: DistributedDataParallel, groups: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:

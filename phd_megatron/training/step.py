@@ -38,7 +38,7 @@ class Stepper:
     """Runs steps of one model over micro-batches.
 
     Args:
-        models: the wrapped model chunks of this rank.
+        models: the wrapped model chunks of this rank. Those that keep their copies can only be evaluated.
         optimizer: ``None`` for evaluation only.
         device: where batches go.
         micro_batch_size: samples per forward pass.
@@ -63,6 +63,8 @@ class Stepper:
         self.graph = graph
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.shape = {"micro_batch_size": micro_batch_size, "seq_length": repeat * seq_length}
+        self.by_copy = bool(self.models[0].config.keep_copies)
+        self.report_shape: tuple[int, ...] = (repeat, 2) if self.by_copy else (2,)
 
     def train(
         self,
@@ -88,10 +90,10 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], num_batches: int, num_microbatches: int) -> Tensor:
-        """``[2]``: summed loss and token count over ``num_batches`` global batches."""
+        """``[2]``: summed loss and token count over ``num_batches`` global batches; of kept copies ``[K, 2]``."""
         for model in self.models:
             model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(self.report_shape, dtype=torch.float64, device=self.device)
         with synced_parameters(self.models), self.graph.outside() if self.graph is not None else nullcontext():
             for _ in range(num_batches):
                 total += self._run(batches, num_microbatches, forward_only=True)
@@ -107,7 +109,7 @@ class Stepper:
             reports = run(batches)
         else:
             reports = self.graph(run, batches, num_microbatches, watched)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(self.report_shape, dtype=torch.float64, device=self.device)
         for report in reports:  # empty on all but the last pipeline stage
             total += report
         torch.distributed.all_reduce(total, group=self.groups.dp_cp)
@@ -120,7 +122,7 @@ class Stepper:
         # Every chunk of an interleaved pipeline reads all micro-batches at its own pace.
         iterators = list(tee(batches, len(self.models)))
         reports: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, device=self.device),
+            forward_step_func=partial(forward_step, device=self.device, by_copy=self.by_copy),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.models,
             num_microbatches=num_microbatches,
@@ -130,7 +132,9 @@ class Stepper:
         return reports
 
 
-def forward_step(batches: Iterator[Batch], model: Any, device: torch.device) -> tuple[Tensor, Callable[..., Any]]:
+def forward_step(
+    batches: Iterator[Batch], model: Any, device: torch.device, by_copy: bool = False
+) -> tuple[Tensor, Callable[..., Any]]:
     """One micro-batch forward; the schedule calls the returned loss function on the last stage."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     output = model(
@@ -139,7 +143,7 @@ def forward_step(batches: Iterator[Batch], model: Any, device: torch.device) -> 
         attention_mask=None,
         labels=batch["labels"],
     )
-    return output, partial(summed_loss, loss_mask=batch["loss_mask"])
+    return output, partial(summed_loss_by_copy if by_copy else summed_loss, loss_mask=batch["loss_mask"])
 
 
 def summed_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +154,13 @@ def summed_loss(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tens
     loss = (losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum().to(torch.int)
     return loss, num_tokens.clone(), torch.stack([loss.detach().double(), num_tokens.double()])
+
+
+def summed_loss_by_copy(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`summed_loss` of the last copy of ``losses`` ``[K, b, s]``; the report ``[K, 2]`` has a row a copy."""
+    copies = [summed_loss(copy, loss_mask) for copy in losses]
+    loss, num_tokens, _ = copies[-1]
+    return loss, num_tokens, torch.stack([report for _, _, report in copies])
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from phd_megatron.training.gradient_dump import load_gradients
-from phd_megatron.training.layer_statistics import STATISTICS
+from phd_megatron.training.layer_statistics import ATTENDED, STATISTICS
 from phd_megatron.training.parity_compare import FLOAT32, HALF
 
 from .conftest import TINY_MODEL, flags, read_metrics
@@ -97,27 +97,30 @@ def results(corpus: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFacto
     return root
 
 
-def statistics(directory: Path) -> dict[int, dict[str, list[float]]]:
-    """By step and name, from the first layer to the last; every layer has a value."""
+def statistics(directory: Path, lone_head: bool = False) -> dict[int, dict[str, list[float]]]:
+    """By step and name, from the first layer to the last; every layer has each value that there is for it."""
+    has_copies = "phd-repeat" in MODELS[directory.name]
     found = {}
     for step in read_metrics(directory / "metrics.jsonl"):
         if "layer_statistics" in step:
             tables: Any = step["layer_statistics"]
-            assert list(tables) == list(STATISTICS)
-            assert all(list(table) == [str(n) for n in range(1, LAYERS + 1)] for table in tables.values())
+            assert list(tables) == list(STATISTICS if has_copies else STATISTICS[:5])
+            for name, table in tables.items():
+                missing = name == "copy_cosine" and not lone_head  # the last layer drops the copies
+                assert list(table) == [str(n) for n in range(1, LAYERS + 1 - missing)]
             found[int(step["iteration"])] = {name: list(table.values()) for name, table in tables.items()}
     return found
 
 
 def worst(reference: Path, other: Path) -> float:
     """Largest relative error of a statistic of any step."""
-    expected, found = statistics(reference), statistics(other)
+    expected, found = statistics(reference), statistics(other, lone_head=other.parent.name == "lone head")
     assert list(expected) == list(found) == [1, 2]
     errors = []
     for step, tables in expected.items():
         for name, values in tables.items():
             one = torch.tensor(values, dtype=torch.float64)
-            two = torch.tensor(found[step][name], dtype=torch.float64)
+            two = torch.tensor(found[step][name][: len(one)], dtype=torch.float64)
             errors.append(float((one - two).norm() / one.norm()))
     assert all(map(math.isfinite, errors))
     return max(errors)
@@ -151,6 +154,11 @@ def test_gradient_norms_are_those_of_all_parameters_of_a_layer(results: Path, mo
     assert len(set(tables["gradient_norm"])) == LAYERS
     assert all(0 < share <= 1 for share in tables["attention_entropy_share"])
     assert all(-1 / (LENGTH - 1) <= cosine <= 1 for cosine in tables["cosine_similarity"])
+    if "phd-repeat" in MODELS[model]:
+        shares = [tables[name] for name in ATTENDED]
+        assert all(0 < share < 1 for values in shares for share in values)
+        assert [sum(values) for values in zip(*shares, strict=True)] == pytest.approx([1] * LAYERS, rel=1e-6)
+        assert all(0 < cosine < 1 for cosine in tables["copy_cosine"])
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.endswith("off")])

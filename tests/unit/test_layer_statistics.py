@@ -62,6 +62,7 @@ def test_entropy_of_a_union_of_keys(runtime, split):
     """Also from parts, as context-parallel ranks have them, and for scores that float32 could not exponentiate."""
     from phd_megatron.model.layer_statistics import attention_moments
 
+    no_kinds = torch.ones(0, 6, 11, dtype=torch.bool)
     query, key = 30 * tokens(6, BATCH, 4, 8), tokens(11, BATCH, 2, 8, seed=1)
     visible = torch.ones(6, 11, dtype=torch.bool).tril(5)
     visible[0] = False
@@ -70,7 +71,7 @@ def test_entropy_of_a_union_of_keys(runtime, split):
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1).flatten(1, 2)
     expected = torch.special.entr(weights).sum(-1)
     parts = [slice(0, split), slice(split, 11)] if split else [slice(0, 11)]
-    moments = [attention_moments(query, key[part], visible[:, part], 0.3) for part in parts]
+    moments = [attention_moments(query, key[part], visible[:, part], no_kinds[..., part], 0.3) for part in parts]
     top = torch.stack([log_sum for log_sum, _ in moments]).amax(0)
     shares = [(log_sum - top).exp() for log_sum, _ in moments]
     total = sum(shares)
@@ -78,8 +79,38 @@ def test_entropy_of_a_union_of_keys(runtime, split):
     torch.testing.assert_close(total.log() + top - mean, expected, rtol=RELATIVE, atol=1e-11)
     assert float(expected[..., 0].abs().max()) == 0.0
     if split is None:
-        float32 = attention_moments(query.float(), key.float(), visible, 0.3)
+        float32 = attention_moments(query.float(), key.float(), visible, no_kinds, 0.3)
         torch.testing.assert_close(float32[0] - float32[1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [KVPolicy(2, 1), KVPolicy(3, 4, 6), KVPolicy(2, 3)], ids=lambda policy: policy.name)
+def test_shares_of_attention_are_sums_of_dense_weights(policy):
+    """A loop over the definition, one query and one key at a time."""
+    from phd_megatron.model.layer_statistics import ATTENDED, attention_moments, key_kinds
+
+    length, copies = 14, policy.repeat
+    query, key = tokens(length, BATCH, 2, 4), tokens(copies * length, BATCH, 2, 4, seed=1)
+    positions, key_copies = torch.arange(length).repeat(copies), torch.arange(1, copies + 1).repeat_interleave(length)
+    visible = policy.visible(torch.arange(length)[:, None], torch.tensor(copies), positions, key_copies)
+    kinds = key_kinds(torch.arange(length)[:, None], positions, key_copies)
+    _, _, *found = attention_moments(query, key, visible, kinds, 0.5)
+    expected = dict.fromkeys(ATTENDED, 0.0)
+    for n in range(length):
+        one_query = torch.tensor(n), torch.tensor(copies)
+        seen = [
+            (m, copy, key[(copy - 1) * length + m])
+            for copy in range(1, copies + 1)
+            for m in range(length)
+            if policy.visible(*one_query, torch.tensor(m), torch.tensor(copy))
+        ]
+        scores = torch.stack([(query[n] * row).sum(-1) * 0.5 for *_, row in seen])  # [keys, b, heads]
+        for (m, copy, _), weight in zip(seen, scores.softmax(0), strict=True):
+            kind = "originals" if copy == 1 else "own" if m == n else "window"
+            expected[f"attention_on_{kind}"] += float(weight.mean()) / length
+    values = {name: float(share.mean()) for name, share in zip(ATTENDED, found, strict=True)}
+    assert values == pytest.approx(expected, rel=1e-10)
+    assert sum(values.values()) == pytest.approx(1)
+    assert (values["attention_on_window"] == 0) == (policy.window == 1)
 
 
 def build(**model):
@@ -115,8 +146,8 @@ def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
         model(**batch())
     for hook in hooks:
         hook.remove()
-    found: dict[str, list[float]] = {name: [] for name in STATISTICS[1:]}
     copies = policy.repeat
+    found: dict[str, list[float]] = {name: [] for name in STATISTICS[1 : 5 if copies == 1 else None]}
     mask = policy.mask(LENGTH)[(copies - 1) * LENGTH :][sampled_positions(LENGTH)]
     for number, (rows, (query, key)) in enumerate(zip(outputs, inputs, strict=True), 1):
         assert len(rows) == LENGTH * (1 if number == LAYERS else copies)
@@ -133,6 +164,15 @@ def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
         several = mask.sum(-1) > 1
         share = entropy[..., several] / mask.sum(-1)[several].double().log()
         found["attention_entropy_share"].append(float(share.mean()))
+        if copies > 1 and number < LAYERS:
+            found["copy_cosine"].append(float(torch.cosine_similarity(rows[:LENGTH], rows[-LENGTH:], dim=-1).mean()))
+        if copies > 1:
+            on_originals, own = weights[..., :LENGTH].sum(-1).mean(), sampled_positions(LENGTH)
+            parts = [weights[..., torch.arange(len(own)), copy * LENGTH + own] for copy in range(1, copies)]
+            on_own = sum(parts).mean()
+            found["attention_on_originals"].append(float(on_originals))
+            found["attention_on_own"].append(float(on_own))
+            found["attention_on_window"].append(float(1 - on_originals - on_own))
     return found
 
 
@@ -156,9 +196,12 @@ def test_recorder_sees_what_a_direct_computation_gives(runtime, repeat, pruned):
     assert not [module for module in model.modules() if module._forward_pre_hooks]
     found = recorder.activations()
     expected = by_hand(model, model.config.kv_policy, pruned)
-    for name in STATISTICS[1:]:
-        values = [float(found[number][name]) for number in range(1, LAYERS + 1)]
-        assert values == pytest.approx(expected[name], rel=1e-9), name
+    for number, values in found.items():
+        dropped = {"copy_cosine"} if number == LAYERS else set()  # only the last copy leaves the last layer
+        assert values.keys() == expected.keys() - dropped
+    for name, wanted in expected.items():
+        values = [float(found[number][name]) for number in range(1, len(wanted) + 1)]
+        assert values == pytest.approx(wanted, rel=1e-9), name
     assert all(0 < share < 1 for share in expected["attention_entropy_share"])
 
 
@@ -183,7 +226,8 @@ def test_every_logger_gets_them(tmp_path):
     options = LoggingConfig(metrics_file=str(tmp_path / "metrics.jsonl"), tensorboard_dir=str(tmp_path / "events"))
     reporter = Reporter(options, True, 2, {}, None)
     router = {"router_entropy": {1: 1.5}, "tokens_per_expert": {1: [3, 4]}}
-    for tables in ({"residual_rms": {1: 0.5, 2: 0.25}}, {}):
+    tables_of_step = {"residual_rms": {1: 0.5, 2: 0.25}, "copy_cosine": {1: 0.75}}  # not there for the last layer
+    for tables in (tables_of_step, {}):
         numbers = dict.fromkeys(("consumed_flops", "lm_loss", "grad_norm", "learning_rate", "iteration_seconds"), 1.0)
         numbers |= dict.fromkeys(("tokens_per_second", "processed_tokens_per_second", "tflops_per_gpu", "mfu"), 1.0)
         counts = dict.fromkeys(("consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations"), 1)
@@ -191,10 +235,11 @@ def test_every_logger_gets_them(tmp_path):
         reporter.report(StepMetrics(iteration=step, **numbers, **counts, router=router, layer_statistics=tables))
     reporter.close()
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}}
+    assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}, "copy_cosine": {"1": 0.75}}
     assert "layer_statistics" not in second
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert [event.value for event in events.Scalars("layer_statistics/residual_rms/2")] == [0.25]
+    assert [name for name in events.Tags()["scalars"] if "copy_cosine" in name] == ["layer_statistics/copy_cosine/1"]
     assert [event.value for event in events.Scalars("router_entropy/1")] == [1.5, 1.5]
     assert not [name for name in events.Tags()["scalars"] if "tokens_per_expert" in name]

@@ -145,6 +145,23 @@ def test_last_layer_pruning_changes_nothing(runtime, scheme, repeat):
         assert (gradient - reference).norm() <= 1e-5 * reference.norm().clamp(min=1e-4), name
 
 
+@pytest.mark.parametrize("pruning", [True, False])
+@pytest.mark.parametrize("scheme", ["pre", "hybrid_star"])
+def test_kept_copies_are_models_of_fewer_copies(runtime, scheme, pruning):
+    """Plain PHD: no copy sees a later one, so copy j of K is the last one of the same model with K = j."""
+    from phd_megatron.model.build import build_model
+
+    model = {"norm_scheme": scheme, "phd_window": 1}
+    run = make_run(**model, phd_repeat=3, phd_last_layer_pruning=pruning)
+    (kept,) = build_model(run, VOCAB, torch.device("cpu"), keep_copies=True)
+    losses = kept(**batch())
+    assert losses.shape == (3, 2, 16)
+    for copies, found in enumerate(losses, 1):
+        expected = build(make_run(**model, phd_repeat=copies))(**batch())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found, losses[copies % 3], rtol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["pre_qk", "hybrid", "olmo2"])
 def test_triton_backends_train_the_same_model(runtime, scheme):
     """Attention, and norm with RoPE, in Triton's interpreter."""

@@ -13,15 +13,26 @@ from phd_megatron.sweep.store import Entry
 from phd_megatron.training.layer_statistics import STATISTICS
 
 
-def member(tmp_path: Path, name: str, scale: float, layers: int, steps: tuple[int, ...], state: str = "finished"):
-    """A member with ``scale * (step + layer)`` for every statistic."""
+def member(
+    tmp_path: Path,
+    name: str,
+    scale: float,
+    layers: int,
+    steps: tuple[int, ...],
+    state: str = "finished",
+    known: tuple[str, ...] = STATISTICS,
+):
+    """A member with ``scale * (step + layer)`` for every statistic; ``copy_cosine`` ends before the last layer."""
     lines = []
     for step in (1, 2, 3, 4, 5):
         line = {"iteration": step, "consumed_samples": step, "consumed_tokens": step, "consumed_flops": step}
         line |= {"lm_loss": 2.0, "iteration_seconds": 1.0}
         if step in steps:
             table = {str(layer): scale * (step + layer) for layer in range(1, layers + 1)}
-            line["layer_statistics"] = dict.fromkeys(STATISTICS, table)
+            tables = dict.fromkeys(known, table)
+            if "copy_cosine" in tables:
+                tables["copy_cosine"] = {layer: value for layer, value in table.items() if int(layer) < layers}
+            line["layer_statistics"] = tables
         lines.append(json.dumps(line) + "\n")
     path = tmp_path / f"{name}.jsonl"
     path.write_text("".join(lines))
@@ -54,6 +65,32 @@ def test_section_compares_at_common_steps(tmp_path: Path) -> None:
         ["large, pre", "5 / 15"],
     ]
     assert all(len(row) == 1 + len(STATISTICS) for row in table.rows)
+
+
+def test_values_that_only_some_members_have(tmp_path: Path) -> None:
+    """A model without copies beside one with, and a seed recorded before there were all values."""
+    panels = {
+        "": {
+            "k1": [member(tmp_path, "a", 1.0, 3, (4,), known=STATISTICS[:5])],
+            "k2": [member(tmp_path, "b", 1.0, 3, (4,)), member(tmp_path, "c", 3.0, 3, (4,))],
+            "mixed": [member(tmp_path, "d", 1.0, 3, (4,)), member(tmp_path, "e", 1.0, 3, (4,), known=STATISTICS[:5])],
+        }
+    }
+    _, *figures, table, _ = layer_blocks(panels, tmp_path)
+    assert len(figures) == len(STATISTICS)
+    assert isinstance(table, Table)
+    columns = [table.head.index(LABELS[name]) for name in ("residual_rms", "copy_cosine", "attention_on_own")]
+    assert [[row[0], *(row[column] for column in columns)] for row in table.rows] == [
+        ["k1", "5 / 7", "-", "-"],
+        ["k2", "10 / 14", "10 / 12", "10 / 14"],
+        ["mixed", "5 / 7", "-", "-"],
+    ]
+    drawn = (tmp_path / "layers_copy_cosine.svg").read_text()
+    assert ">k2<" in drawn and ">k1<" not in drawn, "the legend names the groups that have a line"
+
+    _, *figures, table, _ = layer_blocks({"": {"k1": panels[""]["k1"]}}, tmp_path / "k1")
+    assert [figure.stem for figure in figures] == [f"layers_{name}" for name in STATISTICS[:5]]  # type: ignore[union-attr]
+    assert list(table.head) == ["members", *list(LABELS.values())[:5]]  # type: ignore[union-attr]
 
 
 def test_shown_steps() -> None:
