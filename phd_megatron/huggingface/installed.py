@@ -1,7 +1,7 @@
 """The exported model's classes as this package has them, for directories whose own code shall not run.
 
-An export carries the files flat in one directory, while here they lie in several packages under other names. So a module
-finder of a few lines puts them together under one name. Exports of every release load with them: what an older
+An export carries the files flat in one directory, while here they lie in several packages under other names. So a
+module finder of a few lines puts them together under one name. Exports of every release load with them: what an older
 ``config.json`` does not say has a default that means what was computed then.
 """
 

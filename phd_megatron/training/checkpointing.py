@@ -252,7 +252,7 @@ def _check_contents(
                 f"build the model that its {RUN_CONFIG} describes"
             )
         for key, value in sorted(wanted.items()):
-            if isinstance(value, ShardedTensor) and not value.allow_shape_mismatch:
+            if isinstance(value, ShardedTensor) and key in stored and not value.allow_shape_mismatch:
                 shape, expected = tuple(stored[key].size), tuple(value.global_shape)
                 if shape != expected:
                     raise CheckpointError(
