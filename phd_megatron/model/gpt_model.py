@@ -35,9 +35,8 @@ class PHDGPTModel(GPTModel):
     def __init__(self, *, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.repeat = self.config.kv_policy.repeat
-        self.ranks = (
-            self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-        )  # that attention and head gather
+        # of the tensor-parallel group, whose rows attention and the head gather
+        self.ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
         if self.pre_process and self.config.embed_norm:
             self.embed_norm = wide_norm(self.config)
         self.copy_embedding: CopyEmbedding | None = None
