@@ -41,8 +41,8 @@ sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 graph_tests() { check 300 -s tests/gpu/test_cuda_graph_step.py; }
 copies() { # RoPE positions and vectors of copies: parity, then what a step costs beside the same K without them
-    check 240 tests/gpu/test_cuda_copies.py
     check 150 tests/gpu/test_cuda_parity.py -k told-apart
+    check 240 tests/gpu/test_cuda_copies.py
     phd 170 train_copies bench train --preset dense-1.2b --members K=2 K=2+vector K=2+repeated K=2+vector+repeated \
         --micro-batch-size "$samples" --rounds 12 --json "$out/train_copies.json"
 }

@@ -85,11 +85,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The models of the tests that were selected, on every device."""
     root = tmp_path_factory.mktemp("cuda")
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    wanted = {item.callspec.params.get("model") for item in items}
     for device in DEVICES:
         cases = []
         for name, (scheme, repeat, further) in MODELS.items():
+            if name not in wanted:
+                continue
             out = root / device / name
             cases.append(
                 [
