@@ -31,6 +31,7 @@ class PHDTransformerConfig(TransformerConfig):
     fused_norms: bool = False  #: a norm that only a linear layer reads is computed inside it
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     init_scheme: str = "normal"
+    head_init_method_std: float | None = None  #: of an untied head; None is init_method_std
     init_gain: float = 1.0  #: of value, attention-output and FFN weights, by the norm scheme
 
 
@@ -95,6 +96,7 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
+        "head_init_method_std": model.head_init_method_std,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": split.vpp if split.vpp > 1 else None,
