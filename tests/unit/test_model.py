@@ -259,6 +259,16 @@ def test_initialisation_depends_on_seed_and_name_alone(runtime):
     assert float(projection.std()) == pytest.approx(std / 6**0.5, rel=0.1)
 
 
+def test_a_head_of_its_own_may_have_another_std(runtime):
+    untied = {"untie_embeddings_and_output_weights": True, "norm_scheme": "hybrid_star"}
+    plain = dict(build(make_run(**untied)).named_parameters())
+    other = dict(build(make_run(**untied, head_init_method_std=0.5)).named_parameters())
+    assert [name for name in plain if not torch.equal(plain[name], other[name])] == ["output_layer.weight"]
+    head = other["output_layer.weight"]
+    assert float(head.std()) == pytest.approx(0.5, rel=0.05) and float(head.abs().max()) <= 3 * 0.5
+    torch.testing.assert_close(head / 0.5, plain["output_layer.weight"] / (1 / (2.5 * 32)) ** 0.5)
+
+
 @pytest.mark.parametrize("scheme", ["normal", "depth_scaled", "megatron"])
 def test_output_projection_std(scheme):
     from phd_megatron.model.initialisation import output_projection_std
