@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,42 +92,60 @@ def exported(root: Path) -> dict[str, Path]:
     return found
 
 
-SAME_DATA = {
-    "default": [],
-    "its training data": ["--subset", "train", "--num-samples", 15],
-    "the very data": ["--data-path", "DATA", "--num-samples", 21, "--eod-mask-loss"],
-    "the same place": ["--data-path", "LINK"],
-    "another split": ["--split", "50,25,25", "--subset", "test"],
-    "shorter": ["--seq-length", 10],
-    "other data": ["--data-path", "OTHER"],
+@dataclass(frozen=True)
+class Case:
+    """Flags of an evaluation, and what it then reads: split, share of the documents, tokens of a sample."""
+
+    model: str
+    flags: list[object]
+    split: str
+    share: float
+    length: int = TINY_MODEL["seq-length"]
+
+
+CASES = {
+    "default": Case("native", [], "validation", 0.1),
+    "training": Case("dense", ["--subset", "train", "--num-samples", 15], "training", 0.9),
+    "the very data": Case("dense", ["--data-path", "DATA", "--num-samples", 21, "--eod-mask-loss"], "validation", 0.1),
+    "the same place": Case("dense", ["--data-path", "LINK"], "validation", 0.1),
+    "another split": Case("dense", ["--split", "50,25,25", "--subset", "test"], "test", 0.25),
+    "shorter": Case("native", ["--seq-length", 10], "validation", 0.1, 10),
+    "other data": Case("dense", ["--data-path", "OTHER"], "all", 1.0),
 }
 
 
-@pytest.mark.parametrize("name", SAME_DATA)
-def test_an_export_gives_the_number_of_its_checkpoint(
-    root: Path, exported: dict[str, Path], documents: Path, tmp_path: Path, name: str
-) -> None:
+@pytest.fixture(scope="module")
+def numbers(root: Path, exported: dict[str, Path], documents: Path, run_cases: Any) -> Path:
+    """``<case>-<checkpoint|export>.json``."""
     for suffix in (".bin", ".idx", ".meta.json"):
-        shutil.copy(f"{documents}{suffix}", tmp_path / f"other{suffix}")
-    (tmp_path / "link").symlink_to(documents.parent)
-    places = {"DATA": documents, "LINK": tmp_path / "link" / documents.name, "OTHER": tmp_path / "other"}
-    flags = [places.get(str(word), word) for word in SAME_DATA[name]]
-    model = "native" if name in ("default", "shorter") else "dense"
-    one = evaluate("--checkpoint", root / model / "save", *flags, "--json", tmp_path / "one.json")
-    two = evaluate("--checkpoint", exported[model], *flags, "--json", tmp_path / "two.json", "--micro-batch-size", 4)
+        shutil.copy(f"{documents}{suffix}", root / f"other{suffix}")
+    (root / "link").symlink_to(documents.parent)
+    places = {"DATA": documents, "LINK": root / "link" / documents.name, "OTHER": root / "other"}
+    words = []
+    for name, case in CASES.items():
+        given = [str(places.get(str(word), word)) for word in case.flags]
+        for kind, path, more in (
+            ("checkpoint", root / case.model / "save", []),
+            ("export", exported[case.model], ["--micro-batch-size", "4"]),
+        ):
+            where = ["--device", "cpu", "--json", str(root / f"{name}-{kind}.json")]
+            words.append(["evaluate", "--checkpoint", str(path), *given, *more, *where])
+    run_cases(1, words)
+    return root
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_gives_the_number_of_its_checkpoint(numbers: Path, documents: Path, name: str) -> None:
+    one, two = (json.loads((numbers / f"{name}-{kind}.json").read_text()) for kind in ("checkpoint", "export"))
     assert two["loss"] == pytest.approx(one["loss"], rel=TOLERANCE)
-    same = [key for key in one if key not in ("loss", "perplexity", "seconds")]
-    assert {key: one[key] for key in same} == {key: two[key] for key in same}
-    pass_of = {"default": 0.1, "its training data": 0.9, "another split": 0.25, "other data": 1.0}.get(name, 0.1)
-    length = 10 if name == "shorter" else 24
+    for key in one.keys() - {"loss", "perplexity", "seconds"}:
+        assert one[key] == two[key], key
+    case = CASES[name]
     tokens = Path(f"{documents}.bin").stat().st_size / 2
-    assert one["seq_length"] == length
-    assert one["available_samples"] == pytest.approx(pass_of * tokens / length, rel=0.05)
-    assert one["split"] == {"its training data": "training", "another split": "test", "other data": "all"}.get(
-        name, "validation"
-    )
-    if name == "the very data":
-        assert one["tokens"] < 21 * length, "ends of documents carry no loss"
+    assert (one["split"], one["seq_length"]) == (case.split, case.length)
+    assert one["available_samples"] == pytest.approx(case.share * tokens / case.length, rel=0.05)
+    if "--eod-mask-loss" in case.flags:
+        assert one["tokens"] < 21 * case.length, "ends of documents carry no loss"
 
 
 def test_what_is_evaluated_is_said(exported: dict[str, Path], documents: Path) -> None:
@@ -168,7 +187,10 @@ def test_a_record_that_lacks_or_does_not_fit_is_refused(
     ("words", "message"),
     [
         (["--num-samples", "0"], "--num-samples 0: give at least 1"),
-        (["--num-samples", "104"], "--num-samples 104: one pass over the validation split has 103 samples of 24 tokens"),
+        (
+            ["--num-samples", "104"],
+            "--num-samples 104: one pass over the validation split has 103 samples of 24 tokens",
+        ),
         (["--subset", "test"], "gives the test split nothing"),
         (["--layout", "tp2"], "does not divide"),
         (["--seq-length", "25"], "--seq-length 25: the model was trained on 24 positions"),
