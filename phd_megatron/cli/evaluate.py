@@ -14,7 +14,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
 
 if TYPE_CHECKING:
-    from phd_megatron.data.evaluation import Evaluation
+    from phd_megatron.data.evaluation import Evaluation, Selection
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,15 +24,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Mean loss per token and perplexity over one pass of a prepared data set, cut into samples as in "
         "training. A checkpoint runs in Megatron-Core and, under torchrun, in any layout; an exported directory, or "
         "another causal model of transformers, runs in transformers on one process. Both give the same number.",
-        epilog="Without data flags a checkpoint is evaluated on the validation split of the data it was trained on.",
+        epilog="Without data flags a checkpoint, and its export, is evaluated on the validation split of the data it "
+        "was trained on.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"
     )
-    parser.add_argument("--data-path", nargs="+", metavar="PREFIX", help="prepared data, all of it unless --split")
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="prepared data, all of it unless --split; data of the training keeps the split it had there",
+    )
     parser.add_argument("--split", metavar="A,B,C", help="shares of training, validation and test")
-    parser.add_argument("--subset", choices=("train", "valid", "test"), help="which of them (valid; train of all data)")
+    parser.add_argument("--subset", choices=("train", "valid", "test"), help="which of them (default valid)")
     parser.add_argument("--num-samples", type=int, metavar="N", help="the first N samples (default: one pass)")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a sample (default: as in training)")
     parser.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once (default: as in training)")
@@ -75,24 +81,24 @@ def run(argv: list[str]) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
     is_export = (path / "config.json").is_file()
-    result, is_main = (_export if is_export else _checkpoint)(path, args)
+    result, selection, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:
         print(result)
         for line in _copy_lines(result.copy_losses):
             print(line)
         if args.json:
-            _write(args.json, result)
+            _write(args.json, result, selection)
     return 0
 
 
-def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
+def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection, bool]:
     environment = Environment.read()
     device = choose_device(args.device, environment.local_rank)[0]
     install_backend(device)  # before Megatron is imported
 
     from phd_megatron.config.serialize import load_yaml
     from phd_megatron.data.datasets import resolve_tokenizer
-    from phd_megatron.data.evaluation import samples_to_evaluate
+    from phd_megatron.data.evaluation import select_samples
     from phd_megatron.runtime.checkpoint_store import CheckpointError, latest_complete
     from phd_megatron.training.evaluation import evaluate_checkpoint, for_evaluation
     from phd_megatron.training.parity_layouts import SINGLE, parse_layout
@@ -106,23 +112,23 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]
     saved = load_yaml(found / "run_config.yaml")
     if (found / "tokenizer").is_dir():
         saved.data.tokenizer = str(found / "tokenizer")
-    subset = _choose_data(saved, args)
+    subset = _choose_data(found, saved, args)
     config, notes = for_evaluation(
         saved, parse_layout(args.layout) if args.layout else SINGLE, device, environment.world_size
     )
     tokenizer = resolve_tokenizer(config)
-    samples = samples_to_evaluate(config, tokenizer, subset, args.num_samples)
+    selection = select_samples(config, tokenizer, subset, args.num_samples)
     with Runtime.start(config.parallel, model=config.model, training=config.training) as runtime:
         for note in notes:
             runtime.log(f"note: {note}")
-        runtime.log(f"evaluating {found} on {samples} samples of {config.model.seq_length} tokens")
+        runtime.log(f"evaluating {found} on {selection}")
         result = evaluate_checkpoint(
-            found, config, runtime, tokenizer, subset, samples, args.verify_checkpoint, args.copies
+            found, config, runtime, tokenizer, subset, selection.samples, args.verify_checkpoint, args.copies
         )
-        return result, runtime.is_main
+        return result, selection, runtime.is_main
 
 
-def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
+def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection, bool]:
     if args.layout or Environment.read().world_size > 1:
         raise UserError(
             f"{path} is a Hugging Face directory, which one process evaluates; start without torchrun and --layout, or "
@@ -133,37 +139,61 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, bool]:
             f"--copies with {path}: an exported model computes the last copy alone in its last layer, so there is no "
             "output of the others; give the Megatron checkpoint that was exported"
         )
-    if not args.data_path:
+    from phd_megatron.data.record import RECORD, TrainingData
+
+    config = RunConfig()
+    record = TrainingData.read(path)
+    if record is not None:
+        record.put_into(config)
+    elif not args.data_path:
         raise UserError(f"{path} does not say what data it was trained on; name prepared data with --data-path")
     device = choose_device(args.device)[0]
     install_backend(device)  # Megatron's datasets read the data
 
     from phd_megatron.data.datasets import resolve_tokenizer
-    from phd_megatron.data.evaluation import samples_to_evaluate
+    from phd_megatron.data.evaluation import select_samples
     from phd_megatron.huggingface.evaluation import evaluate_model
     from phd_megatron.huggingface.generation import load_model
 
     model = load_model(path, path, device, args.trust_remote_code)
-    config = RunConfig()
     config.model.vocab_size = model.config.vocab_size
-    config.model.seq_length = model.config.max_position_embeddings
+    config.model.max_position_embeddings = longest = model.config.max_position_embeddings
+    if record is None:
+        config.model.seq_length = longest
+    elif config.model.seq_length > longest:
+        raise UserError(
+            f"{path} was trained on samples of {config.model.seq_length} tokens by its {RECORD}, and on {longest} "
+            "positions by its config.json; export it again"
+        )
     if (path / "tokenizer.json").is_file():
         config.data.tokenizer = str(path)
-    subset = _choose_data(config, args)
+    subset = _choose_data(path, config, args)
+    if record is not None and not args.data_path:
+        record.check_unchanged(config, subset)
     tokenizer = resolve_tokenizer(config)
-    samples = samples_to_evaluate(config, tokenizer, subset, args.num_samples)
-    print(f"evaluating {path} on {samples} samples of {config.model.seq_length} tokens", flush=True)
-    return evaluate_model(model, config, tokenizer, subset, samples, lambda line: print(line, flush=True)), True
+    selection = select_samples(config, tokenizer, subset, args.num_samples)
+    print(f"evaluating {path} on {selection}", flush=True)
+    result = evaluate_model(model, config, tokenizer, subset, selection.samples, lambda line: print(line, flush=True))
+    return result, selection, True
 
 
-def _choose_data(config: RunConfig, args: argparse.Namespace) -> str:
-    """Put the command's data flags into ``config``; the split to evaluate."""
+def _choose_data(source: Path, config: RunConfig, args: argparse.Namespace) -> str:
+    """Put the command's data flags into ``config``, which holds the training's data; the split to evaluate."""
+    from phd_megatron.data.record import names_recorded_data, require_files
+
     data = config.data
+    is_whole = False
     if args.data_path:
-        data.data_path, data.split = args.data_path, args.split or "1,0,0"
+        is_whole = args.split is None and not names_recorded_data(args.data_path, data)
+        data.data_path = args.data_path
         data.train_data_path = data.valid_data_path = data.test_data_path = None
-    elif args.split:
-        data.split = args.split
+    elif args.split and not data.data_path:
+        raise UserError(
+            f"--split {args.split}: the run read training, validation and test data of their own, so there is nothing "
+            "to split; choose one with --subset, or name data with --data-path"
+        )
+    if args.split or is_whole:
+        data.split = args.split or "1,0,0"
     if args.seq_length is not None:
         longest = config.model.max_position_embeddings or config.model.seq_length
         if args.seq_length > longest:
@@ -175,7 +205,9 @@ def _choose_data(config: RunConfig, args: argparse.Namespace) -> str:
         config.training.micro_batch_size = args.micro_batch_size
     if args.eod_mask_loss is not None:
         data.eod_mask_loss = args.eod_mask_loss
-    subset: str = args.subset or ("train" if args.data_path and not args.split else "valid")
+    subset: str = args.subset or ("train" if is_whole else "valid")
+    if not args.data_path:
+        require_files(source, config, subset)
     return subset
 
 
@@ -188,13 +220,18 @@ def _copy_lines(losses: Sequence[float]) -> list[str]:
     ]
 
 
-def _write(path: str, result: Evaluation) -> None:
+def _write(path: str, result: Evaluation, selection: Selection) -> None:
     content: dict[str, Any] = {
         "loss": result.loss,
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "samples": result.samples,
         "seconds": result.seconds,
+        "data": list(selection.data),
+        "split": selection.split,
+        "share": list(selection.share),
+        "available_samples": selection.available,
+        "seq_length": selection.seq_length,
     }
     if result.copy_losses:
         content["diagnostic_copy_losses"] = result.copy_losses

@@ -142,13 +142,14 @@ def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
         train_iters=STEPS,
         train_samples=None,
         eval_iters=0,
+        evals_per_run=None,
         exit_interval=None,
         exit_duration_in_mins=None,
     )
     own = config.optimizer
     config.optimizer = type(own)(
-        **{name: getattr(own, name) for name in ("lr", "weight_decay", "decay_norms", "clip_grad")},
-        **{name: getattr(own, name) for name in ("adam_beta1", "adam_beta2")},
+        **{name: getattr(own, name) for name in ("lr", "weight_decay", "decay_norms", "decay_embeddings")},
+        **{name: getattr(own, name) for name in ("clip_grad", "adam_beta1", "adam_beta2")},
         adam_eps=max(own.adam_eps, ADAM_EPS),
         lr_decay_style="constant",
     )

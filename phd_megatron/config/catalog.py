@@ -31,6 +31,7 @@ ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("lr_decay_iters", "lr_decay_samples"),
     ("lr_wsd_decay_iters", "lr_wsd_decay_samples"),
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction"),
+    ("eval_interval", "evals_per_run"),
     ("bf16", "fp16"),
     ("data_path", "train_data_path"),
     ("virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"),

@@ -68,6 +68,7 @@ _RECIPE: dict[str, Any] = {
     "lr_warmup_tokens": 2000 * _BATCH_TOKENS,
     "weight_decay": 0.1,
     "decay_norms": True,
+    "decay_embeddings": False,
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_eps": 1e-8,
@@ -75,12 +76,16 @@ _RECIPE: dict[str, Any] = {
     "keep_last": 3,
 }
 
+_CODE = "as in the authors' configuration (github.com/BryceZhuo/HybridNorm)"
+_DECAY = f"norms are decayed and the input embedding is not, {_CODE}"
+_HEAD = "head_init_method_std is 1/sqrt(hidden_size), as the authors' full_megatron draws a head that is not tied"
 _BUDGET = "the training budget is our choice"
 _WIDTH = "ffn_hidden_size is half of what the paper prints: there the gate and up projections count together"
 _SCHEME = "norm_scheme hybrid_star is the paper's best; its baseline is --norm-scheme pre, its other model hybrid"
+_DENSE_NOTES = (_SCHEME, _DECAY)
 _PHD_RECIPE = (
-    "sequence length, batch, learning rate, warm-up, vocabulary and RoPE base follow HybridNorm's recipe, whose code "
-    "base is the same (OLMo 2): the PHD paper prints none of them",
+    "sequence length, batch, learning rate, warm-up, what is decayed, vocabulary and RoPE base follow HybridNorm's "
+    "dense recipe, whose code base is the same (OLMo 2): the PHD paper prints none of them",
     "norm_scheme pre is our choice; hybrid_star adds HybridNorm*",
 )
 
@@ -144,10 +149,10 @@ _SCALING = "Scaling comparison of Pre-Norm and HybridNorm* at 151M, 285M, 550M a
 
 PRESETS: dict[str, Preset] = {
     "dense-151m": Preset(
-        "HybridNorm* 151M", HYBRID_NORM, _SCALING, _model(_DENSE["151m"], 200e9), 200e9, (151e6, 151e6), (_SCHEME,)
+        "HybridNorm* 151M", HYBRID_NORM, _SCALING, _model(_DENSE["151m"], 200e9), 200e9, (151e6, 151e6), _DENSE_NOTES
     ),
     "dense-285m": Preset(
-        "HybridNorm* 285M", HYBRID_NORM, _SCALING, _model(_DENSE["285m"], 200e9), 200e9, (285e6, 285e6), (_SCHEME,)
+        "HybridNorm* 285M", HYBRID_NORM, _SCALING, _model(_DENSE["285m"], 200e9), 200e9, (285e6, 285e6), _DENSE_NOTES
     ),
     "dense-550m": Preset(
         "HybridNorm* 550M, 400B tokens",
@@ -156,7 +161,7 @@ PRESETS: dict[str, Preset] = {
         _model(_DENSE["550m"], 400e9),
         400e9,
         (550e6, 550e6),
-        (_SCHEME, "the paper's scaling comparison trains 300B tokens: --train-samples 73242188"),
+        (*_DENSE_NOTES, "the paper's scaling comparison trains 300B tokens: --train-samples 73242188"),
     ),
     "dense-543m": Preset(
         "HybridNorm* 543M, 29 layers",
@@ -165,7 +170,7 @@ PRESETS: dict[str, Preset] = {
         _model(_DENSE["543m"], 400e9),
         400e9,
         (543e6, 543e6),
-        (_SCHEME, _BUDGET),
+        (*_DENSE_NOTES, _BUDGET),
     ),
     "dense-1.2b": Preset(
         "HybridNorm* 1.2B",
@@ -174,7 +179,10 @@ PRESETS: dict[str, Preset] = {
         _model(_DENSE["1.2b"], 1e12),
         1e12,
         (1.2e9, 1.2e9),
-        (_SCHEME, "the paper prints an FFN of 9192; its code has 16384 fused, so 8192 was taken: 1.18B parameters"),
+        (
+            *_DENSE_NOTES,
+            "the paper prints an FFN of 9192; its code has 16384 fused, so 8192 was taken: 1.18B parameters",
+        ),
     ),
     "dense-7b": Preset(
         "HybridNorm* 7B",
@@ -184,6 +192,7 @@ PRESETS: dict[str, Preset] = {
             _sizes(32, 4096, 11008, 32, 32),
             150e9,
             untie_embeddings_and_output_weights=True,
+            head_init_method_std=4096**-0.5,
             tensor_model_parallel_size=2,
             sequence_parallel=True,
             norm_scheme="hybrid_star_7b",
@@ -193,6 +202,8 @@ PRESETS: dict[str, Preset] = {
         (
             "norm_scheme hybrid_star_7b is HybridNorm* with the paper's further norm on the attention output of 7B",
             "the shape is OLMo 2 7B's (7.3B parameters)",
+            _DECAY,
+            _HEAD,
         ),
     ),
     "moe-1b-7b": Preset(
@@ -205,15 +216,22 @@ PRESETS: dict[str, Preset] = {
             **_EXPERTS,
             vocab_size=50280,
             untie_embeddings_and_output_weights=True,
+            head_init_method_std=2048**-0.5,
             rotary_base=10000.0,
             expert_model_parallel_size=8,
             lr=4e-4,
             min_lr=5e-5,
             lr_warmup_tokens=2500 * _BATCH_TOKENS,
+            decay_embeddings=True,
         ),
         500e9,
         (6.9e9, 1.3e9),
-        (_SCHEME, "softmax over all experts before the choice of eight, as in OLMoE, whose code the paper extends"),
+        (
+            _SCHEME,
+            "softmax over all experts before the choice of eight, as in OLMoE, whose code the paper extends",
+            f"norms and embeddings are decayed, {_CODE}",
+            _HEAD,
+        ),
     ),
     "phd-151m": Preset(
         "PHD-CSWA-2-16-32 151M",

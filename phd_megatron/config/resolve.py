@@ -18,6 +18,7 @@ from phd_megatron.config.validate import problems
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
 
+EVAL_INTERVAL = 1000  # steps, where neither eval_interval nor evals_per_run is given
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 
 
@@ -41,6 +42,8 @@ def resolve(config: RunConfig) -> list[str]:
     )
     raise_all([*problems(config), *_unknown_scheme(config.model), *_unfitting_init(config.model)])
     notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
+    if config.training.eval_interval is None and config.training.evals_per_run is None:
+        config.training.eval_interval = EVAL_INTERVAL
     raise_all(problems(config))
     return switched_off_notes + notes
 

@@ -12,7 +12,7 @@ from phd_megatron.config.unsupported import raise_all
 
 EXECUTION_ONLY = (
     *("phd_attention_backend", "transformer_impl", "phd_last_layer_pruning", "hidden_dropout", "attention_dropout"),
-    *("init", "init_method_std"),  # weights are not drawn again
+    *("init", "init_method_std", "head_init_method_std"),  # weights are not drawn again
     *("recompute_*", "distribute_saved_activations", "*_fusion", "fp8*", "first_last_layers_bf16", "num_layers_at_*"),
     "cuda_graph_*",
     *("tp_comm_*", "tp_only_amax_red", "batch_p2p_*", "deallocate_pipeline_outputs", "attention_backend"),

@@ -48,6 +48,7 @@ class ModelConfig:
     norm_scheme: str = "pre"  #: row of the norm-scheme table
     init: Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"] = "auto"  #: auto is the norm scheme's own
     init_method_std: float | None = None  #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
+    head_init_method_std: float | None = None  #: that of an untied LM head; default init_method_std
     phd_attention_backend: Backend = "auto"  #: PHD attention; triton ones fuse norm and RoPE too
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  #: linear and norm modules
     transformer: dict[str, Any] = field(default_factory=dict)  #: further TransformerConfig fields by name
@@ -109,8 +110,9 @@ class TrainingConfig:
     rampup_batch_size: list[int] | None = None  #: START INCREMENT SAMPLES
     train_iters: int | None = None  #: steps; or use train_samples
     train_samples: int | None = None  #: samples; or use train_iters
-    eval_interval: int = 1000  #: steps between evaluations
-    eval_iters: int = 100  #: global batches per evaluation; 0 is none
+    eval_interval: int | None = None  #: steps between validations; default 1000, or use evals_per_run
+    evals_per_run: int | None = None  #: validations of a run, spread evenly over its samples, the last at its end
+    eval_iters: int = 100  #: global batches per validation, at most one pass over the split; 0 is none
     exit_interval: int | None = None  #: stop (and save) after this many steps of this start
     exit_duration_in_mins: float | None = None  #: stop (and save) after this long
     seed: int = 1234  #: seed of initialisation, data order and dropout
@@ -137,6 +139,7 @@ class OptimizerConfig:
     lr_wsd_decay_samples: int | None = None  #: length of the WSD annealing in samples
     weight_decay: float = 0.1  #: decoupled weight decay
     decay_norms: bool = False  #: also decay norm weights and biases, as the HybridNorm authors do
+    decay_embeddings: bool = True  #: decay the input embedding, its tied copy as a head included
     adam_beta1: float = 0.9  #: AdamW beta 1
     adam_beta2: float = 0.95  #: AdamW beta 2
     adam_eps: float = 1e-8  #: AdamW epsilon

@@ -20,7 +20,7 @@ _AT_LEAST_ONE = (
     *("num_layers_in_last_pipeline_stage", "microbatch_group_size_per_vp_stage"),
     *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "ddp_bucket_size"),
     *("data_horizon_samples", "micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
-    *("eval_interval", "exit_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),
+    *("eval_interval", "evals_per_run", "exit_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),
     *("lr_wsd_decay_samples", "save_interval", "keep_last", "log_interval"),
 )
 _AT_LEAST_ZERO = (
@@ -28,7 +28,7 @@ _AT_LEAST_ZERO = (
     *("lr_warmup_tokens", "weight_decay", "clip_grad", "log_layer_statistics", "profile_step_start"),
 )
 _ABOVE_ZERO = (
-    *("layernorm_epsilon", "rotary_base", "init_method_std", "distributed_timeout_minutes"),
+    *("layernorm_epsilon", "rotary_base", "init_method_std", "head_init_method_std", "distributed_timeout_minutes"),
     *("exit_duration_in_mins", "lr", "adam_eps", "peak_tflops"),
 )
 _EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
@@ -85,6 +85,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"phd_copy_positions={model.phd_copy_positions!r}: {places} places of repeated tokens "
             f"(phd_repeat={model.phd_repeat}) are more than the {_EXACT_POSITIONS} that float32 tells apart; use "
             "token, or a shorter seq_length"
+        )
+    if model.head_init_method_std is not None and not model.untie_embeddings_and_output_weights:
+        yield (
+            f"head_init_method_std={model.head_init_method_std} without a head of its own: it is the input embedding, "
+            "whose values init_method_std says; set untie_embeddings_and_output_weights, or leave it out"
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
         yield (

@@ -23,6 +23,14 @@ class SplitPlan:
     weights: list[float] | None
     share: tuple[float, float]
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As it is written: the prefixes, or pairs of weight and prefix."""
+        if self.weights is None:
+            return tuple(self.prefixes)
+        pairs = zip(self.weights, self.prefixes, strict=True)
+        return tuple(word for weight, prefix in pairs for word in (f"{weight:g}", prefix))
+
 
 def _number(text: str) -> float | None:
     try:
@@ -92,11 +100,17 @@ def plan_splits(data: DataConfig) -> list[SplitPlan | None]:
     ]
 
 
-def tokens_in(info: IndexedInfo, share: tuple[float, float]) -> int:
-    """Tokens of a prefix's part of a split, rounded to sequences as Megatron rounds."""
+def documents_of(info: IndexedInfo, share: tuple[float, float]) -> range:
+    """Sequences of a prefix's part of a split, rounded as Megatron rounds."""
     count = len(info.lengths)
     begin, end = (round(border * float(count)) for border in share)
-    return int(info.lengths[begin:end].sum(dtype="int64"))
+    return range(begin, end)
+
+
+def tokens_in(info: IndexedInfo, share: tuple[float, float]) -> int:
+    """Tokens of a prefix's part of a split."""
+    documents = documents_of(info, share)
+    return int(info.lengths[documents.start : documents.stop].sum(dtype="int64"))
 
 
 def check_split(plan: SplitPlan, infos: dict[str, IndexedInfo], seq_length: int, index: int) -> list[int]:

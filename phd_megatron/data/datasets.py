@@ -1,4 +1,4 @@
-"""Training, validation and test data of a run, through Megatron's dataset builder.
+"""Training, validation and test data of a run.
 
 The training order is drawn in blocks of ``data_horizon_samples``. Within a block it is Megatron's order for that many
 samples; the next block is drawn anew with the next seed. Megatron's own order depends on how many epochs a run asks
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLIT_NAMES, SplitPlan, check_split, plan_splits
 from phd_megatron.data.indexed import IndexedInfo, check_indexed
+from phd_megatron.data.one_pass import build_pass
 from phd_megatron.data.output import read_sidecar
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
@@ -150,7 +151,10 @@ def _describe(identifiers: dict[str, Any]) -> str:
 
 
 def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
-    """Datasets of at least the wanted number of training, validation and test samples; None where that is 0.
+    """Training samples of the wanted number; one pass over validation and test data where any are; None where none are.
+
+    A pass has the samples that the data has, be they more or fewer than wanted
+    (:mod:`phd_megatron.data.one_pass`).
 
     Items are dicts of tensors of shape [seq_length]: tokens, labels (int64), loss_mask (float32), position_ids (int64).
     To be called by all ranks when torch.distributed is initialised; it need not be. Raises UserError.
@@ -162,11 +166,11 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int
         if count <= 0 or plan is None:
             built.append(None)
         elif index:
-            built.append(_build_split(run, tokenizer, plan, infos, index, count, run.training.seed))
+            built.append(build_pass(run, tokenizer, plan, infos, index))
         else:
             horizon = data_horizon(run, count)
             blocks = [
-                _build_split(run, tokenizer, plan, infos, index, horizon, run.training.seed + number)
+                _build_block(run, tokenizer, plan, infos, horizon, run.training.seed + number)
                 for number in range(-(-count // horizon))
             ]
             built.append(BlockedDataset(blocks, horizon, count))
@@ -174,48 +178,35 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int
     return train, valid, test
 
 
-def _build_split(
-    run: RunConfig,
-    tokenizer: Tokenizer,
-    plan: SplitPlan,
-    infos: dict[str, IndexedInfo],
-    index: int,
-    count: int,
-    seed: int,
+def _build_block(
+    run: RunConfig, tokenizer: Tokenizer, plan: SplitPlan, infos: dict[str, IndexedInfo], count: int, seed: int
 ) -> Any:
-    """One split of ``count`` samples by Megatron's builder."""
+    """``count`` samples of the training split by Megatron's builder."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-    from phd_megatron.data.gpt_index import IndexedGPTConfig, IndexedGPTDataset, TokenizerView
+    from phd_megatron.data.gpt_index import IndexedGPTDataset, index_config
 
     weights = plan.weights
     if weights is None and len(plan.prefixes) > 1:
         # Without weights Megatron stops after one epoch of the blend; by tokens is the same mix without an end.
-        weights = [float(count) for count in check_split(plan, infos, run.model.seq_length, index)]
-    config = IndexedGPTConfig(
+        weights = [float(count) for count in check_split(plan, infos, run.model.seq_length, 0)]
+    config = index_config(
+        run,
+        tokenizer,
+        plan,
+        infos,
+        0,
         random_seed=seed,
-        sequence_length=run.model.seq_length,
         blend=(plan.prefixes, weights),
-        split="1,1,1",  # replaced below by the exact borders of the one split that is built
-        tokenizer=TokenizerView(tokenizer.vocab_size, tokenizer.eod, tokenizer.unique_identifiers),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=run.data.eod_mask_loss,
-        create_attention_mask=False,
-        index_cache=run.data.data_cache_path,
-        fingerprints={p: [infos[p].bin_size, infos[p].idx_size, infos[p].idx_mtime_ns] for p in plan.prefixes},
         # Small blends need more than Megatron's half percent, because each part is rounded up.
         mid_level_dataset_surplus=0.005 + 2.0 * len(plan.prefixes) / count,
     )
-    config.split = run.data.split
-    config.split_matrix = [plan.share if i == index else None for i in range(3)]
-    sizes = [count if i == index else 0 for i in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's notes on read-only arrays
-        dataset = BlendedMegatronDatasetBuilder(IndexedGPTDataset, sizes, lambda: True, config).build()[index]
+        dataset = BlendedMegatronDatasetBuilder(IndexedGPTDataset, [count, 0, 0], lambda: True, config).build()[0]
     if dataset is None or len(dataset) < count:
         raise UserError(
-            f"the {SPLIT_NAMES[index]} split gives {0 if dataset is None else len(dataset)} samples of the {count} "
-            f"wanted; give more data or ask for fewer"
+            f"the training split gives {0 if dataset is None else len(dataset)} samples of the {count} wanted; give "
+            "more data or ask for fewer"
         )
     return dataset

@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLIT_NAMES, SPLITS, check_split, plan_splits
-from phd_megatron.data.datasets import build_datasets, check_data
+from phd_megatron.data.datasets import check_data
+from phd_megatron.data.one_pass import build_pass, interleave
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
 
@@ -77,10 +78,13 @@ class Progress:
 
 
 class EvenBatches(Dataset[dict[str, Any]]):
-    """``dataset`` cut or filled up to ``length`` items; a filler is the first item without loss on any token."""
+    """The first ``samples`` items of ``dataset``, filled up to a multiple of ``multiple``.
 
-    def __init__(self, dataset: Any, samples: int, length: int) -> None:
-        self.dataset, self.samples, self.length = dataset, samples, length
+    A filler is the first item without loss on any token.
+    """
+
+    def __init__(self, dataset: Any, samples: int, multiple: int) -> None:
+        self.dataset, self.samples, self.length = dataset, samples, -(-samples // multiple) * multiple
 
     def __len__(self) -> int:
         return self.length
@@ -94,17 +98,38 @@ class EvenBatches(Dataset[dict[str, Any]]):
         return {**item, "loss_mask": torch.zeros_like(item["loss_mask"])}
 
 
-def samples_to_evaluate(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int | None) -> int:
-    """Samples of one pass over ``split`` (``train``, ``valid``, ``test``), or as many as asked for; checks the data.
+@dataclass(frozen=True)
+class Selection:
+    """What is evaluated: ``samples`` of the ``available`` ones in a pass over a split of some data."""
+
+    split: str  #: training, validation or test; all where the data is not split
+    data: tuple[str, ...]  #: as a blend is written: PREFIX ..., or WEIGHT PREFIX pairs
+    share: tuple[float, float]  #: the part of each prefix's documents, from and to, of 1
+    samples: int
+    available: int
+    seq_length: int
+
+    def __str__(self) -> str:
+        begin, end = (f"{100 * border:.10g}" for border in self.share)
+        words = " ".join(self.data)
+        which = f"the {self.split} split of {words} ({begin} to {end} % of its documents)"
+        return (
+            f"{f'all of {words}' if self.split == 'all' else which}: {self.samples} of {self.available} samples of "
+            f"{self.seq_length} tokens"
+        )
+
+
+def select_samples(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int | None) -> Selection:
+    """One pass over ``split`` (``train``, ``valid``, ``test``), or as many samples as asked for; checks the data.
 
     A sample is ``seq_length`` tokens and the next one; what is left of a data set at its end is not read.
 
     Raises:
-        UserError: when the split is empty or too small, or one pass over weighted data sets is asked for.
+        UserError: when the split is empty or too small, or more samples are asked for than a pass has.
     """
     if asked is not None and asked < 1:
         raise UserError(f"--num-samples {asked}: give at least 1, or leave it out for all")
-    index = SPLITS.index(split)
+    index, length = SPLITS.index(split), run.model.seq_length
     plan = plan_splits(run.data)[index]
     if plan is None:
         raise UserError(
@@ -112,20 +137,23 @@ def samples_to_evaluate(run: RunConfig, tokenizer: Tokenizer, split: str, asked:
             "with --data-path"
         )
     wanted = tuple(1 if number == index else 0 for number in range(3))
-    tokens = check_split(plan, check_data(run, tokenizer, wanted), run.model.seq_length, index)  # type: ignore[arg-type]
-    if asked is not None:
-        return asked
-    if plan.weights is not None:
+    tokens = check_split(plan, check_data(run, tokenizer, wanted), length, index)  # type: ignore[arg-type]
+    available = len(interleave([(count - 1) // length for count in tokens], plan.weights)[0])
+    if asked is not None and asked > available:
+        why = ": with weights it ends where a data set would have to repeat" if plan.weights else ""
         raise UserError(
-            f"the data sets of the {SPLIT_NAMES[index]} split have weights, so one pass over them is not defined; give "
-            "--num-samples, or evaluate one data set at a time with --data-path"
+            f"--num-samples {asked}: one pass over the {SPLIT_NAMES[index]} split has {available} samples of {length} "
+            f"tokens{why}; ask for at most that, or leave it out for all"
         )
-    return sum((count - 1) // run.model.seq_length for count in tokens)
+    name = "all" if run.data.data_path and plan.share == (0.0, 1.0) else SPLIT_NAMES[index]
+    return Selection(name, plan.words, plan.share, asked or available, available, length)
 
 
 def evaluation_dataset(run: RunConfig, tokenizer: Tokenizer, split: str, samples: int, multiple: int) -> EvenBatches:
-    """The first ``samples`` samples of a split, as in training, filled up to a multiple of ``multiple``."""
+    """The first ``samples`` samples of a pass over a split, filled up to a multiple of ``multiple``."""
     index = SPLITS.index(split)
-    counts = tuple(samples if number == index else 0 for number in range(3))
-    dataset = build_datasets(run, tokenizer, counts)[index]  # type: ignore[arg-type]
-    return EvenBatches(dataset, samples, -(-samples // multiple) * multiple)
+    plan = plan_splits(run.data)[index]
+    assert plan is not None  # checked by select_samples
+    wanted = tuple(1 if number == index else 0 for number in range(3))
+    dataset = build_pass(run, tokenizer, plan, check_data(run, tokenizer, wanted), index)  # type: ignore[arg-type]
+    return EvenBatches(dataset, samples, multiple)

@@ -20,6 +20,10 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.blend import SplitPlan
+from phd_megatron.data.indexed import IndexedInfo
+from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,36 @@ class IndexedGPTDataset(GPTDataset):
         return document, sample, shuffle
 
 
+class OrderedGPTDataset(IndexedGPTDataset):
+    """One epoch of the documents in their order, cut into samples that come in one fixed permutation.
+
+    Where a sample begins depends on the documents and the sequence length alone, and the first N samples are a fair
+    sample of all. The class's name is part of the cache's key, so an index in Megatron's order is never met here.
+    """
+
+    def _build_in_memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from megatron.core.datasets import helpers
+
+        document = np.asarray(self.indices, np.int32)
+        sample = helpers.build_sample_idx(
+            self.dataset.sequence_lengths,
+            document,
+            self.config.sequence_length,
+            1,  # epoch
+            self._get_num_tokens_per_epoch(),
+        )
+        return document, sample, permutation(len(sample) - 1)
+
+
+#: Another one would make every validation loss a number of other samples.
+_PERMUTATION_SEED = 20250421
+
+
+def permutation(samples: int) -> np.ndarray:
+    """The order of a pass over so many samples. numpy promises that these numbers stay in later releases."""
+    return np.random.RandomState(_PERMUTATION_SEED).permutation(samples)
+
+
 _PARTS = ("document", "sample", "shuffle")
 
 
@@ -126,6 +160,37 @@ def _save(base: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def index_config(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    plan: SplitPlan,
+    infos: dict[str, IndexedInfo],
+    index: int,
+    *,
+    random_seed: int = _PERMUTATION_SEED,
+    blend: tuple[list[str], list[float] | None] | None = None,
+    **options: Any,
+) -> IndexedGPTConfig:
+    """What Megatron's datasets are told of split ``index``; the default of ``random_seed`` is that of a pass."""
+    config = IndexedGPTConfig(
+        random_seed=random_seed,
+        sequence_length=run.model.seq_length,
+        blend=blend or (plan.prefixes, None),
+        split="1,1,1",  # replaced below by the exact borders of the one split that is built
+        tokenizer=TokenizerView(tokenizer.vocab_size, tokenizer.eod, tokenizer.unique_identifiers),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=run.data.eod_mask_loss,
+        create_attention_mask=False,
+        index_cache=run.data.data_cache_path,
+        fingerprints={p: [infos[p].bin_size, infos[p].idx_size, infos[p].idx_mtime_ns] for p in plan.prefixes},
+        **options,
+    )
+    config.split = run.data.split
+    config.split_matrix = [plan.share if i == index else None for i in range(3)]
+    return config
 
 
 class TokenizerView:

@@ -33,24 +33,24 @@ def _quiet_worker(worker: int) -> None:
 
 
 class _Positions(Sampler[list[int]]):
-    """Sample indices of one rank's micro-batches from ``start`` on, until ``length`` or without end."""
+    """Sample indices of one rank's micro-batches from ``start`` on until ``length``."""
 
-    def __init__(self, start: int, length: int, size: int, rank: int, ranks: int, wrap: bool) -> None:
-        self.start, self.length, self.size, self.rank, self.ranks, self.wrap = start, length, size, rank, ranks, wrap
+    def __init__(self, start: int, length: int, size: int, rank: int, ranks: int) -> None:
+        self.start, self.length, self.size, self.rank, self.ranks = start, length, size, rank, ranks
 
     def __iter__(self) -> Iterator[list[int]]:
         begin = self.start + self.rank * self.size
-        while self.wrap or begin + self.size <= self.length:
-            yield [index % self.length for index in range(begin, begin + self.size)]
+        while begin + self.size <= self.length:
+            yield [*range(begin, begin + self.size)]
             begin += self.ranks * self.size
 
 
 class SampleStream:
     """Micro-batches of a map-style dataset for one data-parallel rank.
 
-    ``wrap`` starts over at the end of the dataset (validation); otherwise asking beyond it is an error. With
-    ``num_workers`` > 0 that many processes read ahead; the order and contents are the same. ``slices`` are the token
-    positions of a context-parallel rank; all ranks of a context-parallel group read the same samples.
+    Asking beyond the end of the dataset is an error. With ``num_workers`` > 0 that many processes read ahead; the order
+    and contents are the same. ``slices`` are the token positions of a context-parallel rank; all ranks of a
+    context-parallel group read the same samples.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class SampleStream:
         dp_size: int = 1,
         *,
         num_workers: int = 0,
-        wrap: bool = False,
         pin_memory: bool = False,
         slices: Sequence[range] | None = None,
     ) -> None:
@@ -72,7 +71,7 @@ class SampleStream:
             )
         self._dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
         self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
-        self._workers, self._wrap, self._pin, self._slices = num_workers, wrap, pin_memory, slices
+        self._workers, self._pin, self._slices = num_workers, pin_memory, slices
         self._iterator: Iterator[dict[str, torch.Tensor]] | None = None
         self._next = -1  # consumed samples at which the iterator's next micro-batch lies
 
@@ -86,10 +85,10 @@ class SampleStream:
         Each is a dict of tokens, labels, position_ids int64 and loss_mask float32, all [micro_batch_size, seq_length],
         or with as many columns as ``slices`` have positions.
         Steps that follow each other continue one read-ahead; another ``consumed_samples`` starts a new one. An
-        iterator is to be drawn before the next is asked for. Raises ValueError beyond the end unless ``wrap``.
+        iterator is to be drawn before the next is asked for. Raises ValueError beyond the end.
         """
         end = consumed_samples + num_microbatches * self._ranks * self._size
-        if consumed_samples < 0 or (not self._wrap and end > self._length):
+        if consumed_samples < 0 or end > self._length:
             raise ValueError(
                 f"samples {consumed_samples} to {end} are asked for but the dataset has {self._length}; build it for "
                 f"more samples"
@@ -107,7 +106,7 @@ class SampleStream:
 
     def _restart(self, consumed_samples: int) -> None:
         self.close()
-        positions = _Positions(consumed_samples, self._length, self._size, self._rank, self._ranks, self._wrap)
+        positions = _Positions(consumed_samples, self._length, self._size, self._rank, self._ranks)
         loader: DataLoader[dict[str, Any]] = DataLoader(
             self._dataset,
             batch_sampler=positions,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phd_megatron.data.record import TrainingData
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
@@ -100,6 +101,8 @@ def export_checkpoint(
         _write_json(directory / "generation_config.json", _generation_config(tokens))
         if model_class == BUNDLED:
             write_bundle(directory)
+        if (data := TrainingData.of_run(source.run)) is not None:
+            data.write(directory)
         if source.tokenizer_dir is not None:
             for path in sorted(source.tokenizer_dir.iterdir()):
                 if path.is_file():

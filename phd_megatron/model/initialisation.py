@@ -27,6 +27,7 @@ TRUNCATED_AT = 3.0  # standard deviations
 MOST_THREADS = 16  # that draw
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _FFN = re.compile(r"\.mlp\..*linear_fc[12]\.weight$")
+_HEAD = "output_layer.weight"  # a tied head has the embedding's name
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -90,6 +91,8 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
                 part.data.zero_()
             continue
         std = config.init_method_std
+        if part.key == _HEAD and config.head_init_method_std is not None:
+            std = config.head_init_method_std
         layer = _LAYER.match(part.key)
         if layer and part.key.endswith(_OUTPUT_PROJECTIONS):
             std = output_projection_std(std, config.init_scheme, int(layer[1]) + 1, config.num_layers)

@@ -34,6 +34,7 @@ class PHDTransformerConfig(TransformerConfig):
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     keep_copies: bool = False  #: no copy is dropped: the model gives the losses of all of them (a diagnostic)
     init_scheme: str = "normal"
+    head_init_method_std: float | None = None  #: of an untied head; None is init_method_std
     init_gain: float = 1.0  #: of value, attention-output and FFN weights, by the norm scheme
 
     @property
@@ -106,6 +107,7 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
+        "head_init_method_std": model.head_init_method_std,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": split.vpp if split.vpp > 1 else None,

@@ -11,7 +11,7 @@ import torch
 from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
 from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
@@ -45,7 +45,7 @@ def for_evaluation(
     drop_graph(run.model)
     if device == "cpu":
         notes += for_cpu(run.model)
-    run.checkpoint.save = run.checkpoint.load = None
+    run.checkpoint, run.logging = CheckpointConfig(), LoggingConfig()  # what asks for a place to save would be refused
     run.training.rampup_batch_size = None
     dims = ParallelDims.from_config(run.parallel, world_size)
     run.parallel.sequence_parallel = dims.sp

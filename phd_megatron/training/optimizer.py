@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 
 from phd_megatron.config.precision import fp8_recipe
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import OptimizerConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
@@ -37,8 +39,8 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     """Bring iterations, samples, tokens and fractions to samples.
 
     Raises:
-        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
-            reach the global batch size.
+        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch or than its
+            validations, or a ramp-up does not reach the global batch size.
     """
     training, optimizer = run.training, run.optimizer
     if training.train_samples is not None:
@@ -54,6 +56,11 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     if total < first_batch:
         raise UserError(
             f"train_samples={total} is less than one batch of {first_batch} samples; raise it to {first_batch} or more"
+        )
+    if training.evals_per_run is not None and training.evals_per_run > total // first_batch:
+        raise UserError(
+            f"evals_per_run={training.evals_per_run}: the run has at most {total // first_batch} steps, and a step is "
+            "followed by one validation; ask for fewer"
         )
 
     def samples(iters: int | None, given: int | None, default: int) -> int:
@@ -128,27 +135,23 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
 def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
     """AdamW with fp32 main parameters, and the hooks that the pipeline schedules call."""
     optimizer = run.optimizer
-    built = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.adam_beta1,
-            adam_beta2=optimizer.adam_beta2,
-            adam_eps=optimizer.adam_eps,
-            clip_grad=optimizer.clip_grad,
-            bf16=run.training.bf16,
-            fp16=run.training.fp16,
-            params_dtype=params_dtype(run),
-            use_distributed_optimizer=run.parallel.use_distributed_optimizer,
-            overlap_param_gather=run.parallel.overlap_param_gather,
-            fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
-        ),
-        models,
-        # An empty override decays every parameter; None leaves out one-dimensional ones and biases.
-        config_overrides={} if optimizer.decay_norms else None,
+    options = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=run.training.bf16,
+        fp16=run.training.fp16,
+        params_dtype=params_dtype(run),
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+        fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
     )
+    built = get_megatron_optimizer(options, models, config_overrides=_undecayed(models, optimizer, options))
     config = models[0].config
     config.grad_scale_func = built.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -160,6 +163,31 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
     if run.parallel.overlap_param_gather and interleaved:
         config.param_sync_func = [model.start_param_sync for model in models]
     return built
+
+
+def _undecayed(
+    models: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, options: MegatronOptimizerConfig
+) -> dict[ParamKey, ParamGroupOverride]:
+    """What weight decay leaves out; everything else is decayed.
+
+    Whatever the reason, it is one group of parameters, which a default run has too.
+    """
+    # Megatron's own: one-dimensional parameters and biases.
+    overrides = {} if optimizer.decay_norms else get_standard_config_overrides(options)
+    undecayed = ParamGroupOverride(wd_mult=0.0)
+    overrides[ParamKey(attr="never_decayed")] = undecayed
+    if not optimizer.decay_embeddings:
+        embeddings = {id(weight) for model in models for weight in _input_embeddings(model)}
+        predicate = ParamPredicate("input embedding", lambda parameter: id(parameter) in embeddings)
+        overrides[ParamKey(predicate=predicate)] = undecayed
+    return overrides
+
+
+def _input_embeddings(wrapped: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """The input embedding's weight where this chunk has it, as such or as the copy that a tied head reads."""
+    (model,) = (module for module in wrapped.modules() if isinstance(module, PHDGPTModel))
+    if model.pre_process or (model.post_process and model.share_embeddings_and_output_weights):
+        yield model.shared_embedding_or_output_weight()
 
 
 def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Schedule) -> OptimizerParamScheduler:

@@ -1,8 +1,9 @@
-"""Optimizer states that move between the distributed optimizer and the plain one.
+"""Optimizer states that move between the distributed optimizer and the plain one, and between weight-decay groups.
 
 Both save the moments of a parameter under the same name and with its shape, but Megatron-Core loads only what the same
 kind saved: main parameters have two names (``param`` and ``fp32_param``), the plain optimizer of an fp32 model saves
-none since they are the model's own, and the parameter groups lie at two depths.
+none since they are the model's own, and the parameter groups lie at two depths. The groups themselves are those of this
+run: another ``decay_norms`` or ``decay_embeddings`` than the checkpoint's makes more, or fewer, or others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer import param_group_identifier_keys
+from megatron.core.optimizer.optimizer import FP32Optimizer
 
 _NAMES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
 def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
     """Before a load: ask for main parameters under the name that the checkpoint has, in place.
+
+    The numbers of the parameters in the groups of a plain optimizer are left out: Megatron-Core would merge them into
+    the checkpoint's groups one by one. ``adapt`` puts them back.
 
     Args:
         state: sharded state dict of ``optimizer``, a Megatron optimizer.
@@ -35,11 +41,17 @@ def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
             main = tensors.get("param")
             if main is not None and parameter.dtype == torch.float32 and main.key not in stored:
                 del tensors["param"]  # `adapt` takes it from the model
+        if not part.config.use_distributed_optimizer and part.optimizer is not None:
+            holder = its_state if isinstance(part, FP32Optimizer) else its_state["optimizer"]
+            for group in holder["param_groups"]:
+                del group["params"]
 
 
 def adapt(loaded: dict[Any, Any], optimizer: Any) -> None:
     """After the load, and after the model's: bring the states into the form of ``optimizer``'s kind, in place."""
     for part, saved in _parts(optimizer, loaded):
+        if part.optimizer is None:
+            continue
         inner = saved.get("optimizer")
         if part.config.use_distributed_optimizer:
             if "param_groups" in saved:
@@ -49,10 +61,35 @@ def adapt(loaded: dict[Any, Any], optimizer: Any) -> None:
                 tensors = saved["param_state"][number]
                 if not any(name in tensors for name in ("param", "fp32_param")):
                     tensors["param"] = parameter.detach()
-        elif "param_groups" in saved and isinstance(inner, dict):
-            for group, others in zip(saved["param_groups"], inner["param_groups"], strict=True):
-                group.update({name: value for name, value in others.items() if name != "params"})
-            del saved["optimizer"]
+            holder = saved["optimizer"]
+        elif isinstance(part, FP32Optimizer):
+            if isinstance(inner, dict):
+                saved["param_groups"] = saved.pop("optimizer")["param_groups"]
+            holder = saved
+        else:
+            holder = saved["optimizer"]
+        holder["param_groups"] = _groups_of_this_run(part.optimizer, holder["param_groups"])
+
+
+def _groups_of_this_run(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A saved group for each group of ``optimizer``; another one where the checkpoint has none of its kind.
+
+    What then differs, such as the decay, is the configuration's and is set after the load.
+    """
+    by_kind = {_kind(group): group for group in saved}
+    return [
+        {**by_kind.get(_kind(group), saved[0]), **_identity(group), "params": group["params"]}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+
+
+def _identity(group: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron-Core tells groups apart by; NeMo writes other names."""
+    return {name: group.get(name, group.get(f"pre_{name}")) for name in param_group_identifier_keys}
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(_identity(group).values())
 
 
 def _parts(optimizer: Any, state: dict[Any, Any]) -> Iterator[tuple[Any, dict[Any, Any]]]:

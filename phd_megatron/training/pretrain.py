@@ -45,6 +45,7 @@ from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
+from phd_megatron.training.validation import Validation
 
 
 @dataclass
@@ -145,7 +146,9 @@ class Trainer:
         eval_samples = run.training.eval_iters * self.global_batch_size
         train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
         self.train_stream = open_stream(run, self.runtime, train)
-        self.valid_stream = open_stream(run, self.runtime, valid, wrap=True) if valid is not None else None
+        self.validation: Validation | None = None
+        if valid is not None:
+            self.validation = Validation(run, self.runtime, valid, self.schedule.total)
 
     # ---------------------------------------------------------------- the loop
 
@@ -158,6 +161,7 @@ class Trainer:
         last = self._next_batch(progress.consumed_samples) == 0
         first_iteration = progress.iteration + 1
         while not last:
+            before = progress.consumed_samples
             if self.profiler is None:
                 grad_norm = self._one_step(interval)
             else:
@@ -168,8 +172,11 @@ class Trainer:
                 self._report_exchange()
             reporter.advance(progress.iteration)
             last = self._next_batch(progress.consumed_samples) == 0
-            evaluate = self._evaluates(last)
-            validation_loss = self._evaluate(interval) if evaluate else None
+            validation = self.validation
+            evaluate = validation is not None and (
+                last or validation.is_due(progress.iteration, before, progress.consumed_samples)
+            )
+            validation_loss = self._evaluate(validation, interval) if validation is not None and evaluate else None
             if progress.iteration % run.logging.log_interval == 0 or evaluate or last or interval.layer_statistics:
                 self._report(interval, grad_norm, validation_loss)
                 interval = Interval(time.perf_counter())
@@ -244,21 +251,11 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluation and reports
 
-    def _evaluates(self, last: bool) -> bool:
-        if self.valid_stream is None or self.run.training.eval_iters < 1:
-            return False
-        return last or self.progress.iteration % self.run.training.eval_interval == 0
-
-    def _evaluate(self, interval: Interval) -> float:
-        """Loss on the same validation samples every time."""
+    def _evaluate(self, validation: Validation, interval: Interval) -> float:
+        """Validation loss; its time is in no figure of a step."""
         started = time.perf_counter()
-        count = self.global_batch_size // (self.run.training.micro_batch_size * self.runtime.dims.dp)
-        batches = self.run.training.eval_iters
-        assert self.valid_stream is not None
-        stream = self.valid_stream.microbatches(0, count * batches)
-        total, tokens = self.stepper.evaluate(stream, batches, count).tolist()
-        loss = total / tokens
-        interval.started += time.perf_counter() - started  # training time only in the step's figures
+        loss = validation.loss(self.stepper)
+        interval.started += time.perf_counter() - started
         perplexity = math.exp(min(loss, 20))
         self.reporter.log(
             f" validation loss at iteration {self.progress.iteration}: {loss:.6E} | PPL: {perplexity:.6E} |"
@@ -338,8 +335,8 @@ class Trainer:
         if self.saver is not None:
             self.saver.close()
         self.train_stream.close()
-        if self.valid_stream is not None:
-            self.valid_stream.close()
+        if self.validation is not None:
+            self.validation.close()
         microbatches.destroy_num_microbatches_calculator()
         let_go(self.models)
 

@@ -12,15 +12,14 @@ from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime.context import Runtime
 
 
-def open_stream(run: RunConfig, runtime: Runtime, dataset: Any, wrap: bool = False) -> SampleStream:
-    """This rank's micro-batches of ``dataset``; ``wrap`` starts over at its end."""
+def open_stream(run: RunConfig, runtime: Runtime, dataset: Any) -> SampleStream:
+    """This rank's micro-batches of ``dataset``."""
     return SampleStream(
         dataset,
         run.training.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
         runtime.dims.dp,
         num_workers=run.data.num_workers,
-        wrap=wrap,
         pin_memory=not runtime.on_cpu,
         slices=_context_parallel_slices(run, runtime),
     )

@@ -342,6 +342,10 @@ def test_an_alternative_replaces_a_weaker_one(tmp_path: Path) -> None:
     assert (loaded.config.training.train_iters, loaded.config.training.train_samples) == (None, 5)
     assert (loaded.config.training.bf16, loaded.config.training.fp16) == (False, True)
     assert any("train_iters=100 (saved in ckpt) is replaced by train_samples=5" in note for note in loaded.notes)
+    spread = load("--load", "ckpt", "--evals-per-run", "4", saved={"training": {"eval_interval": 1000}})
+    assert (spread.config.training.eval_interval, spread.config.training.evals_per_run) == (None, 4)
+    apart = load("--load", "ckpt", "--eval-interval", "1000", saved={"training": {"evals_per_run": 4}})
+    assert (apart.config.training.eval_interval, apart.config.training.evals_per_run) == (1000, None)
     kept = load("--load", "ckpt", "--no-fp16", saved=saved).config
     assert kept.training.bf16 is True
     for group in ALTERNATIVES:

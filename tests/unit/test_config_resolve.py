@@ -72,6 +72,28 @@ def test_a_scheme_that_a_shallow_model_turns_into_pre_is_told() -> None:
     }
 
 
+def test_validations_are_spread_by_steps_or_over_the_run() -> None:
+    assert (resolved().training.eval_interval, resolved().training.evals_per_run) == (1000, None)
+    assert resolved(eval_interval=7).training.eval_interval == 7
+    spread = resolved(evals_per_run=4).training
+    assert (spread.eval_interval, spread.evals_per_run) == (None, 4)
+    for interval in (7, 1000):
+        assert "exclude each other" in refusal(evals_per_run=4, eval_interval=interval)
+    assert "evals_per_run=0 is out of range" in refusal(evals_per_run=0)
+
+
+def test_a_head_of_its_own_may_start_otherwise() -> None:
+    assert (
+        resolved(head_init_method_std=0.5, untie_embeddings_and_output_weights=True).model.head_init_method_std == 0.5
+    )
+    message = refusal(head_init_method_std=0.5)
+    assert "head_init_method_std=0.5 without a head of its own" in message and "set untie_embeddings" in message
+    assert "is out of range" in refusal(head_init_method_std=0.0, untie_embeddings_and_output_weights=True)
+    untied = {"untie_embeddings_and_output_weights": True}
+    (note,) = check_resume(resolved(**untied), resolved(**untied, head_init_method_std=0.5))
+    assert "head_init_method_std: None -> 0.5" in note
+
+
 def test_given_values_are_kept() -> None:
     given = {
         **{"ffn_hidden_size": 100, "num_query_groups": 2, "kv_channels": 32, "max_position_embeddings": 4096},

@@ -83,12 +83,6 @@ def test_resume_anywhere(start, workers):
     assert indices(stream.microbatches(start, 2)) == expected
 
 
-def test_validation_goes_round():
-    stream = SampleStream(Numbered(5), 2, wrap=True)
-    assert indices(stream.microbatches(0, 4)) == [[0, 1], [2, 3], [4, 0], [1, 2]]
-    assert indices(stream.microbatches(8, 1)) == [[3, 4]]
-
-
 def test_the_end_is_an_error_before_the_step():
     stream = SampleStream(Numbered(10), 2, 0, 2)
     assert indices(stream.microbatches(4, 1)) == [[4, 5]]

@@ -319,6 +319,36 @@ def test_initialisation_depends_on_seed_and_name_alone(runtime):
     assert float(projection.std()) == pytest.approx(std / 6**0.5, rel=0.1)
 
 
+def test_a_head_of_its_own_may_have_another_std(runtime):
+    untied = {"untie_embeddings_and_output_weights": True, "norm_scheme": "hybrid_star"}
+    plain = dict(build(make_run(**untied)).named_parameters())
+    other = dict(build(make_run(**untied, head_init_method_std=0.5)).named_parameters())
+    assert [name for name in plain if not torch.equal(plain[name], other[name])] == ["output_layer.weight"]
+    head = other["output_layer.weight"]
+    assert float(head.std()) == pytest.approx(0.5, rel=0.05) and float(head.abs().max()) <= 3 * 0.5
+    torch.testing.assert_close(head / 0.5, plain["output_layer.weight"] / (1 / (2.5 * 32)) ** 0.5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_marked_parameter_is_never_decayed(runtime, norms, bf16):
+    from phd_megatron.training.optimizer import build_optimizer, let_go, wrap_data_parallel
+
+    run = make_run(norm_scheme="hybrid_star")
+    run.optimizer.decay_norms, run.training.bf16 = norms, bf16
+    model = build(run)
+    marked = [model.decoder.layers[1].mlp.linear_fc1.weight, model.decoder.final_layernorm.weight]
+    for parameter in marked:
+        parameter.never_decayed = True
+    wrapped = wrap_data_parallel([model], run)
+    (optimizer,) = build_optimizer(wrapped, run).chained_optimizers
+    for name, parameter in model.named_parameters():
+        group, _ = optimizer.model_param_group_index_map[parameter]
+        decayed = not any(parameter is other for other in marked) and (parameter.dim() > 1 or norms)
+        assert optimizer.optimizer.param_groups[group]["wd_mult"] == float(decayed), name
+    let_go(wrapped)
+
+
 @pytest.mark.parametrize("scheme", ["normal", "depth_scaled", "megatron"])
 def test_output_projection_std(scheme):
     from phd_megatron.model.initialisation import output_projection_std

@@ -101,6 +101,20 @@ def test_budgets(name: str) -> None:
         assert config.training.eval_iters > 0
 
 
+@pytest.mark.parametrize("name", WHOLE)
+def test_decay_and_head_are_the_authors(name: str) -> None:
+    """Their 1.2B-dense and MoE-1B-7B configurations; a head of its own starts at 1/sqrt(d_model)."""
+    config, is_moe = load("--preset", name), "moe" in name
+    if not PRESETS[name].tokens:
+        assert (config.optimizer.decay_norms, config.optimizer.decay_embeddings) == (False, True)
+        return
+    assert (config.optimizer.decay_norms, config.optimizer.decay_embeddings) == (True, is_moe)
+    untied = name in ("dense-7b", "moe-1b-7b")
+    assert config.model.untie_embeddings_and_output_weights is untied
+    width = {"dense-7b": 4096, "moe-1b-7b": 2048}.get(name)
+    assert config.model.head_init_method_std == (None if width is None else pytest.approx(1 / math.sqrt(width)))
+
+
 def test_names_of_phd_presets_are_their_policies() -> None:
     from phd_megatron.phd.kv_policy import KVPolicy
 

@@ -1,0 +1,144 @@
+"""Validation in training: on which samples, where in the run, what it says, and that no step's time holds it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phd_megatron.cli.main import main
+
+from .conftest import TINY_MODEL, flags, read_metrics, run_program
+
+pytestmark = pytest.mark.timeout(600)
+
+TOLERANCE = 1e-5  # float32, summed in another order
+ALL = 103  # samples of the validation split
+SAMPLES, PLACES = 40, 3
+STILL: dict[str, dict[str, object]] = {
+    "one": {"seed": 1, "eval_iters": 100},
+    "two": {"seed": 2, "eval_iters": 100, "global_batch_size": 4, "num_workers": 1},
+    "beyond": {"seed": 3, "eval_iters": 1, "global_batch_size": 128},
+    "few": {"seed": 4, "eval_iters": 3, "micro_batch_size": 4},
+    "cp": {"seed": 5, "eval_iters": 3, "context_parallel_size": 2},
+}
+EVALUATED = {"one": ALL, "beyond": ALL, "few": 24, "cp": 24}  # samples
+
+
+def arguments(data: Path, root: Path, name: str, **more: object) -> list[str]:
+    options = {
+        **TINY_MODEL,
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 2, "phd-window": 5, "phd-chunk": 6, "data-path": data},
+        **{"split": "90,10,0", "device": "cpu", "micro-batch-size": 2, "global-batch-size": 8, "log-interval": 1},
+        **{"lr": 1e-2, "train-samples": SAMPLES, "metrics-file": root / f"{name}.jsonl"},
+        **{key.replace("_", "-"): value for key, value in more.items()},
+    }
+    return ["pretrain", *flags(options)]
+
+
+def validations(path: Path) -> dict[int, float]:
+    """Consumed samples -> validation loss."""
+    lines = read_metrics(path)
+    return {
+        int(line["consumed_samples"]): line["validation_loss"]
+        for line in lines
+        if line.get("validation_loss") is not None
+    }
+
+
+@pytest.fixture(scope="module")
+def root(documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("validation")
+    spread = {"evals_per_run": PLACES, "eval_iters": 2}
+    half = {**spread, "save": root / "half"}
+    run_cases(
+        2,
+        [
+            arguments(documents, root, "whole", **spread, save=root / "save"),
+            arguments(documents, root, "small-batch", **{**spread, "eval_iters": 4}, global_batch_size=4),
+            arguments(documents, root, "half", **half, exit_interval=2),
+        ],
+    )
+    # It goes on one step a start. Then steps that change nothing, so that one model is validated by runs of different
+    # seeds, batches and workers.
+    resume = ["pretrain", *flags({"load": root / "half", "exit-interval": 1})]
+    start = {"load": root / "save", "finetune": True, "lr": 1e-30, "train_samples": 128, "eval_interval": 1000}
+    runs = [
+        arguments(documents, root, name, **{**start, "save": root / name, "save_interval": 10, **more})
+        for name, more in STILL.items()
+    ]
+    (root / "said.txt").write_text(run_cases(2, [*[resume] * 3, *runs]))
+    run_cases(
+        1,
+        [
+            [
+                *("evaluate", "--checkpoint", str(root / name), "--device", "cpu", "--num-samples", str(samples)),
+                *("--json", str(root / f"{name}.json")),
+            ]
+            for name, samples in EVALUATED.items()
+        ],
+    )
+    return root
+
+
+def test_neither_seed_nor_batch_nor_workers_change_the_samples(root: Path) -> None:
+    losses = {name: [*validations(root / f"{name}.jsonl").values()][-1] for name in ("one", "two", "beyond")}
+    assert losses["two"] == pytest.approx(losses["one"], rel=TOLERANCE)
+    assert losses["beyond"] == pytest.approx(losses["one"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluate_gives_the_validation_loss(root: Path, name: str) -> None:
+    found = json.loads((root / f"{name}.json").read_text())
+    assert found["samples"] == EVALUATED[name]
+    assert [*validations(root / f"{name}.jsonl").values()][-1] == pytest.approx(found["loss"], rel=TOLERANCE)
+
+
+def test_a_pass_that_is_shorter_than_asked_is_said(root: Path) -> None:
+    said = [line for line in (root / "said.txt").read_text().splitlines() if "a validation reads" in line]
+    assert [line.split("; ")[1] for line in said] == [
+        "eval_iters=100 x global_batch_size=8 are 800",
+        "eval_iters=100 x global_batch_size=4 are 400",
+        "eval_iters=1 x global_batch_size=128 are 128",
+    ]
+    assert all(f"reads {ALL} samples, which is all that the validation split has" in line for line in said)
+
+
+def test_validations_are_spread_over_the_run(root: Path) -> None:
+    assert [*validations(root / "whole.jsonl")] == [16, 32, 40]  # from 13.3, 26.7 and 40 samples on
+    assert [*validations(root / "small-batch.jsonl")] == [16, 28, 40]
+
+
+def test_a_resume_neither_repeats_nor_misses_one(root: Path) -> None:
+    lines = read_metrics(root / "half.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    assert validations(root / "half.jsonl") == validations(root / "whole.jsonl")
+
+
+def test_more_validations_than_steps_are_refused(documents: Path, tmp_path: Path) -> None:
+    done = run_program(*arguments(documents, tmp_path, "x", evals_per_run=6))
+    assert done.returncode == 2 and "evals_per_run=6: the run has at most 5 steps" in done.stdout
+    done = run_program(*arguments(documents, tmp_path, "x", evals_per_run=2, eval_interval=1000))
+    assert done.returncode == 2 and "exclude each other" in done.stdout
+
+
+def test_no_time_of_a_step_holds_a_validation(documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phd_megatron.training.step import Stepper
+
+    evaluate: Callable[..., Any] = Stepper.evaluate
+
+    def slow(*args: Any) -> Any:
+        time.sleep(8)
+        return evaluate(*args)
+
+    monkeypatch.setattr(Stepper, "evaluate", slow)
+    assert main(arguments(documents, tmp_path, "slow", evals_per_run=2, eval_iters=1)) == 0
+    lines = read_metrics(tmp_path / "slow.jsonl")
+    assert len([line for line in lines if line.get("validation_loss") is not None]) == 2
+    for line in lines:
+        assert line["iteration_seconds"] < 8
+        assert line["tokens_per_second"] == pytest.approx(8 * 24 / line["iteration_seconds"])
