@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -222,4 +221,3 @@ def let_go(models: Sequence[DistributedDataParallel]) -> None:
     for model in models:
         vars(model).clear()
     forget_fp8_scales()
-    RotaryEmbedding.forward.cache_clear()
