@@ -44,7 +44,7 @@ def for_evaluation(
     drop_graph(run.model)
     if device == "cpu":
         notes += for_cpu(run.model)
-    run.checkpoint.save = run.checkpoint.load = None
+    run.checkpoint.save = run.checkpoint.load = run.checkpoint.save_interval = None
     run.training.rampup_batch_size = None
     dims = ParallelDims.from_config(run.parallel, world_size)
     run.parallel.sequence_parallel = dims.sp
