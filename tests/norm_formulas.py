@@ -93,6 +93,11 @@ def rope(x, positions, theta=10000.0, share=1.0):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
 
+def rope_position(kind, n, j, K):
+    """Of copy ``j`` (from 1) of the token at ``n`` (from 0)."""
+    return {"token": n, "repeated": K * n + j - 1, "fraction": n + (j - 1) / K}[kind]
+
+
 def logits_by_formula(weights, config, tokens):
     """``[n, vocabulary]`` of one sequence of ``n`` tokens; ``config`` has the fields of the bundled model's."""
     if config.tie_word_embeddings:
@@ -100,7 +105,8 @@ def logits_by_formula(weights, config, tokens):
     K, n, d = config.phd_repeat, len(tokens), config.head_dim
     heads, groups, scheme = config.num_attention_heads, config.num_key_value_heads, config.norm_scheme
     mask = KVPolicy(K, config.phd_window, config.phd_chunk).mask(n)
-    positions = torch.arange(n).repeat(K)
+    kind = config.phd_copy_positions
+    positions = torch.tensor([rope_position(kind, m, j, K) for j in range(1, K + 1) for m in range(n)])
     x = weights["model.embed_tokens.weight"][tokens]
 
     def linear(name, x):
@@ -115,6 +121,8 @@ def logits_by_formula(weights, config, tokens):
     if scheme == "embed_norm":
         x = norm("model.embed_norm", x)
     x = x.repeat(K, 1)
+    if config.phd_copy_embedding == "vector" and K > 1:
+        x = x + torch.cat([torch.zeros(n, x.size(1)), weights["model.copy_embedding.weight"].repeat_interleave(n, 0)])
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}"
 

@@ -36,6 +36,9 @@ MEMBERS = {
     "hybrid_star": "--norm-scheme hybrid_star --phd-repeat 1",
     "K=2": "--norm-scheme pre --phd-repeat 2",
     "K=3": "--norm-scheme pre --phd-repeat 3",
+    "repeated": "--phd-copy-positions repeated",
+    "fraction": "--phd-copy-positions fraction",
+    "vector": "--phd-copy-embedding vector",
     "delayed": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe delayed",
     "tensorwise": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--norm-scheme pre --phd-repeat 1 --fp8-format e4m3 --fp8-recipe blockwise",
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["vanilla", "hybrid_star", "K=2", "K=3"],
         metavar="NAME",
-        help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed or vanilla+graph",
+        help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed or K=2+vector",
     )
     parser.add_argument("--options", default="", help='further options of pretrain for all, e.g. "--vocab-size 50304"')
     parser.add_argument("--micro-batch-size", type=int, default=1)

@@ -24,6 +24,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--phd-repeat", type=int, metavar="K", help="go on as a PHD model with K copies of a token")
     parser.add_argument("--phd-window", type=int, metavar="W", help="its window")
     parser.add_argument("--phd-chunk", type=int, metavar="C", help="its chunks; without W and C the paper's 16 and 32")
+    parser.add_argument(
+        "--phd-copy-positions",
+        choices=("token", "repeated", "fraction"),
+        help="RoPE of its copies; token (the default) and fraction leave originals where the model has its tokens",
+    )
+    parser.add_argument(
+        "--phd-copy-embedding", choices=("none", "vector"), help="vector adds a learned one to each copy, zero at first"
+    )
     parser.add_argument("--upcycle-experts", type=int, metavar="E", help="make every FFN E experts, each a copy of it")
     parser.add_argument("--moe-router-topk", type=int, metavar="N", help="of which N compute a row (2)")
     parser.add_argument(
@@ -37,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "none"),
         default="full",
         help="compare the checkpoint's logits of a text with transformers' (full, the default); with --phd-repeat "
-        "those of its parameters without the copies",
+        "those of its parameters without copies, then the originals beside copies with these, bit for bit, and print "
+        "the loss of the text with and without",
     )
     return parser
 
@@ -53,7 +62,8 @@ def run(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
-    phd = {name: getattr(args, name) for name in ("phd_repeat", "phd_window", "phd_chunk")}
+    names = ("phd_repeat", "phd_window", "phd_chunk", "phd_copy_positions", "phd_copy_embedding")
+    phd = {name: getattr(args, name) for name in names}
     install_backend("cpu")  # before Megatron is imported
 
     from phd_megatron.huggingface.verify import verify_import
@@ -70,11 +80,13 @@ def run(argv: list[str]) -> int:
     verified = "not verified"
     if args.verify == "full":
         try:
-            verify_import(done.directory, done.source.path, done.architecture.policy)
+            losses = verify_import(done.directory, done.source.path, done.architecture)
         except UserError:
             shutil.rmtree(args.output)
             raise
         verified = "verified"
+        if losses is not None:
+            print(f"loss of a text at step 0: {losses.here:.4f} with copies, {losses.source:.4f} of {args.hf_dir}")
     print(
         f"imported {args.hf_dir} to {done.directory}: {done.architecture.name}, {done.tensors} tensors read, "
         f"{done.parameters:,} parameters, {verified}\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from phd_megatron.config.catalog import nearest
+from phd_megatron.config.catalog import fields, nearest
 from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
 from phd_megatron.config.precision import switched_off
@@ -136,7 +136,18 @@ def _resolve_phd(model: ModelConfig) -> list[str]:
         raise UserError(str(error)) from None
     if model.phd_repeat > 1:
         model.phd_window, model.phd_chunk = policy.window, policy.chunk
-    return [] if note is None else [note]
+    notes = [] if note is None else [note]
+    told_apart = {"phd_copy_positions": model.phd_copy_positions, "phd_copy_embedding": model.phd_copy_embedding}
+    given = [f"{name}={value}" for name, value in told_apart.items() if value != fields()[name].default]
+    if model.phd_repeat == 1 and given:
+        notes.append(f"{', '.join(given)}: no effect at phd_repeat=1")
+    elif model.phd_copy_positions == "repeated":
+        notes.append(
+            f"phd_copy_positions=repeated: tokens are {model.phd_repeat} RoPE positions apart, which go up to "
+            f"{model.phd_repeat * model.seq_length - 1} for {model.seq_length} tokens; rotary_base="
+            f"{model.rotary_base:g} has to do for that"
+        )
+    return notes
 
 
 def warnings(config: RunConfig) -> list[str]:

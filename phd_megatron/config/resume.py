@@ -26,8 +26,14 @@ EXECUTION_ONLY = (
 )
 """Fields of the model section (with ``*`` patterns) that change how a step is computed, not what is trained."""
 
-NO_PARAMETERS = ("seq_length", "max_position_embeddings", "rotary_base", "phd_repeat", "phd_window", "phd_chunk")
+NO_PARAMETERS = (
+    *("seq_length", "max_position_embeddings", "rotary_base"),
+    *("phd_repeat", "phd_window", "phd_chunk", "phd_copy_positions"),
+)
 """Architecture without parameters: ``finetune`` may change it, a plain resume may not."""
+
+_ADDS_FROM_ZERO = ("phd_copy_embedding", "none")
+"""Field and value from which ``finetune`` may add parameters, because they start at zero and change nothing."""
 
 
 def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
@@ -51,13 +57,13 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
             notes.append(f"changed since the checkpoint: {change}")
         elif name == "vocab_size" and after is None:
             continue  # the tokenizer has not been read yet
-        elif new.checkpoint.finetune and name in NO_PARAMETERS:
+        elif new.checkpoint.finetune and (name in NO_PARAMETERS or (name, before) == _ADDS_FROM_ZERO):
             notes.append(f"changed for fine-tuning: {change}")
         else:
             refused.append(
                 f"{name}={_show(name, after)}: the checkpoint in {new.checkpoint.load} has "
                 f"{name}={_show(name, before)}, and architecture cannot change on resume; "
-                + ("add --finetune, or " if name in NO_PARAMETERS else "")
+                + ("add --finetune, or " if name in NO_PARAMETERS or (name, before) == _ADDS_FROM_ZERO else "")
                 + "leave the field out, or train a new model without --load"
             )
     raise_all(refused)

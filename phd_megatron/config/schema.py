@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"]
+CopyPositions = Literal["token", "repeated", "fraction"]
 
 
 @dataclass
@@ -41,6 +42,8 @@ class ModelConfig:
     phd_repeat: int = 1  #: K, how often a token is repeated (PHD); 1 is the vanilla model
     phd_window: int | None = None  #: W, token positions of hidden keys a query sees, its own included; 1 is plain PHD
     phd_chunk: int | None = None  #: C, the window stays inside chunks of C positions; null is PHD-SWA
+    phd_copy_positions: CopyPositions = "token"  #: RoPE turns copy j of token n by n, K n + j - 1 or n + (j - 1)/K
+    phd_copy_embedding: Literal["none", "vector"] = "none"  #: vector adds a learned one to each of copies 2 to K
     phd_last_layer_pruning: bool = True  #: compute only the last copy's query, projection and FFN in the last layer
     norm_scheme: str = "pre"  #: row of the norm-scheme table
     init: Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"] = "auto"  #: auto is the norm scheme's own

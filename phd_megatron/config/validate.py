@@ -31,6 +31,7 @@ _ABOVE_ZERO = (
     *("layernorm_epsilon", "rotary_base", "init_method_std", "distributed_timeout_minutes"),
     *("exit_duration_in_mins", "lr", "adam_eps", "peak_tflops"),
 )
+_EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
 _BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")
 
 
@@ -77,6 +78,13 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield (
             f"RoPE turns pairs, but rotary_percent={model.rotary_percent} of kv_channels={width} is {rotary}; make the "
             "head dimension even"
+        )
+    places = model.phd_repeat * max(model.seq_length, model.max_position_embeddings or 0)
+    if model.phd_copy_positions != "token" and places > _EXACT_POSITIONS:
+        yield (
+            f"phd_copy_positions={model.phd_copy_positions!r}: {places} places of repeated tokens "
+            f"(phd_repeat={model.phd_repeat}) are more than the {_EXACT_POSITIONS} that float32 tells apart; use "
+            "token, or a shorter seq_length"
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < model.seq_length:
         yield (

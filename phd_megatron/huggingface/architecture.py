@@ -94,6 +94,8 @@ class Architecture:
     init_std: float
     norm_scheme: str
     policy: KVPolicy
+    copy_positions: str = "token"
+    copy_embedding: str = "none"
     moe: MoE | None = None
 
     @classmethod
@@ -137,6 +139,8 @@ class Architecture:
             init_std=model.init_method_std or (2.5 * model.hidden_size) ** -0.5,
             norm_scheme=model.norm_scheme,
             policy=policy,
+            copy_positions=model.phd_copy_positions if policy.repeat > 1 else "token",
+            copy_embedding=model.phd_copy_embedding if policy.repeat > 1 else "none",
             moe=MoE.from_model(model),
         )
 
@@ -146,9 +150,25 @@ class Architecture:
         return norm_plan(self.norm_scheme, self.num_layers)
 
     @property
+    def copies(self) -> dict[str, Any]:
+        """Fields of a :class:`ModelConfig` that say how often a token is repeated and how its copies differ."""
+        return {
+            "phd_repeat": self.policy.repeat,
+            "phd_window": self.policy.window,
+            "phd_chunk": self.policy.chunk,
+            "phd_copy_positions": self.copy_positions,
+            "phd_copy_embedding": self.copy_embedding,
+        }
+
+    @property
     def name(self) -> str:
-        """For people: the scheme and the paper's name of the variant."""
-        return f"{self.norm_scheme}, {self.policy.name}"
+        """For people: the scheme, the paper's name of the variant, and what tells copies apart."""
+        words = [self.norm_scheme, self.policy.name]
+        if self.copy_positions != "token":
+            words.append(f"copy positions {self.copy_positions}")
+        if self.copy_embedding != "none":
+            words.append(f"copy embedding {self.copy_embedding}")
+        return ", ".join(words)
 
     def model_class(self, native: bool = True) -> str:
         """The transformers class that computes this model: one of its own where it is exact, else the bundled one."""
@@ -199,9 +219,7 @@ class Architecture:
             "bos_token_id": tokens.bos,
             "eos_token_id": tokens.eos,
             "pad_token_id": tokens.pad,
-            "phd_repeat": self.policy.repeat,
-            "phd_window": self.policy.window,
-            "phd_chunk": self.policy.chunk,
+            **self.copies,
             "norm_scheme": self.norm_scheme,
             "dtype": dtype,
             "transformers_version": importlib.metadata.version("transformers"),

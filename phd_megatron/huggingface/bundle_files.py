@@ -26,6 +26,7 @@ def bundle_files() -> dict[str, Path]:
     return {
         **own,
         "kv_policy.py": _PACKAGE / "phd" / "kv_policy.py",
+        "copy_positions.py": _PACKAGE / "phd" / "copy_positions.py",
         "norm_schemes.py": _PACKAGE / "norm" / "schemes.py",
         **{name: _kernel(f"phd_attention/{name}") for name in _ATTENTION},
     }

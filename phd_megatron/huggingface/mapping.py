@@ -162,6 +162,8 @@ def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
     yield VocabRows("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
     if norm_scheme(a.norm_scheme).embed_norm:
         yield from _norm(a, "embed_norm", "model.embed_norm", hidden)
+    if a.copy_embedding == "vector":
+        yield Rule("copy_embedding.weight", ("model.copy_embedding.weight",), (a.policy.repeat - 1, hidden))
     for index, block in enumerate(a.blocks):
         mcore, hf = f"decoder.layers.{index}", f"model.layers.{index}"
         if block.attention.input_norm:

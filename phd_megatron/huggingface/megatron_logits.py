@@ -1,13 +1,15 @@
 """What the Megatron-Core model of a checkpoint computes, in a process of its own, for an export to be compared with.
 
-``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT [K W C]`` builds the model on the
-CPU in float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the last copy's hidden
-states after each layer and the logits. A process of its own, because Megatron-Core's CPU backend changes the one it is
+``python -m phd_megatron.huggingface.megatron_logits CHECKPOINT DTYPE TOKENS OUTPUT [CHANGES]`` builds the model on the
+CPU in float32 from parameters rounded to ``DTYPE``, runs the token ids in ``TOKENS`` and writes the hidden states after
+each layer, of the last copy and of the originals, and the logits. ``CHANGES`` is JSON: fields of the model's
+configuration that shall be others than the checkpoint's. A process of its own, because Megatron-Core's CPU backend changes the one it is
 in, and because its memory is free again before the export is loaded.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.runtime.context import Runtime
 
-TOKENS, LOGITS = "tokens", "logits"
+TOKENS, LOGITS, ORIGINALS = "tokens", "logits", "originals_"
 
 
 def layer_name(index: int) -> str:
@@ -61,7 +63,8 @@ def fill(model: Any, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -> dict[str, Tensor]:
-    """By name, ``[b, n, h]`` after each layer but the last, and logits ``[b, n, vocabulary]`` of ``tokens`` [b, n]."""
+    """By name, ``[b, n, h]`` after each layer but the last, of the last copy and of the originals, and logits
+    ``[b, n, vocabulary]`` of ``tokens`` [b, n]."""
     batch, length = tokens.shape
     found: dict[str, Tensor] = {}
 
@@ -69,6 +72,7 @@ def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -
         def hook(module: Any, inputs: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple) else output  # [K*n, b, h], the last copy last
             found[layer_name(index)] = rows[-length:].transpose(0, 1).contiguous()
+            found[f"{ORIGINALS}{index}"] = rows[:length].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
         return hook
 
@@ -78,13 +82,11 @@ def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -
     return {**found, LOGITS: logits[..., :true_vocab_size].contiguous()}
 
 
-def main(checkpoint: str, dtype: str, tokens: str, output: str, *policy: str) -> None:
-    """The program; further words are another K, W and C (0 for none) than the checkpoint's."""
+def main(checkpoint: str, dtype: str, tokens: str, output: str, changes: str = "{}") -> None:
+    """The program."""
     source = MegatronCheckpoint(checkpoint, verify=False)
-    if policy:
-        repeat, window, chunk = map(int, policy)
-        source.run.model.phd_repeat, source.run.model.phd_window = repeat, window
-        source.run.model.phd_chunk = chunk or None
+    for name, value in json.loads(changes).items():
+        setattr(source.run.model, name, value)
     run = inference_config(source.run)
     with Runtime.start(run.parallel, verbose=False) as runtime:
         from phd_megatron.model.build import build_model

@@ -17,6 +17,7 @@ def model_card(
         ("Class", model_class),
         ("Norm scheme", a.norm_scheme),
         ("PHD variant", a.policy.name),
+        ("RoPE positions of copies, embedding of copies", f"{a.copy_positions}, {a.copy_embedding}"),
         ("Parameters", f"{parameters:,} ({dtype})"),
         ("Layers, width, FFN", f"{a.num_layers}, {a.hidden_size}, {a.ffn_hidden_size}"),
         ("Query heads, KV heads, head size", f"{a.heads}, {a.groups}, {a.head_dim}"),

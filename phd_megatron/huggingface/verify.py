@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ import phd_megatron
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import megatron_logits
+from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.loading import load_directory
 from phd_megatron.huggingface.mapping import Rule
-from phd_megatron.phd.kv_policy import KVPolicy
 
 #: of logits and hidden states in float32, whatever type the export has
 TOLERANCE = 1e-5
@@ -65,17 +67,51 @@ def verify_export(
             )
 
 
-def verify_import(checkpoint: Path, directory: Path, policy: KVPolicy) -> None:
+@dataclass(frozen=True)
+class Losses:
+    """Nats a token of one text: the imported model's before any training, and its source's."""
+
+    here: float
+    source: float
+
+
+def verify_import(checkpoint: Path, directory: Path, source: Architecture) -> Losses | None:
     """Compare logits of an imported checkpoint with those that transformers computes from the directory it came from.
 
     Args:
-        policy: what the directory's own model sees; the checkpoint's parameters are compared as that model's.
+        source: the directory's own model; the checkpoint's parameters are compared as that model's. Where the imported
+            model has other copies, its originals must be the source's bit for bit after every layer.
+
+    Returns:
+        The losses of a model with other copies than its source, else None.
 
     Raises:
         VerificationError: naming the first layer that differs.
     """
-    expected = _megatron_outputs(MegatronCheckpoint(checkpoint, verify=False), torch.float32, policy)
+    imported = MegatronCheckpoint(checkpoint, verify=False)
+    model, vocab_size = imported.run.model, imported.run.model.vocab_size
+    assert vocab_size is not None  # completed when it was saved
+    changed = Architecture.from_model(model, vocab_size).copies != source.copies
+    # One thread: products are cut among several by their rows, and copies have more of those.
+    threads = 1 if changed else None
+    expected = _megatron_outputs(imported, torch.float32, source.copies, threads)
     _compare_outputs(_load(directory).float().eval(), expected)
+    if not changed:
+        return None
+    found = _megatron_outputs(imported, torch.float32, None, threads)
+    for name, hidden in expected.items():
+        if name.startswith(megatron_logits.ORIGINALS) and not torch.equal(found[name], hidden):
+            raise VerificationError(
+                f"originals are not the source's with copies beside them: {name} differs by "
+                f"{_relative(hidden, found[name]):.1e} relative; this is a mistake of phd-megatron, please report it"
+            )
+    return Losses(_text_loss(found), _text_loss(expected))
+
+
+def _text_loss(outputs: dict[str, Tensor]) -> float:
+    """Mean loss of the text's tokens after the first, under logits ``[b, n, V]``."""
+    logits, tokens = outputs[megatron_logits.LOGITS], outputs[megatron_logits.TOKENS]
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
 def _load(directory: Path) -> Any:
@@ -140,19 +176,20 @@ def _tokens(source: MegatronCheckpoint) -> Tensor:
 
 
 def _megatron_outputs(
-    source: MegatronCheckpoint, dtype: torch.dtype, policy: KVPolicy | None = None
+    source: MegatronCheckpoint, dtype: torch.dtype, changes: dict[str, Any] | None = None, threads: int | None = None
 ) -> dict[str, Tensor]:
     root = str(Path(phd_megatron.__file__).parents[1])
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))}
     variables |= {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if threads is not None:
+        variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     with tempfile.TemporaryDirectory(prefix="phd-megatron-verify-") as work:
         tokens, output = Path(work) / "tokens.safetensors", Path(work) / "output.safetensors"
         ids = _tokens(source)
         save_file({megatron_logits.TOKENS: ids}, tokens)
         words = [str(source.directory), str(dtype).removeprefix("torch."), str(tokens), str(output)]
-        if policy is not None:
-            words += map(str, (policy.repeat, policy.window, policy.chunk or 0))
+        words += [json.dumps(changes)] if changes else []
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", megatron_logits.__name__, *words],
             env=variables,

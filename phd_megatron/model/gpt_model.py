@@ -12,8 +12,10 @@ from phd_megatron.errors import UserError
 from phd_megatron.kernels.cross_entropy import cross_entropy
 from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.kernels.triton_support import runs_on_gpu
+from phd_megatron.model.copy_embedding import CopyEmbedding
 from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens
+from phd_megatron.phd.copy_positions import rotary_positions
 
 
 class PHDGPTModel(GPTModel):
@@ -21,7 +23,8 @@ class PHDGPTModel(GPTModel):
 
     The copies are dropped inside the last decoder layer, or before the head where it has a pipeline stage of its own,
     so the final norm, the head and the loss see the last copy only. ``vocab_size`` is the padded one; logits beyond
-    ``true_vocab_size`` are minus infinity everywhere. A norm follows the embedding where the scheme has one.
+    ``true_vocab_size`` are minus infinity everywhere. A norm follows the embedding where the scheme has one, and then
+    copies 2 to K get a vector each where the configuration says so.
 
     Args:
         true_vocab_size: tokens of the tokenizer.
@@ -33,6 +36,9 @@ class PHDGPTModel(GPTModel):
         self.repeat = self.config.kv_policy.repeat
         if self.pre_process and self.config.embed_norm:
             self.embed_norm = wide_norm(self.config)
+        self.copy_embedding: CopyEmbedding | None = None
+        if self.pre_process and self.config.copy_embedding == "vector":
+            self.copy_embedding = CopyEmbedding(self.config)
         self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
@@ -52,7 +58,7 @@ class PHDGPTModel(GPTModel):
         packed_seq_params: Any = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Embeds and repeats on the first stage; lays out RoPE by token position for every stage."""
+        """Embeds and repeats on the first stage; lays out RoPE for every stage."""
         if inference_context is not None or packed_seq_params is not None or padding_mask is not None:
             raise UserError(
                 "Megatron-Core's inference contexts, packed sequences and padding masks are not supported by the PHD "
@@ -62,9 +68,11 @@ class PHDGPTModel(GPTModel):
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
             if self.config.embed_norm:
                 embedded = self.embed_norm(embedded)
-            decoder_input = repeat_tokens(embedded, self.repeat)
+            decoder_input = (
+                repeat_tokens(embedded, self.repeat) if self.copy_embedding is None else self.copy_embedding(embedded)
+            )
         rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
-        table = self._rotary_table(rows.size(0)) if self.decoder.layers else None
+        table = self._rotary_table(rows.size(0), rows.device) if self.decoder.layers else None
         return decoder_input, table, None, None, None, None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -77,16 +85,20 @@ class PHDGPTModel(GPTModel):
         losses = cross_entropy(logits.contiguous(), labels.transpose(0, 1).contiguous(), self.pg_collection.tp)
         return losses.transpose(0, 1).contiguous()
 
-    def _rotary_table(self, rows: int) -> Tensor:
-        """RoPE table for attention's rows ``[ranks, K, s_rank]``: every copy turns by its token's position."""
+    def _rotary_table(self, rows: int, device: torch.device) -> Tensor:
+        """RoPE table for attention's rows ``[ranks, K, s_rank]``; positions are those of the whole sequence."""
         if rows not in self.rotary_pos_emb_cache:
-            ranks = self.pg_collection.tp.size() if self.config.sequence_parallel else 1
-            local_tokens = rows // self.repeat * ranks
-            # [s, 1, 1, hn] of this context-parallel rank, which Megatron-Core slices by itself
-            angles = self.rotary_pos_emb(local_tokens * self.config.context_parallel_size)
-            copies = angles.expand(self.repeat, *angles.shape)
-            table = rope_table(join_copies(copies, ranks), self.config.params_dtype)  # [2, ranks*K*s_rank, 1, 1, hn/2]
-            self.rotary_pos_emb_cache = {rows: table}
+            config, group = self.config, self.pg_collection.cp
+            ranks = self.pg_collection.tp.size() if config.sequence_parallel else 1
+            length = rows // self.repeat * ranks * group.size()
+            slices = config.kv_policy.context_parallel_slices(length, group.size(), group.rank())
+            tokens = torch.cat([torch.arange(part.start, part.stop, device=device) for part in slices])
+            copies = torch.arange(1, self.repeat + 1, device=device)[:, None]
+            positions = rotary_positions(tokens, copies, self.repeat, config.copy_positions)  # [K, s]
+            angles = positions[:, :, None, None, None] * self.rotary_pos_emb.inv_freq.to(device)
+            angles = join_copies(torch.cat([angles, angles], -1), ranks)  # [ranks*K*s_rank, 1, 1, hn]
+            # [2, ranks*K*s_rank, 1, 1, hn/2]
+            self.rotary_pos_emb_cache = {rows: rope_table(angles, config.params_dtype)}
         return self.rotary_pos_emb_cache[rows]
 
 

@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from phd_megatron.model.copy_embedding import COPY_EMBEDDING
+
 TRUNCATED_AT = 3.0  # standard deviations
 MOST_THREADS = 16  # that draw
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -72,7 +74,7 @@ def scale_by_gain(key: str, full: Tensor, config: Any) -> None:
 
 @torch.no_grad()
 def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) -> None:
-    """Fill every weight matrix of ``model``. Norm weights and biases keep their ones and zeros.
+    """Fill every weight matrix of ``model``. Norm weights, biases and copies' vectors keep their ones and zeros.
 
     Raises:
         RuntimeError: if a parameter has no entry in the sharded state dict, so that none stays uninitialised.
@@ -82,8 +84,9 @@ def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) 
     for part in sharded_tensors(model, dp_cp_group):
         storage = part.data.untyped_storage().data_ptr()
         covered[storage] = covered.get(storage, 0) + part.data.numel()
-        if len(part.global_shape) - part.prepend_axis_num < 2:
-            if part.key.endswith("bias"):
+        from_zero = part.key == COPY_EMBEDDING
+        if len(part.global_shape) - part.prepend_axis_num < 2 or from_zero:
+            if part.key.endswith("bias") or from_zero:
                 part.data.zero_()
             continue
         std = config.init_method_std

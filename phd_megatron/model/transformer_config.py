@@ -23,6 +23,8 @@ class PHDTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration plus what PHD and the norm scheme add."""
 
     kv_policy: KVPolicy = field(default_factory=KVPolicy)
+    copy_positions: str = "token"  #: by what RoPE turns the copies of a token (phd.copy_positions)
+    copy_embedding: str = "none"  #: what is added to copies 2 to K after the embedding
     norm_plan: tuple[BlockNorm, ...] = ()
     embed_norm: bool = False  #: a norm follows the embedding
     phd_attention_backend: str = "auto"
@@ -121,6 +123,8 @@ def build_transformer_config(run: RunConfig) -> PHDTransformerConfig:
         "calculate_per_token_loss": True,
         "variable_seq_lengths": False,
         "kv_policy": policy,
+        "copy_positions": model.phd_copy_positions,
+        "copy_embedding": model.phd_copy_embedding if policy.repeat > 1 else "none",
         "norm_plan": norm_plan(model.norm_scheme, layers),
         "embed_norm": scheme.embed_norm,
         "phd_attention_backend": model.phd_attention_backend,

@@ -1,1 +1,2 @@
-"""The PHD idea: visibility (:mod:`.kv_policy`) and the layout of the copies (:mod:`.copies`)."""
+"""The PHD idea: visibility (:mod:`.kv_policy`), the layout of the copies (:mod:`.copies`) and their RoPE positions
+(:mod:`.copy_positions`)."""

@@ -7,12 +7,18 @@ made and dropped without communication on every rank.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def repeat_tokens(hidden: Tensor, repeat: int) -> Tensor:
-    """``[s, b, h]`` to ``[K*s, b, h]``, originals first."""
-    return hidden if repeat == 1 else hidden.repeat(repeat, *[1] * (hidden.dim() - 1))
+def repeat_tokens(hidden: Tensor, repeat: int, vectors: Tensor | None = None) -> Tensor:
+    """``[s, b, h]`` to ``[K*s, b, h]``, originals first; ``vectors`` ``[K-1, h]`` are added to copies 2 to K."""
+    if repeat == 1:
+        return hidden
+    if vectors is None:
+        return hidden.repeat(repeat, *[1] * (hidden.dim() - 1))
+    copies = hidden + vectors[:, None, None]  # [K-1, s, b, h]
+    return torch.cat([hidden[None], copies]).flatten(0, 1)
 
 
 def last_copy(hidden: Tensor, repeat: int) -> Tensor:

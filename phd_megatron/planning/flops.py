@@ -2,7 +2,7 @@
 
 Convention: a multiply-add is two operations; backward costs twice the forward; attention counts the visible pairs of
 :class:`KVPolicy` only, so causal attention is counted once (halved). Recomputation is not counted. The last layer
-counts what pruning leaves. Embedding look-ups, norms, RoPE and softmax are not counted.
+counts what pruning leaves. Embedding look-ups, the vectors of copies, norms, RoPE and softmax are not counted.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def _stage(
     head = parameters.head or parameters.embedding  # tied weights are copied to the last stage
     vocabulary = parameters.embedding * first + (0 if first and last and not parameters.head else head * last)
     dense = (sum(layer.dense for layer in layers) + vocabulary) / dims.tp
-    dense += sum(layer.whole for layer in layers) + parameters.final_norm * last + parameters.embed_norm * first
+    outside = (parameters.embed_norm + parameters.copy_embedding) * first + parameters.final_norm * last
+    dense += sum(layer.whole for layer in layers) + outside
     experts = sum(layer.experts for layer in layers) / (dims.ep * dims.etp)
 
     half = run.training.bf16 or run.training.fp16

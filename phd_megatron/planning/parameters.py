@@ -29,12 +29,13 @@ class Parameters:
     head: int
     final_norm: int
     embed_norm: int = 0
+    copy_embedding: int = 0  #: a vector for each hidden copy
 
     @property
     def total(self) -> int:
         """All parameters."""
         inside = sum(layer.dense + layer.experts + layer.whole for layer in self.layers)
-        return inside + self.embedding + self.head + self.final_norm + self.embed_norm
+        return inside + self.embedding + self.head + self.final_norm + self.embed_norm + self.copy_embedding
 
     @property
     def active(self) -> int:
@@ -64,6 +65,7 @@ def count_parameters(model: ModelConfig, padded_vocab_size: int) -> Parameters:
         head=0 if tied else padded_vocab_size * hidden,
         final_norm=norm,
         embed_norm=norm if norm_scheme(model.norm_scheme).embed_norm else 0,
+        copy_embedding=(model.phd_repeat - 1) * hidden if model.phd_copy_embedding == "vector" else 0,
     )
 
 

@@ -53,10 +53,14 @@ def read_common(directory: Path) -> dict[str, Any]:
 def requested(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedObject]:
     """What a sharded state dict asks a checkpoint for: storage key -> one of its shards."""
     sharded, _, _ = load_preprocess(state)
-    return {
-        value.unique_key if isinstance(value, ShardedObject) else value.key: value
-        for value in nested_values(extract_sharded_base(sharded)[0])
-    }
+    return {str(storage_key(value)): value for value in nested_values(extract_sharded_base(sharded)[0])}
+
+
+def storage_key(value: Any) -> str | None:
+    """Under what a shard is stored; None for what is not stored as one."""
+    if isinstance(value, ShardedObject):
+        return str(value.unique_key)
+    return str(value.key) if isinstance(value, ShardedTensor) else None
 
 
 class _LoadPlanner(mcore_torch.MCoreLoadPlanner):

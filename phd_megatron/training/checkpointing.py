@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError
+from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+#: parameters that start at zero, so that a model with them is at first the one without
+_FROM_ZERO = frozenset({COPY_EMBEDDING})
 #: hyper-parameters of an optimizer group that come from this run's configuration, not from the checkpoint
 _CONFIGURED = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
 
@@ -138,11 +141,12 @@ def load_checkpoint(
     state = sharded_state(models, optimizer if wants_optimizer else None, None, is_loading=True)
     if wants_optimizer:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
-    absent = _check_contents(path, state, stored, wants_optimizer)
+    finetune = run_config is not None and run_config.checkpoint.finetune
+    absent = _check_contents(path, state, stored, wants_optimizer, may_lack=_FROM_ZERO if finetune else frozenset())
     if absent:
-        state, _ = extract_matching_values(
-            state, lambda value: not (isinstance(value, ShardedObject) and value.unique_key in absent)
-        )
+        _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
+    for key in sorted(absent & _FROM_ZERO):
+        runtime.log(f"note: {path} has no {key}, which starts at zero")
     if load_rng:
         wanted = rng_object(None)
         if wanted.unique_key in stored:
@@ -224,16 +228,17 @@ def _check_sharding(path: Path, common: Mapping[str, Any]) -> None:
 
 
 def _check_contents(
-    path: Path, state: dict[str, Any], stored: Mapping[str, Any], wants_optimizer: bool
+    path: Path, state: dict[str, Any], stored: Mapping[str, Any], wants_optimizer: bool, may_lack: frozenset[str]
 ) -> frozenset[str]:
     """Compare names and shapes before anything is read, so that another architecture is refused by name.
 
     Returns:
-        Keys of Transformer Engine's extra states that this model has and the checkpoint lacks; they may stay unset.
+        Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
+        Engine's extra states.
     """
     wanted = checkpoint_format.requested(state)
     missing = {key for key in wanted if key not in stored}
-    absent = frozenset(key for key in missing if "_extra_state" in key)
+    absent = frozenset(key for key in missing if "_extra_state" in key or key in may_lack)
     missing -= absent
 
     def compare() -> None:

@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from phd_megatron.config.resolve import resolve
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
@@ -20,6 +20,7 @@ from phd_megatron.huggingface.importing.fields import read_fields
 from phd_megatron.huggingface.importing.source import HFDirectory
 from phd_megatron.huggingface.mapping import Rule, VocabRows, model_rules
 from phd_megatron.model.build import build_model
+from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 from phd_megatron.model.initialisation import sharded_tensors
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
@@ -32,12 +33,13 @@ class Changes:
     """What the checkpoint's model has that the source's has not.
 
     Attributes:
-        phd: ``phd_repeat``, ``phd_window`` and ``phd_chunk``, where given.
+        phd: ``phd_repeat``, ``phd_window``, ``phd_chunk``, ``phd_copy_positions`` and ``phd_copy_embedding``, where
+            given.
         experts: make each FFN so many experts, all equal to it, of which ``topk`` compute a row.
         seq_length: of the run; default the positions the model is declared for.
     """
 
-    phd: dict[str, int]
+    phd: dict[str, Any]
     experts: int | None = None
     topk: int = 2
     seq_length: int | None = None
@@ -78,6 +80,7 @@ def describe_source(source: HFDirectory, changes: Changes) -> tuple[RunConfig, A
     architecture = Architecture.from_model(original.model, original.model.vocab_size)
     for name, value in changes.phd.items():
         setattr(run.model, name, value)
+    _check_copies(architecture, run.model, changes)
     if changes.experts is not None:
         if architecture.moe is not None:
             raise UserError(f"--upcycle-experts {changes.experts}: the model has experts already; leave it out")
@@ -88,6 +91,29 @@ def describe_source(source: HFDirectory, changes: Changes) -> tuple[RunConfig, A
         }
     resolve(run)
     return run, architecture, model_rules(architecture, source.family.model_class)
+
+
+def _check_copies(source: Architecture, model: ModelConfig, changes: Changes) -> None:
+    """Refuse copies with which the originals would not be what the source computes, and options without effect."""
+    repeat = model.phd_repeat
+    if repeat == 1 and (given := [name for name in changes.phd if name != "phd_repeat"]):
+        words = ", ".join(f"--{name.replace('_', '-')} {changes.phd[name]}" for name in given)
+        raise UserError(f"{words}: no effect on a model without copies; add --phd-repeat K, or leave it out")
+    apart = [
+        copies if kind == "repeated" else 1
+        for copies, kind in ((source.policy.repeat, source.copy_positions), (repeat, model.phd_copy_positions))
+    ]
+    if apart[0] != apart[1]:
+        raise UserError(
+            f"phd_copy_positions={model.phd_copy_positions} with phd_repeat={repeat} puts tokens {apart[1]} RoPE "
+            f"positions apart, and the source has them {apart[0]} apart, so originals would not be what it computes; "
+            "use --phd-copy-positions fraction, or import as it is and change it with pretrain --finetune"
+        )
+    if source.copy_embedding == "vector" and (repeat, model.phd_copy_embedding) != (source.policy.repeat, "vector"):
+        raise UserError(
+            f"the source has {source.policy.repeat - 1} vector(s) for its copies, which phd_repeat={repeat} with "
+            f"phd_copy_embedding={model.phd_copy_embedding} has no place for; leave both out"
+        )
 
 
 def import_directory(
@@ -136,7 +162,8 @@ def import_directory(
 def _fill(model: Any, source: HFDirectory, rules: list[Rule]) -> int:
     """Copy every tensor of the source into a model of one rank; how many there were.
 
-    Experts that the source lacks are its FFN, each of them; a router that it lacks stays as drawn.
+    Experts that the source lacks are its FFN, each of them; a router that it lacks stays as drawn, and vectors of
+    copies zero.
     """
     by_key = {rule.mcore: rule for rule in rules}
     used: set[str] = set()
@@ -145,7 +172,7 @@ def _fill(model: Any, source: HFDirectory, rules: list[Rule]) -> int:
     for part in sorted(parts, key=lambda part: part.key):
         name = part.key
         if name not in by_key:
-            if _ROUTER in name:
+            if _ROUTER in name or name == COPY_EMBEDDING:
                 continue
             name = name.replace(_EXPERTS, _DENSE)
         if name != key:

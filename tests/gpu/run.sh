@@ -5,6 +5,7 @@
 #   bash tests/gpu/run.sh first      correctness: kernels, models, Transformer Engine and FP8, waits, CUDA graphs
 #   bash tests/gpu/run.sh second     training steps, bfloat16, FP8, CUDA graphs, experts; generation and decoding
 #   bash tests/gpu/run.sh third      attention, norm and RoPE
+#   bash tests/gpu/run.sh copies     copies told apart: parity, and what a step costs
 #   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds, on all GPUs that are visible
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
@@ -39,6 +40,12 @@ model_tests() { check 180 tests/gpu/test_cuda_parity.py; }
 sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 graph_tests() { check 300 -s tests/gpu/test_cuda_graph_step.py; }
+copies() { # RoPE positions and vectors of copies: parity, then what a step costs beside the same K without them
+    check 240 tests/gpu/test_cuda_copies.py
+    check 150 tests/gpu/test_cuda_parity.py -k told-apart
+    phd 170 train_copies bench train --preset dense-1.2b --members K=2 K=2+vector K=2+repeated K=2+vector+repeated \
+        --micro-batch-size "$samples" --rounds 12 --json "$out/train_copies.json"
+}
 doctor() { phd 30 doctor doctor; }
 train() {
     phd 170 train_k bench train --preset dense-1.2b --members vanilla K=2 K=3 --micro-batch-size "$samples" \

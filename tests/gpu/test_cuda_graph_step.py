@@ -13,12 +13,8 @@ that changes grows from step to step. So tolerances, relative and of every step,
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,9 +25,10 @@ if not torch.cuda.is_available():
 
 from phd_megatron.runtime.capabilities import probe
 
+from .programs import Done, documentation_as_bytes, program, succeeded, worst
+
 MACHINE = probe("cuda")
 LOSS, NORM, LEARNT = 5e-3, 5e-2, 0.05
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, HALF = 10, 6
 GPU, CUDA = MACHINE.compute_capability or (0, 0), MACHINE.cuda or (0, 0)
 
@@ -60,48 +57,9 @@ REPEATED = ["local", *(name for name in ("te", "tensorwise", "delayed", "blockwi
 RECORDED = "CUDA graph: forward and backward of 2 micro-batches recorded"
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a process printed, and the numbers of its steps."""
-
-    code: int
-    text: str
-    steps: tuple[dict, ...]
-
-    def series(self, name: str) -> list[float]:
-        return [step[name] for step in self.steps if step.get(name) is not None]
-
-
-def program(*words: str, metrics: Path | None = None, ranks: int = 1) -> Done:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    report = ["--metrics-file", str(metrics)] if metrics else []
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, "-m", "phd_megatron", *words, *report],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    lines = metrics.read_text().splitlines() if metrics and metrics.exists() else []
-    return Done(done.returncode, done.stdout, tuple(map(json.loads, lines)))
-
-
-def succeeded(done: Done) -> Done:
-    assert done.code == 0, done.text[-6000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This package's own documentation, as bytes."""
-    directory = tmp_path_factory.mktemp("corpus")
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        (directory / f"{page.stem}.txt").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    succeeded(program("prepare", "--input", str(directory), "--output-prefix", str(directory / "data")))
-    return directory / "data"
+    return documentation_as_bytes(tmp_path_factory.mktemp("corpus"))
 
 
 def in_parts(corpus: Path, directory: Path, options: str) -> Done:
@@ -131,11 +89,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
             command = ("pretrain", *words.split(), "--data-path", str(corpus))
             started[name] = pool.submit(program, *command, metrics=root / f"{number}.jsonl")
         yield lambda name: succeeded(started[name].result())
-
-
-def worst(found: list[float], expected: list[float], count: int) -> float:
-    assert len(found) == len(expected) == count
-    return max(abs(one - two) / abs(two) for one, two in zip(found, expected, strict=True))
 
 
 def differences(found: Done, expected: Done) -> tuple[float, float]:

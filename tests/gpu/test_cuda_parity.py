@@ -24,11 +24,13 @@ if not torch.cuda.is_available():
 from phd_megatron.training.gradient_dump import load_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = {
-    "pre-k1": ("pre", 1),
-    "post-k2": ("post", 2),
-    "hybrid_star-k2": ("hybrid_star", 2),
-    "hybrid-k3": ("hybrid", 3),
+MODELS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "pre-k1": ("pre", 1, ()),
+    "post-k2": ("post", 2, ()),
+    "hybrid_star-k2": ("hybrid_star", 2, ()),
+    "hybrid-k3": ("hybrid", 3, ()),
+    "told-apart-k2": ("hybrid_star", 2, ("--phd-copy-positions", "repeated", "--phd-copy-embedding", "vector")),
+    "told-apart-k3": ("pre", 3, ("--phd-copy-positions", "fraction", "--phd-copy-embedding", "vector")),
 }
 DEVICES = {"cpu": ["--device", "cpu"], "cuda": ["--device", "cuda", "--transformer-impl", "local"]}
 if importlib.util.find_spec("transformer_engine"):
@@ -87,12 +89,12 @@ def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cuda")
     for device in DEVICES:
         cases = []
-        for name, (scheme, repeat) in MODELS.items():
+        for name, (scheme, repeat, further) in MODELS.items():
             out = root / device / name
             cases.append(
                 [
                     *("pretrain", *SHAPE, "--data-path", str(corpus)),
-                    *("--norm-scheme", scheme, "--phd-repeat", str(repeat)),
+                    *("--norm-scheme", scheme, "--phd-repeat", str(repeat), *further),
                     *("--metrics-file", str(out / "metrics.jsonl"), "--dump-gradients-dir", str(out / "gradients")),
                 ]
             )

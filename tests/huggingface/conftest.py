@@ -126,6 +126,8 @@ def mcore_shapes(model) -> dict[str, tuple[int, ...]]:
     norms: dict[str, int] = {"decoder.final_layernorm": h}
     if model.norm_scheme == "embed_norm":
         norms["embed_norm"] = h
+    if model.phd_copy_embedding == "vector":
+        shapes["copy_embedding.weight"] = (model.phd_repeat - 1, h)
     for i in range(model.num_layers):
         layer = f"decoder.layers.{i}"
         no_input = model.norm_scheme in ("hybrid", "embed_norm") or (model.norm_scheme == "hybrid_star" and i > 0)

@@ -31,6 +31,16 @@ CASES = {
 }
 CASES["olmo2 K=1"] = {"norm_scheme": "olmo2"}
 CASES["pre_qkvc_post K=2"] = {"norm_scheme": "pre_qkvc_post", **POLICIES["2"]}
+CASES |= {
+    "hybrid_star K=3, repeated and vector": {
+        **{"norm_scheme": "hybrid_star", **POLICIES["3"]},
+        **{"phd_copy_positions": "repeated", "phd_copy_embedding": "vector"},
+    },
+    "embed_norm K=2, fraction and vector": {
+        **{"norm_scheme": "embed_norm", **POLICIES["2"]},
+        **{"phd_copy_positions": "fraction", "phd_copy_embedding": "vector"},
+    },
+}
 CASES["biases, LayerNorm, GELU, own head, partial RoPE"] = {
     **{"norm_scheme": "hybrid_star", **POLICIES["2"], "normalization": "LayerNorm", "add_bias_linear": True},
     **{"gated_linear_unit": False, "untie_embeddings_and_output_weights": True},
@@ -54,7 +64,10 @@ CASES |= {
         **{"norm_scheme": "hybrid_star", **POLICIES["2"]},
         "transformer": {**EXPERTS, **SIGMOID, **SHARED, "moe_shared_expert_gate": False, "moe_router_dtype": "fp32"},
     },
-    "experts in groups K=3": {"norm_scheme": "pre", **POLICIES["3"], "transformer": {**EXPERTS, **SIGMOID, **GROUPS}},
+    "experts in groups K=3": {
+        **{"norm_scheme": "pre", **POLICIES["3"], "phd_copy_embedding": "vector"},
+        "transformer": {**EXPERTS, **SIGMOID, **GROUPS},
+    },
 }
 CASES["QKV bias"] = {"norm_scheme": "pre", "add_qkv_bias": True}
 

@@ -56,7 +56,7 @@ def rows(tmp_path_factory):
 
 def test_logits_of_exported_checkpoints(rows):
     _, cases = rows
-    assert len(cases) == 27
+    assert len(cases) == 29
     assert wrong(cases) == {}
     assert native(cases) == NATIVE
 
@@ -70,7 +70,12 @@ def test_logits_of_every_norm_scheme_in_memory(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("hybrid_star K=2", "bfloat16"), ("experts as Mixtral", "auto"), ("experts hybrid_star K=2", "bfloat16")],
+    [
+        ("hybrid_star K=2", "bfloat16"),
+        ("hybrid_star K=3, repeated and vector", "bfloat16"),
+        ("experts as Mixtral", "auto"),
+        ("experts hybrid_star K=2", "bfloat16"),
+    ],
 )
 def test_full_verification(rows, tmp_path, name, dtype):
     root, cases = rows

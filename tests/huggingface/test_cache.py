@@ -36,13 +36,25 @@ def generate(model, tokens, steps, **options):
 
 CASES = [(scheme, policy) for scheme in ("pre", "post", "hybrid_star") for policy in POLICIES]
 CASES += [(scheme, (2, 4, 8)) for scheme in ("post_pre", "sandwich", "olmo2", "embed_norm", "pre_qkvc_post")]
+CASES = [(scheme, policy, "token") for scheme, policy in CASES]
+CASES += [("hybrid_star", policy, kind) for kind in ("repeated", "fraction") for policy in ((2, 4, 8), (3, 6, None))]
 
 
-@pytest.mark.parametrize(("scheme", "policy"), CASES, ids=str)
+def told_apart(model):
+    """Copies have vectors that are not zero."""
+    with torch.no_grad():
+        model.model.copy_embedding.weight.normal_()
+    return model
+
+
+@pytest.mark.parametrize(("scheme", "policy", "positions"), CASES, ids=str)
 @torch.no_grad()
-def test_decoding_equals_recomputation_step_by_step(make_model, scheme, policy):
+def test_decoding_equals_recomputation_step_by_step(make_model, scheme, policy, positions):
     """Every step's logits, and the cache's size at every step, over several chunks."""
-    model = make_model(norm_scheme=scheme, **policy_fields(policy))
+    vectors = {"phd_copy_embedding": "vector"} if positions != "token" else {}
+    model = make_model(norm_scheme=scheme, **policy_fields(policy), phd_copy_positions=positions, **vectors)
+    if vectors:
+        told_apart(model)
     tokens = torch.randint(61, (2, 29))
     everything = model(tokens, use_cache=False).logits
     for prompt in (1, 7, 8):
@@ -102,10 +114,12 @@ def test_the_decode_kernel_generates_the_same(make_model, policy, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("policy", SMALL, ids=str)
+@pytest.mark.parametrize(
+    ("policy", "positions"), [*((policy, "token") for policy in SMALL), ((3, 5, None), "repeated")], ids=str
+)
 @torch.no_grad()
-def test_a_left_padded_batch_generates_as_one_at_a_time(make_model, policy):
-    model = make_model(norm_scheme="hybrid", **policy_fields(policy))
+def test_a_left_padded_batch_generates_as_one_at_a_time(make_model, policy, positions):
+    model = make_model(norm_scheme="hybrid", **policy_fields(policy), phd_copy_positions=positions)
     lengths = [1, 8, 13, 6]
     rows = [torch.randint(1, 61, (1, length)) for length in lengths]
     tokens, mask = torch.zeros(4, 13, dtype=torch.long), torch.zeros(4, 13, dtype=torch.long)

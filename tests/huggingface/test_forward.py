@@ -13,6 +13,10 @@ POLICIES = [(1, 1, None), (2, 1, None), (2, 4, 8), (2, 3, 7), (2, 5, None)]
 POLICIES += [(3, 1, None), (3, 4, 6), (3, 64, 32), (3, 6, None)]
 
 
+#: how copies differ beside the mask
+TOLD_APART = [("repeated", "none"), ("fraction", "none"), ("token", "vector"), ("repeated", "vector")]
+
+
 def reference_logits(model, tokens):
     return logits_by_formula(dict(model.named_parameters()), model.config, tokens)
 
@@ -40,6 +44,38 @@ def test_forward_equals_the_formulas(make_model, scheme, policy):
     expected = torch.stack([reference_logits(model, row) for row in tokens])
     close(model(tokens).logits, expected)
     close(model(tokens, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("policy", [(2, 1, None), (2, 4, 8), (3, 3, 7), (5, 6, None)], ids=str)
+@pytest.mark.parametrize("scheme", ["pre", "hybrid_star", "embed_norm"])
+@pytest.mark.parametrize(("positions", "embedding"), TOLD_APART)
+@torch.no_grad()
+def test_copies_told_apart_equal_the_formulas(make_model, positions, embedding, scheme, policy):
+    fields = {"phd_copy_positions": positions, "phd_copy_embedding": embedding}
+    model = make_model(norm_scheme=scheme, **policy_fields(policy), **fields)
+    if embedding == "vector":
+        assert not model.model.copy_embedding.weight.any()  # a new model's
+        model.model.copy_embedding.weight.normal_()
+    tokens = torch.randint(61, (2, 19))
+    everything = model(tokens).logits
+    close(everything, torch.stack([reference_logits(model, row) for row in tokens]))
+    for keep in (1, 5):  # the cone
+        close(model(tokens, logits_to_keep=keep).logits, everything[:, -keep:])
+    assert (make_model(norm_scheme=scheme, **policy_fields(policy))(tokens).logits - everything).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_one_copy_has_nothing_to_tell_apart(make_model):
+    tokens = torch.randint(61, (2, 19))
+    model = make_model(phd_copy_positions="repeated", phd_copy_embedding="vector")
+    assert model.model.copy_embedding is None
+    assert torch.equal(model(tokens).logits, make_model()(tokens).logits)
+
+
+@pytest.mark.parametrize("fields", [{"phd_copy_positions": "nonsense"}, {"phd_copy_embedding": "table"}], ids=str)
+def test_unknown_kinds_are_refused(make_model, fields):
+    with pytest.raises(Exception, match=f"{next(iter(fields))}='{next(iter(fields.values()))}': choose"):
+        make_model(phd_repeat=2, **fields)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -104,6 +105,7 @@ def test_type_is_kept(make_source, tmp_path, name):
         {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32},
         {"norm_scheme": "pre", "add_bias_linear": True, "normalization": "LayerNorm", "gated_linear_unit": False},
         {"norm_scheme": "pre", "phd_repeat": 3, "phd_window": 4, "untie_embeddings_and_output_weights": True},
+        {"norm_scheme": "hybrid", "phd_repeat": 3, "phd_copy_positions": "repeated", "phd_copy_embedding": "vector"},
     ],
     ids=str,
 )
@@ -117,13 +119,48 @@ def test_our_own_exports_come_back(make_checkpoint, tmp_path, fields):
     assert configs[0] == configs[1]
 
 
-def test_go_on_as_a_phd_model(make_source, tmp_path):
-    source = make_source("llama")
-    words = ("--phd-repeat", 2, "--seq-length", 32, "--make-vocab-size-divisible-by", 16)
+@pytest.mark.parametrize(
+    ("name", "positions", "embedding"),
+    [("llama", "token", "none"), ("qwen3", "fraction", "vector"), ("qwen3_moe", "fraction", "vector")],
+)
+def test_go_on_as_a_phd_model(make_source, tmp_path, capsys, name, positions, embedding):
+    """``--verify full`` has held the originals to the source's tokens, bit for bit after every layer."""
+    source = make_source(name)
+    words = ("--phd-repeat", 3, "--seq-length", 32, "--make-vocab-size-divisible-by", 16)
+    words += ("--phd-copy-positions", positions, "--phd-copy-embedding", embedding)
     assert run("--hf-dir", source, "--output", tmp_path / "save", *words) == 0
+    said = re.search(r"loss of a text at step 0: (\S+) with copies, (\S+) of ", capsys.readouterr().out)
+    assert said is not None and float(said[1]) != float(said[2]) and abs(float(said[1]) - float(said[2])) < 1
     model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
-    assert (model.phd_repeat, model.phd_window, model.phd_chunk, model.seq_length) == (2, 16, 32, 32)
-    assert MegatronCheckpoint(tmp_path / "save").shape("embedding.word_embeddings.weight") == (272, 48)
+    assert (model.phd_repeat, model.phd_window, model.phd_chunk, model.seq_length) == (3, 16, 32, 32)
+    assert (model.phd_copy_positions, model.phd_copy_embedding) == (positions, embedding)
+    checkpoint = MegatronCheckpoint(tmp_path / "save")
+    assert checkpoint.shape("embedding.word_embeddings.weight") == (272, 48)
+    if embedding == "vector":
+        assert checkpoint.shape("copy_embedding.weight") == (2, 48)
+        assert not checkpoint.read("copy_embedding.weight").any()
+
+
+def test_originals_that_are_not_the_sources_are_noticed(make_source, tmp_path, capsys, monkeypatch):
+    from phd_megatron.training import hf_import
+
+    monkeypatch.setattr(hf_import, "_check_copies", lambda *_: None)
+    words = ("--phd-repeat", 2, "--phd-copy-positions", "repeated")
+    assert run("--hf-dir", make_source("llama"), "--output", tmp_path / "save", *words) == 2
+    assert "originals are not the source's" in capsys.readouterr().err and not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--phd-repeat", 2, "--phd-copy-positions", "repeated"), "puts tokens 2 RoPE positions apart"),
+        (("--phd-window", 4), "--phd-window 4: no effect"),
+        (("--phd-copy-embedding", "vector"), "--phd-copy-embedding vector: no effect"),
+    ],
+)
+def test_copies_that_could_not_be_exact_or_have_no_effect_are_refused(make_source, tmp_path, capsys, words, message):
+    assert run("--hf-dir", make_source("llama"), "--output", tmp_path / "save", *words) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "save").exists()
 
 
 def test_upcycled_experts_compute_what_the_ffn_computed(make_source, tmp_path):

@@ -27,7 +27,7 @@ def no_halo(policy: KVPolicy, slice_start: int) -> int:
 
 
 def contiguous_slices(policy: KVPolicy, length: int, size: int, rank: int) -> tuple[range, ...]:
-    """The ranks cut the sequence in order, while RoPE and attention go by zigzag order."""
+    """The ranks cut the sequence in order, while attention goes by zigzag order."""
     genuine_slices(policy, length, size, rank)
     half = length // size // 2
     return tuple(range((2 * rank + i) * half, (2 * rank + i + 1) * half) for i in (0, 1))

@@ -30,13 +30,18 @@ MODELS: dict[str, tuple[str, KVPolicy]] = {
     "cswa-in-slice": ("hybrid_star", KVPolicy(2, 5, 6)),  # chunks divide every slice: nothing hidden travels
     "cswa-across": ("hybrid_star", KVPolicy(3, 4, 8)),
     "swa": ("pre", KVPolicy(2, 5)),
+    "told-apart": ("hybrid_star", KVPolicy(2, 4, 8)),
+}
+#: options of one model: positions of copies are those of the whole sequence, not of a slice
+FURTHER: dict[str, dict[str, object]] = {
+    "told-apart": {"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"}
 }
 P2P = {"cp-comm-type": "p2p"}
 CP2 = {"context-parallel-size": 2}
 CP4 = {"context-parallel-size": 4}
 TP2 = {"tensor-model-parallel-size": 2}
 ALL = tuple(MODELS)
-ACROSS = ("cswa-across", "swa")
+ACROSS = ("cswa-across", "swa", "told-apart")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], dict[str, object]]] = {
     "single": (1, ALL, {}),
     "cp2": (2, ALL, CP2),
@@ -79,6 +84,7 @@ def arguments(corpus: Path, directory: Path, model: str, options: dict[str, obje
         **TINY_MODEL,
         **{"seq-length": LENGTH, "norm-scheme": scheme, "phd-repeat": policy.repeat, "phd-window": policy.window},
         **chunk,
+        **FURTHER.get(model, {}),
         **{"data-path": str(corpus), "split": "90,10,0", "eod-mask-loss": True, "device": "cpu"},
         **{"micro-batch-size": MICRO_BATCH, "global-batch-size": 8, "train-iters": 3, "lr": 1e-2, "log-interval": 1},
         **{"eval-iters": 1, "eval-interval": 3},

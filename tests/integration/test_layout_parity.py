@@ -38,8 +38,22 @@ MODELS |= {
     f"{scheme}-k2": {"norm-scheme": scheme, "phd-repeat": 2}
     for scheme in ("olmo2", "post_pre", "embed_norm", "pre_qkvc_post", "deepnorm", "mix_ln")
 }
+#: copies that differ by more than the mask
+TOLD_APART: dict[str, dict[str, object]] = {
+    "hybrid_star-k3-repeated-vector": {
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 3},
+        **{"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
+    },
+    "pre-k2-fraction-vector": {
+        **{"norm-scheme": "pre", "phd-repeat": 2, "untie-embeddings-and-output-weights": True},
+        **{"phd-copy-positions": "fraction", "phd-copy-embedding": "vector"},
+    },
+    "embed_norm-k2-vector": {"norm-scheme": "embed_norm", "phd-repeat": 2, "phd-copy-embedding": "vector"},
+}
+MODELS |= TOLD_APART
 SIX, EVERY = tuple(MODELS)[:6], tuple(MODELS)
 TWO = ("pre-k1", "hybrid_star-k3")
+APART = "hybrid_star-k3-repeated-vector"
 #: layouts that have no word: stages cut by letters, and by counting embedding and loss as layers
 NAMED = {
     "pp4 with a lone head": Layout(
@@ -75,25 +89,25 @@ NAMED = {
 }
 #: which models a layout is run with
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "tp2": (*SIX[3:], "post-k2", "olmo2-k2", "pre_qkvc_post-k2"),
+    "tp2": (*SIX[3:], *TOLD_APART, "post-k2", "olmo2-k2", "pre_qkvc_post-k2"),
     "tp2+sp": EVERY,
-    "pp2": (*TWO, "hybrid-k2-untied"),
-    "pp2+vpp2": (*SIX, "hybrid-k2-untied", "embed_norm-k2", "deepnorm-k2", "mix_ln-k2"),
+    "pp2": (*TWO, *TOLD_APART, "hybrid-k2-untied"),
+    "pp2+vpp2": (*SIX, APART, "hybrid-k2-untied", "embed_norm-k2", "deepnorm-k2", "mix_ln-k2"),
     "pp2+vpp2 in groups of 4, all transfers overlapped": ("hybrid_star-k2",),
     "pp2+first1": ("hybrid_star-k2", "hybrid-k2-untied"),
     "pp2+vpp3 with embedding and loss counted": ("hybrid_star-k3", "hybrid-k2-untied"),
     "dp2": TWO,
-    "dp2+overlap in buckets": TWO,
-    "dp2+nodist": TWO,
-    "tp2+sp+recompute": TWO,
+    "dp2+overlap in buckets": (*TWO, APART),
+    "dp2+nodist": (*TWO, APART),
+    "tp2+sp+recompute": (*TWO, APART),
     "tp2+pp2": TWO,
-    "tp2+sp+pp2+vpp2": (*TWO, "pre-k2", "hybrid-k2-untied"),
+    "tp2+sp+pp2+vpp2": (*TWO, *TOLD_APART, "pre-k2", "hybrid-k2-untied"),
     "pp2+vpp2+dp2+overlap": (*TWO, "hybrid-k2-untied"),
     "tp2+sp+dp2+overlap": ("hybrid_star-k3",),
     "pp4": (*TWO, "hybrid-k2-untied"),
-    "pp4 with a lone head": TWO,
+    "pp4 with a lone head": (*TWO, APART),
     "tp4": ("hybrid_star-k3",),  # num_query_groups = 2 < TP
-    "tp4+sp": (*TWO, "olmo2-k2"),
+    "tp4+sp": (*TWO, APART, "olmo2-k2"),
 }
 
 
@@ -151,4 +165,6 @@ def test_what_is_compared_is_there(parity: Parity) -> None:
         plan = norm_plan(str(options["norm-scheme"]), TINY_MODEL["num-layers"])
         assert len(head_norms) == sum(len(block.heads) for block in plan)
         assert all(gradients[key].norm() > 0 for key in head_norms)
+        assert ("copy_embedding.weight" in gradients) == (options.get("phd-copy-embedding") == "vector")
+        assert all(row.norm() > 0 for row in gradients.get("copy_embedding.weight", ()))
     assert len(set(losses.values())) == len(losses)

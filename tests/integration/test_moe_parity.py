@@ -55,6 +55,10 @@ VARIANTS: dict[str, Options] = {
         "moe-layer-freq": 2,
         "no-phd-last-layer-pruning": True,
     },
+    "told-apart-k2": {
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 2},
+        **{"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
+    },
 }
 #: a loss over the whole step is exact as long as the data-parallel and micro-batch sizes stay
 GLOBAL: dict[str, Options] = {

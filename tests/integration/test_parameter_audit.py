@@ -36,7 +36,8 @@ MODELS: dict[str, dict[str, object]] = {
         "add-bias-linear": True,
         "untie-embeddings-and-output-weights": True,
     },
-    "decay_norms": {"norm-scheme": "hybrid_star", "decay-norms": True},
+    "decay_norms": {"norm-scheme": "hybrid_star", "decay-norms": True, "phd-copy-embedding": "vector"},
+    "told apart": {"norm-scheme": "pre", "phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
 }
 #: layout -> ranks, options, and the layout whose numbers it must give
 LAYOUTS: dict[str, tuple[int, dict[str, object], str]] = {
@@ -127,7 +128,7 @@ def test_parameters_are_initialised_saved_and_counted_once(root: Path, layout: s
         assert torch.equal(parameter.value, reference[key].value), f"{key} starts elsewhere than on one rank"
         assert bool((parameter.main_replicas == 1).all()), f"{key} is not saved exactly once"
         assert bool((parameter.in_clip_norm == 1).all()), f"{key} is not counted exactly once in the clip norm"
-        decays = parameter.dimensions > 1 or model == "decay_norms"
+        decays = (parameter.dimensions > 1 or model == "decay_norms") and key != "copy_embedding.weight"
         assert parameter.decayed == {decays}, f"{key} is in the wrong weight-decay group"
 
 

@@ -52,6 +52,16 @@ DENSE |= {
     }
     for scheme in ("post", "pre_qk", "olmo2")
 }
+DENSE |= {
+    f"{scheme} K={repeat} CSWA, {positions}, {embedding}": {
+        **{"norm-scheme": scheme, "phd-repeat": repeat, **ATTENTION["CSWA"]},
+        **{"phd-copy-positions": positions, "phd-copy-embedding": embedding},
+    }
+    for scheme, repeat, positions, embedding in (
+        *(("hybrid_star", 2, "repeated", "vector"), ("hybrid_star", 3, "fraction", "none")),
+        *(("pre", 3, "repeated", "none"), ("pre", 2, "fraction", "vector"), ("embed_norm", 2, "token", "vector")),
+    )
+}
 DENSE_LAYOUTS = (
     *("dp1+recompute", "tp2", "tp2+sp", "pp2", "pp2+first1", "pp2+vpp2", "dp2", "dp2+overlap", "dp2+nodist"),
     *("tp2+sp+recompute", "tp2+pp2", "tp2+sp+pp2+vpp2", "pp2+vpp2+dp2+overlap", "pp4", "tp4", "tp4+sp", "tp2+sp+dp2"),
@@ -89,6 +99,13 @@ CONTEXT |= {
     }
     for scheme in ("olmo2", "pre_qkvc_post", "embed_norm")
 }
+CONTEXT |= {
+    f"hybrid_star K={repeat} CSWA, chunks across slices, {positions}, vector": {
+        **{"seq-length": 48, "norm-scheme": "hybrid_star", "phd-repeat": repeat, "phd-window": 5, "phd-chunk": 8},
+        **{"phd-copy-positions": positions, "phd-copy-embedding": "vector"},
+    }
+    for repeat, positions in ((2, "repeated"), (3, "fraction"))
+}
 CONTEXT_LAYOUTS = (
     *("cp2", "cp2+p2p", "cp4", "cp4+p2p", "cp2+recompute", "tp2+cp2+p2p", "tp2+sp+cp2", "cp2+pp2", "cp2+pp2+p2p"),
     *("cp2+pp2+vpp2", "cp2+dp2+overlap", "cp2+dp2+nodist", "tp2+sp+cp2+pp2", "tp2+sp+cp2+dp2+overlap", "cp4+pp2+p2p"),
@@ -114,6 +131,10 @@ EXPERTS: Models = {
 EXPERTS |= {
     f"{scheme} K=2, alltoall": {**ROUTER, "norm-scheme": scheme, "phd-repeat": 2, **ATTENTION["CSWA"]}
     for scheme in ("olmo2", "post", "post_pre", "sandwich", "deepnorm")
+}
+EXPERTS["hybrid_star K=2, alltoall, repeated, vector"] = {
+    **{**ROUTER, "norm-scheme": "hybrid_star", "phd-repeat": 2, **ATTENTION["CSWA"]},
+    **{"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
 }
 EXPERTS_LAYOUTS = (
     *("dp2", "ep2", "ep2+nodist", "ep4", "tp2+sp", "tp2+sp+etp1", "tp2+sp+ep2+etp1", "tp2+sp+ep2", "pp2", "pp2+ep2"),

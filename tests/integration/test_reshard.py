@@ -104,6 +104,8 @@ MODEL: dict[str, object] = {
     "phd-repeat": 2,
     "phd-window": 5,
     "phd-chunk": 8,
+    "phd-copy-positions": "repeated",
+    "phd-copy-embedding": "vector",
 }
 EXPERTS: dict[str, object] = {
     **{"num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 24, "moe-layer-freq": [0, 1, 1, 1]},

@@ -28,17 +28,19 @@ DROPOUT = {"hidden-dropout": 0.1}
 RAMP = {"rampup-batch-size": [2, 2, 12], "train-samples": 40, "lr-warmup-samples": 6}
 OVERLAP = {"overlap-grad-reduce": True, "overlap-param-gather": True, "ddp-bucket-size": 3000}
 TP2 = {"tensor-model-parallel-size": 2}
+TOLD_APART = {"phd-copy-positions": "fraction", "phd-copy-embedding": "vector"}
 #: world size -> case -> options
 CASES: dict[int, dict[str, dict[str, object]]] = {
     1: {
         "fp32": ITERS,
         "bf16": {**ITERS, "bf16": True},
         "dropout": {**ITERS, **DROPOUT},
+        "told-apart": {**ITERS, **TOLD_APART, "bf16": True},
         "ramp-up": RAMP,
     },
     2: {
         "tp2": {**ITERS, **TP2},
-        "tp2+sp-bf16-dropout": {**ITERS, **TP2, **DROPOUT, "sequence-parallel": True, "bf16": True},
+        "tp2+sp-bf16-dropout": {**ITERS, **TP2, **DROPOUT, **TOLD_APART, "sequence-parallel": True, "bf16": True},
         "dp2+overlap": {**ITERS, **OVERLAP},
         "dp2+overlap-bf16-dropout": {**ITERS, **OVERLAP, **DROPOUT, "bf16": True},
         "pp2": {**ITERS, "pipeline-model-parallel-size": 2},
@@ -124,6 +126,8 @@ def alone(runs: Runs, run_cases: Any) -> Runs:
 
     no_update = {"lr": 1e-30, "eval-interval": 1}  # smaller than any parameter's rounding
     second.append(runs.resume("finetune", "fp32", {"finetune": True, **no_update}))
+    vectors = {"finetune": True, "phd-copy-embedding": "vector"}
+    second.append(runs.resume("finetune-with-vectors", "fp32", {**vectors, **no_update}))
     second.append(runs.resume("no-optimizer", "fp32", {"no-load-optim": True}))
     second.append(runs.resume("no-rng", "dropout", {"no-load-rng": True}))
     # These start from what `first` leaves, so they must come before the resumed runs save their end.
@@ -211,6 +215,13 @@ def test_finetune_takes_the_parameters_and_starts_over(alone: Runs) -> None:
     assert lines[0]["validation_loss"] < source[1]["validation_loss"], "three steps are better than two"
     # The first batch, seen by parameters that have learnt from it.
     assert lines[0]["lm_loss"] < source[0]["lm_loss"]
+
+
+def test_finetune_may_add_vectors_which_start_at_zero(alone: Runs) -> None:
+    lines = alone.lines("finetune-with-vectors")
+    assert {line["validation_loss"] for line in lines} == {line["validation_loss"] for line in alone.lines("finetune")}
+    assert lines[0]["grad_norm"] > alone.lines("finetune")[0]["grad_norm"], "theirs is added"
+    assert "has no copy_embedding.weight, which starts at zero" in alone.log
 
 
 def test_no_load_optim_keeps_the_place_and_forgets_the_moments(alone: Runs) -> None:

@@ -209,6 +209,49 @@ def test_repetition_changes_the_model(runtime):
     assert ((expected - got)[:, 3:].abs() > 1e-4).all()
 
 
+@pytest.mark.parametrize("positions", ["token", "repeated", "fraction"])
+@pytest.mark.parametrize("repeat", [2, 3])
+def test_copies_are_told_apart_by_position_and_vector(runtime, positions, repeat):
+    """The table turns every row by its position; the originals' rows are a vanilla model's, bit for bit."""
+    run = make_run(phd_repeat=repeat, phd_window=3, phd_copy_positions=positions, phd_copy_embedding="vector")
+    model, vanilla = build(run), build(make_run())
+    names = {name for name, _ in model.named_parameters()}
+    assert names - {name for name, _ in vanilla.named_parameters()} == {"copy_embedding.weight"}
+    for name, parameter in vanilla.named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name]), f"{name} starts elsewhere"
+    assert model.copy_embedding.weight.shape == (repeat - 1, 32) and not model.copy_embedding.weight.any()
+    model.copy_embedding.weight.data.normal_()
+    n, j = torch.arange(16.0).repeat(repeat), torch.arange(1.0, repeat + 1).repeat_interleave(16)
+    expected = {"token": n, "repeated": repeat * n + j - 1, "fraction": n + (j - 1) / repeat}[positions]
+    cos, _ = model._rotary_table(16 * repeat, torch.device("cpu"))
+    assert torch.allclose(cos[:, 0, 0, 0], expected.cos(), atol=1e-6)  # the first frequency is 1
+    if positions == "repeated":
+        return
+    rows, plain = [], []
+    model.decoder.layers[1].register_forward_hook(lambda *args: rows.append(args[2][0]))
+    vanilla.decoder.layers[1].register_forward_hook(lambda *args: plain.append(args[2][0]))
+    with torch.no_grad():
+        model(**batch()), vanilla(**batch())
+    assert torch.equal(rows[0][:16], plain[0]) and not torch.equal(rows[0][16:32], plain[0])
+
+
+def test_vectors_get_the_gradient_of_their_copy(runtime):
+    """By hand: the gradient of every hidden row of the decoder's input, summed over tokens and sequences."""
+    run = make_run(norm_scheme="hybrid_star", phd_repeat=3, phd_window=3, phd_copy_embedding="vector")
+    model = build(run)
+    seen = []
+
+    def look(module, args, kwargs):
+        kwargs["hidden_states"].retain_grad()
+        seen.append(kwargs["hidden_states"])
+
+    model.decoder.register_forward_pre_hook(look, with_kwargs=True)
+    model(**batch()).mean().backward()
+    by_hand = seen[0].grad.unflatten(0, (3, 16))[1:].sum((1, 2))
+    torch.testing.assert_close(model.copy_embedding.weight.grad, by_hand)
+    assert (by_hand.norm(dim=1) > 0).all()
+
+
 def test_vocabulary_padding_has_no_probability(runtime):
     model = build(make_run(norm_scheme="pre"))
     inputs = batch()

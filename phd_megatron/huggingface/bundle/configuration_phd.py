@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 
+from .copy_positions import COPY_POSITIONS
 from .kv_policy import KVPolicy
 from .norm_schemes import norm_scheme
 
@@ -19,6 +20,8 @@ class PHDConfig(PreTrainedConfig):
         phd_repeat: ``K``, how often a token is repeated inside the decoder; 1 is the vanilla transformer.
         phd_window: ``W``, token positions of hidden keys a hidden query sees, its own included.
         phd_chunk: ``C``, the window stays inside chunks of ``C`` positions; ``None`` for no chunks.
+        phd_copy_positions: by what RoPE turns the copies of a token, see ``copy_positions.py``.
+        phd_copy_embedding: ``vector`` adds a learned one to each of copies 2 to ``K`` after the embedding, or ``none``.
         norm_scheme: row of ``norm_schemes.py``.
         num_experts: experts of each layer that is not in ``mlp_only_layers``; 0 for a dense model. Further words:
             ``num_experts_per_tok``, ``moe_intermediate_size`` (of one expert, by default ``intermediate_size``),
@@ -61,6 +64,8 @@ class PHDConfig(PreTrainedConfig):
     phd_repeat: int = 1
     phd_window: int = 1
     phd_chunk: int | None = None
+    phd_copy_positions: str = "token"
+    phd_copy_embedding: str = "none"
     norm_scheme: str = "pre"
     num_experts: int = 0
     num_experts_per_tok: int = 2
@@ -90,6 +95,10 @@ class PHDConfig(PreTrainedConfig):
         """Refuse what cannot be; the model asks again, because ``from_pretrained`` sets fields afterwards."""
         norm_scheme(self.norm_scheme)
         self.kv_policy()
+        if self.phd_copy_positions not in COPY_POSITIONS:
+            raise ValueError(f"phd_copy_positions={self.phd_copy_positions!r}: choose {', '.join(COPY_POSITIONS)}")
+        if self.phd_copy_embedding not in ("none", "vector"):
+            raise ValueError(f"phd_copy_embedding={self.phd_copy_embedding!r}: choose none or vector")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -48,11 +48,12 @@ def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
 
 
 def rotary_table(config: PHDConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at positions ``[b, rows]``; the first half of sines is negated."""
+    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at float32 positions ``[b, rows]``; the first half of sines is
+    negated."""
     # Made on the fly: a buffer would be lost when transformers builds the model on the meta device.
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
     frequency = 1.0 / config.rope_parameters["rope_theta"] ** exponent
-    angle = positions.clamp(min=0)[..., None, None].float() * frequency
+    angle = positions[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
@@ -61,7 +62,7 @@ def rotary_tables(config: PHDConfig, rows: LayerRows, like: Tensor) -> tuple[tup
     """Tables of a layer's queries and of its keys, made once for all layers with the same rows."""
 
     def tables() -> tuple[tuple[Tensor, Tensor], ...]:
-        cos, sin = rotary_table(config, rows.key_positions.to(like.device), like.dtype)
+        cos, sin = rotary_table(config, rows.rotary_positions(config.phd_copy_positions).to(like.device), like.dtype)
         return (rows.select(cos), rows.select(sin)), (cos, sin)
 
     return rows.step.once(("rotary", rows.start, rows.end, rows.last, like.device, like.dtype), tables)
@@ -157,6 +158,14 @@ class PHDDecoderLayer(GradientCheckpointingLayer):
         return join(residual, self.mlp(normed), norms, self.mlp_output_layernorm)
 
 
+class PHDCopyEmbedding(nn.Module):
+    """A vector for each of copies 2 to ``K``, added after the embedding; zero in a new model."""
+
+    def __init__(self, config: PHDConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.phd_repeat - 1, config.hidden_size))
+
+
 class PHDPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the family."""
 
@@ -176,6 +185,8 @@ class PHDPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, PHDCopyEmbedding):
+            init.zeros_(module.weight)
         elif isinstance(module, PHDRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.e_score_correction_bias is not None:
@@ -194,6 +205,9 @@ class PHDModel(PHDPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = make_norm(config) if norm_scheme(config.norm_scheme).embed_norm else nn.Identity()
+        self.copy_embedding: PHDCopyEmbedding | None = None
+        if config.phd_copy_embedding == "vector" and config.phd_repeat > 1:
+            self.copy_embedding = PHDCopyEmbedding(config)
         plan = norm_plan(config.norm_scheme, config.num_hidden_layers)
         self.layers = nn.ModuleList(PHDDecoderLayer(config, block, index) for index, block in enumerate(plan))
         self.norm = make_norm(config)
@@ -257,7 +271,7 @@ class PHDModel(PHDPreTrainedModel):
             cache,
             0 if output_hidden_states else logits_to_keep,
         )
-        hidden = step.first_rows(hidden)
+        hidden = step.first_rows(hidden, None if self.copy_embedding is None else self.copy_embedding.weight)
         states = []
         for index, layer in enumerate(self.layers):
             rows = step.layer(index)

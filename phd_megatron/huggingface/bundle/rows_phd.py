@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .cache_phd import CacheStep, PHDCache, Shared
+from .copy_positions import rotary_positions
 from .kv_policy import KVPolicy
 from .reference import reference_attention
 from .sdpa import sdpa_attention
@@ -140,13 +141,15 @@ class StepRows(Shared):
             policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
         )
 
-    def first_rows(self, embeddings: Tensor) -> Tensor:
-        """``[b, n, h]`` to the rows the first layer reads: the originals and the copies of the slots it needs."""
-        return self.spread(embeddings, self.starts[0])
+    def first_rows(self, embeddings: Tensor, vectors: Tensor | None) -> Tensor:
+        """``[b, n, h]`` to the rows the first layer reads: the originals and the copies of the slots it needs.
 
-    def spread(self, slots: Tensor, start: int) -> Tensor:
-        """``[b, n, ...]`` to rows ``[b, n + (K-1) * (n - start), ...]``."""
-        return torch.cat([slots, *[slots[:, start:]] * (self.policy.repeat - 1)], dim=1)
+        ``vectors`` [K-1, h] are added to copies 2 to K.
+        """
+        copies = embeddings[:, self.starts[0] :]
+        if vectors is None:
+            return torch.cat([embeddings, *[copies] * (self.policy.repeat - 1)], dim=1)
+        return torch.cat([embeddings, (copies[:, None] + vectors[:, None]).flatten(1, 2)], dim=1)
 
     def layer(self, index: int) -> LayerRows:
         """Rows of the layer with this 0-based index."""
@@ -199,10 +202,15 @@ class LayerRows:
         """Whether all copies of all slots are computed and slots are positions, as in training."""
         return self.step.aligned and self.step.wanted == 0
 
-    @property
-    def key_positions(self) -> Tensor:
-        """Token positions ``[b or 1, rows in]``."""
-        return self.step.spread(self.step.positions, self.start)
+    def rotary_positions(self, kind: str) -> Tensor:
+        """Positions ``[b or 1, rows in]``, float32, by which RoPE turns the rows; those of padding mean nothing."""
+        positions, repeat = self.step.positions.clamp(min=0)[:, None], self.step.policy.repeat
+        copies = torch.arange(1, repeat + 1, device=positions.device)[:, None]
+        originals = rotary_positions(positions, copies[:1], repeat, kind).squeeze(1)
+        if repeat == 1:
+            return originals
+        hidden = rotary_positions(positions[:, :, self.start :], copies[1:], repeat, kind)  # [b or 1, K-1, n - start]
+        return torch.cat([originals, hidden.flatten(1, 2)], dim=1)
 
     def last_copy(self, rows: Tensor) -> Tensor:
         """The last copy of every slot, of rows that hold them all."""

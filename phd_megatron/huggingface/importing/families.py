@@ -132,6 +132,8 @@ FAMILIES: dict[str, Family] = {
             "phd_repeat": to("phd_repeat"),
             "phd_window": to("phd_window"),
             "phd_chunk": to("phd_chunk"),
+            "phd_copy_positions": to("phd_copy_positions"),
+            "phd_copy_embedding": to("phd_copy_embedding"),
             "norm_scheme": to("norm_scheme"),
             "normalization": to("normalization"),
             "mlp_gated": to("gated_linear_unit"),

@@ -108,7 +108,7 @@ COMMON: dict[str, Apply] = {
     "attention_bias": NO_BIAS,
     # Exports of K = 1 models say what they were trained as; the other words of the policy follow from K = 1.
     "phd_repeat": must(1, reason="a class of transformers' own has no copies"),
-    **dict.fromkeys(("phd_window", "phd_chunk", "norm_scheme"), ignored),
+    **dict.fromkeys(("phd_window", "phd_chunk", "phd_copy_positions", "phd_copy_embedding", "norm_scheme"), ignored),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "pretraining_tp"), ignored),
     **dict.fromkeys(
         ("architectures", "model_type", "auto_map", "transformers_version", "dtype", "torch_dtype"), ignored
