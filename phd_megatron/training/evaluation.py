@@ -45,6 +45,7 @@ def for_evaluation(
     if device == "cpu":
         notes += for_cpu(run.model)
     run.checkpoint.save = run.checkpoint.load = run.checkpoint.save_interval = None
+    run.checkpoint.async_save = False
     run.training.rampup_batch_size = None
     dims = ParallelDims.from_config(run.parallel, world_size)
     run.parallel.sequence_parallel = dims.sp

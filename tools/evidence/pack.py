@@ -54,9 +54,9 @@ def parts_of(folder: Path, text: str) -> list[Path]:
 @contextmanager
 def open_parts(folder: Path, text: str) -> Iterator[IO[bytes]]:
     """The archive's content as a plain stream."""
-    joined = io.BufferedReader(_Joined(parts_of(folder, text)), _BLOCK)  # type: ignore[arg-type]
+    joined = io.BufferedReader(_Joined(parts_of(folder, text)), _BLOCK)
     with lzma.open(joined) as stream:
-        yield stream  # type: ignore[misc]
+        yield stream
 
 
 def pack(prepared: Path, files: list[str], output: Path, part_bytes: int) -> list[Path]:
@@ -75,7 +75,7 @@ def pack(prepared: Path, files: list[str], output: Path, part_bytes: int) -> lis
             archive.add(prepared / name, name, filter=_anonymous)
     if output.stat().st_size <= part_bytes:
         return [output]
-    parts = []
+    parts: list[Path] = []
     with output.open("rb") as whole:
         while block := whole.read(part_bytes):
             parts.append(output.with_name(f"{output.name}.{len(parts):02d}"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tarfile
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from .pack import open_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 _FILE = "piece.json"
+RUNS, DONE, FAILED = OF_A_PIECE = ("runs", "done", "failed")  #: folders of the work folder
 _STOP_SECONDS = 20.0  #: runs save, and the records are written
 
 
@@ -83,10 +85,15 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     seconds = _number(environment, "SECONDS", 540)
     work = Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence"))
     name, end = time.strftime("%Y-%m-%d-%H%M", time.gmtime(now)), now + _number(environment, "PIECE", seconds)
+    previous = ""
     with contextlib.suppress(OSError, ValueError, KeyError):
         kept = json.loads((work / _FILE).read_text("utf-8"))
+        previous = str(kept["name"])
         if kept["end"] > now + seconds / 2:
-            name, end = str(kept["name"]), float(kept["end"])
+            name, end = previous, float(kept["end"])
+    if name != previous:
+        for folder in OF_A_PIECE:  # its records have left the machine with its last command
+            shutil.rmtree(work / folder, ignore_errors=True)
     write(work / _FILE, json.dumps({"name": name, "end": end}) + "\n")
     return Piece(
         name=name,

@@ -109,13 +109,13 @@ class Queue:
         section = next(section for section in self.sections if section.name == self.anchor)
         return list(self._of(section, text))
 
-    def sweep(self, section: Section, text: str) -> Sweep:
-        """The section on one text as a sweep; variants without a chosen rate are left as they are."""
+    def sweep(self, section: Section, text: str, ready: bool = False) -> Sweep:
+        """The section on one text as a sweep; with ``ready``, of those variants only that have their rate."""
         grid = {
             VARIANT: {
                 name: {**self.variants[name], **section.fields, **self._rate(section, text, name)}
                 for name in section.variants
-                if name not in self.blocked
+                if name not in self.blocked and not (ready and self._waits(section, text, name))
             },
             **section.axes,
             SEED: section.seeds,
@@ -125,13 +125,12 @@ class Queue:
             "title": section.about,
             "base": {**self.base, "tokens": section.tokens},
             "grid": grid,
-            "baseline": {} if section.baseline is None else {VARIANT: section.baseline},
         }
         return sweep_of(data, self.path, self.transformer_fields)
 
     def plan(self, section: Section, text: str, directory: Path, flags: Mapping[str, Any]) -> list[PlannedMember]:
-        """Complete configurations of a section's members on one text."""
-        return plan_members(self.sweep(section, text), directory, flags, check=False)[0]
+        """Complete configurations of a section's members on one text, of those that can be run."""
+        return plan_members(self.sweep(section, text, ready=True), directory, flags, check=False)[0]
 
     def _of(self, section: Section, text: str) -> Iterator[Experiment]:
         """Seed by seed, so that what is compared is there together."""

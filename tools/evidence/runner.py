@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ from phd_megatron.sweep.progress import last_step
 from phd_megatron.sweep.store import Status, Store, create, write
 
 from .corpus import PARTS
-from .piece import Piece
+from .piece import DONE, FAILED, RUNS, Piece
 from .queue import Experiment, Queue
 from .record import describe_piece, dump, make_record
-from .schedule import Speed, choose
+from .schedule import Load, Speed, choose
 
 OUTPUT = "evidence.json"
 _POLL_SECONDS = 0.5
 _LAST_SECONDS = 4.0  #: of a command, for its last file
 _TAIL = 20_000
-_DONE, _FAILED = "done", "failed"
+_MEMORY_FACTOR = 1.25  #: the plan's memory is before what the allocator and libraries add
 _FOLDERS = PARTS[-1]
 
 
@@ -46,10 +46,11 @@ class Prepared:
         return self.store.home(self.member.name)
 
     @property
-    def flops_left(self) -> float:
+    def load(self) -> Load:
         """Of the training that is still to be done."""
         share = progress_of(self.store, self.member.name) / self.member.samples
-        return self.member.plan.flops * max(0.0, 1 - share)
+        memory = _MEMORY_FACTOR * self.member.plan.memory.total
+        return Load(self.member.plan.flops * max(0.0, 1 - share), memory)
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Runner:
         self.about = describe_piece(piece.name, self.texts)
         self.launcher = Launcher(parallel=piece.parallel, members_per_device=piece.parallel)
         self.free = device_slots(self.launcher, "auto")
-        self.speed = Speed(piece.flops, start_seconds=piece.start_seconds)
+        self.speed = Speed(piece.flops, _memory(), start_seconds=piece.start_seconds)
         self.running: list[Running] = []
         self.prepared: dict[str, Prepared] = {}
         self.failed: set[str] = set()
@@ -108,7 +109,7 @@ class Runner:
         return sorted(found, key=lambda experiment: experiment not in anchors and not self._has_begun(experiment))
 
     def _is_done(self, experiment: Experiment) -> bool:
-        done = [self.piece.work / _DONE / f"{experiment.name}.json"]
+        done = [self.piece.work / DONE / f"{experiment.name}.json"]
         if experiment.section.name != self.queue.anchor:
             done.append(self.queue.runs / f"{experiment.name}.json")
         return any(path.exists() for path in done)
@@ -117,7 +118,7 @@ class Runner:
         return (self._directory(experiment) / "members" / experiment.member.name / "status.json").exists()
 
     def _directory(self, experiment: Experiment) -> Path:
-        return self.piece.work / "runs" / f"{experiment.text}-{experiment.section.name}"
+        return self.piece.work / RUNS / f"{experiment.text}-{experiment.section.name}"
 
     def _prepare(self, experiment: Experiment) -> Prepared:
         if experiment.name not in self.prepared:
@@ -130,7 +131,7 @@ class Runner:
                     "data_cache_path": str(self.piece.work / "index" / experiment.text),
                 }
                 members = self.queue.plan(experiment.section, experiment.text, directory, flags)
-                sweep = self.queue.sweep(experiment.section, experiment.text)
+                sweep = self.queue.sweep(experiment.section, experiment.text, ready=True)
                 self._stores[key] = create(directory, sweep, members), {m.name: m for m in members}
             store, planned = self._stores[key]
             self.prepared[experiment.name] = Prepared(experiment, planned[experiment.member.name], store)
@@ -161,14 +162,14 @@ class Runner:
 
     def _start_next(self) -> bool:
         candidates = [self._prepare(experiment) for experiment in self.waiting()]
-        at_work = [running.prepared.flops_left for running in self.running]
+        at_work = [running.prepared.load for running in self.running]
         left = self.piece.piece_end - self.piece.command_end + self.piece.stop_at - time.time()
-        chosen = choose(at_work, [c.flops_left for c in candidates], left, self._measured())
+        chosen = choose(at_work, [c.load for c in candidates], left, self._measured())
         if chosen is None:
             return False
         prepared, place = candidates[chosen], self.free.pop(0)
         name = prepared.experiment.name
-        trained = prepared.flops_left == 0 and prepared.store.status(prepared.member.name).state == "finished"
+        trained = not prepared.load.flops and prepared.store.status(prepared.member.name).state == "finished"
         training = None if trained else MemberProcess(prepared.store, prepared.member.name, self.launcher, place)
         self.running.append(Running(prepared, place, training))
         self._say(f"{name}: {'evaluated' if trained else 'started'}, {len(self.running)} at work")
@@ -226,7 +227,7 @@ class Runner:
     def _keep(self, running: Running) -> None:
         prepared = running.prepared
         record = make_record(prepared.experiment, prepared.member, prepared.store, running.evaluations, self.about)
-        write(self.piece.work / _DONE / f"{record['name']}.json", dump(record))
+        write(self.piece.work / DONE / f"{record['name']}.json", dump(record))
         shutil.rmtree(prepared.home / CHECKPOINTS, ignore_errors=True)
         self._release(running)
         losses = [loss for loss in record["steps"]["validation_loss"] if loss is not None]
@@ -239,7 +240,7 @@ class Runner:
         prepared = running.prepared
         self._say(f"{prepared.experiment.name}: {status.state}: {status.message}")
         if status.state == "failed":
-            write(self.piece.work / _FAILED / prepared.experiment.name, _tail(prepared.home))
+            write(self.piece.work / FAILED / prepared.experiment.name, _tail(prepared.home))
             self.failed.add(prepared.experiment.name)
 
     def _release(self, running: Running) -> None:
@@ -257,7 +258,7 @@ class Runner:
                 continue
             rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
         if len(rates) >= min(self.speed.filled_by, self.piece.parallel) and len(rates) == len(self.running):
-            self.speed = Speed(sum(rates), self.speed.filled_by, self.speed.start_seconds, self.speed.margin)
+            self.speed = replace(self.speed, flops=sum(rates))
         return self.speed
 
     # ---------------------------------------------------------------- the end
@@ -286,8 +287,8 @@ class Runner:
 
     def _write_output(self) -> None:
         """Everything that has ended in this piece, in one file: a command may be the last."""
-        done = [json.loads(path.read_text("utf-8")) for path in sorted((self.piece.work / _DONE).glob("*.json"))]
-        failed = {p.name: p.read_text("utf-8") for p in sorted((self.piece.work / _FAILED).glob("*"))}
+        done = [json.loads(path.read_text("utf-8")) for path in sorted((self.piece.work / DONE).glob("*.json"))]
+        failed = {p.name: p.read_text("utf-8") for p in sorted((self.piece.work / FAILED).glob("*"))}
         content = {"piece": self.piece.name, "records": done, "failed": failed}
         write(self.piece.out / OUTPUT, json.dumps(content) + "\n")
 
@@ -306,3 +307,10 @@ def _tail(home: Path) -> str:
         if (home / name).exists():
             parts.append(f"== {name}\n{(home / name).read_text('utf-8', 'replace')[-_TAIL:]}")
     return "\n".join(parts)
+
+
+def _memory() -> float:
+    """Bytes of the GPU; no limit without one."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else float("inf")
