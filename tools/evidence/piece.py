@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _FILE = "piece.json"
 RUNS, DONE, FAILED = OF_A_PIECE = ("runs", "done", "failed")  #: folders of the work folder
 _STOP_SECONDS = 20.0  #: runs save, and the records are written
+_LEAST_SECONDS = 30.0  #: with less left than this a piece is over
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     with contextlib.suppress(OSError, ValueError, KeyError):
         kept = json.loads((work / _FILE).read_text("utf-8"))
         previous = str(kept["name"])
-        if kept["end"] > now + seconds / 2:
+        if kept["end"] > now + _LEAST_SECONDS:
             name, end = previous, float(kept["end"])
     if name != previous:
         for folder in OF_A_PIECE:  # its records have left the machine with its last command
