@@ -90,6 +90,11 @@ def read_curve(name: str, path: Path) -> Curve:
         raise UserError(
             f"{path} holds no consumed_tokens and consumed_flops: it was written by an older version; train again"
         )
+    return curve_of(run, path)
+
+
+def curve_of(run: Run, source: Path) -> Curve:
+    """The same of steps that have been read; ``source`` names them in messages."""
     seconds, elapsed, previous = [], 0.0, 0
     steps = []
     for step in run.steps:
@@ -99,7 +104,7 @@ def read_curve(name: str, path: Path) -> Curve:
             steps.append(step)
             seconds.append(elapsed)
     if not steps:
-        raise UserError(f"{path} holds no finite loss: the run diverged before its first line")
+        raise UserError(f"{source} holds no finite loss: the run diverged before its first line")
     loss = [step["lm_loss"] for step in steps]
     validation = [
         (index, step["validation_loss"])
@@ -107,7 +112,7 @@ def read_curve(name: str, path: Path) -> Curve:
         if step.get("validation_loss") is not None and math.isfinite(step["validation_loss"])
     ]
     return Curve(
-        name=name,
+        name=run.name,
         tokens=[step["consumed_tokens"] for step in steps],
         flops=[step["consumed_flops"] for step in steps],
         seconds=seconds,

@@ -77,7 +77,11 @@ def read_sweep(path: str | Path, transformer_fields: Mapping[str, Any]) -> Sweep
             is not on an axis.
     """
     path = Path(path)
-    data = read_yaml(path)
+    return sweep_of(read_yaml(path), path, transformer_fields)
+
+
+def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[str, Any]) -> Sweep:
+    """The same of a sweep file's content; ``path`` names it in messages, and ``config`` is relative to it."""
     for key in data:
         if key not in _KEYS:
             raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS) or 'use ' + ', '.join(_KEYS)}")

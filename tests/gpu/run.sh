@@ -7,6 +7,7 @@
 #   bash tests/gpu/run.sh third      attention, norm and RoPE
 #   bash tests/gpu/run.sh copies     copies told apart: parity, and what a step costs
 #   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds, on all GPUs that are visible
+#   bash tests/gpu/run.sh evidence   the next trainings of docs/results/trained/queue.yaml (how.md beside it)
 #   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
@@ -103,6 +104,9 @@ paired() {
         --output-prefix "$out/data/stdlib" --tokenizer byte --on-decode-error skip
     phd 500 paired sweep --config examples/sweeps/paired_75m_gpu.yaml --output "$out/paired" \
         --data-path "$out/data/stdlib" --parallel "$((3 * $(python3 -c 'import torch; print(torch.cuda.device_count())')))"
+}
+evidence() { # PHD_EVIDENCE_SECONDS for this command (540), PHD_EVIDENCE_PIECE for all of the machine's
+    OUT="$out" PYTHONPATH="$PWD/tools:$PYTHONPATH" python3 -W ignore -m evidence run || status=1
 }
 layouts() { check 560 tests/gpu/test_cuda_layouts.py; }
 

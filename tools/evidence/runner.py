@@ -1,0 +1,316 @@
+"""Take the next experiments that fit the time, several at once, and keep what they measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.errors import UserError
+from phd_megatron.sweep.local import device_slots
+from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, PlannedMember
+from phd_megatron.sweep.options import Launcher
+from phd_megatron.sweep.process import MemberProcess, member_environment, progress_of
+from phd_megatron.sweep.progress import last_step
+from phd_megatron.sweep.store import Status, Store, create, write
+
+from .corpus import PARTS
+from .piece import DONE, FAILED, RUNS, Piece
+from .queue import Experiment, Queue
+from .record import describe_piece, dump, make_record
+from .schedule import Load, Speed, choose
+
+OUTPUT = "evidence.json"
+_POLL_SECONDS = 0.5
+_LAST_SECONDS = 4.0  #: of a command, for its last file
+_TAIL = 20_000
+_MEMORY_FACTOR = 1.25  #: the plan's memory is before what the allocator and libraries add
+_FOLDERS = PARTS[-1]
+
+
+@dataclass
+class Prepared:
+    """An experiment whose folder has been laid."""
+
+    experiment: Experiment
+    member: PlannedMember
+    store: Store
+
+    @property
+    def home(self) -> Path:
+        return self.store.home(self.member.name)
+
+    @property
+    def load(self) -> Load:
+        """Of the training that is still to be done."""
+        share = progress_of(self.store, self.member.name) / self.member.samples
+        memory = _MEMORY_FACTOR * self.member.plan.memory.total
+        return Load(self.member.plan.flops * max(0.0, 1 - share), memory)
+
+
+@dataclass
+class Evaluating:
+    """``phd-megatron evaluate`` at work on a trained member."""
+
+    process: subprocess.Popen[bytes]
+    result: Path
+
+
+@dataclass
+class Running:
+    """A member in one of the places: training, then perhaps an evaluation."""
+
+    prepared: Prepared
+    place: str | None
+    training: MemberProcess | None
+    evaluating: Evaluating | None = None
+    evaluations: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """One command of a piece."""
+
+    def __init__(self, piece: Piece, queue: Queue) -> None:
+        self.piece, self.queue = piece, queue
+        self.texts = piece.texts()
+        if not self.texts:
+            raise UserError(
+                f"no text: {piece.archives} holds no archive and {piece.work / 'texts'} no folder; carry .corpus/ship"
+            )
+        self.about = describe_piece(piece.name, self.texts)
+        self.launcher = Launcher(parallel=piece.parallel, members_per_device=piece.parallel)
+        self.free = device_slots(self.launcher, "auto")
+        self.speed = Speed(piece.flops, _memory(), start_seconds=piece.start_seconds)
+        self.running: list[Running] = []
+        self.prepared: dict[str, Prepared] = {}
+        self.failed: set[str] = set()
+        self._stores: dict[tuple[str, str], tuple[Store, dict[str, PlannedMember]]] = {}
+
+    # ---------------------------------------------------------------- what is to be done
+
+    def waiting(self) -> list[Experiment]:
+        """Experiments that could be started, in order; those that an earlier command began come first."""
+        names = {running.prepared.experiment.name for running in self.running}
+        anchors = [a for text in self.texts for a in self.queue.anchors(text)] if self.piece.anchor else []
+        found = [
+            experiment
+            for experiment in [*anchors, *self.queue.experiments]
+            if experiment.text in self.texts
+            and experiment.waits_for is None
+            and experiment.name not in names | self.failed
+            and not self._is_done(experiment)
+            and (self.piece.only in experiment.name or experiment in anchors)
+        ]
+        return sorted(found, key=lambda experiment: experiment not in anchors and not self._has_begun(experiment))
+
+    def _is_done(self, experiment: Experiment) -> bool:
+        done = [self.piece.work / DONE / f"{experiment.name}.json"]
+        if experiment.section.name != self.queue.anchor:
+            done.append(self.queue.runs / f"{experiment.name}.json")
+        return any(path.exists() for path in done)
+
+    def _has_begun(self, experiment: Experiment) -> bool:
+        return (self._directory(experiment) / "members" / experiment.member.name / "status.json").exists()
+
+    def _directory(self, experiment: Experiment) -> Path:
+        return self.piece.work / RUNS / f"{experiment.text}-{experiment.section.name}"
+
+    def _prepare(self, experiment: Experiment) -> Prepared:
+        if experiment.name not in self.prepared:
+            key = experiment.text, experiment.section.name
+            if key not in self._stores:
+                directory, folder = self._directory(experiment), self.texts[experiment.text]
+                flags = {
+                    "train_data_path": [str(folder / "train")],
+                    "valid_data_path": [str(folder / "valid")],
+                    "data_cache_path": str(self.piece.work / "index" / experiment.text),
+                }
+                members = self.queue.plan(experiment.section, experiment.text, directory, flags)
+                sweep = self.queue.sweep(experiment.section, experiment.text, ready=True)
+                self._stores[key] = create(directory, sweep, members), {m.name: m for m in members}
+            store, planned = self._stores[key]
+            self.prepared[experiment.name] = Prepared(experiment, planned[experiment.member.name], store)
+        return self.prepared[experiment.name]
+
+    # ---------------------------------------------------------------- the command
+
+    def run(self) -> int:
+        """Work until the command's time is over or nothing fits any more; the number of runs that ended in it."""
+        ended = 0
+        self._say(f"piece {self.piece.name}, {self.piece.piece_end - time.time():.0f} s left of it")
+        for variant, why in self.queue.blocked.items():
+            self._say(f"variant {variant} cannot be run: {why}")
+        try:
+            while time.time() < self.piece.stop_at:
+                ended += self._poll()
+                while self.free and self._start_next():
+                    pass
+                if not self.running:
+                    self._say("nothing that is left fits the time that is left")
+                    break
+                time.sleep(_POLL_SECONDS)
+        finally:
+            self._stop_all()
+            ended += self._poll()
+            self._write_output()
+        return ended
+
+    def _start_next(self) -> bool:
+        candidates = [self._prepare(experiment) for experiment in self.waiting()]
+        at_work = [running.prepared.load for running in self.running]
+        left = self.piece.piece_end - self.piece.command_end + self.piece.stop_at - time.time()
+        chosen = choose(at_work, [c.load for c in candidates], left, self._measured())
+        if chosen is None:
+            return False
+        prepared, place = candidates[chosen], self.free.pop(0)
+        name = prepared.experiment.name
+        trained = not prepared.load.flops and prepared.store.status(prepared.member.name).state == "finished"
+        training = None if trained else MemberProcess(prepared.store, prepared.member.name, self.launcher, place)
+        self.running.append(Running(prepared, place, training))
+        self._say(f"{name}: {'evaluated' if trained else 'started'}, {len(self.running)} at work")
+        return True
+
+    def _poll(self) -> int:
+        """Look at all that run; the number that has ended for good."""
+        ended = 0
+        for running in list(self.running):
+            if running.training is not None:
+                status = running.training.poll()
+                if status is None:
+                    continue
+                running.training = None
+                if status.state not in ("finished", "diverged"):
+                    self._drop(running, status)
+                    continue
+                if status.state == "finished" and running.prepared.experiment.section.folders:
+                    running.evaluating = self._evaluate(running)
+                    continue
+            elif running.evaluating is None:  # it was trained by an earlier command
+                running.evaluating = self._evaluate(running)
+                continue
+            else:
+                code = running.evaluating.process.poll()
+                if code is None:
+                    continue
+                if code or not running.evaluating.result.exists():
+                    self._drop(running, Status("failed", code, message="evaluate failed; see its log"))
+                    continue
+                running.evaluations[_FOLDERS] = json.loads(running.evaluating.result.read_text("utf-8"))
+            self._keep(running)
+            ended += 1
+        return ended
+
+    def _evaluate(self, running: Running) -> Evaluating:
+        prepared = running.prepared
+        training = prepared.member.config.training
+        samples = training.eval_iters * (training.global_batch_size or training.micro_batch_size)
+        result = prepared.home / "folders.json"
+        command = [sys.executable, "-W", "ignore", "-m", "phd_megatron", "evaluate"]
+        command += ["--checkpoint", str(prepared.home / CHECKPOINTS)]
+        command += ["--data-path", str(self.texts[prepared.experiment.text] / _FOLDERS), "--num-samples", str(samples)]
+        command += ["--json", str(result)]
+        with (prepared.home / "evaluate.txt").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=member_environment(self.launcher, running.place),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return Evaluating(process, result)
+
+    def _keep(self, running: Running) -> None:
+        prepared = running.prepared
+        record = make_record(prepared.experiment, prepared.member, prepared.store, running.evaluations, self.about)
+        write(self.piece.work / DONE / f"{record['name']}.json", dump(record))
+        shutil.rmtree(prepared.home / CHECKPOINTS, ignore_errors=True)
+        self._release(running)
+        losses = [loss for loss in record["steps"]["validation_loss"] if loss is not None]
+        self._say(f"{record['name']}: {record['state']}, validation loss {losses[-1] if losses else 'none'}")
+        self._write_output()
+
+    def _drop(self, running: Running, status: Status) -> None:
+        """It stays in the queue, and this command does not start it again."""
+        self._release(running)
+        prepared = running.prepared
+        self._say(f"{prepared.experiment.name}: {status.state}: {status.message}")
+        if status.state == "failed":
+            write(self.piece.work / FAILED / prepared.experiment.name, _tail(prepared.home))
+            self.failed.add(prepared.experiment.name)
+
+    def _release(self, running: Running) -> None:
+        self.running.remove(running)
+        self.free.append(running.place)
+
+    # ---------------------------------------------------------------- speed
+
+    def _measured(self) -> Speed:
+        """What the GPU does now, by the last step that each run has logged; what was assumed, before all have."""
+        rates = []
+        for running in self.running:
+            step = last_step(running.prepared.store, running.prepared.member.name)
+            if running.training is None or not step.get("tokens_per_second"):
+                continue
+            rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
+        if len(rates) >= min(self.speed.filled_by, self.piece.parallel) and len(rates) == len(self.running):
+            self.speed = replace(self.speed, flops=sum(rates))
+        return self.speed
+
+    # ---------------------------------------------------------------- the end
+
+    def _stop_all(self) -> None:
+        """Running members save, for the next command; an evaluation is begun again there."""
+        for running in self.running:
+            if running.training is not None:
+                running.training.stop()
+            elif running.evaluating is not None:
+                running.evaluating.process.kill()
+                running.evaluating.process.wait()
+        for running in list(self.running):
+            if running.training is None:
+                self._release(running)
+        while (
+            any(running.training for running in self.running) and time.time() < self.piece.command_end - _LAST_SECONDS
+        ):
+            if all(r.training is None or r.training.poll() is not None for r in self.running):
+                break
+            time.sleep(_POLL_SECONDS / 5)
+        for running in self.running:
+            if running.training is not None and running.training.poll() is None:
+                running.training.kill()
+                running.training.wait()
+
+    def _write_output(self) -> None:
+        """Everything that has ended in this piece, in one file: a command may be the last."""
+        done = [json.loads(path.read_text("utf-8")) for path in sorted((self.piece.work / DONE).glob("*.json"))]
+        failed = {p.name: p.read_text("utf-8") for p in sorted((self.piece.work / FAILED).glob("*"))}
+        content = {"piece": self.piece.name, "records": done, "failed": failed}
+        write(self.piece.out / OUTPUT, json.dumps(content) + "\n")
+
+    def _say(self, line: str) -> None:
+        text = f"{time.strftime('%H:%M:%S')} {line}"
+        print(text, flush=True)
+        self.piece.out.mkdir(parents=True, exist_ok=True)
+        with (self.piece.out / "evidence.txt").open("a", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+
+
+def _tail(home: Path) -> str:
+    """The end of what a run and its evaluation have printed."""
+    parts = []
+    for name in (LOG_FILE, "evaluate.txt"):
+        if (home / name).exists():
+            parts.append(f"== {name}\n{(home / name).read_text('utf-8', 'replace')[-_TAIL:]}")
+    return "\n".join(parts)
+
+
+def _memory() -> float:
+    """Bytes of the GPU; no limit without one."""
+    import torch
+
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else float("inf")
