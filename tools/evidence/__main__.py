@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -70,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     queue = _queue(piece.queue)
     from .runner import Runner
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # runs save, records are written
     Runner(piece, queue).run()
     return 0
 
