@@ -15,6 +15,7 @@ from evidence.report import write_report
 from evidence.results import lasting, read_results
 
 from phd_megatron.errors import UserError
+from phd_megatron.sweep.statistics import Group
 
 BASE = {"model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 512, "seq_length": 64}}
 SECTION = {"item": 1, "texts": ["code"], "tokens": 1200.0, "variants": ["pre", "star"], "seeds": [1, 2, 3]}
@@ -79,6 +80,11 @@ def pairs(early: float, end: float, noise: float = 0.001) -> list[dict[str, Any]
     return found
 
 
+def compared(queue: Queue) -> tuple[Group, Group]:
+    (pair,) = read_results(queue).pairs(queue.sections[2], "code")
+    return pair
+
+
 def test_an_empty_queue_says_that_nothing_is_known(queue: Queue, tmp_path: Path) -> None:
     text = write_report(queue, tmp_path).read_text()
     assert "No piece has been run" in text
@@ -106,14 +112,11 @@ def test_differences_are_paired_and_say_whether_they_last(queue: Queue, tmp_path
 
 def test_what_fades_and_what_was_never_there(queue: Queue) -> None:
     write(queue, *pairs(early=0.10, end=0.02))
-    groups = read_results(queue).groups(queue.sections[2], "code")
-    assert lasting(groups["star"], groups["pre"])[1] == "no: 20% of it is left"
+    assert lasting(*compared(queue))[1] == "no: 20% of it is left"
     write(queue, *pairs(early=0.0001, end=0.0001))
-    groups = read_results(queue).groups(queue.sections[2], "code")
-    assert lasting(groups["star"], groups["pre"])[1] == "nothing is separated at two thirds"
+    assert lasting(*compared(queue))[1] == "nothing is separated at two thirds"
     write(queue, *(entry | {"plan": {**entry["plan"], "tokens": 2400}} for entry in pairs(early=0.1, end=0.1)))
-    groups = read_results(queue).groups(queue.sections[2], "code")
-    assert lasting(groups["star"], groups["pre"]) == (None, "not known")
+    assert lasting(*compared(queue)) == (None, "not known")
 
 
 def test_one_seed_states_nothing(queue: Queue, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class Piece:
         piece_end: the same of the last command on this machine.
         parallel: runs at once.
         flops: FLOPs a second of the whole GPU, before any have been measured.
+        filled_by: so many runs fill the GPU, before it has been measured.
+        start_seconds: of a run, beside its steps.
         only: a part of the names of experiments that may be run; empty for all.
         anchor: whether the piece begins with the anchor.
     """
@@ -56,6 +58,7 @@ class Piece:
     piece_end: float
     parallel: int
     flops: float
+    filled_by: float
     start_seconds: float
     only: str
     anchor: bool
@@ -106,6 +109,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
         piece_end=max(end, now + seconds),
         parallel=int(_number(environment, "PARALLEL", 5)),
         flops=_number(environment, "FLOPS", 2.5e14),
+        filled_by=_number(environment, "FILLED_BY", 3),
         start_seconds=_number(environment, "START_SECONDS", 60),
         only=environment.get("PHD_EVIDENCE_ONLY", ""),
         anchor=environment.get("PHD_EVIDENCE_ANCHOR", "1") != "0",

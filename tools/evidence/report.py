@@ -8,6 +8,7 @@ from pathlib import Path
 
 from phd_megatron.sweep import figures
 from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text, markdown
+from phd_megatron.sweep.scaling import Estimate, Fit, fit_law
 from phd_megatron.sweep.statistics import CONFIDENCE, Difference, paired
 from phd_megatron.sweep.store import write
 
@@ -16,6 +17,7 @@ from .results import LASTING, Results, Trained, by_folders, lasting, read_result
 
 TITLE = "Trained models"
 FINDINGS = "findings.md"
+SIZE = "size"  #: the axis along which scaling laws are fitted
 _UNIT = "nats per token"
 
 
@@ -139,14 +141,14 @@ def comparison(results: Results, section: Section, output: Path) -> Iterator[Blo
     for text in section.texts:
         groups = results.groups(section, text)
         if groups:
-            panels[text] = {name: [r.curve for r in group.results.values()] for name, group in groups.items()}
-        for name, group in groups.items():
+            panels[text] = {group.name: [r.curve for r in group.results.values()] for group in groups}
+        for group in groups:
             runs = [r for r in group.finished if isinstance(r, Trained)]
             folders = [r.folders for r in runs if r.folders is not None]
             spread = "one seed" if group.spread is None else f"{group.spread:.4f}"
             rows.append(
                 [
-                    f"{text}, {name}",
+                    f"{text}, {group.name}",
                     str(len(runs)),
                     f"{statistics.fmean(group.finals):.4f}",
                     spread,
@@ -155,13 +157,13 @@ def comparison(results: Results, section: Section, output: Path) -> Iterator[Blo
                     f"{runs[0].curve.end('flops'):.3g}",
                 ]
             )
-        for name, other, group, baseline in results.pairs(section, text):
+        for group, baseline in results.pairs(section, text):
             end, elsewhere = paired(group, baseline), paired(group, baseline, by_folders)
             early, verdict = lasting(group, baseline)
             if end is not None:
                 differences.append(
                     [
-                        f"{text}, {name} - {other}",
+                        f"{text}, {group.name} - {baseline.axes[VARIANT]}",
                         str(end.pairs),
                         _difference(end),
                         _difference(elsewhere),
@@ -179,9 +181,34 @@ def comparison(results: Results, section: Section, output: Path) -> Iterator[Blo
     if differences:
         head = ["text, difference", "pairs", f"validation ({CONFIDENCE:.0%} interval)", "held-out folders"]
         yield Table([*head, "loss is", "at two thirds", "lasting"], differences)
+    if SIZE in section.axes:
+        yield from laws(results, section, output)
     stem = f"losses_{section.name}"
     figures.draw_losses(panels, output, stem, _UNIT)
     yield Figure(stem, f"{section.about}: training loss, moving average (lines) and validation (dots)")
+
+
+def laws(results: Results, section: Section, output: Path) -> Iterator[Block]:
+    """Scaling laws of each variant over the sizes of the section."""
+    found, rows = [], []
+    for text in section.texts:
+        for variant in section.variants:
+            runs = [r for r in results.of(section, text) if r.record["axes"][VARIANT] == variant]
+            if not runs:
+                continue
+            sizes = [float(r.record["plan"]["non_embedding_parameters"]) for r in runs]
+            tokens, losses = [float(r.record["plan"]["tokens"]) for r in runs], [r.final for r in runs]
+            fit = fit_law(sizes, tokens, losses)
+            name = f"{text}, {variant}"
+            found.append((name, sizes, tokens, losses, fit if isinstance(fit, Fit) else None))
+            if isinstance(fit, Fit):
+                rows.append([name, fit.formula, *(_estimate(fit.estimates.get(key)) for key in ("E", "A", "alpha"))])
+            else:
+                rows.append([name, fit, "", "", ""])
+    if found:
+        yield Table(["text, variant", "law", "E", "A", "alpha"], rows)
+        figures.draw_scaling(found, output, f"scaling_{section.name}", _UNIT)
+        yield Figure(f"scaling_{section.name}", "Final losses over parameters without embeddings, with the fitted laws")
 
 
 def gaps(results: Results) -> Iterator[Block]:
@@ -242,6 +269,14 @@ def provenance(results: Results) -> Iterator[Block]:
 
 
 # ---------------------------------------------------------------- cells
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if estimate.interval is None:
+        return f"{estimate.value:.4g}"
+    return f"{estimate.value:.4g} ({estimate.interval[0]:.4g} to {estimate.interval[1]:.4g})"
 
 
 def _number(value: float | None) -> str:

@@ -74,31 +74,30 @@ class Results:
         """Runs of one section on one text."""
         return [r for r in self.trained if (r.record["section"], r.record["text"]) == (section.name, text)]
 
-    def groups(self, section: Section, text: str) -> dict[str, Group]:
-        """By variant, of a section without further axes."""
-        return {group.axes[VARIANT]: group for group in make_groups(self.of(section, text))}
+    def groups(self, section: Section, text: str) -> list[Group]:
+        """Runs that differ in their seed only."""
+        return make_groups(self.of(section, text))
 
-    def group(self, variant: str, section: Section, text: str) -> Group | None:
-        """A variant's runs in the section, or else in another one with chosen rates and the same budget."""
-        others = [other for other in self.queue.sections if other.rates == "chosen" and other.tokens == section.tokens]
-        for candidate in [section, *others]:
-            found = self.groups(candidate, text).get(variant)
-            if found is not None:
-                return found
-        return None
+    def pairs(self, section: Section, text: str) -> Iterator[tuple[Group, Group]]:
+        """What the section compares, as far as both are there: each group with the one to compare it with.
 
-    def pairs(self, section: Section, text: str) -> Iterator[tuple[str, str, Group, Group]]:
-        """(variant, baseline, their groups) of what the section compares, as far as both are there."""
-        wanted = [(v, section.baseline) for v in section.variants if section.baseline not in (None, v)]
+        A baseline that is not in the section itself is taken from another one with chosen rates and the same budget.
+        """
+        wanted = [(name, section.baseline) for name in section.variants if section.baseline not in (None, name)]
         for pair in section.compare:
             name, separator, other = (word.strip() for word in pair.partition(":"))
             if not separator:
                 raise UserError(f"{self.queue.path}, section {section.name}: {pair!r} is no pair; write A : B")
             wanted.append((name, other))
+        others = [other for other in self.queue.sections if other.rates == "chosen" and other.tokens == section.tokens]
+        known = [group for place in [section, *others] for group in self.groups(place, text)]
         for name, other in wanted:
-            group, baseline = self.group(name, section, text), self.group(str(other), section, text)
-            if group is not None and baseline is not None:
-                yield name, str(other), group, baseline
+            of_name = [group for group in known if group.axes[VARIANT] == name]
+            for group in of_name if section.axes else of_name[:1]:
+                found = (g for g in known if g.axes == {**group.axes, VARIANT: str(other)})
+                baseline = next(found, None)
+                if baseline is not None and (not section.axes or group.axes.keys() - {VARIANT}):
+                    yield group, baseline
 
 
 def read_results(queue: Queue) -> Results:

@@ -29,6 +29,8 @@ OUTPUT = "evidence.json"
 _POLL_SECONDS = 0.5
 _LAST_SECONDS = 4.0  #: of a command, for its last file
 _TAIL = 20_000
+_SPEAK_SECONDS = 60.0
+_LOOK_AHEAD = 60  #: experiments among which one that fits is looked for
 _MEMORY_FACTOR = 1.25  #: the plan's memory is before what the allocator and libraries add
 _FOLDERS = PARTS[-1]
 
@@ -85,10 +87,11 @@ class Runner:
         self.about = describe_piece(piece.name, self.texts)
         self.launcher = Launcher(parallel=piece.parallel, members_per_device=piece.parallel)
         self.free = device_slots(self.launcher, "auto")
-        self.speed = Speed(piece.flops, _memory(), start_seconds=piece.start_seconds)
+        self.speed = Speed(piece.flops, _memory(), piece.filled_by, piece.start_seconds)
         self.running: list[Running] = []
         self.prepared: dict[str, Prepared] = {}
         self.failed: set[str] = set()
+        self._spoke = 0.0
         self._stores: dict[tuple[str, str], tuple[Store, dict[str, PlannedMember]]] = {}
 
     # ---------------------------------------------------------------- what is to be done
@@ -148,6 +151,7 @@ class Runner:
         try:
             while time.time() < self.piece.stop_at:
                 ended += self._poll()
+                self._measured()
                 while self.free and self._start_next():
                     pass
                 if not self.running:
@@ -161,7 +165,7 @@ class Runner:
         return ended
 
     def _start_next(self) -> bool:
-        candidates = [self._prepare(experiment) for experiment in self.waiting()]
+        candidates = [self._prepare(experiment) for experiment in self.waiting()[:_LOOK_AHEAD]]
         at_work = [running.prepared.load for running in self.running]
         left = self.piece.piece_end - self.piece.command_end + self.piece.stop_at - time.time()
         chosen = choose(at_work, [c.load for c in candidates], left, self._measured())
@@ -250,15 +254,21 @@ class Runner:
     # ---------------------------------------------------------------- speed
 
     def _measured(self) -> Speed:
-        """What the GPU does now, by the last step that each run has logged; what was assumed, before all have."""
+        """What the GPU does now, by the last step that each run has logged; what was known, until all have."""
         rates = []
         for running in self.running:
             step = last_step(running.prepared.store, running.prepared.member.name)
-            if running.training is None or not step.get("tokens_per_second"):
-                continue
-            rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
-        if len(rates) >= min(self.speed.filled_by, self.piece.parallel) and len(rates) == len(self.running):
+            if running.training is not None and step.get("tokens_per_second"):
+                rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
+        if not rates or len(rates) < len(self.running):
+            return self.speed
+        if len(rates) >= self.speed.filled_by or len(rates) == self.piece.parallel:
             self.speed = replace(self.speed, flops=sum(rates))
+        elif sum(rates) > self.speed.flops * len(rates) / self.speed.filled_by:  # fewer fill it than was assumed
+            self.speed = replace(self.speed, filled_by=max(1.0, self.speed.flops * len(rates) / sum(rates)))
+        if time.time() - self._spoke > _SPEAK_SECONDS:
+            self._spoke = time.time()
+            self._say(f"{len(rates)} at work, together {sum(rates):.3g} FLOP/s; {self.speed}")
         return self.speed
 
     # ---------------------------------------------------------------- the end

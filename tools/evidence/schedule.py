@@ -32,7 +32,7 @@ class Speed:
 
     flops: float
     memory: float = float("inf")
-    filled_by: int = 3
+    filled_by: float = 3.0
     start_seconds: float = 60.0
     margin: float = 1.1
 

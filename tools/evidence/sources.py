@@ -21,6 +21,7 @@ _SMALLEST, _LARGEST_CODE, _LARGEST_PROSE = 400, 120_000, 60_000_000
 _DOCUMENT_BLOCKS = 200  #: a book in one file becomes several documents
 _SMALLEST_PROSE = 300
 _INFO_PART = re.compile(r"\.info-\d+$")
+_SOURCE_NOTE = re.compile(r"(\s*\[[^\[\]]{1,40}\])+$")  # a dictionary says where an entry is from
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def prose_documents(deb: Path, package: str, skipped: Sequence[str]) -> Iterator
             found = paragraphs_of_html(_decoded(content))
         elif name.endswith(PROSE_SUFFIXES) or _INFO_PART.search(name):
             found = paragraphs_of_text(_decoded(content))
+            if ".dict" in name:
+                found = [_SOURCE_NOTE.sub("", paragraph) for paragraph in found]
         else:
             continue
         kept = [paragraph for paragraph in found if is_prose(paragraph)]
