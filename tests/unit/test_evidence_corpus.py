@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import random
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evidence.cleaning import Duplicates, code_shingles, is_prose, key_of, prose_shingles
 from evidence.corpus import Definition, build, split
 from evidence.debs import Package, fetch, read_members
 from evidence.html_text import paragraphs_of_html
+from evidence.ngram import BLOCK, NGram, summarise
 from evidence.pack import open_parts, pack, parts_of
 from evidence.sources import Document, paragraphs_of_text
 
@@ -219,3 +222,29 @@ def test_archives_in_parts_are_one_text(tmp_path: Path) -> None:
         assert stream.read() == lzma.decompress(whole[0].read_bytes())
     with pytest.raises(UserError, match="evidence pack prose"):
         parts_of(tmp_path / "two", "prose")
+
+
+# ---------------------------------------------------------------- n-grams
+
+
+def test_ngrams_against_the_definition() -> None:
+    draw = random.Random(1)
+    counted, asked = ([draw.randrange(5) for _ in range(count)] for count in (200, 60))
+
+    def p(y: int, context: tuple[int, ...]) -> float:
+        if not context:
+            return (counted.count(y) + 0.1) / (len(counted) + 0.5)
+        size = len(context)
+        after = [counted[i + size] for i in range(len(counted) - size) if tuple(counted[i : i + size]) == context]
+        shorter = p(y, context[1:])
+        return (after.count(y) + len(set(after)) * shorter) / (len(after) + len(set(after))) if after else shorter
+
+    expected = [-math.log(p(asked[i], tuple(asked[i - 3 : i]))) for i in range(3, len(asked))]
+    assert NGram(counted, 5).losses(asked) == pytest.approx(expected, rel=1e-12)
+
+
+def test_blocks_give_the_error_of_a_mean() -> None:
+    losses = np.repeat([1.0, 2.0, 3.0], BLOCK)
+    found = summarise(np.append(losses, 0.0))
+    assert (found.spread, found.blocks, found.error) == (1.0, 3, pytest.approx(1 / math.sqrt(3)))
+    assert math.isnan(summarise(losses[:5]).error)

@@ -21,13 +21,21 @@ BASE = {"model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, 
 SECTION = {"item": 1, "texts": ["code"], "tokens": 1200.0, "variants": ["pre", "star"], "seeds": [1, 2, 3]}
 DATA = {
     "base": BASE,
-    "variants": {"pre": {"norm_scheme": "pre"}, "star": {"norm_scheme": "hybrid_star"}},
+    "variants": {name: {"norm_scheme": "pre"} for name in ("pre", "star", "other")},
     "anchor": "anchor",
     "sections": [
         {**SECTION, "name": "anchor", "about": "The same run", "variants": ["pre"], "seeds": [1]},
         {**SECTION, "name": "rates", "about": "Rates", "seeds": [9], "axes": {"lr": [1e-3, 2e-3, 4e-3]}},
         {**SECTION, "name": "head", "about": "Both", "rates": "chosen", "baseline": "pre"},
         {**SECTION, "name": "more", "about": "More", "rates": "chosen", "variants": ["star"], "texts": ["prose"]},
+        {
+            **{**SECTION, "name": "controls", "about": "Controls", "rates": "chosen", "variants": ["other"]},
+            "compare": ["other : star", "other : pre"],
+        },
+        {
+            **{**SECTION, "name": "sizes", "about": "Sizes", "rates": "chosen", "seeds": [1], "baseline": "pre"},
+            "axes": {"size": {name: {"tokens": 1200.0} for name in ("s", "m", "l")}},
+        },
     ],
 }
 
@@ -85,11 +93,36 @@ def compared(queue: Queue) -> tuple[Group, Group]:
     return pair
 
 
+def test_a_baseline_may_be_of_another_section_with_the_same_budget(queue: Queue, tmp_path: Path) -> None:
+    write(queue, *pairs(early=0.1, end=0.1))
+    write(queue, *(record("controls", "other", seed, [2.5, 2.2, 1.95]) for seed in (1, 2, 3)))
+    found = list(read_results(queue).pairs(queue.sections[4], "code"))
+    assert [(group.name, baseline.name) for group, baseline in found] == [("other", "star"), ("other", "pre")]
+    lines = write_report(queue, tmp_path).read_text().splitlines()
+    assert any(line.startswith("| code, other - star | 3 | +0.0500") for line in lines)
+    assert any(line.startswith("| code, other - pre | 3 | -0.0500") for line in lines)
+
+
+def test_sizes_are_compared_each_and_fitted_together(queue: Queue, tmp_path: Path) -> None:
+    for name, size in (("s", 1e6), ("m", 4e6), ("l", 16e6)):
+        for variant, factor in (("pre", 4.0), ("star", 3.8)):
+            entry = record("sizes", variant, 1, [factor * (size / 1e6) ** -0.1])
+            entry["axes"] |= {"size": name}
+            entry["name"] += f"-{name}"
+            entry["plan"]["non_embedding_parameters"] = size
+            write(queue, entry)
+    text = write_report(queue, tmp_path).read_text()
+    assert "| code, star-m - pre | 1 |" in text
+    law = next(line for line in text.splitlines() if line.startswith("| code, star | A N^-alpha"))
+    assert law.split("|")[5].split()[0] == "0.1"
+    assert (tmp_path / "scaling_sizes.svg").exists()
+
+
 def test_an_empty_queue_says_that_nothing_is_known(queue: Queue, tmp_path: Path) -> None:
     text = write_report(queue, tmp_path).read_text()
     assert "No piece has been run" in text
     assert "No grid has been run" in text
-    assert "Nothing is known yet of: rates (code); both (code); more (prose)." in text
+    assert "Nothing is known yet of: rates (code); both (code); more (prose); controls (code); sizes (code)." in text
 
 
 def test_differences_are_paired_and_say_whether_they_last(queue: Queue, tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     packed.add_argument("text")
     packed.add_argument("--part-bytes", type=int, default=47_500_000, help="of each part")
     packed.add_argument("--workers", type=int, default=2)
+    hard = commands.add_parser(
+        "ngram", help="whether the validation parts of a prepared text are like its training part"
+    )
+    hard.add_argument("text")
+    hard.add_argument("--counted", type=int, default=60_000_000, help="tokens of the training part")
     commands.add_parser("status", help="what of the queue has been run, what is next, what waits")
     commands.add_parser("run", help="take the next experiments that fit the time (tests/gpu/run.sh evidence)")
     fold = commands.add_parser("fold", help="put the records that a piece left into runs/")
@@ -61,6 +66,15 @@ def _pack(args: argparse.Namespace) -> int:
 
     for part in prepare_and_pack(args.corpus / args.text, args.corpus / "ship", args.part_bytes, args.workers):
         print(f"{part}: {part.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
+
+def _ngram(args: argparse.Namespace) -> int:
+    from .ngram import compare_parts, lines_of
+    from .prepared import DATA, VOCABULARY
+
+    found = compare_parts(args.corpus / args.text / DATA, VOCABULARY, args.counted, 2_100_000)
+    print("\n".join(lines_of(found)))
     return 0
 
 
@@ -121,6 +135,7 @@ def _report(args: argparse.Namespace) -> int:
 _COMMANDS = {
     "corpus": _corpus,
     "pack": _pack,
+    "ngram": _ngram,
     "status": _status,
     "run": _run,
     "fold": _fold,

@@ -9,7 +9,8 @@ from .corpus import MANIFEST, PARTS
 from .debs import sha256_of
 from .pack import pack
 
-TOKENIZER = "bpe:16384"
+VOCABULARY = 16_384
+TOKENIZER = f"bpe:{VOCABULARY}"
 DATA, ABOUT = "data", "text.json"
 
 
