@@ -77,7 +77,7 @@ def word(draw: random.Random) -> str:
 
 
 def test_a_document_counts_once_and_a_near_copy_not_at_all() -> None:
-    duplicates = Duplicates(code_shingles)
+    duplicates = Duplicates(code_shingles, whole=True)
     first = lines(1)
     assert duplicates.keep([first]) == [first]
     assert duplicates.keep([first]) == []
@@ -89,7 +89,7 @@ def test_a_document_counts_once_and_a_near_copy_not_at_all() -> None:
 
 
 def test_shared_blocks_go_and_short_ones_stay() -> None:
-    duplicates = Duplicates(code_shingles)
+    duplicates = Duplicates(code_shingles, whole=True)
     licence = "/* This program is free software: 2023 it may be copied by whoever wants to, and sold,\n   too. */"
     assert duplicates.keep([licence, lines(3), "}"]) == [licence, lines(3), "}"]
     again = licence.replace("2023", "1999").upper()  # case and digits do not make another block
@@ -101,12 +101,21 @@ def test_shared_blocks_go_and_short_ones_stay() -> None:
 def test_half_of_the_shingles_decide() -> None:
     """A document of which four tenths are there already stays, but for what is; one of six tenths goes."""
     parts = [lines(seed, 12) for seed in range(20, 30)]
-    seen = Duplicates(code_shingles)
+    seen = Duplicates(code_shingles, whole=True)
     seen.keep(parts[:6])
     assert seen.keep([*parts[:4], *(lines(seed, 12) for seed in range(40, 46))])[0].startswith("call_")
-    seen = Duplicates(code_shingles)
+    seen = Duplicates(code_shingles, whole=True)
     seen.keep(parts[:6])
     assert seen.keep([*parts[:6], *(lines(seed, 12) for seed in range(40, 44))]) == []
+
+
+def test_of_prose_each_paragraph_stands_for_itself() -> None:
+    paragraphs = [f"{chr(97 + i) * 5} {SENTENCE} " + " ".join(lines(60 + i, 10).split()) for i in range(6)]
+    prose = Duplicates(prose_shingles, whole=False)
+    assert prose.keep(paragraphs[:5]) == paragraphs[:5]
+    assert prose.keep(paragraphs) == paragraphs[5:]
+    assert prose.keep([paragraphs[0], "A short one."]) == []
+    assert prose.removed["what was left of documents"] == len("A short one.")
 
 
 def test_prose_shingles_hang_on_words_alone() -> None:

@@ -15,6 +15,7 @@ from hashlib import blake2b
 SHORT_BLOCK = 80  #: characters; shorter blocks (a closing brace, a heading) may repeat
 DOCUMENT_SHARE = 0.5  #: of a document's shingles seen before: it is a near-duplicate
 BLOCK_SHARE = 0.8  #: the same for one block
+SMALLEST_REST = 200  #: characters; what is left of a page of prose, if less, is no document
 _FEW_SHINGLES = 3  #: fewer say nothing of nearness
 _CODE_LINES, _PROSE_WORDS, _SAMPLED = 3, 8, 4
 _WORD = re.compile(r"[a-z]+|[0-9]+")
@@ -50,10 +51,16 @@ def prose_shingles(block: str) -> set[int]:
 
 
 class Duplicates:
-    """Remembers what has been kept; :attr:`removed` counts the characters that were not, by reason."""
+    """Remembers what has been kept; :attr:`removed` counts the characters that were not, by reason.
 
-    def __init__(self, shingles: Shingles) -> None:
-        self._shingles = shingles
+    Args:
+        shingles: of a block.
+        whole: whether a document that is half there already goes as a whole. A program of which half is left is none;
+            of a page of prose each paragraph stands for itself.
+    """
+
+    def __init__(self, shingles: Shingles, whole: bool) -> None:
+        self._shingles, self._whole = shingles, whole
         self._documents: set[int] = set()
         self._blocks: set[int] = set()
         self._seen: set[int] = set()
@@ -68,7 +75,7 @@ class Duplicates:
             return []
         self._documents.add(whole)
         found = [self._shingles(block) for block in blocks]
-        if self._near(set().union(*found), DOCUMENT_SHARE):
+        if self._whole and self._near(set().union(*found), DOCUMENT_SHARE):
             self.removed["near-duplicate documents"] += size
             return []
         kept = []
@@ -84,6 +91,10 @@ class Duplicates:
                     continue
             self._seen |= shingles
             kept.append(block)
+        left = sum(map(len, kept))
+        if left < (0.5 * size if self._whole else SMALLEST_REST):
+            self.removed["what was left of documents"] += left
+            return []
         return kept
 
     def _near(self, shingles: set[int], share: float) -> bool:

@@ -80,7 +80,8 @@ def build(definition_file: Path, debs: Path, output: Path, update: bool = False,
         _note(definition_file, [package for _, package in fetched])
     documents = _read_all(definition, fetched, workers)
     parts = split(definition, documents)
-    duplicates = Duplicates(code_shingles if definition.kind == "code" else prose_shingles)
+    is_code = definition.kind == "code"
+    duplicates = Duplicates(code_shingles if is_code else prose_shingles, whole=is_code)
     output.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, Any]] = {}
     folders: dict[str, Counter[str]] = {}
@@ -121,8 +122,8 @@ def write_part(
     with path.open("w", encoding="utf-8") as stream:
         for document in documents:
             text = "\n\n".join(duplicates.keep(document.blocks))
-            if 2 * len(text) < sum(map(len, document.blocks)) or not text:
-                continue  # what is left of it is no document any more
+            if not text:
+                continue
             if characters + len(text) > limit:
                 break
             stream.write(json.dumps({"text": text + "\n", "id": document.id}, ensure_ascii=False) + "\n")

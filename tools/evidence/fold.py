@@ -22,7 +22,7 @@ def fold(file: Path, runs: Path, root: Path) -> Iterator[str]:
     An anchor's file is named after its piece, since every piece has one.
 
     Raises:
-        UserError: when the file is none, or an experiment is there with another result.
+        UserError: when the file is none.
     """
     try:
         records = json.loads(file.read_text("utf-8"))["records"]
@@ -38,8 +38,9 @@ def fold(file: Path, runs: Path, root: Path) -> Iterator[str]:
         text = dump(record)
         if path.exists():
             there = json.loads(path.read_text("utf-8"))
-            if there["piece"] != record["piece"]:
-                raise UserError(f"{path} was run in piece {there['piece']}, and now in {record['piece']}; keep one")
+            if there["piece"] != record["piece"]:  # others continue it, so it was trained once more
+                yield f"{path.name}: kept as of piece {there['piece']}; that of {record['piece']} is left out"
+                continue
             if there["commit"] is not None and record["commit"] is None:
                 yield f"{path.name}: there already"
                 continue

@@ -87,7 +87,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     """
     now = time.time()
     seconds = _number(environment, "SECONDS", 540)
-    work = Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence"))
+    work = Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence")).resolve()
     name, end = time.strftime("%Y-%m-%d-%H%M", time.gmtime(now)), now + _number(environment, "PIECE", seconds)
     previous = ""
     with contextlib.suppress(OSError, ValueError, KeyError):

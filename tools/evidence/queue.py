@@ -20,7 +20,7 @@ from phd_megatron.sweep.members import PlannedMember, plan_members
 from phd_megatron.sweep.options import read_options
 
 RUNS, RATES = "runs", "rates.yaml"
-VARIANT = "variant"
+VARIANT, RATE = "variant", "lr"
 _KEYS = ("base", "anchor", "variants", "rates_like", "sections")
 
 
@@ -42,6 +42,8 @@ class Section:
         baseline: the variant that the report compares with.
         compare: further pairs, ``VARIANT : BASELINE`` each.
         fields: what all members have beside the variant's.
+        continues: ``SECTION VARIANT``: each member begins with the parameters of that one's run of the same seed,
+            trained in the same piece.
     """
 
     name: str
@@ -55,8 +57,14 @@ class Section:
     folders: bool = True
     baseline: str | None = None
     compare: list[str] = field(default_factory=list)
+    continues: str | None = None
     axes: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether it looks for learning rates; its seeds take part in no comparison."""
+        return RATE in self.axes
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Experiment:
     text: str
     member: Member
     waits_for: str | None = None  #: why it cannot be run yet
+    start: Experiment | None = None  #: whose parameters it begins with
 
     @property
     def name(self) -> str:
@@ -138,7 +147,28 @@ class Queue:
         for seed in dict.fromkeys(member.axes[SEED] for member in members):
             for member in members:
                 if member.axes[SEED] == seed:
-                    yield Experiment(section, text, member, self._waits(section, text, member.axes[VARIANT]))
+                    waits = self._waits(section, text, member.axes[VARIANT])
+                    start = self._start(section, text, seed)
+                    if start is not None:
+                        waits = waits or start.waits_for
+                    yield Experiment(section, text, member, waits, start)
+
+    def _start(self, section: Section, text: str, seed: str) -> Experiment | None:
+        """The experiment that those of this seed continue.
+
+        Raises:
+            UserError: when there is none.
+        """
+        if section.continues is None:
+            return None
+        name, _, variant = section.continues.partition(" ")
+        for other in self.sections:
+            for experiment in self._of(other, text) if other.name == name and other.continues is None else ():
+                if (experiment.member.axes[VARIANT], experiment.member.axes[SEED]) == (variant, seed):
+                    return experiment
+        raise UserError(
+            f"{self.path}, section {section.name}: continues={section.continues!r} is no SECTION VARIANT with {seed}"
+        )
 
     def _rate(self, section: Section, text: str, variant: str) -> Mapping[str, Any]:
         if section.rates == "own":

@@ -30,7 +30,7 @@ def write_report(queue: Queue, output: Path) -> Path:
         blocks.append(Text(findings.read_text("utf-8").strip()))
     blocks += [*state(results), *anchors(results), *rates(results)]
     for section in queue.sections:
-        if section.rates == "chosen":
+        if not section.is_grid and section.name != queue.anchor:
             blocks += comparison(results, section, output)
     blocks += [*gaps(results), *definitions(), *provenance(results)]
     text = markdown(TITLE, blocks).replace(".png)", ".svg)")
@@ -91,7 +91,7 @@ def rates(results: Results) -> Iterator[Block]:
     grids: dict[tuple[str, str, str], dict[float, str]] = {}
     finals: dict[tuple[str, str, str], dict[float, float]] = {}
     chosen_by_hand = results.queue.rates
-    sections = {s.name for s in results.queue.sections if s.rates == "own" and s.name != results.queue.anchor}
+    sections = {s.name for s in results.queue.sections if s.is_grid}
     for record in [*(r.record for r in results.trained), *results.diverged]:
         if record["section"] not in sections:
             continue
@@ -260,7 +260,7 @@ def provenance(results: Results) -> Iterator[Block]:
         found.setdefault("devices", set()).add(record["device"])
         found.setdefault("commits", set()).add(str(record["commit"])[:7])
         found.setdefault("texts", set()).add(
-            f"{record['text']} ({record['text_made_of'].get('manifest_sha256', '')[:12]})"
+            f"{record['text']} ({record['text_made_of'].get('train_sha256', '')[:12]})"
         )
     if found:
         yield Heading("Where the numbers are from")

@@ -13,17 +13,18 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.sweep.local import device_slots
-from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, PlannedMember
+from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE
 from phd_megatron.sweep.options import Launcher
-from phd_megatron.sweep.process import MemberProcess, member_environment, progress_of
+from phd_megatron.sweep.process import MemberProcess, member_environment
 from phd_megatron.sweep.progress import last_step
-from phd_megatron.sweep.store import Status, Store, create, write
+from phd_megatron.sweep.store import Status, write
 
 from .corpus import PARTS
-from .piece import DONE, FAILED, RUNS, Piece
-from .queue import Experiment, Queue
+from .piece import DONE, FAILED, Piece
+from .queue import Queue
 from .record import describe_piece, dump, make_record
-from .schedule import Load, Speed, choose
+from .schedule import Speed, choose
+from .work import Prepared, Work
 
 OUTPUT = "evidence.json"
 _POLL_SECONDS = 0.5
@@ -31,28 +32,7 @@ _LAST_SECONDS = 4.0  #: of a command, for its last file
 _TAIL = 20_000
 _SPEAK_SECONDS = 60.0
 _LOOK_AHEAD = 60  #: experiments among which one that fits is looked for
-_MEMORY_FACTOR = 1.25  #: the plan's memory is before what the allocator and libraries add
 _FOLDERS = PARTS[-1]
-
-
-@dataclass
-class Prepared:
-    """An experiment whose folder has been laid."""
-
-    experiment: Experiment
-    member: PlannedMember
-    store: Store
-
-    @property
-    def home(self) -> Path:
-        return self.store.home(self.member.name)
-
-    @property
-    def load(self) -> Load:
-        """Of the training that is still to be done."""
-        share = progress_of(self.store, self.member.name) / self.member.samples
-        memory = _MEMORY_FACTOR * self.member.plan.memory.total
-        return Load(self.member.plan.flops * max(0.0, 1 - share), memory)
 
 
 @dataclass
@@ -89,56 +69,9 @@ class Runner:
         self.free = device_slots(self.launcher, "auto")
         self.speed = Speed(piece.flops, _memory(), piece.filled_by, piece.start_seconds)
         self.running: list[Running] = []
-        self.prepared: dict[str, Prepared] = {}
+        self.work = Work(piece, queue, self.texts)
         self.failed: set[str] = set()
         self._spoke = 0.0
-        self._stores: dict[tuple[str, str], tuple[Store, dict[str, PlannedMember]]] = {}
-
-    # ---------------------------------------------------------------- what is to be done
-
-    def waiting(self) -> list[Experiment]:
-        """Experiments that could be started, in order; those that an earlier command began come first."""
-        names = {running.prepared.experiment.name for running in self.running}
-        anchors = [a for text in self.texts for a in self.queue.anchors(text)] if self.piece.anchor else []
-        found = [
-            experiment
-            for experiment in [*anchors, *self.queue.experiments]
-            if experiment.text in self.texts
-            and experiment.waits_for is None
-            and experiment.name not in names | self.failed
-            and not self._is_done(experiment)
-            and (self.piece.only in experiment.name or experiment in anchors)
-        ]
-        return sorted(found, key=lambda experiment: experiment not in anchors and not self._has_begun(experiment))
-
-    def _is_done(self, experiment: Experiment) -> bool:
-        done = [self.piece.work / DONE / f"{experiment.name}.json"]
-        if experiment.section.name != self.queue.anchor:
-            done.append(self.queue.runs / f"{experiment.name}.json")
-        return any(path.exists() for path in done)
-
-    def _has_begun(self, experiment: Experiment) -> bool:
-        return (self._directory(experiment) / "members" / experiment.member.name / "status.json").exists()
-
-    def _directory(self, experiment: Experiment) -> Path:
-        return self.piece.work / RUNS / f"{experiment.text}-{experiment.section.name}"
-
-    def _prepare(self, experiment: Experiment) -> Prepared:
-        if experiment.name not in self.prepared:
-            key = experiment.text, experiment.section.name
-            if key not in self._stores:
-                directory, folder = self._directory(experiment), self.texts[experiment.text]
-                flags = {
-                    "train_data_path": [str(folder / "train")],
-                    "valid_data_path": [str(folder / "valid")],
-                    "data_cache_path": str(self.piece.work / "index" / experiment.text),
-                }
-                members = self.queue.plan(experiment.section, experiment.text, directory, flags)
-                sweep = self.queue.sweep(experiment.section, experiment.text, ready=True)
-                self._stores[key] = create(directory, sweep, members), {m.name: m for m in members}
-            store, planned = self._stores[key]
-            self.prepared[experiment.name] = Prepared(experiment, planned[experiment.member.name], store)
-        return self.prepared[experiment.name]
 
     # ---------------------------------------------------------------- the command
 
@@ -165,7 +98,8 @@ class Runner:
         return ended
 
     def _start_next(self) -> bool:
-        candidates = [self._prepare(experiment) for experiment in self.waiting()[:_LOOK_AHEAD]]
+        at_hand = {running.prepared.experiment.name for running in self.running} | self.failed
+        candidates = [self.work.prepare(experiment) for experiment in self.work.waiting(at_hand)[:_LOOK_AHEAD]]
         at_work = [running.prepared.load for running in self.running]
         left = self.piece.piece_end - self.piece.command_end + self.piece.stop_at - time.time()
         chosen = choose(at_work, [c.load for c in candidates], left, self._measured())
@@ -173,7 +107,7 @@ class Runner:
             return False
         prepared, place = candidates[chosen], self.free.pop(0)
         name = prepared.experiment.name
-        trained = not prepared.load.flops and prepared.store.status(prepared.member.name).state == "finished"
+        trained = prepared.is_trained
         training = None if trained else MemberProcess(prepared.store, prepared.member.name, self.launcher, place)
         self.running.append(Running(prepared, place, training))
         self._say(f"{name}: {'evaluated' if trained else 'started'}, {len(self.running)} at work")
@@ -232,7 +166,8 @@ class Runner:
         prepared = running.prepared
         record = make_record(prepared.experiment, prepared.member, prepared.store, running.evaluations, self.about)
         write(self.piece.work / DONE / f"{record['name']}.json", dump(record))
-        shutil.rmtree(prepared.home / CHECKPOINTS, ignore_errors=True)
+        if not self.work.is_start(prepared.experiment):
+            shutil.rmtree(prepared.home / CHECKPOINTS, ignore_errors=True)
         self._release(running)
         losses = [loss for loss in record["steps"]["validation_loss"] if loss is not None]
         self._say(f"{record['name']}: {record['state']}, validation loss {losses[-1] if losses else 'none'}")
