@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from evidence.debs import Package, fetch, read_members
 from evidence.html_text import paragraphs_of_html
 from evidence.ngram import BLOCK, NGram, summarise
 from evidence.pack import open_parts, pack, parts_of
+from evidence.piece import open_piece
 from evidence.sources import Document, paragraphs_of_text
 
 from phd_megatron.errors import UserError
@@ -229,6 +231,13 @@ def test_archives_in_parts_are_one_text(tmp_path: Path) -> None:
     assert b"".join(path.read_bytes() for path in parts) == whole[0].read_bytes()
     with open_parts(tmp_path / "two", "code") as stream:
         assert stream.read() == lzma.decompress(whole[0].read_bytes())
+    piece = replace(open_piece({"PHD_EVIDENCE_WORK": str(tmp_path / "work")}), archives=tmp_path / "two")
+    parts[1].rename(tmp_path / "second")
+    with pytest.raises(UserError, match="not a whole archive"):
+        piece.texts()
+    (tmp_path / "second").rename(parts[1])
+    assert piece.texts() == {"code": tmp_path / "work/texts/code"}
+    assert (tmp_path / "work/texts/code/train.bin").read_bytes() == (data / "train.bin").read_bytes()
     with pytest.raises(UserError, match="evidence pack prose"):
         parts_of(tmp_path / "two", "prose")
 

@@ -202,6 +202,16 @@ def test_none_is_started_that_makes_one_not_end_in_time() -> None:
     assert not fits([Load(1.0, 60)], Load(1.0, 50), 1e9, replace(speed, memory=100))
 
 
+def test_speed_is_what_runs_at_work_have_shown() -> None:
+    speed = Speed(flops=10.0, filled_by=4.0)
+    assert speed.seen([3.0, 3.0, 3.0, 3.0], False).flops == 12.0
+    assert speed.seen([3.0, 3.0], True).flops == 6.0  # no third can be at work, so this is all there is
+    assert speed.seen([2.5], False) == speed  # as assumed
+    assert speed.seen([1.0], False) == speed  # it may be starting
+    assert speed.seen([5.0], False) == replace(speed, filled_by=2.0)  # two such would be all
+    assert speed.seen([20.0], False) == replace(speed, flops=20.0, filled_by=1.0)
+
+
 def test_a_piece_is_several_commands(tmp_path: Path) -> None:
     environment = {"PHD_EVIDENCE_WORK": str(tmp_path), "PHD_EVIDENCE_SECONDS": "100", "PHD_EVIDENCE_PIECE": "300"}
     first = open_piece(environment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -20,7 +21,7 @@ from pathlib import Path
 from phd_megatron.errors import UserError
 from phd_megatron.sweep.store import write
 
-from .pack import open_parts
+from .pack import open_parts, parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 _FILE = "piece.json"
@@ -127,6 +128,12 @@ def _number(environment: Mapping[str, str], name: str, default: float) -> float:
 def _unpack(archives: Path, text: str, home: Path) -> None:
     """Into a folder of its own first, so that half an archive is never taken for a text."""
     partial = home / f".{text}"
-    with open_parts(archives, text) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        archive.extractall(partial, filter="data")
+    try:
+        with open_parts(archives, text) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            archive.extractall(partial, filter="data")
+    except (EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        parts = ", ".join(path.name for path in parts_of(archives, text))
+        raise UserError(
+            f"{parts} in {archives} are not a whole archive ({error}); bring all parts of it, made by one `pack`"
+        ) from None
     os.replace(partial, home / text)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +197,7 @@ class Runner:
                 rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
         if not rates or len(rates) < len(self.running):
             return self.speed
-        if len(rates) >= self.speed.filled_by or len(rates) == self.piece.parallel:
-            self.speed = replace(self.speed, flops=sum(rates))
-        elif sum(rates) > self.speed.flops * len(rates) / self.speed.filled_by:  # fewer fill it than was assumed
-            self.speed = replace(self.speed, filled_by=max(1.0, self.speed.flops * len(rates) / sum(rates)))
+        self.speed = self.speed.seen(rates, all_places=len(rates) == self.piece.parallel)
         if time.time() - self._spoke > _SPEAK_SECONDS:
             self._spoke = time.time()
             self._say(f"{len(rates)} at work, together {sum(rates):.3g} FLOP/s; {self.speed}")

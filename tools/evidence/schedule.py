@@ -7,7 +7,7 @@ equal part. The number is measured while runs are at work, from the seconds that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Speed:
     filled_by: float = 3.0
     start_seconds: float = 60.0
     margin: float = 1.1
+
+    def seen(self, rates: Sequence[float], all_places: bool) -> Speed:
+        """The same after runs at work did so many FLOPs a second each; ``all_places`` when no more can be at work."""
+        together = sum(rates)
+        if len(rates) >= self.filled_by or all_places:
+            return replace(self, flops=together)
+        flops = max(self.flops, together)
+        return replace(self, flops=flops, filled_by=min(self.filled_by, flops * len(rates) / together))
 
 
 def end_times(work: Sequence[float], speed: Speed) -> list[float]:
