@@ -33,8 +33,8 @@ def sources(root: Path) -> dict[str, str]:
 
 
 def find_commit(root: Path, wanted: dict[str, str]) -> str | None:
-    """The newest commit of the checkout's history whose folders are these; None when there is none."""
-    for commit in _git(root, "log", "--format=%H", "--all").split():
+    """The oldest commit of the checkout's history whose folders are these; None when there is none."""
+    for commit in _git(root, "log", "--format=%H", "--reverse", "--first-parent").split():
         if all(_git(root, "rev-parse", f"{commit}:{name}").strip() == tree for name, tree in wanted.items()):
             return commit
     return None
