@@ -139,18 +139,7 @@ def _resolve_phd(model: ModelConfig) -> list[str]:
         raise UserError(str(error)) from None
     if model.phd_repeat > 1:
         model.phd_window, model.phd_chunk = policy.window, policy.chunk
-    notes = [] if note is None else [note]
-    told_apart = {"phd_copy_positions": model.phd_copy_positions, "phd_copy_embedding": model.phd_copy_embedding}
-    given = [f"{name}={value}" for name, value in told_apart.items() if value != fields()[name].default]
-    if model.phd_repeat == 1 and given:
-        notes.append(f"{', '.join(given)}: no effect at phd_repeat=1")
-    elif model.phd_copy_positions == "repeated":
-        notes.append(
-            f"phd_copy_positions=repeated: tokens are {model.phd_repeat} RoPE positions apart, which go up to "
-            f"{model.phd_repeat * model.seq_length - 1} for {model.seq_length} tokens; rotary_base="
-            f"{model.rotary_base:g} has to do for that"
-        )
-    return notes
+    return [] if note is None else [note]
 
 
 def warnings(config: RunConfig) -> list[str]:
@@ -173,6 +162,7 @@ def warnings(config: RunConfig) -> list[str]:
             "global_aux_loss counts the micro-batches seen so far in the step, so another data-parallel or micro-batch "
             "size trains a little differently"
         )
+    found += _copies_that_surprise(model)
     parallel = config.parallel
     if parallel.context_parallel_size == 1 and parallel.cp_comm_type != ParallelConfig.cp_comm_type:
         found.append(f"cp_comm_type={parallel.cp_comm_type} has no effect at context_parallel_size=1")
@@ -183,3 +173,17 @@ def warnings(config: RunConfig) -> list[str]:
             "does not use; choose with phd_attention_backend"
         )
     return found
+
+
+def _copies_that_surprise(model: ModelConfig) -> list[str]:
+    options = {name: getattr(model, name) for name in ("phd_copy_positions", "phd_copy_embedding")}
+    given = [f"{name}={value}" for name, value in options.items() if value != fields()[name].default]
+    if model.phd_repeat == 1:
+        return [f"{', '.join(given)}: no effect at phd_repeat=1"] if given else []
+    if model.phd_copy_positions != "repeated":
+        return []
+    return [
+        f"phd_copy_positions=repeated: tokens are {model.phd_repeat} RoPE positions apart, which go up to "
+        f"{model.phd_repeat * model.seq_length - 1} for {model.seq_length} tokens; rotary_base="
+        f"{model.rotary_base:g} has to do for that"
+    ]

@@ -24,9 +24,13 @@ MODELS: dict[str, dict[str, object]] = {
         **{"moe-token-dispatcher-type": "alltoall"},
     },
     "native": {"norm-scheme": "pre"},
+    "told-apart": {
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 3, "phd-window": 5, "phd-chunk": 6},
+        **{"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
+    },
 }
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    **{"dense": ("tp2+sp", "cp2", "pp2+vpp2", "dp2"), "experts": ("ep2",), "native": ()}
+    **{"dense": ("tp2+sp", "cp2", "pp2+vpp2", "dp2"), "experts": ("ep2",), "native": (), "told-apart": ("cp2",)}
 }
 
 

@@ -124,6 +124,35 @@ def test_window_and_chunk(given: tuple[Any, Any, Any], wanted: tuple[Any, Any], 
     assert note is None or note in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("values", "note"),
+    [
+        ({"phd_repeat": 2, "phd_copy_positions": "fraction", "phd_copy_embedding": "vector"}, None),
+        (
+            {"phd_copy_positions": "repeated", "phd_copy_embedding": "vector"},
+            "phd_copy_positions=repeated, phd_copy_embedding=vector: no effect at phd_repeat=1",
+        ),
+        (
+            {"phd_repeat": 3, "phd_copy_positions": "repeated", "seq_length": 100, "rotary_base": 5e5},
+            "tokens are 3 RoPE positions apart, which go up to 299 for 100 tokens; rotary_base=500000",
+        ),
+    ],
+    ids=str,
+)
+def test_copies_told_apart_are_explained(values: dict[str, Any], note: str | None) -> None:
+    found = [line for line in warnings(make(**values)) if "phd_copy" in line]
+    assert len(found) == (note is not None) and (note is None or note in found[0])
+
+
+@pytest.mark.parametrize("kind", ["repeated", "fraction"])
+def test_positions_that_float32_does_not_tell_apart_are_refused(kind: str) -> None:
+    exact = {"phd_repeat": 2, "phd_copy_positions": kind, "seq_length": 64, "max_position_embeddings": 2**23}
+    resolve(make(**exact))
+    with pytest.raises(UserError, match=f"phd_copy_positions='{kind}': 16777218 places"):
+        resolve(make(**{**exact, "max_position_embeddings": 2**23 + 1}))
+    resolve(make(**{**exact, "phd_copy_positions": "token", "max_position_embeddings": 2**23 + 1}))
+
+
 @pytest.mark.parametrize("values", [{}, {"phd_repeat": 2}, {"phd_repeat": 3, "phd_window": 4, "norm_scheme": "hybrid"}])
 def test_resolve_is_idempotent(values: dict[str, Any]) -> None:
     config = make(**values)

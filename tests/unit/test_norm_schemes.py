@@ -45,6 +45,8 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     """Its parameters, cut by hand and renamed as in the bundled Hugging Face model."""
     found = {"model.embed_tokens.weight": model.embedding.word_embeddings.weight[:VOCAB]}
     norms = {"model.norm": model.decoder.final_layernorm, "model.embed_norm": getattr(model, "embed_norm", None)}
+    if model.copy_embedding is not None:
+        found["model.copy_embedding.weight"] = model.copy_embedding.weight
     for i, layer in enumerate(model.decoder.layers):
         name, attention, mlp = f"model.layers.{i}", layer.self_attention, layer.mlp
         qkv = attention.linear_qkv.weight.unflatten(0, (GROUPS, HEADS // GROUPS + 2, DIM))
@@ -67,6 +69,13 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 CASES = [(scheme, policy, "RMSNorm") for scheme in NORM_SCHEMES for policy in ({}, PHD)]
+CASES += [
+    (scheme, {**PHD, "phd_repeat": repeat, "phd_copy_positions": positions, "phd_copy_embedding": embedding}, "RMSNorm")
+    for scheme in ("pre", "hybrid_star", "embed_norm")
+    for repeat, positions, embedding in (
+        *((2, "repeated", "none"), (3, "repeated", "vector"), (2, "token", "vector"), (3, "fraction", "vector")),
+    )
+]
 CASES += [(scheme, PHD, "LayerNorm") for scheme in ("olmo2", "sandwich", "embed_norm", "pre_qkvc_post", "deepnorm")]
 
 
@@ -86,6 +95,7 @@ def test_logits_and_gradients_are_the_formulas(runtime, scheme, policy, normaliz
         num_hidden_layers=LAYERS, head_dim=DIM, num_attention_heads=HEADS, num_key_value_heads=GROUPS,
         tie_word_embeddings=True, norm_scheme=scheme, normalization=normalization, mlp_gated=True,
         phd_repeat=run.model.phd_repeat, phd_window=run.model.phd_window or 1, phd_chunk=run.model.phd_chunk,
+        phd_copy_positions=run.model.phd_copy_positions, phd_copy_embedding=run.model.phd_copy_embedding,
         rope_parameters={"rope_theta": 10000.0},
     )  # fmt: skip
     expected = logits_by_formula(weights_of(model), config, tokens[0])

@@ -118,6 +118,14 @@ def test_layouts_divide() -> None:
     assert planned(dense, 2, context_parallel_size=2).memory.activations == whole.memory.activations / 2
 
 
+def test_vectors_of_copies_lie_on_the_first_stage() -> None:
+    run, more = make_run(phd_repeat=3), make_run(phd_repeat=3, phd_copy_embedding="vector")
+    assert planned(more, 1).memory.weights - planned(run, 1).memory.weights == 4 * 2 * 128
+    assert planned(more, 1).flops == planned(run, 1).flops
+    stages = [planned(r, 2, pipeline_model_parallel_size=2).memory.weights for r in (run, more)]
+    assert stages[1] - stages[0] == 4 * 2 * 128  # the first stage, which has the activations, needs most
+
+
 def test_costs_by_hand() -> None:
     plan = planned(make_run(phd_repeat=2), 1)
     assert (plan.tokens, plan.processed_tokens) == (100 * 256, 100 * 512)

@@ -88,6 +88,14 @@ def test_counts_of_shared_experts_and_dense_layers(runtime: Runtime) -> None:
     assert parameters.total - parameters.active == unused
 
 
+@pytest.mark.parametrize("repeat", [1, 2, 5])
+def test_counts_of_vectors_for_copies(repeat: int, runtime: Runtime) -> None:
+    words = ["--preset", "tiny-phd", "--phd-repeat", str(repeat)]
+    with_vectors, without = load(*words, "--phd-copy-embedding", "vector"), load(*words)
+    assert built_parameters(with_vectors) == counted(with_vectors).total
+    assert counted(with_vectors).total - counted(without).total == (repeat - 1) * 96
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_budgets(name: str) -> None:
     preset, config = PRESETS[name], load("--preset", name)
