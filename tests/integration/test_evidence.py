@@ -117,5 +117,5 @@ def test_a_piece_of_two_commands(home: Path) -> None:
     assert "mine-head-star-2-seed1.json: finished" in evidence(home, "fold", str(home / "out/evidence.json"))
     evidence(home, "report")
     text = (home / "results/README.md").read_text()
-    assert "| Both | mine | 0.0512 M | 1 of 1 |" in text
+    assert "| 1. Both | mine | 0.0512 M | 1 of 1 |" in text
     assert "| mine, star-2 | 1 |" in text

@@ -140,7 +140,7 @@ def test_differences_are_paired_and_say_whether_they_last(queue: Queue, tmp_path
     assert (tmp_path / "losses_head.svg").exists()
     assert "(losses_head.svg)" in text
     assert "| code, star (head) | 2.00 | 1.9000 | 1.9100 | 2.4100 |" in text
-    assert "Both | code | 0.0012 M | 6 of 6 |" in text
+    assert "| 1. Both | code | 0.0012 M | 6 of 6 |" in text
 
 
 def test_what_fades_and_what_was_never_there(queue: Queue) -> None:

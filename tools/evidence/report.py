@@ -54,9 +54,10 @@ def state(results: Results) -> Iterator[Block]:
         for text in section.texts:
             names = [e.name for e in queue.experiments if e.section is section and e.text == text]
             done = sum(name in there for name in names)
-            rows.append([section.about, text, f"{section.tokens / 1e6:g} M", f"{done} of {len(names)}"])
+            tokens = "by size" if SIZE in section.axes else f"{section.tokens / 1e6:g} M"
+            rows.append([f"{section.item}. {section.about}", text, tokens, f"{done} of {len(names)}"])
             if not done:
-                missing.append(f"{section.about.lower()} ({text})")
+                missing.append(f"{section.about[0].lower()}{section.about[1:]} ({text})")
     yield Heading("What has been run")
     yield Table(["experiments", "text", "tokens", "runs"], rows)
     if missing:
@@ -174,7 +175,8 @@ def comparison(results: Results, section: Section, output: Path) -> Iterator[Blo
                 )
     if not rows:
         return
-    yield Heading(f"{section.about} ({section.tokens / 1e6:g} M tokens)")
+    budget = "" if SIZE in section.axes else f" ({section.tokens / 1e6:g} M tokens)"
+    yield Heading(f"{section.about}{budget}")
     yield Table(
         ["text, variant", "seeds", "validation", "standard deviation", "held-out folders", "rate", "FLOPs"], rows
     )

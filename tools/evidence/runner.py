@@ -31,6 +31,7 @@ _POLL_SECONDS = 0.5
 _LAST_SECONDS = 4.0  #: of a command, for its last file
 _TAIL = 20_000
 _SPEAK_SECONDS = 60.0
+_NO_START_SECONDS = 20.0  #: before the end of a command: a run would save before its first step
 _LOOK_AHEAD = 60  #: experiments among which one that fits is looked for
 _FOLDERS = PARTS[-1]
 
@@ -85,7 +86,7 @@ class Runner:
             while time.time() < self.piece.stop_at:
                 ended += self._poll()
                 self._measured()
-                while self.free and self._start_next():
+                while self.free and time.time() < self.piece.stop_at - _NO_START_SECONDS and self._start_next():
                     pass
                 if not self.running:
                     self._say("nothing that is left fits the time that is left")
@@ -129,8 +130,9 @@ class Runner:
                     running.evaluating = self._evaluate(running)
                     continue
             elif running.evaluating is None:  # it was trained by an earlier command
-                running.evaluating = self._evaluate(running)
-                continue
+                if running.prepared.experiment.section.folders:
+                    running.evaluating = self._evaluate(running)
+                    continue
             else:
                 code = running.evaluating.process.poll()
                 if code is None:
