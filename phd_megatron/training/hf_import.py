@@ -104,10 +104,13 @@ def _check_copies(source: Architecture, model: ModelConfig, changes: Changes) ->
         for copies, kind in ((source.policy.repeat, source.copy_positions), (repeat, model.phd_copy_positions))
     ]
     if apart[0] != apart[1]:
+        cure = (
+            "--phd-copy-positions fraction" if apart[0] == 1 else f"--phd-repeat {apart[0]}, repeated as in the source"
+        )
         raise UserError(
             f"phd_copy_positions={model.phd_copy_positions} with phd_repeat={repeat} puts tokens {apart[1]} RoPE "
             f"positions apart, and the source has them {apart[0]} apart, so originals would not be what it computes; "
-            "use --phd-copy-positions fraction, or import as it is and change it with pretrain --finetune"
+            f"use {cure}, or import as it is and change it with pretrain --finetune"
         )
     if source.copy_embedding == "vector" and (repeat, model.phd_copy_embedding) != (source.policy.repeat, "vector"):
         raise UserError(
