@@ -104,9 +104,7 @@ def _check_copies(source: Architecture, model: ModelConfig, changes: Changes) ->
         for copies, kind in ((source.policy.repeat, source.copy_positions), (repeat, model.phd_copy_positions))
     ]
     if apart[0] != apart[1]:
-        cure = (
-            "--phd-copy-positions fraction" if apart[0] == 1 else f"--phd-repeat {apart[0]}, repeated as in the source"
-        )
+        cure = "--phd-copy-positions fraction" if apart[0] == 1 else f"--phd-repeat {apart[0]} and repeated"
         raise UserError(
             f"phd_copy_positions={model.phd_copy_positions} with phd_repeat={repeat} puts tokens {apart[1]} RoPE "
             f"positions apart, and the source has them {apart[0]} apart, so originals would not be what it computes; "
