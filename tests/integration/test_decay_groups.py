@@ -107,9 +107,7 @@ def test_a_resume_may_change_what_is_decayed(resumed: Path, kind: str, norms: bo
     """The gradients are the same, so what a parameter loses more by decay is lr * weight_decay of what it was."""
     name = "optimizer.state.fp32_param." if kind == "plain-dp2-bf16" else ""
     before = read(resumed / f"{kind}-{norms}", name)
-    ends = {
-        then: read(resumed / f"{kind}-{norms}-then-{then[0]}-{then[1]}", name) for then in itertools.product(BOTH, BOTH)
-    }
+    ends = {then: read(resumed / f"{kind}-{norms}-then-{then[0]}-{then[1]}", name) for then in THEN}
     for (then_norms, then_embeddings), after in ends.items():
         for key, value in before.items():
             narrow = value.dim() == 1
