@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("full", "none"),
         default="full",
         help="compare the checkpoint's logits of a text with transformers' (full, the default); with --phd-repeat "
-        "those of its parameters without copies, then the originals beside copies with these, bit for bit, and print "
-        "the loss of the text with and without",
+        "those of its parameters without copies, then the originals beside copies with these after every layer but the "
+        "last, and print the loss of the text with and without",
     )
     return parser
 

@@ -57,6 +57,12 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
             notes.append(f"changed since the checkpoint: {change}")
         elif name == "vocab_size" and after is None:
             continue  # the tokenizer has not been read yet
+        elif name == "phd_repeat" and before > 1 and lookup(saved, "phd_copy_embedding") == "vector":
+            refused.append(
+                f"phd_repeat={after}: the checkpoint in {new.checkpoint.load} has a learned vector for each of its "
+                f"phd_repeat={before} copies but the first, which another number of copies has no place for; keep "
+                "phd_repeat, or train a new model without --load"
+            )
         elif new.checkpoint.finetune and (name in NO_PARAMETERS or (name, before) == _ADDS_FROM_ZERO):
             notes.append(f"changed for fine-tuning: {change}")
         else:

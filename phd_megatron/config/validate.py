@@ -80,7 +80,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
             "head dimension even"
         )
     places = model.phd_repeat * max(model.seq_length, model.max_position_embeddings or 0)
-    if model.phd_copy_positions != "token" and places > _EXACT_POSITIONS:
+    if model.phd_repeat > 1 and model.phd_copy_positions != "token" and places > _EXACT_POSITIONS:
         yield (
             f"phd_copy_positions={model.phd_copy_positions!r}: {places} places of repeated tokens "
             f"(phd_repeat={model.phd_repeat}) are more than the {_EXACT_POSITIONS} that float32 tells apart; use "

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from phd_megatron.data.record import TrainingData
-from phd_megatron.data.tokenizers import load_tokenizer
+from phd_megatron.data.tokenizers import TOKENIZER_FILES, load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
 from phd_megatron.huggingface.bundle_files import write_bundle
@@ -99,14 +99,15 @@ def export_checkpoint(
         dtype_name = str(target).removeprefix("torch.")
         _write_json(directory / "config.json", architecture.hf_config(model_class, dtype_name, tokens))
         _write_json(directory / "generation_config.json", _generation_config(tokens))
+        if source.tokenizer_dir is not None:
+            # Nothing but these: what else a checkpoint of others has there would be loaded, and run, as ours.
+            for path in (source.tokenizer_dir / name for name in TOKENIZER_FILES):
+                if path.is_file() and not path.is_symlink():
+                    shutil.copyfile(path, directory / path.name)
         if model_class == BUNDLED:
             write_bundle(directory)
         if (data := TrainingData.of_run(source.run)) is not None:
             data.write(directory)
-        if source.tokenizer_dir is not None:
-            for path in sorted(source.tokenizer_dir.iterdir()):
-                if path.is_file():
-                    shutil.copyfile(path, directory / path.name)
         card = model_card(architecture, source, model_class, dtype_name, written.parameters, Path(output).name)
         (directory / "README.md").write_text(card, encoding="utf-8")
         if verify != "none":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,16 @@ class _Finder(MetaPathFinder):
             return ModuleSpec(PACKAGE, None, is_package=True)
         source = self.files.get(fullname)
         return None if source is None else spec_from_file_location(fullname, source)
+
+
+def differing_files(directory: Path) -> list[str]:
+    """Python files of a directory, by name, that are not byte for byte this package's."""
+    own = bundle_files()
+    return [
+        path.name
+        for path in sorted(directory.glob("*.py"))
+        if path.name not in own or path.read_bytes() != own[path.name].read_bytes()
+    ]
 
 
 def _module(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import installed
 
+logger = logging.getLogger(__name__)
 _PROBLEMS = {
     "missing_keys": "it lacks",
     "unexpected_keys": "its config.json has no place for",
@@ -39,7 +42,7 @@ def is_our_export(directory: Path) -> bool:
     """Whether ``config.json`` names the bundled model.
 
     Raises:
-        UserError: if it is missing or no JSON.
+        UserError: if it is missing or no JSON, or has options of a later release, which would be ignored.
     """
     path = directory / "config.json"
     try:
@@ -48,7 +51,15 @@ def is_our_export(directory: Path) -> bool:
         raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again") from error
-    return isinstance(content, dict) and content.get("model_type") == installed.MODEL_TYPE
+    if not isinstance(content, dict) or content.get("model_type") != installed.MODEL_TYPE:
+        return False
+    known = set(inspect.signature(installed.config_class()).parameters)
+    if later := sorted(name for name in content if name.startswith("phd_") and name not in known):
+        raise UserError(
+            f"{path} has {', '.join(later)}, which this release does not know: the model would be computed without; "
+            "update phd-megatron"
+        )
+    return True
 
 
 def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:
@@ -67,6 +78,10 @@ def load_directory(directory: Path, named: str | Path, run_its_code: bool = Fals
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     own = not run_its_code and is_our_export(directory)
+    if own and (others := installed.differing_files(directory)):
+        logger.warning(
+            "%s brings Python files that are not this release's (%s and so on); they do not run", named, others[0]
+        )
     loader = installed.model_class() if own else AutoModelForCausalLM
     try:
         # With sizes that do not match transformers would point to a report in its log.

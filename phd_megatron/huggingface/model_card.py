@@ -17,13 +17,14 @@ def model_card(
         ("Class", model_class),
         ("Norm scheme", a.norm_scheme),
         ("PHD variant", a.policy.name),
-        ("RoPE positions of copies, embedding of copies", f"{a.copy_positions}, {a.copy_embedding}"),
         ("Parameters", f"{parameters:,} ({dtype})"),
         ("Layers, width, FFN", f"{a.num_layers}, {a.hidden_size}, {a.ffn_hidden_size}"),
         ("Query heads, KV heads, head size", f"{a.heads}, {a.groups}, {a.head_dim}"),
         ("Vocabulary", f"{a.vocab_size:,}"),
         ("Trained length", f"{run.model.seq_length:,} tokens"),
     ]
+    if a.policy.repeat > 1:
+        rows.append(("Copies told apart by", f"RoPE positions: {a.copy_positions}; embedding: {a.copy_embedding}"))
     if source.iteration is not None:
         rows.append(("Training step", f"{source.iteration:,}"))
     if isinstance(samples := training.get("consumed_samples"), int):

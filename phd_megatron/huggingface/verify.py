@@ -29,6 +29,7 @@ from phd_megatron.huggingface.mapping import Rule
 #: of logits and hidden states in float32, whatever type the export has
 TOLERANCE = 1e-5
 _LENGTH = 128
+_MANY_ROWS = 8  # from so many on a product's rows are the same bits, however many there are
 _TEXT = (
     "A transformer reads a text from left to right and says, after every word, which one it expects next. Some words "
     "are easy: the end of a common phrase, a closing bracket. Others need 3 or 4 facts from far above, and more "
@@ -80,7 +81,8 @@ def verify_import(checkpoint: Path, directory: Path, source: Architecture) -> Lo
 
     Args:
         source: the directory's own model; the checkpoint's parameters are compared as that model's. Where the imported
-            model has other copies, its originals must be the source's bit for bit after every layer.
+            model has other copies, its originals must be the source's after every layer but the last: bit for bit, or
+            within the tolerance where products of a few rows are rounded otherwise than those of more (experts).
 
     Returns:
         The losses of a model with other copies than its source, else None.
@@ -91,7 +93,8 @@ def verify_import(checkpoint: Path, directory: Path, source: Architecture) -> Lo
     imported = MegatronCheckpoint(checkpoint, verify=False)
     model, vocab_size = imported.run.model, imported.run.model.vocab_size
     assert vocab_size is not None  # completed when it was saved
-    changed = Architecture.from_model(model, vocab_size).copies != source.copies
+    here = Architecture.from_model(model, vocab_size)
+    changed = here.copies != source.copies
     # One thread: products are cut among several by their rows, and copies have more of those.
     threads = 1 if changed else None
     expected = _megatron_outputs(imported, torch.float32, source.copies, threads)
@@ -99,11 +102,15 @@ def verify_import(checkpoint: Path, directory: Path, source: Architecture) -> Lo
     if not changed:
         return None
     found = _megatron_outputs(imported, torch.float32, None, threads)
+    few_rows = here.moe is not None or expected[megatron_logits.TOKENS].numel() < _MANY_ROWS
     for name, hidden in expected.items():
-        if name.startswith(megatron_logits.ORIGINALS) and not torch.equal(found[name], hidden):
+        if not name.startswith(megatron_logits.ORIGINALS) or torch.equal(found[name], hidden):
+            continue
+        error = _relative(hidden, found[name])
+        if not few_rows or not error <= TOLERANCE:
             raise VerificationError(
-                f"originals are not the source's with copies beside them: {name} differs by "
-                f"{_relative(hidden, found[name]):.1e} relative; this is a mistake of phd-megatron, please report it"
+                f"originals are not the source's with copies beside them: {name} differs by {error:.1e} relative; "
+                "this is a mistake of phd-megatron, please report it"
             )
     return Losses(_text_loss(found), _text_loss(expected))
 

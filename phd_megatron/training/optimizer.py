@@ -38,8 +38,8 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     """Bring iterations, samples, tokens and fractions to samples.
 
     Raises:
-        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch or than its
-            validations, or a ramp-up does not reach the global batch size.
+        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
+            reach the global batch size.
     """
     training, optimizer = run.training, run.optimizer
     if training.train_samples is not None:
@@ -55,11 +55,6 @@ def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
     if total < first_batch:
         raise UserError(
             f"train_samples={total} is less than one batch of {first_batch} samples; raise it to {first_batch} or more"
-        )
-    if training.evals_per_run is not None and training.evals_per_run > total // first_batch:
-        raise UserError(
-            f"evals_per_run={training.evals_per_run}: the run has at most {total // first_batch} steps, and a step is "
-            "followed by one validation; ask for fewer"
         )
 
     def samples(iters: int | None, given: int | None, default: int) -> int:

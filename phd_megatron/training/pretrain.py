@@ -142,13 +142,13 @@ class Trainer:
 
     def _open_data(self) -> None:
         run = self.run
-        self.total_iterations = self._count_iterations()
+        self.total_iterations, samples = self._run_length()
         eval_samples = run.training.eval_iters * self.global_batch_size
         train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
         self.train_stream = open_stream(run, self.runtime, train)
         self.validation: Validation | None = None
         if valid is not None:
-            self.validation = Validation(run, self.runtime, valid, self.schedule.total)
+            self.validation = Validation(run, self.runtime, valid, samples)
 
     # ---------------------------------------------------------------- the loop
 
@@ -199,14 +199,15 @@ class Trainer:
         samples = microbatches.get_current_global_batch_size()
         return samples if consumed_samples + samples <= self.schedule.total else 0
 
-    def _count_iterations(self) -> int:
-        """Steps of the whole run, those of the batch-size ramp included."""
+    def _run_length(self) -> tuple[int, int]:
+        """Steps of the whole run, those of the batch-size ramp included, and the samples that they take."""
         ramp = self.run.training.rampup_batch_size
         consumed = steps = 0
         while ramp is not None and consumed <= ramp[2] and (samples := self._next_batch(consumed)):
             consumed += samples
             steps += 1
-        return steps + (self.schedule.total - consumed) // self.global_batch_size
+        rest = (self.schedule.total - consumed) // self.global_batch_size
+        return steps + rest, consumed + rest * self.global_batch_size
 
     def _one_step(self, interval: Interval) -> float:
         progress, logging = self.progress, self.run.logging

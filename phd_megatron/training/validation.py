@@ -6,6 +6,7 @@ from typing import Any
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.evaluation import EvenBatches
+from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
@@ -25,13 +26,22 @@ class Validation:
 
     Args:
         dataset: the pass.
-        total: training samples of the run.
+        total: training samples that the steps of the run take.
+
+    Raises:
+        UserError: when a step would reach two of the places of ``evals_per_run``.
     """
 
     def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, total: int) -> None:
         training = run.training
         assert training.global_batch_size is not None
         self._training, self._total = training, total
+        most = total // training.global_batch_size
+        if training.evals_per_run is not None and training.evals_per_run > most:
+            raise UserError(
+                f"evals_per_run={training.evals_per_run}: a step of {training.global_batch_size} of the run's {total} "
+                f"samples would reach two of them; ask for at most {most}"
+            )
         self._count = training.global_batch_size // (training.micro_batch_size * runtime.dims.dp)
         asked = training.eval_iters * training.global_batch_size
         self.samples = min(asked, len(dataset))

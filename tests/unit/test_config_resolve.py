@@ -505,5 +505,31 @@ def test_finetuning_may_change_what_has_no_parameters() -> None:
         assert "*" in name or name not in fields() or fields()[name].section == "model"
 
 
+@pytest.mark.parametrize("finetune", [True, False])
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_vectors_bind_the_number_of_copies(finetune: bool, repeat: int) -> None:
+    vectors = {"phd_copy_embedding": "vector", "phd_window": 4}
+    saved, new = resolved(phd_repeat=2, **vectors), {"load": "ckpt", "finetune": finetune}
+    with pytest.raises(
+        UserError, match=f"phd_repeat={repeat}: .* a learned vector for each of its phd_repeat=2"
+    ) as said:
+        check_resume(saved, resolved(phd_repeat=repeat, **vectors, **new))
+    assert "--finetune" not in str(said.value)
+    assert check_resume(saved, resolved(phd_repeat=2, **vectors, **new)) == []
+
+
+@pytest.mark.parametrize("finetune", [True, False])
+def test_finetuning_may_add_vectors_and_move_copies(finetune: bool) -> None:
+    apart = {"phd_copy_embedding": "vector", "phd_copy_positions": "fraction"}
+    saved, new = resolved(phd_repeat=2), resolved(phd_repeat=2, **apart, load="ckpt", finetune=finetune)
+    if finetune:
+        assert {note.split(": ")[1] for note in check_resume(saved, new)} == apart.keys()
+        with pytest.raises(UserError, match="phd_copy_embedding='none'"):
+            check_resume(new, resolved(phd_repeat=2, load="ckpt", finetune=True))
+    else:
+        with pytest.raises(UserError, match="add --finetune"):
+            check_resume(saved, new)
+
+
 def test_a_vocabulary_still_to_be_read_is_no_difference() -> None:
     assert check_resume(resolved(vocab_size=256), resolved()) == []

@@ -165,6 +165,10 @@ class PHDCopyEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.phd_repeat - 1, config.hidden_size))
 
+    def forward(self, step: StepRows, embeddings: Tensor) -> Tensor:
+        """``[b, n, h]`` to the rows the first layer reads."""
+        return step.first_rows(embeddings, self.weight)
+
 
 class PHDPreTrainedModel(PreTrainedModel):
     """What transformers needs to know of the family."""
@@ -271,7 +275,7 @@ class PHDModel(PHDPreTrainedModel):
             cache,
             0 if output_hidden_states else logits_to_keep,
         )
-        hidden = step.first_rows(hidden, None if self.copy_embedding is None else self.copy_embedding.weight)
+        hidden = step.first_rows(hidden) if self.copy_embedding is None else self.copy_embedding(step, hidden)
         states = []
         for index, layer in enumerate(self.layers):
             rows = step.layer(index)

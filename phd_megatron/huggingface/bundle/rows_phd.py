@@ -141,7 +141,7 @@ class StepRows(Shared):
             policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
         )
 
-    def first_rows(self, embeddings: Tensor, vectors: Tensor | None) -> Tensor:
+    def first_rows(self, embeddings: Tensor, vectors: Tensor | None = None) -> Tensor:
         """``[b, n, h]`` to the rows the first layer reads: the originals and the copies of the slots it needs.
 
         ``vectors`` [K-1, h] are added to copies 2 to K.
