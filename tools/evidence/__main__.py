@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--update", action="store_true", help="take the packages' present versions and note them")
     packed = commands.add_parser("pack", help="tokenise a text and pack it for the GPU machine")
     packed.add_argument("text")
-    packed.add_argument("--part-bytes", type=int, default=47_500_000, help="of each part")
+    packed.add_argument("--part-bytes", type=int, default=48_000_000, help="of each part")
     packed.add_argument("--workers", type=int, default=2)
     hard = commands.add_parser(
         "ngram", help="whether the validation parts of a prepared text are like its training part"

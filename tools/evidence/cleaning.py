@@ -92,7 +92,7 @@ class Duplicates:
             self._seen |= shingles
             kept.append(block)
         left = sum(map(len, kept))
-        if left < (0.5 * size if self._whole else SMALLEST_REST):
+        if 2 * len("\n\n".join(kept)) < size if self._whole else left < SMALLEST_REST:
             self.removed["what was left of documents"] += left
             return []
         return kept
