@@ -121,7 +121,7 @@ def test_a_resume_neither_repeats_nor_misses_one(root: Path) -> None:
 
 def test_more_validations_than_steps_are_refused(documents: Path, tmp_path: Path) -> None:
     done = run_program(*arguments(documents, tmp_path, "x", evals_per_run=6))
-    assert done.returncode == 2 and "evals_per_run=6: the run has at most 5 steps" in done.stdout
+    assert done.returncode == 2 and "would reach two of them; ask for at most 5" in done.stdout
     done = run_program(*arguments(documents, tmp_path, "x", evals_per_run=2, eval_interval=1000))
     assert done.returncode == 2 and "exclude each other" in done.stdout
 
