@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from typing import get_args
 
 from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.config.schema import CopyPositions
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, install_backend
 
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--phd-chunk", type=int, metavar="C", help="its chunks; without W and C the paper's 16 and 32")
     parser.add_argument(
         "--phd-copy-positions",
-        choices=("token", "repeated", "fraction"),
+        choices=get_args(CopyPositions),
         help="RoPE of its copies; token (the default) and fraction leave originals where the model has its tokens",
     )
     parser.add_argument(

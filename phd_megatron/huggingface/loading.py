@@ -42,16 +42,11 @@ def is_our_export(directory: Path) -> bool:
     """Whether ``config.json`` names the bundled model.
 
     Raises:
-        UserError: if it is missing or no JSON, or has options of a later release, which would be ignored.
+        UserError: if it cannot be read, or has options of a later release, which would be ignored.
     """
     path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
-    if not isinstance(content, dict) or content.get("model_type") != installed.MODEL_TYPE:
+    content = read_json(path)
+    if content.get("model_type") != installed.MODEL_TYPE:
         return False
     known = set(inspect.signature(installed.config_class()).parameters)
     if later := sorted(name for name in content if name.startswith("phd_") and name not in known):
@@ -60,6 +55,23 @@ def is_our_export(directory: Path) -> bool:
             "update phd-megatron"
         )
     return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in one of a directory's files.
+
+    Raises:
+        UserError: if it is missing, no JSON, or something else than a mapping.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no mapping; copy it again")
+    return content
 
 
 def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:

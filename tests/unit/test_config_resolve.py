@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from phd_megatron.config.help import format_config
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve, warnings
 from phd_megatron.config.resume import EXECUTION_ONLY, NO_PARAMETERS, check_resume
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import CopyPositions, RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, from_dict, load_yaml, lookup, to_dict
 from phd_megatron.config.unsupported import UNSUPPORTED, refusals
 from phd_megatron.config.validate import require_for_pretraining
@@ -142,6 +143,12 @@ def test_window_and_chunk(given: tuple[Any, Any, Any], wanted: tuple[Any, Any], 
 def test_copies_told_apart_are_explained(values: dict[str, Any], note: str | None) -> None:
     found = [line for line in warnings(make(**values)) if "phd_copy" in line]
     assert len(found) == (note is not None) and (note is None or note in found[0])
+
+
+def test_the_option_has_the_kinds_that_there_are() -> None:
+    from phd_megatron.phd.copy_positions import COPY_POSITIONS
+
+    assert typing.get_args(CopyPositions) == COPY_POSITIONS
 
 
 @pytest.mark.parametrize("kind", ["repeated", "fraction"])

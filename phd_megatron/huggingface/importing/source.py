@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
-from phd_megatron.huggingface.loading import load_config
+from phd_megatron.huggingface.loading import load_config, read_json
 from phd_megatron.huggingface.mapping import Rule, VocabRows
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -35,7 +34,7 @@ class HFDirectory:
         self._places = self._read_index()
 
     def _read_config(self) -> tuple[Family, dict[str, Any]]:
-        raw = _read_json(self.path / "config.json")
+        raw = read_json(self.path / "config.json")
         kind = raw.get("model_type")
         if kind not in FAMILIES:
             raise UserError(f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported")
@@ -45,7 +44,7 @@ class HFDirectory:
     def _read_index(self) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
         """Tensor name to its file, shape and type."""
         if (self.path / _INDEX).is_file():
-            files = sorted(set(_read_json(self.path / _INDEX).get("weight_map", {}).values()))
+            files = sorted(set(read_json(self.path / _INDEX).get("weight_map", {}).values()))
         else:
             files = [_SINGLE]
         places: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
@@ -130,18 +129,6 @@ def _rope_as_now(raw: dict[str, Any], config: Any) -> dict[str, Any]:
     """Files of before transformers 5 say ``rope_theta`` and ``rope_scaling``; the class has turned them into one."""
     old = [name for name in ("rope_theta", "rope_scaling") if name in raw]
     return {"rope_parameters": dict(config.rope_parameters)} if old else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: give a directory that save_pretrained or our export wrote") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping; copy it again")
-    return content
 
 
 def _some(names: list[str]) -> str:
