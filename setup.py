@@ -27,6 +27,7 @@ INSTALL = [
     "tokenizers>=0.22",
     "safetensors>=0.5",
     "numpy>=1.26",
+    "annotated-types>=0.6,<1",
     "pydantic>=2.8,<3",
     "pyyaml>=6",
     "rich>=13.7",

@@ -103,7 +103,6 @@ ALIASES: dict[str, Alias] = {
     "calculate_per_token_loss": Accept("the loss is always a mean over tokens"),
     "recompute_activations": Set("recompute_granularity", "selective"),
     "override_opt_param_scheduler": Accept("what is given on resume always replaces what was saved"),
-    "use_checkpoint_opt_param_scheduler": Accept("what is not given on resume is always taken from the checkpoint"),
     "manual_gc": Refuse("garbage collection is not steered", "leave it out"),
     # fusions
     "no_bias_swiglu_fusion": Set("bias_activation_fusion", False),

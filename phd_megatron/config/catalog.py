@@ -1,4 +1,4 @@
-"""The list of all fields: name, section, type, default and help text, read from :mod:`phd_megatron.config.schema`."""
+"""The list of all fields with what is known of each, read from :mod:`phd_megatron.config.schema`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from phd_megatron.config.facts import Belongs, Bound, Needs, Role, bounds_of, groups_of, needs_of, role_of
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.transformer_fields import transformer_role
 
 PASSTHROUGH = "transformer"
 """The one field of ``ModelConfig`` that is no flag: it holds further ``TransformerConfig`` fields by name."""
-
-NOT_INHERITED = frozenset(
-    {
-        *("load", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"),
-        *("exit_interval", "exit_duration_in_mins", "dump_gradients_dir", "dump_gradients_iterations"),
-        *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
-    }
-)
-"""Fields that speak of one start of a run, so a resume does not take them from the checkpoint."""
 
 ALTERNATIVES: tuple[tuple[str, ...], ...] = (
     ("train_iters", "train_samples"),
@@ -39,26 +32,25 @@ ALTERNATIVES: tuple[tuple[str, ...], ...] = (
 """Fields that say the same thing in different ways: at most one of each group is given, and one that is given replaces
 the others of weaker sources."""
 
-PIPELINE_CUT = (
-    *("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage"),
-    *("num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout", "overlap_p2p_comm"),
-    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-    *("microbatch_group_size_per_vp_stage", "overlap_p2p_comm_warmup_flush"),
-)
-"""Fields that say how the layers of one pipeline size are cut: a resume with another size does not inherit them."""
-
-_HELP_LINE = re.compile(r"^ {4}(\w+):.*#: (.+)$", re.MULTILINE)
+_HELP_LINE = re.compile(r"^ {4}#: (.+)\n {4}(\w+):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One field of one section. ``default`` is a fresh value where the field has a factory."""
+    """One field of one section.
+
+    ``annotation`` is its type without facts, ``default`` a fresh value where the field has a factory.
+    """
 
     section: str
     name: str
     annotation: Any
     default: Any
     help: str
+    role: Role
+    bounds: tuple[Bound, ...]
+    needs: Needs | None
+    groups: frozenset[Belongs]
 
     @property
     def flag(self) -> str:
@@ -77,7 +69,7 @@ def fields() -> dict[str, FieldInfo]:
     """Every field by name, which is unique over all sections. ``model.transformer`` is left out."""
     found: dict[str, FieldInfo] = {}
     for section, cls in sections().items():
-        annotations = typing.get_type_hints(cls)
+        annotations, facts = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
         texts = _help_texts(cls)
         for field in dataclasses.fields(cls):
             if field.name == PASSTHROUGH:
@@ -86,15 +78,28 @@ def fields() -> dict[str, FieldInfo]:
                 raise TypeError(f"field {field.name!r} is in sections {found[field.name].section!r} and {section!r}")
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             found[field.name] = FieldInfo(
-                section, field.name, annotations[field.name], default, texts.get(field.name, "")
+                section,
+                field.name,
+                annotations[field.name],
+                default,
+                texts.get(field.name, ""),
+                role_of(facts[field.name]),
+                bounds_of(facts[field.name]),
+                needs_of(facts[field.name]),
+                groups_of(facts[field.name]),
             )
     return found
 
 
+def role(name: str) -> Role:
+    """The role of a field, ours or ``TransformerConfig``'s."""
+    return fields()[name].role if name in fields() else transformer_role(name)
+
+
 def _help_texts(cls: type) -> dict[str, str]:
-    """Field name -> text after ``#:``. Empty where the source is not there (a frozen program)."""
+    """Field name -> text of the line ``#:`` above it. Empty where the source is not there (a frozen program)."""
     try:
-        return dict(_HELP_LINE.findall(inspect.getsource(cls)))
+        return {name: text for text, name in _HELP_LINE.findall(inspect.getsource(cls))}
     except OSError:
         return {}
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.aliases import Set
-from phd_megatron.config.catalog import ALTERNATIVES, NOT_INHERITED, PIPELINE_CUT, fields
+from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
+from phd_megatron.config.inherit import drop_what_is_lost, inherited, not_taken_over, schedule_of
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
@@ -60,13 +61,9 @@ def load_run_config(
 
     load = flags.values.get("load", yaml_values.get("load"))
     saved_data = (saved(load) if load is not None else None) if callable(saved) else saved
-    saved_values: dict[str, Any] = {}
-    if saved_data is not None:
-        everything = flatten(saved_data, f"configuration saved in {load}", None)
-        saved_values = {name: value for name, value in everything.items() if name not in NOT_INHERITED}
-        stages = {**yaml_values, **flags.values}.get("pipeline_model_parallel_size")
-        if stages not in (None, saved_values.get("pipeline_model_parallel_size")):
-            saved_values = {name: value for name, value in saved_values.items() if name not in PIPELINE_CUT}
+    everything = {} if saved_data is None else flatten(saved_data, f"configuration saved in {load}", None)
+    given = {**yaml_values, **flags.values}
+    saved_values = inherited(everything, given)
 
     preset = preset_values(flags.preset) if flags.preset is not None else {}
     _check_conditions_before(flags, {**preset, **saved_values, **yaml_values})
@@ -76,9 +73,11 @@ def load_run_config(
             (saved_values, f"saved in {load}"),
             (yaml_values, str(flags.config)),
             (flags.values, {name: f"flag {flag}" for name, flag in flags.origins.items()}),
+            (schedule_of(everything, given), f"saved in {load}"),
         ]
     )
-    merged.notes[:0] = flags.notes
+    drop_what_is_lost(merged.config, merged.origins, f"saved in {load}")
+    merged.notes[:0] = [*flags.notes, *not_taken_over(everything, merged.config, str(load))]
     _check_conditions_after(flags, merged.config)
     return merged
 

@@ -1,7 +1,9 @@
 """What a run is: one dataclass per section of the YAML file.
 
-Field names are Megatron's own and unique over all sections, so each is also a command-line flag. A comment after ``#:``
-is the flag's help text. ``None`` means "derived"; the resolved configuration that is printed and saved says from what.
+Field names are Megatron's own and unique over all sections, so each is also a command-line flag. The comment ``#:``
+above a field is the flag's help text. ``None`` means "derived"; the resolved configuration that is printed and saved
+says from what. An annotation holds all that is known of a field (see :mod:`.facts`): its type, its range,
+its role, from which follows what a resume does with it, and what it needs.
 Fields of Megatron-Core's ``TransformerConfig`` that are not listed here are accepted too and land in
 ``ModelConfig.transformer``.
 """
@@ -9,178 +11,372 @@ Fields of Megatron-Core's ``TransformerConfig`` that are not listed here are acc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from phd_megatron.config.facts import (
+    COMPUTING,
+    FORM,
+    INITIAL,
+    LAYOUT,
+    PIPELINE_CUT,
+    PLACE,
+    RECIPE,
+    REPORT,
+    SCHEDULE,
+    SHAPE,
+    START,
+    BelowOne,
+    Depth,
+    Length,
+    Minutes,
+    Needs,
+    NotNegative,
+    Positive,
+    Rank,
+    Samples,
+    SamplesOrNone,
+    Seed,
+    Share,
+    Size,
+    Steps,
+    StepsOrNone,
+    TokensOrNone,
+)
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"]
 CopyPositions = Literal["token", "repeated", "fraction"]
+
+_TO_SAVE = Needs("save", reason="a place to save")
+_TO_SAVE_OFTEN = Needs("save_interval", reason="saves during the run; the one at its end is waited for in any case")
+_TO_LOAD = Needs("load", reason="a checkpoint to load")
+_TO_WRITE = Needs("metrics_file", "tensorboard_dir", "wandb_project", reason="a place to write them")
+_TO_FP16 = Needs("fp16", reason="a loss to scale; only fp16 has it")
+_TO_DECOUPLE = Needs("decoupled_lr", reason="a rate to fall from")
+_ON_WANDB = Needs("wandb_project", reason="a project there")
 
 
 @dataclass
 class ModelConfig:
     """Architecture. Compared field by field on resume; a difference is refused."""
 
-    num_layers: int | None = None  #: decoder layers
-    hidden_size: int | None = None  #: model width
-    ffn_hidden_size: int | None = None  #: width of one FFN branch; default 4 * hidden_size
-    num_attention_heads: int | None = None  #: query heads
-    num_query_groups: int | None = None  #: KV heads; default num_attention_heads
-    kv_channels: int | None = None  #: head dimension; default hidden_size / num_attention_heads
-    seq_length: int = 1024  #: original tokens per sample
-    max_position_embeddings: int | None = None  #: positions the model is declared for; default seq_length
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"  #: kind of norm
-    layernorm_epsilon: float = 1e-5  #: epsilon of every norm
-    gated_linear_unit: bool = True  #: SwiGLU FFN (silu gate); false is a plain GELU FFN
-    add_bias_linear: bool = False  #: biases in linear layers
-    add_qkv_bias: bool = False  #: bias in the QKV projection only
-    hidden_dropout: float = 0.0  #: dropout after each sublayer
-    attention_dropout: float = 0.0  #: dropout on attention weights
-    rotary_base: float = 10000.0  #: RoPE theta
-    rotary_percent: float = 1.0  #: share of the head dimension that RoPE turns
-    untie_embeddings_and_output_weights: bool = False  #: separate LM head
-    vocab_size: int | None = None  #: true vocabulary; default the tokenizer's
-    make_vocab_size_divisible_by: int = 128  #: padding of the vocabulary; a property of the model, never times TP
-    phd_repeat: int = 1  #: K, how often a token is repeated (PHD); 1 is the vanilla model
-    phd_window: int | None = None  #: W, token positions of hidden keys a query sees, its own included; 1 is plain PHD
-    phd_chunk: int | None = None  #: C, the window stays inside chunks of C positions; null is PHD-SWA
-    phd_copy_positions: CopyPositions = "token"  #: RoPE turns copy j of token n by n, K n + j - 1 or n + (j - 1)/K
-    phd_copy_embedding: Literal["none", "vector"] = "none"  #: vector adds a learned one to each of copies 2 to K
-    phd_last_layer_pruning: bool = True  #: compute only the last copy's query, projection and FFN in the last layer
-    norm_scheme: str = "pre"  #: row of the norm-scheme table
-    init: Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"] = "auto"  #: auto is the norm scheme's own
-    init_method_std: float | None = None  #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
-    head_init_method_std: float | None = None  #: that of an untied LM head; default init_method_std
-    phd_attention_backend: Backend = "auto"  #: PHD attention; triton ones fuse norm and RoPE too
-    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  #: linear and norm modules
-    transformer: dict[str, Any] = field(default_factory=dict)  #: further TransformerConfig fields by name
+    #: decoder layers
+    num_layers: Annotated[Depth | None, SHAPE] = None
+    #: model width
+    hidden_size: Annotated[Size | None, SHAPE] = None
+    #: width of one FFN branch; default 4 * hidden_size
+    ffn_hidden_size: Annotated[Size | None, SHAPE] = None
+    #: query heads
+    num_attention_heads: Annotated[Size | None, SHAPE] = None
+    #: KV heads; default num_attention_heads
+    num_query_groups: Annotated[Size | None, SHAPE] = None
+    #: head dimension; default hidden_size / num_attention_heads
+    kv_channels: Annotated[Size | None, SHAPE] = None
+    #: original tokens per sample
+    seq_length: Annotated[Length, FORM] = 1024
+    #: positions the model is declared for; default seq_length
+    max_position_embeddings: Annotated[Length | None, FORM] = None
+    #: kind of norm
+    normalization: Annotated[Literal["RMSNorm", "LayerNorm"], SHAPE] = "RMSNorm"
+    #: epsilon of every norm
+    layernorm_epsilon: Annotated[Positive, SHAPE] = 1e-5
+    #: SwiGLU FFN (silu gate); false is a plain GELU FFN
+    gated_linear_unit: Annotated[bool, SHAPE] = True
+    #: biases in linear layers
+    add_bias_linear: Annotated[bool, SHAPE] = False
+    #: bias in the QKV projection only
+    add_qkv_bias: Annotated[bool, SHAPE] = False
+    #: dropout after each sublayer
+    hidden_dropout: Annotated[BelowOne, RECIPE] = 0.0
+    #: dropout on attention weights
+    attention_dropout: Annotated[BelowOne, RECIPE] = 0.0
+    #: RoPE theta
+    rotary_base: Annotated[Positive, FORM, Le(1e18)] = 10000.0
+    #: share of the head dimension that RoPE turns
+    rotary_percent: Annotated[float, SHAPE, Gt(0), Le(1)] = 1.0
+    #: separate LM head
+    untie_embeddings_and_output_weights: Annotated[bool, SHAPE] = False
+    #: true vocabulary; default the tokenizer's
+    vocab_size: Annotated[Length | None, SHAPE] = None
+    #: padding of the vocabulary; a property of the model, never times TP
+    make_vocab_size_divisible_by: Annotated[Size, SHAPE] = 128
+    #: K, how often a token is repeated (PHD); 1 is the vanilla model
+    phd_repeat: Annotated[Size, FORM] = 1
+    #: W, token positions of hidden keys a query sees, its own included; 1 is plain PHD
+    phd_window: Annotated[Length | None, FORM] = None
+    #: C, the window stays inside chunks of C positions; null is PHD-SWA
+    phd_chunk: Annotated[Length | None, FORM] = None
+    #: RoPE turns copy j of token n by n, K n + j - 1 or n + (j - 1)/K
+    phd_copy_positions: Annotated[CopyPositions, FORM] = "token"
+    #: vector adds a learned one to each of copies 2 to K
+    phd_copy_embedding: Annotated[Literal["none", "vector"], SHAPE] = "none"
+    #: compute only the last copy's query, projection and FFN in the last layer
+    phd_last_layer_pruning: Annotated[bool, COMPUTING] = True
+    #: row of the norm-scheme table
+    norm_scheme: Annotated[str, SHAPE] = "pre"
+    #: auto is the norm scheme's own
+    init: Annotated[Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"], INITIAL] = "auto"
+    #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
+    init_method_std: Annotated[Positive | None, INITIAL] = None
+    #: that of an untied LM head; default init_method_std
+    head_init_method_std: Annotated[Positive | None, INITIAL] = None
+    #: PHD attention; triton ones fuse norm and RoPE too
+    phd_attention_backend: Annotated[Backend, COMPUTING] = "auto"
+    #: linear and norm modules
+    transformer_impl: Annotated[Literal["auto", "local", "transformer_engine"], COMPUTING] = "auto"
+    #: further TransformerConfig fields by name
+    transformer: Annotated[dict[str, Any], SHAPE] = field(default_factory=dict)
 
 
 @dataclass
 class ParallelConfig:
     """How the run is laid out over ranks. May change between a save and a load."""
 
-    tensor_model_parallel_size: int = 1  #: TP
-    pipeline_model_parallel_size: int = 1  #: PP
-    virtual_pipeline_model_parallel_size: int | None = None  #: VPP, model chunks per pipeline rank
-    num_layers_per_virtual_pipeline_stage: int | None = None  #: says VPP by the layers of a chunk; resolved to it
-    num_layers_in_first_pipeline_stage: int | None = None  #: layers of the first stage, where it has fewer or more
-    num_layers_in_last_pipeline_stage: int | None = None  #: layers of the last stage
-    pipeline_model_parallel_layout: str | None = None  #: stages in letters, such as Ettt|tttt|tttt|tttL
-    account_for_embedding_in_pipeline_split: bool = False  #: the embedding counts as a layer when layers are divided
-    account_for_loss_in_pipeline_split: bool = False  #: the loss counts as a layer when layers are divided
-    microbatch_group_size_per_vp_stage: int | None = None  #: micro-batches a chunk runs in a row; default PP
-    overlap_p2p_comm: bool | None = None  #: pipeline transfers beside compute; default on with virtual stages
-    overlap_p2p_comm_warmup_flush: bool = False  #: also while the pipeline fills and drains; virtual stages only
-    context_parallel_size: int = 1  #: CP
-    cp_comm_type: Literal["all_gather", "p2p"] = "all_gather"  #: how keys and values reach the other CP ranks
-    expert_model_parallel_size: int = 1  #: EP
-    expert_tensor_parallel_size: int | None = None  #: TP of the experts; default TP
-    sequence_parallel: bool = False  #: split norms and residuals over the TP group
-    use_distributed_optimizer: bool = True  #: shard optimizer states over DP
-    overlap_grad_reduce: bool = False  #: overlap gradient reduction with backward
-    overlap_param_gather: bool = False  #: overlap parameter gather with forward
-    ddp_bucket_size: int | None = None  #: parameters per gradient bucket
-    device: Literal["auto", "cpu", "cuda"] = "auto"  #: auto is cuda where there is one
-    distributed_timeout_minutes: float = 10.0  #: timeout of collectives
+    #: TP
+    tensor_model_parallel_size: Annotated[Size, LAYOUT] = 1
+    #: PP
+    pipeline_model_parallel_size: Annotated[Size, LAYOUT] = 1
+    #: VPP, model chunks per pipeline rank
+    virtual_pipeline_model_parallel_size: Annotated[Size | None, LAYOUT, PIPELINE_CUT] = None
+    #: says VPP by the layers of a chunk; resolved to it
+    num_layers_per_virtual_pipeline_stage: Annotated[Depth | None, LAYOUT, PIPELINE_CUT] = None
+    #: layers of the first stage, where it has fewer or more
+    num_layers_in_first_pipeline_stage: Annotated[Depth | None, LAYOUT, PIPELINE_CUT] = None
+    #: layers of the last stage
+    num_layers_in_last_pipeline_stage: Annotated[Depth | None, LAYOUT, PIPELINE_CUT] = None
+    #: stages in letters, such as Ettt|tttt|tttt|tttL
+    pipeline_model_parallel_layout: Annotated[str | None, LAYOUT, PIPELINE_CUT] = None
+    #: the embedding counts as a layer when layers are divided
+    account_for_embedding_in_pipeline_split: Annotated[bool, LAYOUT, PIPELINE_CUT] = False
+    #: the loss counts as a layer when layers are divided
+    account_for_loss_in_pipeline_split: Annotated[bool, LAYOUT, PIPELINE_CUT] = False
+    #: micro-batches a chunk runs in a row; default PP
+    microbatch_group_size_per_vp_stage: Annotated[Size | None, LAYOUT, PIPELINE_CUT] = None
+    #: pipeline transfers beside compute; default on with virtual stages
+    overlap_p2p_comm: Annotated[bool | None, LAYOUT, PIPELINE_CUT] = None
+    #: also while the pipeline fills and drains; virtual stages only
+    overlap_p2p_comm_warmup_flush: Annotated[bool, LAYOUT, PIPELINE_CUT] = False
+    #: CP
+    context_parallel_size: Annotated[Size, LAYOUT] = 1
+    #: how keys and values reach the other CP ranks
+    cp_comm_type: Annotated[Literal["all_gather", "p2p"], LAYOUT] = "all_gather"
+    #: EP
+    expert_model_parallel_size: Annotated[Size, LAYOUT] = 1
+    #: TP of the experts; default TP
+    expert_tensor_parallel_size: Annotated[Size | None, LAYOUT] = None
+    #: split norms and residuals over the TP group
+    sequence_parallel: Annotated[bool, LAYOUT] = False
+    #: shard optimizer states over DP
+    use_distributed_optimizer: Annotated[bool, LAYOUT] = True
+    #: overlap gradient reduction with backward
+    overlap_grad_reduce: Annotated[bool, LAYOUT] = False
+    #: overlap parameter gather with forward
+    overlap_param_gather: Annotated[bool, LAYOUT] = False
+    #: parameters per gradient bucket
+    ddp_bucket_size: Annotated[Samples | None, LAYOUT] = None
+    #: auto is cuda where there is one
+    device: Annotated[Literal["auto", "cpu", "cuda"], LAYOUT] = "auto"
+    #: timeout of collectives
+    distributed_timeout_minutes: Annotated[Minutes, LAYOUT] = 10.0
 
 
 @dataclass
 class DataConfig:
     """What is read, in which order."""
 
-    data_path: list[str] = field(default_factory=list)  #: PREFIX, or WEIGHT PREFIX pairs of a blend
-    split: str = "969,30,1"  #: shares of training, validation and test
-    train_data_path: list[str] | None = None  #: blend of the training set, instead of data_path and split
-    valid_data_path: list[str] | None = None  #: blend of the validation set
-    test_data_path: list[str] | None = None  #: blend of the test set
-    tokenizer: str | None = None  #: byte, or a tokenizer directory; default the data's own
-    data_cache_path: str | None = None  #: index cache; default beside the data
-    data_horizon_samples: int | None = None  #: samples the training order is drawn for; default the run's own length
-    num_workers: int = 0  #: data loader processes
-    reset_position_ids: bool = False  #: positions restart after each end of document
-    reset_attention_mask: bool = False  #: no attention across documents
-    eod_mask_loss: bool = False  #: no loss on the end-of-document token
+    #: PREFIX, or WEIGHT PREFIX pairs of a blend
+    data_path: Annotated[list[str], RECIPE] = field(default_factory=list)
+    #: shares of training, validation and test
+    split: Annotated[str, RECIPE] = "969,30,1"
+    #: blend of the training set, instead of data_path and split
+    train_data_path: Annotated[list[str] | None, RECIPE] = None
+    #: blend of the validation set
+    valid_data_path: Annotated[list[str] | None, RECIPE] = None
+    #: blend of the test set
+    test_data_path: Annotated[list[str] | None, RECIPE] = None
+    #: byte, or a tokenizer directory; default the data's own
+    tokenizer: Annotated[str | None, RECIPE] = None
+    #: index cache; default beside the data
+    data_cache_path: Annotated[str | None, PLACE] = None
+    #: samples the training order is drawn for; default the run's own length
+    data_horizon_samples: Annotated[Samples | None, RECIPE] = None
+    #: data loader processes
+    num_workers: Annotated[int, LAYOUT, Ge(0), Le(1024)] = 0
+    #: positions restart after each end of document
+    reset_position_ids: Annotated[bool, RECIPE] = False
+    #: no attention across documents
+    reset_attention_mask: Annotated[bool, RECIPE] = False
+    #: no loss on the end-of-document token
+    eod_mask_loss: Annotated[bool, RECIPE] = False
 
 
 @dataclass
 class TrainingConfig:
     """Length, batch, precision and evaluation."""
 
-    micro_batch_size: int = 1  #: samples per rank and forward pass
-    global_batch_size: int | None = None  #: samples per step; default micro_batch_size * data-parallel size
-    rampup_batch_size: list[int] | None = None  #: START INCREMENT SAMPLES
-    train_iters: int | None = None  #: steps; or use train_samples
-    train_samples: int | None = None  #: samples; or use train_iters
-    eval_interval: int | None = None  #: steps between validations; default 1000, or use evals_per_run
-    evals_per_run: int | None = None  #: validations of a run, spread evenly over its samples, the last at its end
-    eval_iters: int = 100  #: global batches per validation, at most one pass over the split; 0 is none
-    exit_interval: int | None = None  #: stop (and save) after this many steps of this start
-    exit_duration_in_mins: float | None = None  #: stop (and save) after this long
-    seed: int = 1234  #: seed of initialisation, data order and dropout
-    bf16: bool = False  #: bfloat16 parameters with fp32 main parameters
-    fp16: bool = False  #: float16 with loss scaling
-    accumulate_allreduce_grads_in_fp32: bool = True  #: gradient buffers in fp32 with bf16/fp16
+    #: samples per rank and forward pass
+    micro_batch_size: Annotated[Size, LAYOUT] = 1
+    #: samples per step; default micro_batch_size * data-parallel size
+    global_batch_size: Annotated[Samples | None, RECIPE] = None
+    #: START INCREMENT SAMPLES
+    rampup_batch_size: Annotated[list[Samples] | None, RECIPE] = None
+    #: steps; or use train_samples
+    train_iters: Annotated[Steps | None, RECIPE] = None
+    #: samples; or use train_iters
+    train_samples: Annotated[Samples | None, RECIPE] = None
+    #: steps between validations; default 1000, or use evals_per_run
+    eval_interval: Annotated[Steps | None, REPORT] = None
+    #: validations of a run, spread evenly over its samples, the last at its end
+    evals_per_run: Annotated[Steps | None, REPORT] = None
+    #: global batches per validation, at most one pass over the split; 0 is none
+    eval_iters: Annotated[StepsOrNone, REPORT] = 100
+    #: stop (and save) after this many steps of this start
+    exit_interval: Annotated[Steps | None, START] = None
+    #: stop (and save) after this long
+    exit_duration_in_mins: Annotated[Minutes | None, START] = None
+    #: seed of initialisation, data order and dropout
+    seed: Annotated[Seed, RECIPE] = 1234
+    #: bfloat16 parameters with fp32 main parameters
+    bf16: Annotated[bool, RECIPE] = False
+    #: float16 with loss scaling
+    fp16: Annotated[bool, RECIPE] = False
+    #: constant loss scale of fp16; default dynamic
+    loss_scale: Annotated[Positive | None, RECIPE, _TO_FP16] = None
+    #: dynamic loss scale at the start, per token of a micro-batch; default 65536 / (micro_batch_size * seq_length)
+    initial_loss_scale: Annotated[Positive | None, RECIPE, _TO_FP16] = None
+    #: dynamic loss scale never falls below this; default the smaller of 1 and initial_loss_scale
+    min_loss_scale: Annotated[Positive | None, RECIPE, _TO_FP16] = None
+    #: steps without overflow after which the dynamic loss scale doubles
+    loss_scale_window: Annotated[Steps, RECIPE, _TO_FP16] = 1000
+    #: overflows after which the dynamic loss scale halves
+    hysteresis: Annotated[Steps, RECIPE, _TO_FP16] = 2
+    #: gradient buffers in fp32 with bf16/fp16
+    accumulate_allreduce_grads_in_fp32: Annotated[bool, RECIPE] = True
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
-    lr: float = 3e-4  #: peak learning rate
-    min_lr: float = 0.0  #: final learning rate
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"  #: schedule
-    lr_decay_iters: int | None = None  #: default train_iters
-    lr_decay_samples: int | None = None  #: default train_samples
-    lr_warmup_iters: int = 0  #: warm-up in steps
-    lr_warmup_samples: int = 0  #: warm-up in samples
-    lr_warmup_tokens: int = 0  #: warm-up in original tokens
-    lr_warmup_fraction: float | None = None  #: warm-up as a share of the decay length
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"  #: WSD annealing
-    lr_wsd_decay_iters: int | None = None  #: length of the WSD annealing in steps
-    lr_wsd_decay_samples: int | None = None  #: length of the WSD annealing in samples
-    weight_decay: float = 0.1  #: decoupled weight decay
-    decay_norms: bool = False  #: also decay norm weights and biases, as the HybridNorm authors do
-    decay_embeddings: bool = True  #: decay the input embedding, its tied copy as a head included
-    adam_beta1: float = 0.9  #: AdamW beta 1
-    adam_beta2: float = 0.95  #: AdamW beta 2
-    adam_eps: float = 1e-8  #: AdamW epsilon
-    clip_grad: float = 1.0  #: gradient clipping by global norm; 0 is none
+    #: peak learning rate
+    lr: Annotated[Positive, RECIPE, SCHEDULE] = 3e-4
+    #: final learning rate
+    min_lr: Annotated[NotNegative, RECIPE, SCHEDULE] = 0.0
+    #: schedule
+    lr_decay_style: Annotated[
+        Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"], RECIPE, SCHEDULE
+    ] = "cosine"
+    #: default train_iters
+    lr_decay_iters: Annotated[Steps | None, RECIPE, SCHEDULE] = None
+    #: default train_samples
+    lr_decay_samples: Annotated[Samples | None, RECIPE, SCHEDULE] = None
+    #: warm-up in steps
+    lr_warmup_iters: Annotated[StepsOrNone, RECIPE, SCHEDULE] = 0
+    #: warm-up in samples
+    lr_warmup_samples: Annotated[SamplesOrNone, RECIPE, SCHEDULE] = 0
+    #: warm-up in original tokens
+    lr_warmup_tokens: Annotated[TokensOrNone, RECIPE, SCHEDULE] = 0
+    #: warm-up as a share of the decay length
+    lr_warmup_fraction: Annotated[Share | None, RECIPE, SCHEDULE] = None
+    #: WSD annealing
+    lr_wsd_decay_style: Annotated[Literal["exponential", "linear", "cosine", "minus_sqrt"], RECIPE, SCHEDULE] = (
+        "exponential"
+    )
+    #: length of the WSD annealing in steps
+    lr_wsd_decay_iters: Annotated[Steps | None, RECIPE, SCHEDULE] = None
+    #: length of the WSD annealing in samples
+    lr_wsd_decay_samples: Annotated[Samples | None, RECIPE, SCHEDULE] = None
+    #: learning rate that the warm-up starts from
+    lr_warmup_init: Annotated[NotNegative, RECIPE, SCHEDULE] = 0.0
+    #: peak learning rate of the input embedding and the LM head; default lr
+    decoupled_lr: Annotated[Positive | None, RECIPE, SCHEDULE] = None
+    #: final learning rate there; default min_lr
+    decoupled_min_lr: Annotated[NotNegative | None, RECIPE, SCHEDULE, _TO_DECOUPLE] = None
+    #: decoupled weight decay
+    weight_decay: Annotated[NotNegative, RECIPE, SCHEDULE] = 0.1
+    #: weight decay at the start of the run, where it changes; default weight_decay
+    start_weight_decay: Annotated[NotNegative | None, RECIPE, SCHEDULE] = None
+    #: weight decay at its end
+    end_weight_decay: Annotated[NotNegative | None, RECIPE, SCHEDULE] = None
+    #: how it changes in between; constant is not at all
+    weight_decay_incr_style: Annotated[Literal["constant", "linear", "cosine"], RECIPE, SCHEDULE] = "constant"
+    #: also decay norm weights and biases, as the HybridNorm authors do
+    decay_norms: Annotated[bool, RECIPE] = False
+    #: decay the input embedding, its tied copy as a head included
+    decay_embeddings: Annotated[bool, RECIPE] = True
+    #: AdamW beta 1
+    adam_beta1: Annotated[BelowOne, RECIPE] = 0.9
+    #: AdamW beta 2
+    adam_beta2: Annotated[BelowOne, RECIPE] = 0.95
+    #: AdamW epsilon
+    adam_eps: Annotated[Positive, RECIPE] = 1e-8
+    #: gradient clipping by global norm; 0 is none
+    clip_grad: Annotated[NotNegative, RECIPE] = 1.0
 
 
 @dataclass
 class CheckpointConfig:
     """Saving and resuming."""
 
-    save: str | None = None  #: directory to save into
-    load: str | None = None  #: directory to resume from
-    save_interval: int | None = None  #: steps between saves; a final save is always made
-    keep_last: int | None = None  #: keep only the newest so many checkpoints; default all
-    async_save: bool = False  #: go on training while a checkpoint is written; one copy of the state in host memory
-    verify_checkpoint: bool = True  #: compare every file with its checksum before loading
-    exit_on_missing_checkpoint: bool = False  #: refuse to start fresh when load holds no checkpoint
-    finetune: bool = False  #: load parameters only and start at step 0
-    no_load_optim: bool = False  #: do not load optimizer and schedule
-    no_load_rng: bool = False  #: do not load random-number state
+    #: directory to save into
+    save: Annotated[str | None, PLACE] = None
+    #: directory to resume from
+    load: Annotated[str | None, START] = None
+    #: steps between saves; a final save is always made
+    save_interval: Annotated[Steps | None, REPORT, _TO_SAVE] = None
+    #: keep only the newest so many checkpoints; default all
+    keep_last: Annotated[Steps | None, PLACE, _TO_SAVE] = None
+    #: go on training while a checkpoint is written; one copy of the state in host memory
+    async_save: Annotated[bool, LAYOUT, _TO_SAVE_OFTEN] = False
+    #: compare every file with its checksum before loading
+    verify_checkpoint: Annotated[bool, START] = True
+    #: refuse to start fresh when load holds no checkpoint
+    exit_on_missing_checkpoint: Annotated[bool, START, _TO_LOAD] = False
+    #: load parameters only and start at step 0
+    finetune: Annotated[bool, START, _TO_LOAD] = False
+    #: do not load optimizer and schedule
+    no_load_optim: Annotated[bool, START, _TO_LOAD] = False
+    #: do not load random-number state
+    no_load_rng: Annotated[bool, START, _TO_LOAD] = False
+    #: the checkpoint's learning-rate and weight-decay schedule, whatever is given here
+    use_checkpoint_opt_param_scheduler: Annotated[bool, START, _TO_LOAD] = False
 
 
 @dataclass
 class LoggingConfig:
     """What a run reports."""
 
-    log_interval: int = 10  #: steps between log lines
-    metrics_file: str | None = None  #: append one JSON object per logged step
-    tensorboard_dir: str | None = None  #: default SAVE/tensorboard when tensorboard is installed
-    wandb_project: str | None = None  #: log to Weights & Biases
-    wandb_exp_name: str | None = None  #: run name there
-    peak_tflops: float | None = None  #: peak of one device for MFU; default by device name, null on CPU
-    progress: Literal["auto", "on", "off"] = "auto"  #: live display; auto is on a terminal only
-    log_layer_statistics: int = 0  #: statistics by layer in the first step and every so many; 0 is none
-    dump_gradients_dir: str | None = None  #: write every parameter's full gradient (safetensors) for comparison
-    dump_gradients_iterations: list[int] = field(default_factory=lambda: [1])  #: at these steps
-    profile: bool = False  #: trace some steps with torch's profiler
-    profile_step_start: int = 10  #: trace the steps after this one
-    profile_step_end: int = 12  #: up to this one, itself included
-    profile_ranks: list[int] = field(default_factory=lambda: [0])  #: ranks that write a trace
-    profile_dir: str | None = None  #: where traces go; default SAVE/profile
+    #: steps between log lines
+    log_interval: Annotated[Steps, REPORT] = 10
+    #: append one JSON object per logged step
+    metrics_file: Annotated[str | None, PLACE] = None
+    #: default SAVE/tensorboard when tensorboard is installed
+    tensorboard_dir: Annotated[str | None, PLACE] = None
+    #: log to Weights & Biases
+    wandb_project: Annotated[str | None, PLACE] = None
+    #: run name there
+    wandb_exp_name: Annotated[str | None, PLACE, _ON_WANDB] = None
+    #: peak of one device for MFU; default by device name, null on CPU
+    peak_tflops: Annotated[Positive | None, REPORT] = None
+    #: live display; auto is on a terminal only
+    progress: Annotated[Literal["auto", "on", "off"], START] = "auto"
+    #: statistics by layer in the first step and every so many; 0 is none
+    log_layer_statistics: Annotated[StepsOrNone, REPORT, _TO_WRITE] = 0
+    #: write every parameter's full gradient (safetensors) for comparison
+    dump_gradients_dir: Annotated[str | None, PLACE] = None
+    #: at these steps
+    dump_gradients_iterations: Annotated[list[Steps], START] = field(default_factory=lambda: [1])
+    #: trace some steps with torch's profiler
+    profile: Annotated[bool, START] = False
+    #: trace the steps after this one
+    profile_step_start: Annotated[StepsOrNone, START] = 10
+    #: up to this one, itself included
+    profile_step_end: Annotated[Steps, START] = 12
+    #: ranks that write a trace
+    profile_ranks: Annotated[list[Rank], START] = field(default_factory=lambda: [0])
+    #: where traces go; default SAVE/profile
+    profile_dir: Annotated[str | None, PLACE] = None
 
 
 @dataclass

@@ -6,51 +6,37 @@ from collections.abc import Iterator
 
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.cuda_graph import graph_problems
+from phd_megatron.config.facts import Needs, violates
 from phd_megatron.config.moe import moe_problems
 from phd_megatron.config.precision import precision_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import raise_all
+from phd_megatron.config.values import is_optional
 
-_AT_LEAST_ONE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "seq_length", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
-    *("num_layers_per_virtual_pipeline_stage", "num_layers_in_first_pipeline_stage"),
-    *("num_layers_in_last_pipeline_stage", "microbatch_group_size_per_vp_stage"),
-    *("context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size", "ddp_bucket_size"),
-    *("data_horizon_samples", "micro_batch_size", "global_batch_size", "train_iters", "train_samples"),
-    *("eval_interval", "evals_per_run", "exit_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters"),
-    *("lr_wsd_decay_samples", "save_interval", "keep_last", "log_interval"),
-)
-_AT_LEAST_ZERO = (
-    *("num_workers", "eval_iters", "seed", "min_lr", "lr_warmup_iters", "lr_warmup_samples"),
-    *("lr_warmup_tokens", "weight_decay", "clip_grad", "log_layer_statistics", "profile_step_start"),
-)
-_ABOVE_ZERO = (
-    *("layernorm_epsilon", "rotary_base", "init_method_std", "head_init_method_std", "distributed_timeout_minutes"),
-    *("exit_duration_in_mins", "lr", "adam_eps", "peak_tflops"),
-)
 _EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
-_BELOW_ONE = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2")
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
-    for names, fits, rule in (
-        (_AT_LEAST_ONE, lambda v: v >= 1, "at least 1"),
-        (_AT_LEAST_ZERO, lambda v: v >= 0, "at least 0"),
-        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
-        (_BELOW_ONE, lambda v: 0 <= v < 1, "at least 0 and below 1"),
-        (("rotary_percent",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        (("lr_warmup_fraction",), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ):
-        for name in names:
-            value = lookup(config, name)
-            if value is not None and not fits(value):
-                yield f"{name}={value!r} is out of range; use a value {rule}"
-    for step in config.logging.dump_gradients_iterations:
-        if step < 1:
-            yield f"dump_gradients_iterations holds {step}; steps are counted from 1"
+    for name, info in fields().items():
+        value = lookup(config, name)
+        if value is not None and (rule := violates(value, info.bounds)):
+            yield f"{name}={value!r} is out of range; use a value of {rule}" + (
+                ", or null" if is_optional(info.annotation) else ""
+            )
+
+
+def _needs(config: RunConfig) -> Iterator[str]:
+    for name, info in fields().items():
+        if info.needs is None or lookup(config, name) == info.default or is_met(info.needs, config):
+            continue
+        cure = f"set {' or '.join(info.needs.names)}, or leave it out"
+        yield f"{name}={lookup(config, name)!r} without {info.needs.reason}; {cure}"
+
+
+def is_met(needs: Needs, config: RunConfig) -> bool:
+    """Whether one of the fields that something needs is set."""
+    return any(lookup(config, name) not in (None, False) for name in needs.names)
 
 
 def _exclusive(config: RunConfig) -> Iterator[str]:
@@ -140,14 +126,9 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
 
 
 def _training(config: RunConfig) -> Iterator[str]:
-    ramp, training, checkpoint, parallel = (
-        config.training.rampup_batch_size,
-        config.training,
-        config.checkpoint,
-        config.parallel,
-    )
-    if ramp is not None and (len(ramp) != 3 or min(ramp) < 1):
-        yield f"rampup_batch_size={ramp} is not START INCREMENT SAMPLES, each at least 1; write three numbers"
+    ramp, training, parallel = config.training.rampup_batch_size, config.training, config.parallel
+    if ramp is not None and len(ramp) != 3:
+        yield f"rampup_batch_size={ramp} is not START INCREMENT SAMPLES; write three numbers"
     if ramp is not None:
         by_step = [n for n in ("train_iters", "lr_decay_iters", "lr_warmup_iters") if lookup(config, n)]
         if by_step:
@@ -165,23 +146,6 @@ def _training(config: RunConfig) -> Iterator[str]:
             "overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce (Megatron-Core's rule); "
             "turn them on or leave it out"
         )
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield f"save_interval={checkpoint.save_interval} without a place to save; set save, or leave it out"
-    if checkpoint.async_save and checkpoint.save_interval is None:
-        yield (
-            "async_save=True without save_interval: the one save at the end is waited for in any case; set "
-            "save_interval, or leave it out"
-        )
-    logging = config.logging
-    if logging.log_layer_statistics and not (logging.metrics_file or logging.tensorboard_dir or logging.wandb_project):
-        yield (
-            f"log_layer_statistics={logging.log_layer_statistics} without a place to write them; set metrics_file, "
-            "tensorboard_dir or wandb_project"
-        )
-    if checkpoint.load is None:
-        for name in ("finetune", "exit_on_missing_checkpoint"):
-            if getattr(checkpoint, name):
-                yield f"{name}=True without a checkpoint to load; set load"
 
 
 def _profile(config: RunConfig) -> Iterator[str]:
@@ -209,6 +173,7 @@ def problems(config: RunConfig) -> list[str]:
     """Everything wrong with the values themselves, whatever the layout."""
     return [
         *_ranges(config),
+        *_needs(config),
         *_exclusive(config),
         *_model(config.model),
         *_data(config.data),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from phd_megatron.config.moe import MoE
 from phd_megatron.config.schema import ModelConfig
+from phd_megatron.config.transformer_fields import transformer_role
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -35,26 +35,9 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_phd.PHDForCausalLM",
 }
 
-#: TransformerConfig fields (patterns) that change how training computes and not what the model is.
-_TRAINING_ONLY = (
-    *("recompute_*", "fp8*", "tp_*", "cpu_offloading*", "cuda_graph*", "*_fusion", "batch_p2p_*", "init_method*"),
-    *("params_dtype", "autocast_dtype", "*_init_method", "perform_initialization", "use_cpu_initialization"),
-    *("attention_backend", "attention_softmax_in_fp32", "calculate_per_token_loss", "deterministic_mode", "timers"),
-    *("distribute_saved_activations", "deallocate_pipeline_outputs", "async_tensor_model_parallel_allreduce"),
-    *("barrier_with_L1_time", "clone_scatter_output_in_embedding", "disable_parameter_transpose_cache"),
-    *("disable_bf16_reduced_precision_matmul", "config_logger_dir", "first_last_layers_bf16"),
-    *("num_layers_at_*_in_bf16", "cross_entropy_fusion_impl", "cross_entropy_loss_fusion", "persist_layer_norm"),
-    *("memory_efficient_layer_norm", "wgrad_deferral_limit", "num_microbatches_with_partial_activation_checkpoints"),
-    *("bias_activation_fusion", "bias_dropout_fusion", "overlap_*", "use_te_activation_func", "offload_modules"),
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_load_balancing_type", "moe_router_bias_update_rate"),
-    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap"),
-    # Capacity holds for training alone: inference drops nothing.
-    *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy"),
-    *("moe_router_padding_for_quantization", "moe_input_jitter_eps", "moe_per_layer_logging", "moe_layer_recompute"),
-)
 #: fields that :class:`~phd_megatron.config.moe.MoE` speaks for
 _EXPERTS = (
-    *("num_moe_experts", "moe_router_topk", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_dtype"),
+    *("num_moe_experts", "moe_router_topk", "moe_layer_freq", "moe_ffn_hidden_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
     *("moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
     "moe_router_topk_scaling_factor",
@@ -107,7 +90,7 @@ class Architecture:
         """
         for name, value in model.transformer.items():
             unset = value is None or value is False or _NEUTRAL.get(name) == value or name in _EXPERTS
-            if not unset and not any(fnmatchcase(name, pattern) for pattern in _TRAINING_ONLY):
+            if not unset and transformer_role(name).is_architecture:
                 raise UserError(
                     f"{name}={value!r}: the exported model has nothing that corresponds to it, so its logits would "
                     "differ; train without it to export"
