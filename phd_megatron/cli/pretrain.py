@@ -14,6 +14,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
+from phd_megatron.planning.fit import refuse_what_cannot_fit
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
 from phd_megatron.runtime.implementations import table
@@ -22,6 +23,7 @@ from phd_megatron.runtime.requirements import require
 
 if TYPE_CHECKING:
     from phd_megatron.data.tokenizers import Tokenizer
+    from phd_megatron.training.schedule import Position
 
 
 def run(argv: list[str]) -> int:
@@ -36,9 +38,13 @@ def run(argv: list[str]) -> int:
     config = loaded.config
     require_for_pretraining(config)
     tokenizer, derived = complete(config, environment.world_size)
-    notes = loaded.notes + derived
+    notes = [*_nothing_is_saved(config), *loaded.notes, *derived]
     capabilities = probe(device, environment.local_rank if device == "cuda" else None)
-    require(config, ParallelDims.from_config(config.parallel, environment.world_size), capabilities)
+    dims = ParallelDims.from_config(config.parallel, environment.world_size)
+    require(config, dims, capabilities)
+    if capabilities.memory is not None:
+        where = f"this {capabilities.device_name}" if capabilities.on_cuda else "this machine"
+        refuse_what_cannot_fit(config, dims, capabilities.memory, where)
     runtime = Runtime.start(
         config.parallel,
         model=config.model,
@@ -53,6 +59,10 @@ def run(argv: list[str]) -> int:
         runtime.log(table(config, capabilities))  # it tries kernels: on this rank's own GPU, which is selected by now
         _train(config, runtime, tokenizer)
     return 0
+
+
+def _nothing_is_saved(config: RunConfig) -> list[str]:
+    return [] if config.checkpoint.save else ["without save nothing of this run is kept; give --save DIRECTORY"]
 
 
 def load_config(argv: list[str]) -> LoadedConfig:
@@ -72,7 +82,7 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
         UserError: for everything that can be known before ranks are connected.
     """
     from phd_megatron.data.datasets import check_data, resolve_tokenizer
-    from phd_megatron.training.optimizer import plan_schedule
+    from phd_megatron.training.schedule import plan_schedule
 
     notes = resolve(config)
     if config.logging.profile and (beyond := [r for r in config.logging.profile_ranks if r >= world_size]):
@@ -89,11 +99,11 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
         config.training.global_batch_size = config.training.micro_batch_size * dims.dp
         notes.append(f"global_batch_size={config.training.global_batch_size}: micro_batch_size x DP {dims.dp}")
     dims.validate(config.model, config.training)
-    schedule = plan_schedule(config, config.training.global_batch_size)
+    schedule = plan_schedule(config, config.training.global_batch_size, _position(config))
     if config.data.data_horizon_samples is None:
-        config.data.data_horizon_samples = schedule.total
+        config.data.data_horizon_samples = schedule.samples
     evaluated = config.training.eval_iters * config.training.global_batch_size
-    check_data(config, tokenizer, (schedule.total, evaluated, 0))
+    check_data(config, tokenizer, (schedule.samples, evaluated, 0))
     return tokenizer, notes
 
 
@@ -111,11 +121,24 @@ def asked_device(argv: list[str]) -> str:
     return asked
 
 
-def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
+def _checkpoint_in(load_dir: str) -> Path | None:
     from phd_megatron.runtime.checkpoint_store import latest_complete
 
-    path = latest_complete(load_dir, warn=lambda message: None)
+    return latest_complete(load_dir, warn=lambda message: None)
+
+
+def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
+    path = _checkpoint_in(load_dir)
     return read_yaml(str(path / "run_config.yaml")) if path is not None else None
+
+
+def _position(config: RunConfig) -> Position:
+    """Where the run goes on."""
+    from phd_megatron.training.schedule import Position
+
+    options = config.checkpoint
+    path = _checkpoint_in(options.load) if options.load is not None and not options.finetune else None
+    return Position() if path is None else Position.of_checkpoint(path)
 
 
 def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
@@ -148,6 +171,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
         parameters = sum(p.numel() for model in trainer.models for p in model.parameters())
         start = trainer.progress.iteration
         reporter.log(f"{parameters / 1e6:.2f}M parameters on this rank; training from iteration {start}")
+        reporter.log(trainer.plan())
         reason = trainer.train(reporter, exits)
         reporter.log(f"stopped at iteration {trainer.progress.iteration}: {reason}")
         record_stop(reason, runtime.local_rank)

@@ -97,6 +97,10 @@ ALIASES: dict[str, Alias] = {
     "use_megatron_fsdp": _FSDP,
     "use_torch_fsdp2": _FSDP,
     "use_tp_pp_dp_mapping": Refuse("ranks are ordered tp-cp-ep-dp-pp", "leave it out"),
+    "grad_reduce_in_bf16": Set("accumulate_allreduce_grads_in_fp32", False),
+    "init_method_xavier_uniform": Refuse(
+        "weights are drawn from a truncated normal, as the papers have it", "use --init and --init-method-std"
+    ),
     # training
     "optimizer": Choice({"adam": {}}, "the optimizer is AdamW", "use adam"),
     "exit_signal_handler": Accept("SIGTERM and SIGINT always save and stop"),

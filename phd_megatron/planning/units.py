@@ -10,3 +10,8 @@ def short(number: float) -> str:
             scaled = number / unit
             return f"{scaled:.2f}{letter}" if scaled < 100 else f"{scaled:.0f}{letter}"
     return f"{number:.4g}"
+
+
+def gib(count: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{count / 2**30:,.1f} GiB"

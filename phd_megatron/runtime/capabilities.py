@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -24,6 +25,7 @@ class Capabilities:
         device_name: what a CUDA device calls itself.
         compute_capability: of the CUDA device: 8.0 Ampere, 8.9 Ada, 9.0 Hopper, 10.0 Blackwell.
         cuda: version of CUDA that torch was built with.
+        memory: bytes of the device, or of the machine for a model on its CPU.
         transformer_engine: version of Transformer Engine, None where it cannot be used.
         transformer_engine_problem: why it cannot.
         triton_problem: why our Triton kernels cannot run, None where they can.
@@ -35,6 +37,7 @@ class Capabilities:
     device_name: str = "cpu"
     compute_capability: Version | None = None
     cuda: Version | None = None
+    memory: int | None = None
     transformer_engine: Version | None = None
     transformer_engine_problem: str = "there is no CUDA device"
     triton_problem: str | None = "there is no CUDA device"
@@ -51,7 +54,7 @@ class Capabilities:
 def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilities:
     """Look at this process's device and libraries. On the CPU nothing is imported: no library computes there."""
     if device == "cpu":
-        return Capabilities()
+        return Capabilities(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     import torch
 
     from phd_megatron.kernels.triton_support import triton_problem
@@ -62,6 +65,7 @@ def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilit
         device_name=torch.cuda.get_device_name(index),
         compute_capability=torch.cuda.get_device_capability(index),
         cuda=parse_version(torch.version.cuda or "0.0"),
+        memory=torch.cuda.get_device_properties(index).total_memory,
         transformer_engine=te,
         transformer_engine_problem=problem,
         triton_problem=triton_problem("cuda", torch.bfloat16),

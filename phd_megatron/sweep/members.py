@@ -150,7 +150,7 @@ def fix_size(config: RunConfig, ranks: int) -> tuple[int, int]:
     """Fill in the vocabulary and the batch of a resolved run, in place; its samples and (about) its iterations."""
     from phd_megatron.data.datasets import resolve_tokenizer
     from phd_megatron.runtime.parallel_dims import ParallelDims
-    from phd_megatron.training.optimizer import plan_schedule
+    from phd_megatron.training.schedule import plan_schedule
 
     if config.model.vocab_size is None:
         config.model.vocab_size = resolve_tokenizer(config).vocab_size

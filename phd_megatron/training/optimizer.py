@@ -1,10 +1,8 @@
-"""Data-parallel wrapping, AdamW and the learning-rate schedule, all Megatron-Core's."""
+"""Data-parallel wrapping, AdamW and the scheduler of its rates, all Megatron-Core's."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -16,82 +14,12 @@ from megatron.core.transformer.module import Float16Module
 
 from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import OptimizerConfig, RunConfig
-from phd_megatron.errors import UserError
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
 from phd_megatron.model.transformer_config import params_dtype
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.training.cuda_graph import stream_of
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Lengths of the run and of the learning-rate schedule, all in samples."""
-
-    total: int
-    decay: int
-    warmup: int
-    wsd_decay: int | None
-
-
-def plan_schedule(run: RunConfig, global_batch_size: int) -> Schedule:
-    """Bring iterations, samples, tokens and fractions to samples.
-
-    Raises:
-        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
-            reach the global batch size.
-    """
-    training, optimizer = run.training, run.optimizer
-    if training.train_samples is not None:
-        total = training.train_samples
-    elif training.train_iters is not None:
-        if training.rampup_batch_size is not None:
-            raise UserError("rampup_batch_size with train_iters: the steps have no fixed size; give train_samples")
-        total = training.train_iters * global_batch_size
-    else:
-        raise UserError("train_iters and train_samples are both missing: set one of them")
-
-    first_batch = _check_ramp_up(training.rampup_batch_size, global_batch_size)
-    if total < first_batch:
-        raise UserError(
-            f"train_samples={total} is less than one batch of {first_batch} samples; raise it to {first_batch} or more"
-        )
-
-    def samples(iters: int | None, given: int | None, default: int) -> int:
-        return given if given is not None else iters * global_batch_size if iters is not None else default
-
-    decay = samples(optimizer.lr_decay_iters, optimizer.lr_decay_samples, total)
-    if optimizer.lr_warmup_fraction is not None:
-        warmup = int(optimizer.lr_warmup_fraction * decay)
-    else:
-        warmup = (
-            optimizer.lr_warmup_iters * global_batch_size
-            + optimizer.lr_warmup_samples
-            + math.ceil(optimizer.lr_warmup_tokens / run.model.seq_length)
-        )
-    if warmup >= decay:
-        raise UserError(
-            f"the warm-up of {warmup} samples is not shorter than the decay of {decay} samples; shorten "
-            "lr_warmup_iters / lr_warmup_samples / lr_warmup_tokens, or lengthen the run"
-        )
-    wsd = None
-    if optimizer.lr_decay_style == "WSD":
-        wsd = samples(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
-    return Schedule(total, decay, warmup, wsd)
-
-
-def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
-    """Samples of the first step."""
-    if ramp is None:
-        return global_batch_size
-    start, increment, _ = ramp
-    missing = global_batch_size - start
-    if missing <= 0 or missing % increment:
-        raise UserError(
-            f"rampup_batch_size={ramp}: steps of {increment} from {start} do not end at "
-            f"global_batch_size={global_batch_size}; start below it, with an increment that divides the difference"
-        )
-    return start
+from phd_megatron.training.schedule import Schedule
 
 
 def in_run_precision(models: Sequence[PHDGPTModel], run: RunConfig) -> list[PHDGPTModel | Float16Module]:
@@ -133,6 +61,8 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         optimizer="adam",
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,
+        decoupled_lr=optimizer.decoupled_lr,
+        decoupled_min_lr=optimizer.decoupled_min_lr,
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
@@ -141,11 +71,12 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         bf16=run.training.bf16,
         fp16=run.training.fp16,
         params_dtype=params_dtype(run),
+        **_loss_scale(run),
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
         fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
     )
-    built = get_megatron_optimizer(options, models, config_overrides=_undecayed(models, optimizer, options))
+    built = get_megatron_optimizer(options, models, config_overrides=_overrides(models, optimizer, options))
     config = models[0].config
     config.grad_scale_func = built.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
@@ -159,15 +90,31 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
     return built
 
 
-def _undecayed(
+def _loss_scale(run: RunConfig) -> dict[str, float]:
+    """Megatron's options of fp16, which are of a mean over tokens, for the sum that is scaled here."""
+    training = run.training
+    if not training.fp16:
+        return {}
+    tokens = training.micro_batch_size * run.model.seq_length
+    initial = training.initial_loss_scale or 2.0**16
+    least = training.min_loss_scale or min(1.0, initial)
+    scales = {"initial_loss_scale": initial / tokens, "min_loss_scale": least / tokens}
+    if training.loss_scale is not None:
+        scales["loss_scale"] = training.loss_scale / tokens
+    return {**scales, "loss_scale_window": training.loss_scale_window, "hysteresis": training.hysteresis}
+
+
+def _overrides(
     models: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, options: MegatronOptimizerConfig
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """What weight decay leaves out; everything else is decayed.
+    """What is not treated as everything else: what weight decay leaves out, and the rate of embedding and head.
 
-    Whatever the reason, it is one group of parameters, which a default run has too.
+    Whatever the reason for no decay, it is one group of parameters, which a default run has too.
     """
-    # Megatron's own: one-dimensional parameters and biases.
-    overrides = {} if optimizer.decay_norms else get_standard_config_overrides(options)
+    # Megatron's own: one-dimensional parameters and biases, and a decoupled rate.
+    overrides = get_standard_config_overrides(options)
+    if optimizer.decay_norms:
+        overrides = {key: value for key, value in overrides.items() if "wd_mult" not in value}
     undecayed = ParamGroupOverride(wd_mult=0.0)
     overrides[ParamKey(attr="never_decayed")] = undecayed
     if not optimizer.decay_embeddings:
@@ -185,20 +132,21 @@ def _input_embeddings(wrapped: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Schedule) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule; it counts samples, so a change of batch size does not move it."""
+    """Megatron-Core's schedule of learning rate and weight decay (:mod:`.schedule` says what it counts)."""
     options = run.optimizer
+    decay = options.weight_decay
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=options.lr_warmup_init,
         max_lr=options.lr,
         min_lr=options.min_lr,
         lr_warmup_steps=schedule.warmup,
         lr_decay_steps=schedule.decay,
         lr_decay_style=options.lr_decay_style,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
+        start_wd=decay if options.start_weight_decay is None else options.start_weight_decay,
+        end_wd=decay if options.end_weight_decay is None else options.end_weight_decay,
         wd_incr_steps=schedule.total,
-        wd_incr_style="constant",
+        wd_incr_style=options.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=schedule.wsd_decay,

@@ -33,15 +33,14 @@ from phd_megatron.training.gradient_dump import dump_gradients
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
-    Schedule,
     build_optimizer,
     build_scheduler,
     let_go,
-    plan_schedule,
     wrap_data_parallel,
 )
 from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.router_metrics import collect_router_metrics
+from phd_megatron.training.schedule import Position, Schedule, describe_plan, plan_schedule
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
@@ -55,6 +54,7 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
+    schedule_step: int | None = None  #: :class:`~phd_megatron.training.schedule.Position`'s
 
 
 @dataclass
@@ -85,7 +85,10 @@ class Trainer:
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
         self.global_batch_size = run.training.global_batch_size
-        self.schedule: Schedule = plan_schedule(run, self.global_batch_size)
+        self.position = Position()
+        if resume_from is not None and not run.checkpoint.finetune:
+            self.position = Position.of_checkpoint(resume_from)
+        self.schedule: Schedule = plan_schedule(run, self.global_batch_size, self.position)
         microbatches.reconfigure_num_microbatches_calculator(
             runtime.rank,
             run.training.rampup_batch_size,
@@ -102,7 +105,8 @@ class Trainer:
         self.models: list[DistributedDataParallel] = wrap_data_parallel(models, run)
         self.optimizer: MegatronOptimizer = build_optimizer(self.models, run)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
-        self.progress = Progress()
+        self.updates = 0  # steps of this start that changed the parameters
+        self.progress = Progress(schedule_step=self.schedule.step)
         if resume_from is not None:
             self._resume(resume_from)
         self.stepper = Stepper(
@@ -135,16 +139,19 @@ class Trainer:
         )
         if run.checkpoint.finetune:
             return
-        self.progress = Progress(state["iteration"], state["consumed_samples"], state.get("skipped_iterations", 0))
+        self.progress.iteration, self.progress.consumed_samples = state["iteration"], state["consumed_samples"]
+        self.progress.skipped_iterations = state.get("skipped_iterations", 0)
         if run.checkpoint.no_load_optim:
-            self.scheduler.num_steps = self.progress.consumed_samples
+            done = self.progress
+            step = self.schedule.step
+            self.scheduler.num_steps = done.consumed_samples if step is None else done.iteration * step
             self.scheduler.step(0)
 
     def _open_data(self) -> None:
         run = self.run
         self.total_iterations, samples = self._run_length()
         eval_samples = run.training.eval_iters * self.global_batch_size
-        train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.total, eval_samples, 0))
+        train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.samples, eval_samples, 0))
         self.train_stream = open_stream(run, self.runtime, train)
         self.validation: Validation | None = None
         if valid is not None:
@@ -190,23 +197,33 @@ class Trainer:
             elif self.saver is not None:
                 self.saver.poll()
             interval.started += time.perf_counter() - started  # not the time of a training step
+        self._refuse_to_have_done_nothing(progress.iteration + 1 - first_iteration)
         self.save()
         return reason
+
+    def _refuse_to_have_done_nothing(self, steps: int) -> None:
+        """A run in fp16 whose every step overflowed is no run."""
+        if steps and not self.updates:
+            raise UserError(
+                f"none of {steps} steps changed the model: with the loss scale, now "
+                f"{float(self.optimizer.get_loss_scale()):g} on the sum over tokens, a gradient overflowed each time; "
+                "train longer, lower initial_loss_scale or loss_scale, or use bf16"
+            )
 
     def _next_batch(self, consumed_samples: int) -> int:
         """Samples of the step that starts there; 0 at the end, where less than a batch is left out as in Megatron."""
         microbatches.update_num_microbatches(consumed_samples, consistency_check=False)
         samples = microbatches.get_current_global_batch_size()
-        return samples if consumed_samples + samples <= self.schedule.total else 0
+        return samples if consumed_samples + samples <= self.schedule.samples else 0
 
     def _run_length(self) -> tuple[int, int]:
-        """Steps of the whole run, those of the batch-size ramp included, and the samples that they take."""
+        """Steps of the whole run and the samples that they take: those done, and those to come with their ramp."""
         ramp = self.run.training.rampup_batch_size
-        consumed = steps = 0
+        steps, consumed = self.position.iteration, self.position.consumed_samples
         while ramp is not None and consumed <= ramp[2] and (samples := self._next_batch(consumed)):
             consumed += samples
             steps += 1
-        rest = (self.schedule.total - consumed) // self.global_batch_size
+        rest = max(0, self.schedule.samples - consumed) // self.global_batch_size
         return steps + rest, consumed + rest * self.global_batch_size
 
     def _one_step(self, interval: Interval) -> float:
@@ -236,7 +253,8 @@ class Trainer:
         interval.steps += 1
         interval.microbatches += count
         if result.updated:
-            self.scheduler.step(samples)
+            self.scheduler.step(samples if self.schedule.step is None else self.schedule.step)
+            self.updates += 1
         else:
             progress.skipped_iterations += 1
             interval.skipped += 1
@@ -251,6 +269,23 @@ class Trainer:
         return result.grad_norm
 
     # ---------------------------------------------------------------- evaluation and reports
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, of the parameters that have no rate of their own."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return float(next((g for g in groups if g["max_lr"] == self.run.optimizer.lr), groups[0])["lr"])
+
+    def plan(self) -> str:
+        """What this start will do, in words."""
+        return describe_plan(
+            self.run,
+            self.schedule,
+            self.position,
+            self.total_iterations,
+            now=self.learning_rate,
+            peak=self.run.optimizer.lr,
+        )
 
     def _evaluate(self, validation: Validation, interval: Interval) -> float:
         """Validation loss; its time is in no figure of a step."""
@@ -280,7 +315,7 @@ class Trainer:
                 consumed_flops=float(progress.consumed_samples * flops),
                 lm_loss=sum(losses) / len(losses),
                 grad_norm=grad_norm,
-                learning_rate=self.optimizer.param_groups[0]["lr"],
+                learning_rate=self.learning_rate,
                 global_batch_size=interval.samples // interval.steps,
                 iteration_seconds=seconds / interval.steps,
                 tokens_per_second=tokens_per_second,

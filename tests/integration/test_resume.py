@@ -85,7 +85,7 @@ class Runs:
         return self.start(case, {**options, "save": self.save(case), "exit-interval": INTERRUPTED})
 
     def resume(self, case: str, source: str, options: dict[str, object]) -> list[str]:
-        """Another run that starts from the checkpoint of ``source`` and writes no checkpoint there."""
+        """A run that starts from the checkpoint of ``source``."""
         places = {"load": self.save(source), "save": self.save(case), "metrics-file": self.metrics(case)}
         return ["pretrain", *flags({**places, **options})]
 
@@ -114,15 +114,15 @@ def alone(runs: Runs, run_cases: Any) -> Runs:
     second: list[list[str]] = []
     for case, options in CASES[1].items():
         first += [runs.start(f"{case}-whole", options), runs.interrupted(case, options)]
-        # The checkpoint alone says everything: model, data, schedule, where to save and where to write metrics.
-        second.append(["pretrain", "--load", str(runs.save(case))])
+        # The checkpoint says everything but where to write: model, data and schedule.
+        second.append(runs.resume(case, case, {}))
     # 2 % of the data are fewer samples than the run takes, so that the order is drawn over several epochs. The rate is
     # constant, because a longer run has another decay.
     short: dict[str, object] = {"split": "2,98,0", "lr-decay-style": "constant", "eval-iters": 0}
     first.append(runs.start("short-then-long", {**short, "train-iters": 8, "save": runs.save("short-then-long")}))
     first.append(runs.start("long", {**short, "train-iters": 16, "data-horizon-samples": 64}))
     first.append(runs.start("long-own-order", {**short, "train-iters": 16}))
-    second.append(["pretrain", *flags({"load": runs.save("short-then-long"), "train-iters": 16})])
+    second.append(runs.resume("short-then-long", "short-then-long", {"train-iters": 16}))
 
     no_update = {"lr": 1e-30, "eval-interval": 1}  # smaller than any parameter's rounding
     second.append(runs.resume("finetune", "fp32", {"finetune": True, **no_update}))
@@ -132,8 +132,12 @@ def alone(runs: Runs, run_cases: Any) -> Runs:
     second.append(runs.resume("no-rng", "dropout", {"no-load-rng": True}))
     # These start from what `first` leaves, so they must come before the resumed runs save their end.
     runs.log += run_cases(1, first)
-    runs.log += run_cases(1, sorted(second, key=lambda argv: "--save" not in argv))
+    runs.log += run_cases(1, sorted(second, key=is_of_the_same_run))
     return runs
+
+
+def is_of_the_same_run(argv: list[str]) -> bool:
+    return argv[argv.index("--load") + 1] == argv[argv.index("--save") + 1]
 
 
 @pytest.fixture(scope="module")

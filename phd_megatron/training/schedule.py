@@ -1,0 +1,158 @@
+"""How long a run is, where it stands, and what its learning rate goes by.
+
+A run that is given in iterations is counted in iterations: what remains is ``train_iters`` less those done, and its
+schedule moves by one iteration a step, whatever the batch. A run that is given in samples is counted in samples.
+Megatron-Core's scheduler counts samples, so an iteration is for it always the batch that the run began with
+(``Position.schedule_step``): another ``global_batch_size`` on resume neither skips nor repeats a part of the run, and
+no learning rate jumps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import load_yaml
+from phd_megatron.errors import UserError
+from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands when it starts, as its checkpoint says.
+
+    Attributes:
+        schedule_step: samples by which the schedule moves with a step of a run that is given in iterations.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    schedule_step: int | None = None
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> Position:
+        """Read a complete checkpoint's. Raises UserError for a file that is damaged."""
+        try:
+            state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
+            iteration, consumed = int(state["iteration"]), int(state["consumed_samples"])
+            step = state.get("schedule_step")
+        except FileNotFoundError:
+            return cls()  # imported by an older version
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / TRAINING_STATE} is damaged ({error}); load another checkpoint") from None
+        if step is None and (path / RUN_CONFIG).is_file():
+            step = load_yaml(path / RUN_CONFIG).training.global_batch_size  # older checkpoints
+        return cls(iteration, consumed, step)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths of the run and of its schedule.
+
+    Attributes:
+        samples: training samples that are read by the end of the run, those before it started included.
+        step: by how much the schedule moves with a step; None where it is the samples of that step.
+        total: the run's length as the schedule counts; so are ``warmup``, ``decay`` and ``wsd_decay``.
+    """
+
+    samples: int
+    step: int | None
+    total: int
+    decay: int
+    warmup: int
+    wsd_decay: int | None
+
+
+def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | None = None) -> Schedule:
+    """Bring iterations, samples, tokens and fractions to what the schedule counts.
+
+    Raises:
+        UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
+            reach the global batch size.
+    """
+    training, optimizer, position = run.training, run.optimizer, position or Position()
+    first_batch = _check_ramp_up(training.rampup_batch_size, global_batch_size)
+    step: int | None = None
+    if training.train_samples is not None:
+        total = samples_at_end = training.train_samples
+    elif training.train_iters is not None:
+        if training.rampup_batch_size is not None:
+            raise UserError("rampup_batch_size with train_iters: the steps have no fixed size; give train_samples")
+        step = position.schedule_step or global_batch_size
+        total = training.train_iters * step
+        left = max(0, training.train_iters - position.iteration)
+        samples_at_end = position.consumed_samples + left * global_batch_size
+    else:
+        raise UserError("train_iters and train_samples are both missing: set one of them")
+    if samples_at_end < first_batch:
+        raise UserError(
+            f"train_samples={samples_at_end} is less than one batch of {first_batch} samples; raise it to "
+            f"{first_batch} or more"
+        )
+    of_iteration = step or position.schedule_step or global_batch_size
+
+    def length(iters: int | None, samples: int | None, default: int) -> int:
+        return samples if samples is not None else iters * of_iteration if iters is not None else default
+
+    decay = length(optimizer.lr_decay_iters, optimizer.lr_decay_samples, total)
+    if optimizer.lr_warmup_fraction is not None:
+        warmup = int(optimizer.lr_warmup_fraction * decay)
+    else:
+        warmup = (
+            optimizer.lr_warmup_iters * of_iteration
+            + optimizer.lr_warmup_samples
+            + math.ceil(optimizer.lr_warmup_tokens / run.model.seq_length)
+        )
+    if warmup >= decay:
+        raise UserError(
+            f"the warm-up of {warmup} samples is not shorter than the decay of {decay} samples; shorten "
+            "lr_warmup_iters / lr_warmup_samples / lr_warmup_tokens, or lengthen the run"
+        )
+    wsd = None
+    if optimizer.lr_decay_style == "WSD":
+        wsd = length(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
+    return Schedule(samples_at_end, step, total, decay, warmup, wsd)
+
+
+def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
+    """Samples of the first step."""
+    if ramp is None:
+        return global_batch_size
+    start, increment, _ = ramp
+    missing = global_batch_size - start
+    if missing <= 0 or missing % increment:
+        raise UserError(
+            f"rampup_batch_size={ramp}: steps of {increment} from {start} do not end at "
+            f"global_batch_size={global_batch_size}; start below it, with an increment that divides the difference"
+        )
+    return start
+
+
+def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_iteration: int, **rates: Any) -> str:
+    """What this start of the run will do, in two lines.
+
+    Args:
+        last_iteration: the run's last step, ramp-up included.
+        rates: what the learning rate is at named moments.
+    """
+    training, optimizer = run.training, run.optimizer
+    left = schedule.samples - position.consumed_samples
+    tokens = left * run.model.seq_length
+    if last_iteration <= position.iteration:
+        return f"plan: nothing is left to train: iteration {position.iteration} of {last_iteration} is done"
+    batch = f"{training.global_batch_size} samples a step"
+    if training.rampup_batch_size is not None:
+        batch = f"up to {batch} (rampup_batch_size={training.rampup_batch_size})"
+    unit = 1 if schedule.step is None else schedule.step
+    name = "samples" if schedule.step is None else "iterations"
+    lengths = f"warm-up {schedule.warmup / unit:g}, {optimizer.lr_decay_style} until {schedule.decay / unit:g} {name}"
+    told = ", ".join(f"{when} {rate:.3g}" for when, rate in rates.items())
+    return (
+        f"plan: iterations {position.iteration + 1} to {last_iteration}, {batch}: {left} samples, {tokens} tokens; "
+        f"{position.consumed_samples} samples are done\n"
+        f"learning rate: {told}; {lengths}"
+    )
