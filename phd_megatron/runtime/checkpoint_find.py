@@ -104,12 +104,16 @@ class Survey:
                     self.damaged[iteration] = found.reason
                     break
 
-    def is_of_the_run(self, iteration: int) -> bool:
-        """Whether a checkpoint is of the run that goes on here, and not of one that it left behind."""
+    def is_of_the_run(self, iteration: int, *, by_tracker: bool = True) -> bool:
+        """Whether a checkpoint is of the run that goes on here, and not of one that it left behind.
+
+        Args:
+            by_tracker: where the run is not known, only the one that the tracker names is.
+        """
         if iteration == self.iteration:
             return True
         if self.run is None:
-            return self.iteration is None and self.tracked != RELEASE
+            return not by_tracker or (self.iteration is None and self.tracked != RELEASE)
         return iteration <= self.run.began or self._run_of(iteration) == self.run.run
 
     @cached_property

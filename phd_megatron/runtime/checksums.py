@@ -180,10 +180,11 @@ def _own(files: Mapping[str, FileSum]) -> str:
 
 
 def _cure(directory: Path) -> str:
+    survey = store.Survey(directory.parent)
     others = [
         iteration
-        for iteration in store.complete_iterations(directory.parent)
-        if iteration != store.iteration_of(directory)
+        for iteration in survey.complete
+        if iteration != store.iteration_of(directory) and survey.is_of_the_run(iteration, by_tracker=False)
     ]
     other = store.iteration_dir(directory.parent, others[-1]) if others else "another checkpoint"
     return f"load {other}, or this one as it is with --no-verify-checkpoint"

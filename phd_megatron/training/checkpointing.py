@@ -130,8 +130,8 @@ def load_checkpoint(
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
         reader.read_metadata()
         common = checkpoint_format.read_common(path)
-        if run_config is not None and run_config.checkpoint.finetune:
-            return {}, common
+        if scheduler is None or (run_config is not None and run_config.checkpoint.finetune):
+            return store.training_state(path), common  # nothing goes on from there
         return _training_state(path), common
 
     training_state, common = agreement.everywhere(read_small_files)
@@ -219,6 +219,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _training_state(path: Path) -> dict[str, Any]:
     """The place in the run that a checkpoint was saved at."""
     file = path / store.TRAINING_STATE
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing, so nothing says where the run was; load another checkpoint, or take the parameters "
+            "alone with --finetune"
+        )
     content = _read_json(file)
     for name in ("iteration", "consumed_samples", "skipped_iterations"):
         value = content.get(name, 0 if name == "skipped_iterations" else None)
