@@ -255,8 +255,13 @@ class CheckpointSaver:
         """Give the space back; the error that all ranks raise."""
 
         def abandon() -> Path | str | None:
-            if self._lost:  # what lies there may be the other run's, and the error says what this one has
+            if self._lost:  # what lies there may be the other run's
                 return ""
+            try:
+                self._check_place()
+            except UserError as lost:
+                if self._lost:
+                    return f"; {lost}"
             with suppress(OSError, UserError):  # a directory that cannot be written: say what went wrong first
                 store.abandon_iteration(self._root, iteration)
             with suppress(UserError):
@@ -267,4 +272,4 @@ class CheckpointSaver:
 
         last = agreement.from_rank_zero(abandon)
         rest = f"; the last complete checkpoint is {last}" if last else "; there is no complete checkpoint yet"
-        return CheckpointError(f"saving {path} failed: {error}{'' if last == '' else rest}")
+        return CheckpointError(f"saving {path} failed: {error}{last if isinstance(last, str) else rest}")

@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
@@ -153,6 +154,7 @@ def load_checkpoint(
         runtime.log(f"note: {path} has no {key}, which starts at zero")
     if load_rng:
         wanted = rng_object(None)
+        agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
         if wanted.unique_key in stored:
             state["rng_state"] = wanted
         elif any(key.startswith("rng_state/") for key in stored):
@@ -277,6 +279,10 @@ def _check_contents(
                 f"build the model that its {RUN_CONFIG} describes"
             )
         for key, value in sorted(wanted.items()):
+            if key in stored and isinstance(value, ShardedTensor) != isinstance(stored[key], TensorStorageMetadata):
+                kinds = ("a tensor", "an object")
+                there, here = kinds if isinstance(stored[key], TensorStorageMetadata) else kinds[::-1]
+                raise CheckpointError(f"{path} is damaged: {key} is {there} in it, not {here}; load another one")
             if isinstance(value, ShardedTensor) and key in stored and not value.allow_shape_mismatch:
                 shape, expected = tuple(stored[key].size), tuple(value.global_shape)
                 if shape != expected:

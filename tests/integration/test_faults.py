@@ -93,6 +93,21 @@ class Running:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def pause_between_saves(self, save: Path) -> None:
+        """SIGSTOP when nothing is being written; removing files that are is another fault."""
+
+        def stopped() -> bool:
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.05)
+            directories = [path for path in save.iterdir() if "iter_" in path.name]
+            idle = all(store.is_complete(path) and not (path / store.UNFINISHED).exists() for path in directories)
+            if idle and store.read_tracker(save) == str(store.complete_iterations(save)[-1]):
+                return True
+            self.process.send_signal(signal.SIGCONT)
+            return False
+
+        self.wait_until(stopped, "a moment between two saves")
+
     def end(self) -> int:
         return self.process.wait(PATIENCE)
 
@@ -244,7 +259,7 @@ def test_a_run_whose_lock_was_removed_saves_nothing_more_once_another_has_begun(
     save = tmp_path / "save"
     with running(pretrain(documents, save, **background), tmp_path / "first.log") as first:
         first.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
-        os.kill(first.process.pid, signal.SIGSTOP)  # so that the other one comes first
+        first.pause_between_saves(save)  # so that the other one comes first
         if removed == "lock":
             (save / LOCK_NAME).unlink()
         else:
@@ -252,7 +267,7 @@ def test_a_run_whose_lock_was_removed_saves_nothing_more_once_another_has_begun(
         second_place = pretrain(documents, save, metrics_file=tmp_path / "second.jsonl")
         with running(second_place, tmp_path / "second.log") as second:
             second.wait_until(lambda: "saved checkpoint" in second.output, "saving")
-            os.kill(first.process.pid, signal.SIGCONT)
+            first.process.send_signal(signal.SIGCONT)
             assert first.end() == 2, first.output
             second.process.send_signal(signal.SIGTERM)
             assert second.end() == 0, second.output
@@ -274,7 +289,9 @@ def test_a_removed_lock_is_made_again_where_nobody_came(documents: Path, tmp_pat
         program.wait_until(lambda: store.complete_iterations(save)[-1] > seen, "saving again")
         rival = run_program(*pretrain(documents, save))
         assert rival.returncode == 2 and "error: another run saves into" in rival.stdout
+        program.pause_between_saves(save)
         shutil.rmtree(save)
+        program.process.send_signal(signal.SIGCONT)
         program.wait_for("warning: .* was removed while this run holds it")
         program.process.send_signal(signal.SIGTERM)
         assert program.end() == 0, program.output

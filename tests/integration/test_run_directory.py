@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from phd_megatron.cli.main import main
 from phd_megatron.runtime import checkpoint_store as store
@@ -391,6 +393,44 @@ def test_a_random_number_state_of_another_type_is_refused(
     resume = {"load": tmp_path / "save", "save": tmp_path / "save"}
     refused(["pretrain", *flags(resume)], "iter_0000001 holds a random-number state", "--no-load-rng")
     accepted(["pretrain", *flags(resume), "--no-load-rng"])
+
+
+def test_a_table_of_contents_with_the_wrong_kinds_is_refused(
+    own: Path, refused: Callable[..., str], accepted: Callable[..., str]
+) -> None:
+    path = own / FOURTH / ".metadata"
+    table = pickle.loads(path.read_bytes())  # of our own making
+    entries = table.state_dict_metadata
+    (random,) = [key for key in entries if key.startswith("rng_state/")]
+    weight = "embedding.word_embeddings.weight"
+    resume = ["pretrain", *flags({"load": own, "save": own, "train-iters": 6}), "--no-verify-checkpoint"]
+
+    table.state_dict_metadata = {**entries, random: entries[weight]}
+    path.write_bytes(pickle.dumps(table))
+    refused(resume, "random-number state", "it is a tensor, not an object", "--no-load-rng")
+    table.state_dict_metadata = {**entries, weight: entries[random]}
+    path.write_bytes(pickle.dumps(table))
+    refused(resume, f"{own / FOURTH} is damaged: {weight} is an object in it, not a tensor")
+    table.state_dict_metadata = entries
+    path.write_bytes(pickle.dumps(table))
+    assert start_of(accepted(resume)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda common: {**common, "opt_param_scheduler": [1]}, "opt_param_scheduler is [1], not a mapping"),
+        (lambda common: {**common, "opt_param_scheduler": {"num_steps": "8"}}, "with a count of samples in num_steps"),
+        (lambda common: {**common, "content_metadata": 3}, "content_metadata is 3, not a mapping"),
+        (lambda common: [common], "holds a list, not a mapping"),
+    ],
+)
+def test_a_common_state_of_another_type_is_refused(
+    own: Path, refused: Callable[..., str], change: Callable[[dict[str, object]], object], said: str
+) -> None:
+    path = own / FOURTH / "common.pt"
+    torch.save(change(torch.load(path, weights_only=False)), path)
+    refused(["pretrain", *flags({"load": own, "save": own}), "--no-verify-checkpoint"], str(path), said)
 
 
 # ---------------------------------------------------------------- parameters that are no numbers any more
