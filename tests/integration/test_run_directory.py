@@ -215,6 +215,17 @@ def test_the_newest_of_the_run_wins_over_a_tracker_that_lags(
     assert start_of(accepted(["pretrain", *flags(elsewhere)])) == 2, "an older one by name"
 
 
+@pytest.mark.parametrize("damage", ["gone", "{", "[]", '{"run": 1, "began": 0, "start": "x"}'])
+def test_a_lost_id_is_found_in_the_checkpoints(own: Path, accepted: Callable[..., str], damage: str) -> None:
+    before = read_run(own)
+    (own / RUN_FILE).unlink() if damage == "gone" else (own / RUN_FILE).write_text(damage)
+    store.write_tracker(own, 2)
+    out = accepted(["pretrain", *flags({"load": own, "save": own, "train-iters": 6})])
+    assert start_of(out) == 4 and f"has no valid {RUN_FILE}" in out
+    after = read_run(own)
+    assert before is not None and after is not None and after.run == before.run
+
+
 @pytest.mark.parametrize(
     ("tracker", "said"),
     [
