@@ -333,6 +333,8 @@ class CheckpointConfig:
     verify_checkpoint: Annotated[bool, START] = True
     #: refuse to start fresh when load holds no checkpoint
     exit_on_missing_checkpoint: Annotated[bool, START, _TO_LOAD] = False
+    #: go on from an older checkpoint of save than the newest; those after it are replaced
+    rewind: Annotated[bool, START, _TO_LOAD] = False
     #: load parameters only and start at step 0
     finetune: Annotated[bool, START, _TO_LOAD] = False
     #: do not load optimizer and schedule

@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class RunLock:
         self._descriptor: int | None = None
         self._inode: tuple[int, int] | None = None
         self._lease: _Lease | None = None
+        self._claimed = False
 
     def acquire(self) -> RunLock:
         """Take the lock.
@@ -89,22 +91,62 @@ class RunLock:
                     os.close(descriptor)
                     raise UserError(_refusal(self.save_dir, holder)) from None
                 time.sleep(0.05)
-        self._descriptor, self._inode = descriptor, inode
+        self._descriptor, self._inode, self._claimed = descriptor, inode, True
         _held_here.add(inode)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
         return self
+
+    def check(self, log: Callable[[str], Any] = print) -> None:
+        """Make sure that the lock still keeps others out, before something is written.
+
+        Whoever deletes ``.lock``, or the whole directory, leaves this process with a lock on a file that nobody else
+        can find. Then the lock is taken again, on the file that is there now.
+
+        Raises:
+            UserError: another run has taken it meanwhile, or it cannot be made again.
+        """
+        if self._lease is not None:
+            self._lease.check()
+            return
+        if not self._claimed or self._is_on_the_file():
+            return
+        self._let_go()  # the lock on it is worth nothing any more
+        path = self.save_dir / LOCK_NAME
+        gone = not self.save_dir.is_dir()
+        try:
+            self.save_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.save_dir} was removed while this run saved into it, and cannot be made again "
+                f"({error.strerror}); give the next start another --save directory"
+            ) from error
+        self.acquire()
+        what = f"{self.save_dir} was removed" if gone else f"{path} was removed or replaced"
+        log(f"warning: {what} while this run holds it; no other run has taken it, so it is made and locked again")
 
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+        self._claimed = False
         if self._descriptor is not None:
             os.ftruncate(self._descriptor, 0)
+            self._let_go()
+
+    def _is_on_the_file(self) -> bool:
+        try:
+            stat = os.stat(self.save_dir / LOCK_NAME)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._inode
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
             os.close(self._descriptor)
             _held_here.discard(self._inode or (0, 0))
-            self._descriptor = None
+        self._descriptor = self._inode = None
 
     def __enter__(self) -> RunLock:
         return self.acquire()
@@ -137,6 +179,21 @@ class _Lease:
             if winner is None or winner.get("token") != self._token:
                 raise UserError(_refusal(self._path.parent, winner))
         threading.Thread(target=self._keep_beating, name="run-lock heartbeat", daemon=True).start()
+
+    def check(self) -> None:
+        """Make the lease again if it was removed.
+
+        Raises:
+            UserError: another run has it.
+        """
+        holder = self._read()
+        if holder is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._create():
+                return
+            holder = self._read()
+        if holder is None or holder.get("token") != self._token:
+            raise UserError(_refusal(self._path.parent, holder))
 
     def release(self) -> None:
         """Stop beating and delete the lease, when it is still ours."""

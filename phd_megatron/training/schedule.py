@@ -9,7 +9,6 @@ no learning rate jumps.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError
-from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
+from phd_megatron.training.checkpoint_format import RUN_CONFIG
+from phd_megatron.training.checkpointing import read_training_state
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,11 @@ class Position:
     @classmethod
     def of_checkpoint(cls, path: Path) -> Position:
         """Read a complete checkpoint's. Raises UserError for a file that is damaged."""
-        try:
-            state = json.loads((path / TRAINING_STATE).read_text(encoding="utf-8"))
-            iteration, consumed = int(state["iteration"]), int(state["consumed_samples"])
-            step = state.get("schedule_step")
-        except FileNotFoundError:
-            return cls()  # imported by an older version
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / TRAINING_STATE} is damaged ({error}); load another checkpoint") from None
+        state = read_training_state(path)
+        step = state.get("schedule_step")
         if step is None and (path / RUN_CONFIG).is_file():
             step = load_yaml(path / RUN_CONFIG).training.global_batch_size  # older checkpoints
-        return cls(iteration, consumed, step)
+        return cls(state["iteration"], state["consumed_samples"], step)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
     parser.add_argument("--background", action="store_true")
-    parser.add_argument("--fault", choices=["kill-before-commit", "file-size", "full", "slow", "kill-while-writing"])
+    faults = ["kill-before-commit", "kill-before-tracker", "file-size", "full", "slow", "kill-while-writing", "nan"]
+    parser.add_argument("--fault", choices=faults)
     parser.add_argument("--fault-at", type=int, default=0)
     parser.add_argument("--fault-rank", type=int, default=0)
     parser.add_argument("--refusals", type=json.loads, help="list of {load, layers, hidden, ...}: try each, print why")
@@ -174,7 +175,7 @@ class Letters:
         (directory / "tokenizer.json").write_text("{}")
 
 
-def install_fault(fault: str | None) -> None:
+def install_fault(fault: str | None, step: int) -> None:
     from phd_megatron.runtime import checkpoint_store as store
 
     def die(*_: Any, **__: Any) -> None:
@@ -182,6 +183,10 @@ def install_fault(fault: str | None) -> None:
 
     if fault == "kill-before-commit":
         store.commit_iteration = die
+    elif fault == "kill-before-tracker":
+        write_tracker = store.write_tracker
+        # an earlier save may still be under way in the background
+        store.write_tracker = lambda root, iteration: die() if iteration == step else write_tracker(root, iteration)
     elif fault in ("slow", "kill-while-writing"):
         from phd_megatron.training import checkpoint_writer
 
@@ -229,6 +234,7 @@ def main() -> None:
     runtime = Runtime.start(parallel, verbose=False)
     from phd_megatron.training.checkpoint_saver import CheckpointSaver
     from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir
+    from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, die_with_launcher
 
     die_with_launcher()
@@ -238,7 +244,7 @@ def main() -> None:
     result: dict[str, Any] = {"rank": runtime.rank, "losses": [], "exit": None, "tracker": []}
     lock = lock_save_dir(args.save) if args.save else None
     model, optimizer, scheduler = build(args)
-    start = 0
+    start, found = 0, None
     if args.load:
         found = find_checkpoint(args.load, log=runtime.log)
         if found is not None:
@@ -250,7 +256,13 @@ def main() -> None:
     options = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "background": args.background}
     saver = (
         CheckpointSaver(
-            args.save, run_config=RunConfig(), tokenizer=Letters(), runtime=runtime, keep_last=args.keep_last
+            args.save,
+            run_config=RunConfig(),
+            tokenizer=Letters(),
+            runtime=runtime,
+            keep_last=args.keep_last,
+            place=claim(args.save, lock, resume_from=found, log=runtime.log),
+            loaded=found,
         )
         if args.save
         else None
@@ -261,7 +273,9 @@ def main() -> None:
             result["exit"] = exits.should_exit(step)
             if saver and (step in args.save_at or result["exit"]):
                 if step == args.fault_at and runtime.rank == args.fault_rank:
-                    install_fault(args.fault)
+                    install_fault(args.fault, step)
+                    if args.fault == "nan":
+                        list(model.parameters())[-1].data.view(-1)[-1] = float("nan")
                 began = time.perf_counter()
                 state = {"consumed_samples": 4 * step}
                 saver.save(iteration=step, training_state=state, **options)

@@ -139,7 +139,8 @@ def test_a_position_is_read_from_checkpoints_new_and_old(tmp_path: Path) -> None
     (tmp_path / "training_state.json").write_text(json.dumps(state))
     dump_yaml(run(train_iters=8, global_batch_size=4), tmp_path / "run_config.yaml")
     assert Position.of_checkpoint(tmp_path) == Position(4, 16, 4)
-    for text in ("", "[]", '{"iteration": "x"}', '{"iteration": null, "consumed_samples": 1}'):
+    odd = '{"iteration": 1, "consumed_samples": 1, "schedule_step": "x"}'
+    for text in ("", "[]", '{"iteration": "x"}', '{"iteration": null, "consumed_samples": 1}', odd):
         (tmp_path / "training_state.json").write_text(text)
         with pytest.raises(UserError, match=r"training_state\.json is damaged"):
             Position.of_checkpoint(tmp_path)
