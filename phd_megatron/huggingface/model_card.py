@@ -5,6 +5,7 @@ from __future__ import annotations
 from phd_megatron import __version__
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.export_output import EXPORTED_BY
 
 
 def model_card(
@@ -30,8 +31,7 @@ def model_card(
     if isinstance(samples := training.get("consumed_samples"), int):
         rows.append(("Training tokens", f"{samples * run.model.seq_length:,} ({samples:,} samples)"))
     rows.append(("Optimizer", f"AdamW, peak lr {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} decay"))
-    rows.append(("Exported by", f"phd-megatron {__version__}"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join([*(f"| {name} | {value} |" for name, value in rows), f"{EXPORTED_BY}{__version__} |"])
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

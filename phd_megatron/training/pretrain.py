@@ -19,13 +19,14 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import to_dict
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
-from phd_megatron.data.tokenizers import Tokenizer
+from phd_megatron.data.tokenizers import Tokenizer, inherit_generation
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.checkpoint_format import TOKENIZER
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
@@ -82,6 +83,8 @@ class Trainer:
 
     def __init__(self, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, resume_from: Path | None) -> None:
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
+        if resume_from is not None:
+            inherit_generation(tokenizer, resume_from / TOKENIZER)
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
         self.global_batch_size = run.training.global_batch_size
