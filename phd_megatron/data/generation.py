@@ -1,7 +1,7 @@
 """Defaults of generation, as ``generation_config.json`` has them, on the way through import, training, export.
 
-They lie beside a tokenizer's files and travel with them: end tokens, padding, temperature and so on. What such a file may
-hold is a table; everything else in it is left out by name, so that a file from elsewhere brings plain values alone.
+They lie beside a tokenizer's files and travel with them: end tokens, padding, temperature and so on. What such a file
+may hold is a table; everything else is left out by name, so that a file from elsewhere brings plain values alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from phd_megatron.errors import UserError
 
 GENERATION_FILE = "generation_config.json"
+#: what a config.json says of them, too
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 1 << 20  # bytes of the file
 _LONGEST = 10_000  # entries of a list
 Values = dict[str, Any]

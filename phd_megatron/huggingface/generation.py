@@ -12,10 +12,9 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.loading import first_words, load_directory
-from phd_megatron.huggingface.weights import check_json
+from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
 
-_TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 _MOST_TOKENS = 1_000_000
 _TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
 #: options of sampling with the values that leave every token its probability
@@ -125,7 +124,7 @@ def load(
     with hf_directory(path, verify_checkpoint) as directory:
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise UserError(f"{path} holds no tokenizer, so a prompt cannot be read; add its files beside the model")
-        check_json(directory, _TOKENIZER_JSON)
+        check_json(directory, TOKENIZER_JSON)
         model = load_model(directory, path, device, trust_remote_code)
         try:
             # With the configuration at hand transformers does not look for the class that the directory names.

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
-from phd_megatron.data.generation import read_generation
+from phd_megatron.data.generation import TOKEN_IDS, checked, read_generation
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import installed
 from phd_megatron.huggingface.weights import Place, check_config, read_json, tensor_places
@@ -38,9 +38,13 @@ def load_config(directory: Path) -> Any:
         # An installed class would do nothing with the word.
         return loader.from_pretrained(directory, local_files_only=True, **({} if own else {"trust_remote_code": False}))
     except Exception as error:  # transformers' strict classes raise many kinds
-        raise UserError(
-            f"{directory / 'config.json'} is refused by transformers: {first_words(error)}; correct it"
-        ) from error
+        path, words = directory / "config.json", first_words(error)
+        if "trust_remote_code" in words:
+            raise UserError(
+                f"{path} cannot be loaded: its model is of a type that only code of its own knows, which is not run; "
+                "where you trust it, give --trust-remote-code (generate and evaluate have it)"
+            ) from error
+        raise UserError(f"{path} cannot be loaded: it is refused by transformers: {words}; correct it") from error
 
 
 def is_our_export(directory: Path) -> bool:
@@ -74,7 +78,7 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
         allowed = {*options, int} if float in options else set(options)
         if type(value) not in allowed:
             what = " or ".join(kinds[option] for option in options if option in kinds)
-            raise UserError(f"{path} says {name}={str(value)[:80]!r}: it must be {what}; correct it")
+            raise UserError(f"{path} says {name}={str(value)[:80]}: it must be {what}; correct it")
 
 
 def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:
@@ -91,6 +95,7 @@ def load_directory(directory: Path, named: str | Path, run_its_code: bool = Fals
 
     content = read_json(directory / "config.json")
     read_generation(directory)
+    checked({name: content.get(name) for name in TOKEN_IDS}, directory / "config.json")
     own = not run_its_code and is_our_export(directory)
     if not run_its_code:
         places = _places(directory, named)

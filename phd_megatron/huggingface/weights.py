@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from phd_megatron.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+#: a tokenizer's files that hold a mapping
+TOKENIZER_JSON = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LARGEST = 1 << 28  # bytes of a JSON file
 #: numbers of modules, each of which has a tensor of its own

@@ -66,7 +66,8 @@ def test_a_model_of_an_unknown_type_needs_consent(make_checkpoint, tmp_path, cap
     )
     (tmp_path / "hf" / "own.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w').close()\n")
     assert main(["generate", "--checkpoint", str(tmp_path / "hf"), "--prompt", "x"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err and not (tmp_path / "it-ran").exists()
+    said = capsys.readouterr().err
+    assert "cannot be loaded" in said and "give --trust-remote-code" in said and not (tmp_path / "it-ran").exists()
 
 
 def test_an_export_takes_nothing_but_tokenizer_files_from_a_checkpoint(make_checkpoint, tmp_path):

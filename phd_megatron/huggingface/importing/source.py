@@ -10,13 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phd_megatron.data.generation import GENERATION_FILE, checked, outside, read_generation
+from phd_megatron.data.generation import GENERATION_FILE, TOKEN_IDS, checked, outside, read_generation
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
 from phd_megatron.huggingface.loading import load_config
 from phd_megatron.huggingface.mapping import Rule, VocabRows
-from phd_megatron.huggingface.weights import check_config, read_json, tensor_places
+from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_config, check_json, read_json, tensor_places
 
 #: tensors that old checkpoints hold and no model reads
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -38,9 +38,12 @@ class HFDirectory:
         self._raw = raw = read_json(self.path / "config.json")
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise UserError(f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported")
+            raise UserError(
+                f"{self.path} holds a model of type {kind!r}; give one of {', '.join(FAMILIES)}, which can be imported"
+            )
         self._found = tensor_places(self.path)
         check_config(self.path / "config.json", raw, self._found)
+        check_json(self.path, TOKENIZER_JSON)
         config = load_config(self.path)
         return FAMILIES[kind], {**config.to_dict(), **_rope_as_now(raw, config)}
 
@@ -72,7 +75,7 @@ class HFDirectory:
             UserError: a value cannot be, or a token is not in the vocabulary.
         """
         values, left_out = read_generation(self.path)
-        ids = {name: self._raw.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {name: self._raw.get(name) for name in TOKEN_IDS}
         values = {**checked(ids, self.path / "config.json")[0], **values}
         if names := outside(values, vocab_size):
             raise UserError(
@@ -117,7 +120,10 @@ class HFDirectory:
     def _misfit(self, rule: Rule, wanted: tuple[int, ...]) -> UserError:
         shapes = ", ".join(f"{name} {self._places[name][1]}" for name in rule.hf[:3])
         what = "rows of the vocabulary" if isinstance(rule, VocabRows) else f"together {wanted}"
-        return UserError(f"{self.path}: {shapes} do not fit config.json, which says {what}: {wanted}")
+        return UserError(
+            f"{self.path}: {shapes} do not fit config.json, which says {what}: {wanted}; correct it, or copy "
+            "the directory again"
+        )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors on the CPU."""
