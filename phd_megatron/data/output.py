@@ -64,6 +64,7 @@ class Output:
         self.directory = Path(f"{prefix}.partial")
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._interrupted = False
 
     def _target(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}")
@@ -73,7 +74,8 @@ class Output:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._check_partial()
             interrupted = self.directory.exists() and not self._target("idx").exists()
-            self._check_targets(interrupted)
+            self._interrupted = interrupted
+            self._check_targets()
             self._acquire()
             for leftover in self.directory.iterdir():
                 if leftover.name != "lock":
@@ -94,7 +96,7 @@ class Output:
                 f"{path} {what}, and that is where prepare works; move it away, or choose another --output-prefix"
             )
 
-    def _check_targets(self, interrupted: bool) -> None:
+    def _check_targets(self) -> None:
         """Refuse what stands where the data goes, unless it is data, and --overwrite or an interrupted prepare."""
         cure = "move it away, or choose another --output-prefix"
         found = {suffix: path for suffix in SUFFIXES if os.path.lexists(path := self._target(suffix))}
@@ -115,7 +117,7 @@ class Output:
         existing = [str(path) for suffix, path in found.items() if suffix in ("bin", "idx")]
         if "tokenizer" in found and "meta.json" not in found:
             existing.append(str(found["tokenizer"]))
-        if not existing or interrupted:
+        if not existing or self._interrupted:
             return
         if "bin" in found and "idx" not in found and "meta.json" not in found:
             raise UserError(f"{found['bin']} has no .idx beside it, so it is not known to be data; {cure}")
@@ -156,6 +158,7 @@ class Output:
         for path in (*sorted((self.directory / "tokenizer").iterdir()), meta, self.directory / "data.bin"):
             sync_path(path)
         sync_path(self.directory / "data.idx")
+        self._check_targets()  # hours may have passed
         self._target("idx").unlink(missing_ok=True)
         sync_path(self.directory.parent)
         shutil.rmtree(self._target("tokenizer"), ignore_errors=True)

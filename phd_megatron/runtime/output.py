@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 def json_report(what: str, *keys: str) -> Kind:
-    """A JSON file that holds a mapping with these keys."""
+    """A JSON file that holds a mapping with these keys, or a list of such."""
 
     def is_ours(path: Path) -> bool:
         if path.stat().st_size > _LARGEST_REPORT:
@@ -53,7 +53,8 @@ def json_report(what: str, *keys: str) -> Kind:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError):
             return False
-        return isinstance(content, dict) and all(key in content for key in keys)
+        rows = content if isinstance(content, list) and content else [content]
+        return all(isinstance(row, dict) and all(key in row for key in keys) for row in rows)
 
     return Kind(what, is_ours)
 
