@@ -199,6 +199,7 @@ def generate_text(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
+                tokenizer=tokenizer,  # for stop strings
                 logits_processor=LogitsProcessorList([_nan_is_refused()]),
                 **options,
             )
