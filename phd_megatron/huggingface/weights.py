@@ -75,6 +75,11 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: there are none, the weights are pickles, or the index names files that are missing or elsewhere.
     """
+    if (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"{directory} has an adapter_config.json, which names another model to load; merge the adapter into its "
+            "model and save that, or remove the file"
+        )
     if (directory / INDEX).exists():
         names = _indexed(directory / INDEX)
     elif (directory / SINGLE).exists():

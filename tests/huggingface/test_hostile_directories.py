@@ -173,6 +173,10 @@ BAD = {
     "shape": (header(shape=[2**40, 2**40]), "model.safetensors is damaged"),
     "type": (header(dtype="X9"), "model.safetensors is damaged"),
     "pipe": (pipe(WEIGHTS), "model.safetensors is missing"),
+    "adapter": (
+        replaced("adapter_config.json", '{"base_model_name_or_path": "/x"}'),
+        "adapter_config.json, which names",
+    ),
     "gone": (lambda directory: (directory / WEIGHTS).unlink(), "has no weights"),
     "pickle of torch": (pickled("torch"), "pytorch_model.bin, a pickle.*save_pretrained"),
     "plain pickle": (pickled("plain"), "pytorch_model.bin, a pickle"),
