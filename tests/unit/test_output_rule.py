@@ -276,3 +276,33 @@ def test_scripts_replace_their_own_files_alone(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "nothing is copied" in done.stderr
     assert everything(tmp_path / "folder") == {"abc.py": b"mine = True\n"}
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_gradients_are_not_dumped_over_something_else(tmp_path, capsys, text):
+    from safetensors.torch import save_file
+
+    (tmp_path / "more.jsonl").write_text('{"text": "some words of a text"}\n' * 200)
+    prepare([tmp_path / "more.jsonl"], tmp_path / "more", progress=False)
+    words = ["pretrain", "--num-layers", 1, "--hidden-size", 16, "--num-attention-heads", 2, "--seq-length", 16]
+    words += ["--micro-batch-size", 1, "--global-batch-size", 1, "--train-iters", 1, "--eval-iters", 0]
+    words += ["--data-path", tmp_path / "more", "--device", "cpu", "--dump-gradients-dir", tmp_path / "g"]
+
+    def run():
+        command = [sys.executable, "-m", "phd_megatron", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+    place = tmp_path / "g" / "iter_0000001"
+    write(place / "metadata.json")
+    done = run()
+    assert done.returncode == 2 and "metadata.json is not of a dump of 1 rank(s)" in done.stderr
+    assert everything(tmp_path / "g") == {"iter_0000001": b"", "iter_0000001/metadata.json": b"of somebody"}
+    (place / "metadata.json").unlink()
+    for _ in range(2):
+        done = run()
+        assert done.returncode == 0, done.stdout + done.stderr
+    save_file({}, place / "rank_00001.safetensors", metadata={"places": "{}"})  # of a run with another number of ranks
+    done = run()
+    assert done.returncode == 2 and "choose another directory" in done.stderr
