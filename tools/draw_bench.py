@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from phd_megatron.cli.bench_measure import draw
+from phd_megatron.errors import UserError
 
 
 def main() -> None:
@@ -28,7 +29,10 @@ def main() -> None:
         for row in result["rows"]
         if not args.names or any(name in row["name"] for name in args.names)
     ]
-    draw(args.output, lines, args.x, args.y)
+    try:
+        draw(args.output, "--output", lines, args.x, args.y)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

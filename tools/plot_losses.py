@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import save_figure
 from phd_megatron.sweep.curves import smooth
 from phd_megatron.training.metrics_reader import Run, add_run_arguments, runs_of
 
@@ -45,7 +47,7 @@ def draw(runs: list[Run], output: Path, seq_length: int | None, unit: str, title
     whole.legend(frameon=False, title="line: training, dots: validation", title_fontsize=8, fontsize=9)
     figure.suptitle(title)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
+    save_figure(figure, output, "--output", dpi=150)
     plt.close(figure)
 
 
@@ -57,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unit", default="nats per token")
     parser.add_argument("--title", default="")
     options = parser.parse_args(argv)
-    draw(runs_of(parser, options.runs), options.output, options.seq_length, options.unit, options.title)
+    try:
+        draw(runs_of(parser, options.runs), options.output, options.seq_length, options.unit, options.title)
+    except UserError as error:
+        parser.error(str(error))
     print(f"loss curves: {options.output}")
     return 0
 

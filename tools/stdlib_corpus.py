@@ -13,8 +13,11 @@ OTHERS = {"site-packages", "dist-packages", "__pycache__"}
 def copy_sources(stdlib: Path, output: Path) -> tuple[int, int]:
     """Copy every ``.py`` file below ``stdlib`` but installed packages; returns (files, bytes)."""
     files = [path for path in sorted(stdlib.rglob("*.py")) if not OTHERS & set(path.relative_to(stdlib).parts)]
-    for path in files:
-        target = output / path.relative_to(stdlib)
+    targets = {path: output / path.relative_to(stdlib) for path in files}
+    for path, target in targets.items():
+        if target.exists() and not (target.is_file() and target.read_bytes() == path.read_bytes()):
+            raise SystemExit(f"error: {target} exists and is not {path}, so nothing is copied; name another folder")
+    for path, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     return len(files), sum(path.stat().st_size for path in files)

@@ -11,7 +11,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import json_report, write_file
 from phd_megatron.training.metrics_reader import Run, add_run_arguments, runs_of
+
+REPORT = json_report("a summary of this script", "run", "training_loss", "validation_loss")
 
 
 def summary(run: Run) -> dict[str, float | str | None]:
@@ -66,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     if len({(row["iterations"], row["samples"]) for row in rows}) > 1:
         print("note: the runs have not consumed the same samples, so their losses do not compare")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        try:
+            write_file(options.json, "--json", REPORT, json.dumps(rows, indent=1) + "\n")
+        except UserError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -20,6 +20,7 @@ from phd_megatron.cli.bench_measure import (
     Contender,
     add_common_flags,
     check_counts,
+    check_reports,
     device_and_dtype,
     measure,
     relative_error,
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
     args = _parser().parse_args(argv)
+    check_reports(args)
     check_counts(args, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch", "rounds"))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")

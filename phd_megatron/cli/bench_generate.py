@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import platform
 import statistics
@@ -24,8 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.bench_measure import REPORT, TABLE, check_reports
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import save_figure, write_file
 
 VARIANTS = ("cswa", "swa", "phd", "naive")
 #: of cached against recomputed logits, in float32
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if cached decoding is wrong."""
     args = _parser().parse_args(argv)
+    check_reports(args)
     for name in (*_SIZES, "prompt", "steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
@@ -125,10 +129,11 @@ def run(argv: list[str]) -> int:
     if args.json is not None:
         settings = {key: value for key, value in vars(args).items() if key not in ("json", "csv", "plot")}
         report = {"settings": settings, "where": where, "torch": torch.__version__, "worst_error": worst}
-        args.json.write_text(json.dumps({**report, "rows": records}, indent=1) + "\n", encoding="utf-8")
+        write_file(args.json, "--json", REPORT, json.dumps({**report, "rows": records}, indent=1) + "\n")
     if args.csv is not None:
-        with args.csv.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([columns, *rows])
+        stream = io.StringIO(newline="")
+        csv.writer(stream).writerows([columns, *rows])
+        write_file(args.csv, "--csv", TABLE, stream.getvalue())
     if args.plot is not None:
         _plot(args.plot, records, f"{parameters / 1e6:.0f}M, {where}, {title}")
     return 0
@@ -365,8 +370,6 @@ def _plot(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
     figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot draw {path}: {error}; give a .png, .svg or .pdf in an existing directory") from error
+        save_figure(figure, path, "--plot", dpi=150)
     finally:
         pyplot.close(figure)

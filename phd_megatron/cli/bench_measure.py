@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import platform
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import PLOT, Kind, check_file, json_report, save_figure, text_report, write_file
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 STEPS = 100  # on CUDA at most, per measurement: launches must not be what is timed
@@ -46,6 +48,29 @@ class Contender:
     def median(self, step: str, cpu: bool = False) -> float:
         """Milliseconds."""
         return statistics.median((self.cpu_times if cpu else self.times)[step])
+
+
+#: what the benches write; ``where`` is in every report, and a table of the kernel benches begins with it
+REPORT = json_report("a report of `phd-megatron bench`", "where")
+TABLE = text_report("a table of `phd-megatron bench`", "machine,device,dtype,torch,", "model,")
+
+
+def check_reports(args: argparse.Namespace) -> None:
+    """Make the folders of what ``--json``, ``--csv`` and ``--plot`` name, and refuse files that are not a bench's.
+
+    Raises:
+        UserError: before anything is measured.
+    """
+    kinds: dict[str, Kind] = {"json": REPORT, "csv": TABLE, "plot": PLOT}
+    for name, kind in kinds.items():
+        target: Path | None = getattr(args, name, None)
+        if target is None:
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {target.parent}: {error.strerror}; choose another --{name}") from error
+        check_file(target, f"--{name}", kind)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,26 +242,24 @@ def write_results(
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-    for target in (args.json, args.csv, args.plot):
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
     if args.json is not None:
         report = {"settings": settings, "where": where, "results": list(results)}
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_file(args.json, "--json", REPORT, json.dumps(report, indent=2) + "\n")
     lines = [{**where, **r["shape"], **row} for r in results for row in r["rows"]]
     lines = [{k: v for k, v in line.items() if not isinstance(v, (list, dict))} for line in lines]
     if args.csv is not None:
         columns = list(dict.fromkeys(name for line in lines for name in line))
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(lines)
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+        write_file(args.csv, "--csv", TABLE, file.getvalue())
     if args.plot is not None:
-        draw(args.plot, lines, x, y)
+        draw(args.plot, "--plot", lines, x, y)
 
 
-def draw(target: Path, lines: Sequence[dict[str, Any]], x: str, y: str) -> None:
-    """One line per name and per value of what else varies, ``y`` over ``x``."""
+def draw(target: Path, option: str, lines: Sequence[dict[str, Any]], x: str, y: str) -> None:
+    """One line per name and per value of what else varies, ``y`` over ``x``; ``option`` named the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,5 +281,5 @@ def draw(target: Path, lines: Sequence[dict[str, Any]], x: str, y: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(target)
+    save_figure(figure, target, option)
     plt.close(figure)

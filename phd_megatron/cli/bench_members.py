@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.bench_measure import check_counts
+from phd_megatron.cli.bench_measure import REPORT, check_counts, check_reports
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import write_file
 
 MEMBERS = {
     "vanilla": "--norm-scheme pre --phd-repeat 1",
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Time the members one after another and print the tables. 1 if a member could not be measured."""
     args = _parser().parse_args(argv)
+    check_reports(args)
     check_counts(args, ("micro_batch_size", "num_microbatches", "rounds"))
     from phd_megatron.runtime.context import Runtime
 
@@ -302,9 +304,8 @@ def _write(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any)
 
     if args.json is None:
         return
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     report: dict[str, Any] = {"settings": settings, "where": f"{runtime.describe()}, {runtime.device_name}"}
     report |= {"peak_tflops": peak_tflops(args.peak_tflops, runtime.device_name)}
     report |= {"members": [vars(member) for member in measured]}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_file(args.json, "--json", REPORT, json.dumps(report, indent=1) + "\n")

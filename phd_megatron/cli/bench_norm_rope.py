@@ -17,6 +17,7 @@ from phd_megatron.cli.bench_measure import (
     Contender,
     add_common_flags,
     check_counts,
+    check_reports,
     copy_contender,
     device_and_dtype,
     measure,
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails."""
     args = _parser().parse_args(argv)
+    check_reports(args)
     check_counts(args, ("rows", "batch", "heads", "kv_heads", "head_dim", "rounds"))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron.cli.bench_hugging_face import HuggingFaceStep
+from phd_megatron.cli.bench_measure import REPORT, check_reports
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import write_file
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {
@@ -94,6 +96,7 @@ def run(argv: list[str]) -> int:
 
         return bench_members.run(argv)
     args = _parser().parse_args(argv)
+    check_reports(args)
     from phd_megatron.runtime.context import Runtime
 
     with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:
@@ -267,5 +270,5 @@ def _show(args: argparse.Namespace, runs: dict[str, RunConfig], seconds: dict[st
     if args.json is not None:
         report = {"size": args.size, "precision": precision, "where": where, "peak_tflops": peak}
         report |= {"tokens": tokens, "seconds": seconds, "time_ratio": ratio, "tflops": tflops}
-        args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_file(args.json, "--json", REPORT, json.dumps(report, indent=1))
     return int(args.check and (ahead < 1.0 or phd > args.repeat))

@@ -12,9 +12,12 @@ from phd_megatron.cli.prepare import parse_strictly
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.output import check_file, json_report, write_file
 
 if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
+
+_REPORT = json_report("a report of `phd-megatron evaluate`", "loss", "perplexity", "tokens", "samples")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,13 +83,15 @@ def run(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    if args.json is not None:
+        check_file(args.json, "--json", _REPORT)
     is_export = (path / "config.json").is_file()
     result, selection, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:
         print(result)
         for line in _copy_lines(result.copy_losses):
             print(line)
-        if args.json:
+        if args.json is not None:
             _write(args.json, result, selection)
     return 0
 
@@ -235,7 +240,4 @@ def _write(path: str, result: Evaluation, selection: Selection) -> None:
     }
     if result.copy_losses:
         content["diagnostic_copy_losses"] = result.copy_losses
-    try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give a file in an existing directory") from error
+    write_file(path, "--json", _REPORT, json.dumps(content, indent=1) + "\n")

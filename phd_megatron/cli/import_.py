@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from typing import get_args
 
 from phd_megatron.cli.prepare import parse_strictly
@@ -69,7 +68,7 @@ def run(argv: list[str]) -> int:
     install_backend("cpu")  # before Megatron is imported
 
     from phd_megatron.huggingface.verify import verify_import
-    from phd_megatron.training.hf_import import Changes, import_directory
+    from phd_megatron.training.hf_import import Changes, Imported, import_directory
 
     changes = Changes(
         {name: value for name, value in phd.items() if value is not None},
@@ -78,17 +77,17 @@ def run(argv: list[str]) -> int:
         args.seq_length,
         args.make_vocab_size_divisible_by,
     )
-    done = import_directory(args.hf_dir, args.output, changes, log=lambda message: print(message, flush=True))
-    verified = "not verified"
-    if args.verify == "full":
-        try:
-            losses = verify_import(done.directory, done.source.path, done.architecture)
-        except UserError:
-            shutil.rmtree(args.output)
-            raise
-        verified = "verified"
+
+    def verify(imported: Imported) -> None:
+        losses = verify_import(imported.directory, imported.source.path, imported.architecture)
         if losses is not None:
             print(f"loss of a text at step 0: {losses.here:.4f} with copies, {losses.source:.4f} of {args.hf_dir}")
+
+    check = verify if args.verify == "full" else lambda imported: None
+    done = import_directory(
+        args.hf_dir, args.output, changes, log=lambda message: print(message, flush=True), check=check
+    )
+    verified = "verified" if args.verify == "full" else "not verified"
     print(
         f"imported {args.hf_dir} to {done.directory}: {done.architecture.name}, {done.tensors} tensors read, "
         f"{done.parameters:,} parameters, {verified}\n"

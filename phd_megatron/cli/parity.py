@@ -16,7 +16,11 @@ from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import Environment, choose_device, install_backend, usable_cores
+from phd_megatron.runtime.output import check_file, json_report, text_report, write_file
 
+_TITLE = "relative errors against one rank,"
+_JSON = json_report("a report of `phd-megatron parity`", "tolerance", "layouts")
+_MARKDOWN = text_report("a table of `phd-megatron parity`", _TITLE)
 COLUMNS = ("layout", "ranks", "loss", "grad norm", "gradients", "worst parameter", "result")
 
 
@@ -54,6 +58,9 @@ def run(argv: list[str]) -> int:
         raise UserError("parity starts torchrun by itself, once for each number of ranks; start it as a plain program")
     if options.max_ranks is not None and options.max_ranks < 1:
         raise UserError(f"--max-ranks {options.max_ranks}: use 1 or more")
+    for path, option, kind in ((options.json, "--json", _JSON), (options.markdown, "--markdown", _MARKDOWN)):
+        if path is not None:
+            check_file(path, option, kind)
     device = choose_device(asked_device(rest))[0]
     install_backend(device)  # before Megatron is imported
 
@@ -116,7 +123,7 @@ def _directory(asked: str | None) -> Any:
 
 def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) -> None:
     title = (
-        f"relative errors against one rank, {tolerance.name}, at most {tolerance.value:g} "
+        f"{_TITLE} {tolerance.name}, at most {tolerance.value:g} "
         f"(floor of a gradient: {tolerance.floor:g} of the global norm)"
     )
     table = [cells(row) for row in rows]
@@ -126,10 +133,11 @@ def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) ->
             print(f"{row.layout}: {row.status}: {row.note}")
     if options.json:
         content = {"tolerance": dataclasses.asdict(tolerance), "layouts": [_plain(row) for row in rows]}
-        _write(options.json, json.dumps(content, indent=1) + "\n")
+        write_file(options.json, "--json", _JSON, json.dumps(content, indent=1) + "\n")
     if options.markdown:
         notes = [f"\n{row.layout}: {row.note.splitlines()[0]}\n" for row in rows if row.note]
-        _write(options.markdown, f"{title}\n\n{markdown(COLUMNS, table)}" + "".join(notes))
+        text = f"{title}\n\n{markdown(COLUMNS, table)}" + "".join(notes)
+        write_file(options.markdown, "--markdown", _MARKDOWN, text)
 
 
 def _plain(row: Any) -> dict[str, Any]:
@@ -151,10 +159,3 @@ def cells(row: Any) -> list[str]:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ["---"] * len(columns), *rows])
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give a file in an existing directory") from error

@@ -15,9 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from phd_megatron.data.tokenizers import SAVED_FILES
 from phd_megatron.errors import UserError
 
 SIDECAR_FORMAT = 1
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+#: all that a prepare ever has in ``PREFIX.partial/``
+_PARTIAL = frozenset({"lock", "data.bin", "data.idx", "tokenizer", "meta.json", "lengths", "marks"})
 
 
 def sync_path(path: Path) -> None:
@@ -43,6 +47,10 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     return value
 
 
+#: of ``PREFIX.``: what a prepared data set is made of
+SUFFIXES = ("bin", "idx", "tokenizer", "meta.json")
+
+
 class Output:
     """A locked ``PREFIX.partial/`` that becomes the data set at ``publish`` or disappears."""
 
@@ -56,6 +64,7 @@ class Output:
         self.directory = Path(f"{prefix}.partial")
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._interrupted = False
 
     def _target(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}")
@@ -63,13 +72,10 @@ class Output:
     def __enter__(self) -> Output:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self._check_partial()
             interrupted = self.directory.exists() and not self._target("idx").exists()
-            existing = [str(self._target(s)) for s in ("bin", "idx") if self._target(s).exists()]
-            if existing and not self._overwrite and not interrupted:
-                raise UserError(
-                    f"{' and '.join(existing)} already exist; choose another --output-prefix, or replace the data "
-                    f"with --overwrite"
-                )
+            self._interrupted = interrupted
+            self._check_targets()
             self._acquire()
             for leftover in self.directory.iterdir():
                 if leftover.name != "lock":
@@ -77,6 +83,58 @@ class Output:
         except OSError as error:
             raise UserError(f"cannot write to {self.directory} ({error.strerror or error}); check the path") from error
         return self
+
+    def _check_partial(self) -> None:
+        """Refuse to work, and to clean up, in a directory that no prepare made."""
+        path = self.directory
+        if not os.path.lexists(path):
+            return
+        others = [] if path.is_symlink() or not path.is_dir() else sorted({p.name for p in path.iterdir()} - _PARTIAL)
+        if path.is_symlink() or not path.is_dir() or others:
+            what = f"holds {others[0]}, which no prepare wrote" if others else "is no directory"
+            raise UserError(
+                f"{path} {what}, and that is where prepare works; move it away, or choose another --output-prefix"
+            )
+
+    def _check_targets(self) -> None:
+        """Refuse what stands where the data goes, unless it is data, and --overwrite or an interrupted prepare."""
+        cure = "move it away, or choose another --output-prefix"
+        found = {suffix: path for suffix in SUFFIXES if os.path.lexists(path := self._target(suffix))}
+        for suffix, path in found.items():
+            is_folder = suffix == "tokenizer"
+            if path.is_symlink() or not (path.is_dir() if is_folder else path.is_file()):
+                kind = "a link" if path.is_symlink() else "no directory" if is_folder else "no regular file"
+                raise UserError(f"{path} is {kind}, so it is not replaced; {cure}")
+            if is_folder and (others := sorted({p.name for p in path.iterdir()} - {*SAVED_FILES})):
+                raise UserError(f"{path} holds {others[0]}, which is no tokenizer's, so it is not replaced; {cure}")
+        if "meta.json" in found:
+            self._check_sidecar(found["meta.json"], cure)
+        if "idx" in found:
+            with open(found["idx"], "rb") as stream:
+                if stream.read(len(_INDEX_MAGIC)) != _INDEX_MAGIC:
+                    raise UserError(f"{found['idx']} is no index of Megatron's, so it is not replaced; {cure}")
+        # What is left of data of ours, whose .bin and .idx are gone, needs no word.
+        existing = [str(path) for suffix, path in found.items() if suffix in ("bin", "idx")]
+        if "tokenizer" in found and "meta.json" not in found:
+            existing.append(str(found["tokenizer"]))
+        if not existing or self._interrupted:
+            return
+        if "bin" in found and "idx" not in found and "meta.json" not in found:
+            raise UserError(f"{found['bin']} has no .idx beside it, so it is not known to be data; {cure}")
+        if not self._overwrite:
+            raise UserError(
+                f"{' and '.join(existing)} already exist{'s' * (len(existing) == 1)}; choose another --output-prefix, "
+                "or replace the data with --overwrite"
+            )
+
+    def _check_sidecar(self, path: Path, cure: str) -> None:
+        try:
+            content = json.loads(path.read_bytes())
+            ours = isinstance(content, dict) and {"format", "tokenizer"} <= content.keys()
+        except (ValueError, RecursionError):
+            ours = not path.stat().st_size  # a full disk can leave an empty one
+        if not ours:
+            raise UserError(f"{path} is no sidecar of prepare's, so it is not replaced; {cure}")
 
     def _acquire(self) -> None:
         # An OS lock: it ends with the process however that ends, so a killed prepare never blocks the next.
@@ -100,6 +158,7 @@ class Output:
         for path in (*sorted((self.directory / "tokenizer").iterdir()), meta, self.directory / "data.bin"):
             sync_path(path)
         sync_path(self.directory / "data.idx")
+        self._check_targets()  # hours may have passed
         self._target("idx").unlink(missing_ok=True)
         sync_path(self.directory.parent)
         shutil.rmtree(self._target("tokenizer"), ignore_errors=True)

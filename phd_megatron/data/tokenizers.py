@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from phd_megatron.data.generation import GENERATION_FILE, Values, read_generation, write_generation
 from phd_megatron.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
 
+logger = logging.getLogger(__name__)
 #: What makes up a tokenizer directory, to be copied into checkpoints and exports.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,16 +38,25 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
 )
+#: What a tokenizer directory of ours may hold.
+SAVED_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
 #: Tried in this order when a directory does not say which token ends a document.
 _EOD_CANDIDATES = (EOD_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<|im_end|>")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. ``vocab_size`` is the true one: the largest id + 1, without padding."""
+    """Text to ids and back. ``vocab_size`` is the true one: the largest id + 1, without padding.
+
+    Attributes:
+        generation: defaults of generation that travel with it, see :mod:`.generation`.
+    """
 
     vocab_size: int
     eod: int
     pad: int
+
+    def __init__(self) -> None:
+        self.generation: Values = {}
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -59,9 +71,18 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> dict[str, Any]:
         """What tells two tokenizers apart, independent of where they lie; part of the index-cache key."""
 
-    @abstractmethod
     def save(self, directory: str | Path) -> None:
         """Write a directory that ``load_tokenizer`` and ``transformers.AutoTokenizer`` read."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        home: Path | None = getattr(self, "directory", None)
+        if home is not None and home.resolve() == Path(directory).resolve():
+            return
+        self._save(Path(directory))
+        write_generation(self.generation, Path(directory))
+
+    @abstractmethod
+    def _save(self, directory: Path) -> None:
+        """Write the tokenizer's own files into a directory that is there."""
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of ``text``, without any added special token."""
@@ -104,7 +125,7 @@ class ByteTokenizer(Tokenizer):
     def unique_identifiers(self) -> dict[str, Any]:
         return {"class": "byte", "vocab_size": self.vocab_size, "eod": self.eod}
 
-    def save(self, directory: str | Path) -> None:
+    def _save(self, directory: Path) -> None:
         from tokenizers import AddedToken, decoders, pre_tokenizers
         from tokenizers import Tokenizer as Library
         from tokenizers.models import BPE
@@ -156,10 +177,41 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy the :data:`TOKENIZER_FILES` that are regular files of ``source``, without the names of code to load.
+
+    A link may point to a file of the same directory, or of the hub's cache that the directory is in; others would bring
+    files of this machine into what is given away, and are left out.
+    """
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if not path.is_file() or not _is_its_own(path):
+            continue
+        settings = _read_json(path) if name == "tokenizer_config.json" else {}
+        if settings != (kept := _harmless(settings)):
+            text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+            (target / name).write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(path, target / name)
+
+
+def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("auto_map", "custom_pipelines")}
+
+
+def _is_its_own(path: Path) -> bool:
+    if not path.is_symlink():
+        return True
+    found, directory = path.resolve(), path.parent.resolve()
+    cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
+    return found.parent == directory or (cache is not None and found.parent == cache)
+
+
 class _DirectoryTokenizer(Tokenizer):
     """Common parts of the two ways to read a Hugging Face directory."""
 
     def __init__(self, directory: Path, vocabulary: dict[str, int]) -> None:
+        super().__init__()
         self.directory = directory
         self.settings = _read_json(directory / "tokenizer_config.json")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -203,17 +255,11 @@ class _DirectoryTokenizer(Tokenizer):
             "eod": self.eod,
         }
 
-    def save(self, directory: str | Path) -> None:
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        if directory.resolve() == self.directory.resolve():
-            return
-        for name in TOKENIZER_FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, directory / name)
+    def _save(self, directory: Path) -> None:
+        copy_tokenizer_files(self.directory, directory)
         if _token_text(self.settings.get("eos_token")) != self._eod_text:
             # It was found in a file that is not copied, so say it where every reader looks first.
-            settings = {**self.settings, "eos_token": self._eod_text}
+            settings = {**_harmless(self.settings), "eos_token": self._eod_text}
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
@@ -306,6 +352,22 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"tokenizer {str(spec)!r} is neither 'byte' nor an existing directory; models are not downloaded here, so "
             f"fetch one first, for example with `hf download NAME --local-dir DIR`, and give DIR"
         )
-    if (directory / "tokenizer.json").is_file():
-        return ByteTokenizer() if _is_byte_directory(directory) else LibraryTokenizer(directory)
-    return TransformersTokenizer(directory)
+    tokenizer: Tokenizer
+    if not (directory / "tokenizer.json").is_file():
+        tokenizer = TransformersTokenizer(directory)
+    else:
+        tokenizer = ByteTokenizer() if _is_byte_directory(directory) else LibraryTokenizer(directory)
+    try:
+        tokenizer.generation = read_generation(directory)[0]
+    except UserError as error:  # ids do not depend on it
+        logger.warning("%s; the tokenizer is read without", error)
+    return tokenizer
+
+
+def inherit_generation(tokenizer: Tokenizer, directory: Path) -> None:
+    """Give a tokenizer without defaults of generation those that lie beside the same one in ``directory``."""
+    if tokenizer.generation or not (directory / GENERATION_FILE).is_file():
+        return
+    before = load_tokenizer(directory)
+    if before.unique_identifiers == tokenizer.unique_identifiers:
+        tokenizer.generation = before.generation

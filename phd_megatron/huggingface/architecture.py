@@ -50,7 +50,7 @@ class TokenIds:
     """Special tokens, or None where the tokenizer has none."""
 
     bos: int | None = None
-    eos: int | None = None
+    eos: int | list[int] | None = None
     pad: int | None = None
 
 
@@ -220,6 +220,9 @@ class Architecture:
             }
             if self.rotary_percent != 1.0:
                 config["rope_parameters"]["partial_rotary_factor"] = self.rotary_percent
+        else:
+            # transformers 4 reads these and does not know rope_parameters, so it would take a theta of its own.
+            config |= {"rope_theta": float(self.rotary_base), "torch_dtype": dtype}
         return config
 
 

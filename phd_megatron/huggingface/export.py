@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phd_megatron.data.generation import GENERATION_FILE, outside, read_generation
 from phd_megatron.data.record import TrainingData
-from phd_megatron.data.tokenizers import TOKENIZER_FILES, load_tokenizer
+from phd_megatron.data.tokenizers import copy_tokenizer_files, load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
 from phd_megatron.huggingface.bundle_files import write_bundle
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.export_output import check_output, not_our_export
 from phd_megatron.huggingface.mapping import Rule, model_rules
 from phd_megatron.huggingface.model_card import model_card
+from phd_megatron.runtime.output import new_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -86,24 +85,25 @@ def export_checkpoint(
     Raises:
         UserError: for a checkpoint that cannot be exported exactly, with nothing left behind in ``output``.
     """
-    source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     limit = parse_size(max_shard_size)
+    check_output(output, overwrite)
+    source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     architecture, tokens = describe(source)
+    generation = generation_defaults(source, architecture.vocab_size, log)
+    tokens = TokenIds(*(generation.get(f"{name}_token_id", value) for name, value in vars(tokens).items()))
     model_class = architecture.model_class(native)
     rules = model_rules(architecture, model_class)
     check_complete(source, rules)
     target = _target_dtype(source, rules, dtype)
-    with _atomic_directory(Path(output), overwrite) as directory:
+    with new_directory(output, overwrite=overwrite, not_ours=not_our_export, keep=[source.directory]) as directory:
         shards = _plan_shards(source, rules, target, limit)
         written = _write_shards(directory, source, shards, target, log)
         dtype_name = str(target).removeprefix("torch.")
         _write_json(directory / "config.json", architecture.hf_config(model_class, dtype_name, tokens))
-        _write_json(directory / "generation_config.json", _generation_config(tokens))
+        _write_json(directory / GENERATION_FILE, {**_ids(tokens), **generation})
         if source.tokenizer_dir is not None:
-            # Nothing but these: what else a checkpoint of others has there would be loaded, and run, as ours.
-            for path in (source.tokenizer_dir / name for name in TOKENIZER_FILES):
-                if path.is_file() and not path.is_symlink():
-                    shutil.copyfile(path, directory / path.name)
+            # Nothing but a tokenizer's files: what else a checkpoint of others has there would be loaded as ours.
+            copy_tokenizer_files(source.tokenizer_dir, directory)
         if model_class == BUNDLED:
             write_bundle(directory)
         if (data := TrainingData.of_run(source.run)) is not None:
@@ -202,7 +202,20 @@ def parse_size(size: str | int) -> int:
     return int(float(match.group(1)) * unit)
 
 
-def _generation_config(tokens: TokenIds) -> dict[str, Any]:
+def generation_defaults(source: MegatronCheckpoint, vocab_size: int, log: Log) -> dict[str, Any]:
+    """Defaults of generation that lie beside a checkpoint's tokenizer; those that do not fit are left out by name."""
+    if source.tokenizer_dir is None:
+        return {}
+    values, left_out = read_generation(source.tokenizer_dir)
+    if left_out := sorted({*left_out, *outside(values, vocab_size)}):
+        log(
+            f"note: {source.tokenizer_dir / GENERATION_FILE}: {', '.join(left_out)} left out, as not known or not in "
+            "the vocabulary"
+        )
+    return {name: value for name, value in values.items() if name not in left_out}
+
+
+def _ids(tokens: TokenIds) -> dict[str, Any]:
     ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
     return {name: value for name, value in ids.items() if value is not None}
 
@@ -266,36 +279,3 @@ def _write_shards(
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _atomic_directory(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory to write into, which becomes ``output`` by one rename if all goes well and vanishes if not."""
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists; choose another --output, or replace it with --overwrite")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Its name is the final one inside a temporary folder, because transformers names loaded code after it.
-        parent = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write into {output.parent}: {error.strerror}; choose another --output") from error
-    try:
-        directory = parent / output.name
-        directory.mkdir()
-        yield directory
-        _replace(directory, output, parent)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error}; free some space or choose another --output") from error
-    finally:
-        shutil.rmtree(parent, ignore_errors=True)
-
-
-def _replace(directory: Path, output: Path, parent: Path) -> None:
-    if output.exists():
-        os.rename(output, parent / "replaced")
-    try:
-        os.rename(directory, output)
-    except OSError:
-        if (parent / "replaced").exists():
-            os.rename(parent / "replaced", output)
-        raise

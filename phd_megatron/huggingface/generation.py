@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.loading import load_directory
+from phd_megatron.huggingface.loading import first_words, load_directory
+from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
+from phd_megatron.runtime.context import choose_device
+
+_MOST_TOKENS = 1_000_000
+_TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
+#: options of sampling with the values that leave every token its probability
+_SAMPLING: dict[str, Any] = {
+    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,13 @@ class Sampling:
             UserError: for a value that cannot be.
         """
         checks = (
-            ("temperature", self.temperature, lambda v: v > 0, "above 0; leave it out for greedy decoding"),
-            ("top_k", self.top_k, lambda v: v >= 1, "at least 1"),
+            # Below, logits over it are infinite, and above they are all alike.
+            ("temperature", self.temperature, lambda v: 1e-6 <= v <= 1e6, _TEMPERATURE),
+            ("top_k", self.top_k, lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
             ("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1"),
         )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed}: it must be at least -2^63 and below 2^63")
         given = {}
         for name, value, valid, cure in checks:
             if value is None:
@@ -43,10 +54,10 @@ class Sampling:
             if not valid(value):
                 raise UserError(f"{name}={value}: it must be {cure}")
             given[name] = value
+        # What is not given is neutral, whatever the directory's generation_config.json says.
         if not given:
-            return {"do_sample": False}
-        # transformers would add a top_k of 50 by itself.
-        return {"do_sample": True, "top_k": 0, **given}
+            return {"do_sample": False, "num_beams": 1, **_SAMPLING, "top_k": 50}  # 50 is what says nothing there
+        return {"do_sample": True, "num_beams": 1, **_SAMPLING, **given}
 
 
 @dataclass(frozen=True)
@@ -107,21 +118,21 @@ def load(
     Raises:
         UserError: if it cannot be loaded, or has no tokenizer.
     """
-    import torch
     from transformers import AutoTokenizer
 
+    device = choose_device(device or "auto")[0]
     with hf_directory(path, verify_checkpoint) as directory:
         if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise UserError(f"{path} holds no tokenizer, so a prompt cannot be read; add its files beside the model")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_json(directory, TOKENIZER_JSON)
         model = load_model(directory, path, device, trust_remote_code)
         try:
             # With the configuration at hand transformers does not look for the class that the directory names.
             tokenizer = AutoTokenizer.from_pretrained(
                 directory, config=model.config, trust_remote_code=trust_remote_code, local_files_only=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be loaded: {str(error).strip()}") from error
+        except Exception as error:  # what a damaged tokenizer makes the libraries raise is of many kinds
+            raise UserError(f"the tokenizer of {path} cannot be loaded: {first_words(error)}; copy it again") from error
         return model, tokenizer
 
 
@@ -132,6 +143,16 @@ def load_model(directory: Path, named: str | Path, device: str, trust_remote_cod
         UserError: if it cannot be loaded, or needs code of its own without ``trust_remote_code``.
     """
     return load_directory(directory, named, trust_remote_code).to(device).eval()
+
+
+def check_amount(max_new_tokens: int) -> None:
+    """Refuse a number of tokens that cannot be made.
+
+    Raises:
+        UserError: with the range.
+    """
+    if not 1 <= max_new_tokens <= _MOST_TOKENS:
+        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1 and at most {_MOST_TOKENS:,}")
 
 
 def generate_text(
@@ -148,28 +169,70 @@ def generate_text(
     ``triton`` on a GPU where it can run.
     """
     import torch
+    from transformers import LogitsProcessorList
 
     from phd_megatron.huggingface.decoding import decode_kernel, takes_decode_kernel
 
     options = (sampling or Sampling()).options()
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1")
+    check_amount(max_new_tokens)
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt!r} is no valid UTF-8; give it as text") from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].size(1)
     if length == 0:
         raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := int(inputs["input_ids"].max())) >= rows:
+        raise UserError(
+            f"the tokenizer gives token {largest}, and the model has a vocabulary of {rows}; the two do not belong "
+            "together, so copy the directory again"
+        )
     if sampling is not None and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     triton = takes_decode_kernel(model, kernel)
     began = time.perf_counter()
     with decode_kernel(model) if triton else nullcontext():
-        result = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options)
+        try:
+            result = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                tokenizer=tokenizer,  # for stop strings
+                logits_processor=LogitsProcessorList([_nan_is_refused()]),
+                **options,
+            )
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"the model cannot continue the prompt: {first_words(error)}; its parameters or its "
+                "generation_config.json are at fault, so look at both, or export it again"
+            ) from error
     seconds = time.perf_counter() - began
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     cache = result["cache" if "cache" in result else "past_key_values"]  # renamed in transformers 5.24
     attention = "triton" if triton else "torch"
     return Continuation(text, length, len(tokens), seconds, attention, **_cache_size(model, cache))
+
+
+def _nan_is_refused() -> Any:
+    """Looks at the prompt's logits; later ones would cost a wait for the device at every step."""
+    from transformers import LogitsProcessor
+
+    class NaNIsRefused(LogitsProcessor):
+        seen = False
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            if not self.seen and scores.isnan().any():
+                raise UserError(
+                    "the model's logits are NaN, so it has diverged or its parameters are damaged; use "
+                    "another checkpoint"
+                )
+            self.seen = True
+            return scores
+
+    return NaNIsRefused()
 
 
 def _cache_size(model: Any, cache: Any) -> dict[str, int]:

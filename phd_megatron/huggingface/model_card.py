@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from phd_megatron import __version__
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.export_output import EXPORTED_BY
+
+#: by whether the model's own code is bundled
+_LOADS = {
+    True: "transformers 5 or later, and the code in this directory",
+    False: "transformers 5 and 4 (tried with 4.57)",
+}
 
 
 def model_card(
@@ -30,8 +39,9 @@ def model_card(
     if isinstance(samples := training.get("consumed_samples"), int):
         rows.append(("Training tokens", f"{samples * run.model.seq_length:,} ({samples:,} samples)"))
     rows.append(("Optimizer", f"AdamW, peak lr {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} decay"))
-    rows.append(("Exported by", f"phd-megatron {__version__}"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    rows.append(("Written with", f"torch {version('torch')}, transformers {version('transformers')}"))
+    rows.append(("Loads with", _LOADS[model_class == BUNDLED]))
+    table = "\n".join([*(f"| {name} | {value} |" for name, value in rows), f"{EXPORTED_BY}{__version__} |"])
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

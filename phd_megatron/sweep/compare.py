@@ -7,9 +7,8 @@ from pathlib import Path
 from phd_megatron.errors import UserError
 from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import AXES, Axis, Curve, common_end, read_curve
-from phd_megatron.sweep.document import Block, Figure, Table, Text, markdown
+from phd_megatron.sweep.document import Block, Figure, Table, Text, check_documents, markdown, write_document
 from phd_megatron.sweep.members import METRICS_FILE
-from phd_megatron.sweep.store import write
 
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -82,8 +81,9 @@ def write_comparison(a: Curve, b: Curve, output: Path, unit: str) -> list[Block]
     """Write ``compare.md`` with ``compare.png`` and ``compare.svg``; the tables."""
     if a.name == b.name:
         raise UserError(f"both runs are called {a.name!r}; name them: compare FIRST=PATH SECOND=PATH")
+    check_documents(output, "compare.md", "compare.svg", "compare.png")
     blocks = comparison(a, b)
     figures.draw_costs([a, b], output, "compare", unit)
     picture = Figure("compare", "Smoothed training loss over tokens, FLOPs and time")
-    write(output / "compare.md", markdown(f"{a.name} and {b.name}", [*blocks, picture]))
+    write_document(output / "compare.md", markdown(f"{a.name} and {b.name}", [*blocks, picture]))
     return blocks

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import SIGNED_TEXT, Kind, check_file, signed, write_file
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -41,6 +44,10 @@ class Figure:
 
 Block = Heading | Text | Table | Figure
 
+_SIGNED = signed("a file that `phd-megatron` wrote")
+# Earlier releases signed nothing; what is in a sweep's own directory is its report.
+_OF_A_SWEEP = Kind("a file", lambda path: True)
+
 _STYLE = """\
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -48,6 +55,31 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; background: white; } figcaption { opacity: .75; }"""
+
+
+def document_kind(directory: Path) -> Kind:
+    """What may be replaced where documents and their figures are written."""
+    is_own = directory.name == "report" and (directory.parent / "plan.json").is_file()
+    return _OF_A_SWEEP if is_own else _SIGNED
+
+
+def check_documents(directory: Path, *names: str) -> None:
+    """Refuse a directory where these documents may not be written, and make it where there is none.
+
+    Raises:
+        UserError: with what stands there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output {directory}: {error.strerror}; choose another directory") from error
+    for name in names:
+        check_file(directory / name, "--output", document_kind(directory))
+
+
+def write_document(path: Path, text: str) -> None:
+    """Write one of our Markdown or HTML files, signed."""
+    write_file(path, "--output", document_kind(path.parent), text + SIGNED_TEXT)
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

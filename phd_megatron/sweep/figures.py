@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.output import save_figure
 from phd_megatron.sweep.curves import AXES, Axis, Curve
+from phd_megatron.sweep.document import document_kind
 from phd_megatron.sweep.scaling import Fit
 
 _COLOURS = (
@@ -40,8 +42,9 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, directory: Path, stem: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    figure.savefig(directory / f"{stem}.svg", metadata={"Date": None})
-    figure.savefig(directory / f"{stem}.png", dpi=110)
+    kind = document_kind(directory)
+    save_figure(figure, directory / f"{stem}.svg", "--output", kind, metadata={"Date": None})
+    save_figure(figure, directory / f"{stem}.png", "--output", kind, dpi=110)
     _pyplot().close(figure)
 
 

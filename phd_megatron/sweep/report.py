@@ -10,7 +10,17 @@ from phd_megatron.errors import UserError
 from phd_megatron.planning.units import short
 from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import AXES, Axis, common_end, read_curve
-from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text, markdown, page
+from phd_megatron.sweep.document import (
+    Block,
+    Figure,
+    Heading,
+    Table,
+    Text,
+    check_documents,
+    markdown,
+    page,
+    write_document,
+)
 from phd_megatron.sweep.experts import expert_blocks
 from phd_megatron.sweep.layers import layer_blocks
 from phd_megatron.sweep.members import METRICS_FILE
@@ -26,7 +36,7 @@ from phd_megatron.sweep.statistics import (
     paired,
     paired_over,
 )
-from phd_megatron.sweep.store import Status, Store, open_store, write
+from phd_megatron.sweep.store import Status, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ def write_report(directory: Path, output: Path | None = None) -> list[Path]:
     """
     store = open_store(directory)
     output = output or directory / "report"
+    check_documents(output, "report.md", "report.html")
     statuses = {entry.name: present_status(store, entry.name) for entry in store.entries}
     results = []
     for entry in store.entries:
@@ -75,10 +86,9 @@ def write_report(directory: Path, output: Path | None = None) -> list[Path]:
     if not results:
         raise UserError(f"no member of {directory} has logged a step yet; wait, or see `phd-megatron sweep status`")
     context = Context(store, statuses, results, make_groups(results), output)
-    output.mkdir(parents=True, exist_ok=True)
     blocks = [block for section in SECTIONS for block in section(context)]
-    write(output / "report.md", markdown(store.title, blocks))
-    write(output / "report.html", page(store.title, blocks, output))
+    write_document(output / "report.md", markdown(store.title, blocks))
+    write_document(output / "report.html", page(store.title, blocks, output))
     return [output / "report.md", output / "report.html"]
 
 

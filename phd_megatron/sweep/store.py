@@ -23,6 +23,7 @@ from phd_megatron.sweep.definition import Sweep
 from phd_megatron.sweep.members import MEMBERS, METRICS_FILE, RUN_FILE, STATUS_FILE, PlannedMember
 
 PLAN_FILE = "plan.json"
+_MEMBER = "# Member"  # start of a member's configuration
 State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
 
 
@@ -107,13 +108,14 @@ def create(directory: Path, sweep: Sweep, members: Sequence[PlannedMember]) -> S
         UserError: when a member that has begun would get another configuration, with the fields that differ.
     """
     entries = tuple(_entry(member) for member in members)
+    _check_ours(directory, sweep, members)
     store = Store(
         directory, sweep.name, sweep.title, sweep.unit, sweep.baseline, sweep.size_axis, asdict(sweep.launcher), entries
     )
     for member in members:
         _check_unchanged(store.home(member.name), member)
     for member in members:
-        header = f"# Member {member.name} of the sweep {sweep.name}; written by `phd-megatron sweep`.\n"
+        header = f"{_MEMBER} {member.name} of the sweep {sweep.name}; written by `phd-megatron sweep`.\n"
         write(
             store.home(member.name) / RUN_FILE,
             header + yaml.safe_dump(changed(member.config), sort_keys=False, allow_unicode=True),
@@ -121,6 +123,25 @@ def create(directory: Path, sweep: Sweep, members: Sequence[PlannedMember]) -> S
     plain = {key: value for key, value in asdict(store).items() if key != "directory"}
     write(directory / PLAN_FILE, json.dumps(plain, indent=1) + "\n")
     return store
+
+
+def _check_ours(directory: Path, sweep: Sweep, members: Sequence[PlannedMember]) -> None:
+    """Refuse a directory whose plan is another sweep's, or in which files of others stand where the members' go."""
+    cure = "give the sweep another --output"
+    if os.path.lexists(directory / PLAN_FILE):
+        before = open_store(directory)
+        if before.name != sweep.name:
+            raise UserError(f"{directory} holds the sweep {before.name!r}, and this one is {sweep.name!r}; {cure}")
+    for member in members:
+        path = directory / MEMBERS / member.name / RUN_FILE
+        if not os.path.lexists(path):
+            continue
+        try:
+            ours = path.is_file() and path.read_bytes().startswith(_MEMBER.encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); {cure}") from error
+        if not ours:
+            raise UserError(f"{path} exists and was not written by a sweep, so it is not replaced; {cure}")
 
 
 def open_store(directory: str | Path) -> Store:
@@ -137,8 +158,11 @@ def open_store(directory: str | Path) -> Store:
         return Store(directory=directory, entries=entries, **data)
     except FileNotFoundError:
         raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start the sweep again, it goes on where it was") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, or no plan of a sweep ({error}); if it is a sweep's, delete the file and start the "
+            "sweep again, which goes on where it was"
+        ) from None
 
 
 def _entry(member: PlannedMember) -> Entry:

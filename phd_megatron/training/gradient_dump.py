@@ -13,11 +13,43 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from phd_megatron.errors import UserError
 from phd_megatron.model.initialisation import sharded_tensors
+
+
+def iteration_place(directory: str | Path, iteration: int) -> Path:
+    """Where the gradients of one step go."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def check_places(directory: str | Path, iterations: Sequence[int], world_size: int) -> None:
+    """Refuse places that hold something else than gradients of as many ranks, before anything is trained.
+
+    Raises:
+        UserError: with what stands there.
+    """
+    own = {f"rank_{rank:05d}.safetensors" for rank in range(world_size)}
+    for place in (iteration_place(directory, iteration) for iteration in iterations):
+        if not place.exists():
+            continue
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if path.name not in own or not _is_dump(path):
+                raise UserError(
+                    f"dump_gradients_dir={str(directory)!r}: {path} is not of a dump of {world_size} rank(s), so it is "
+                    "neither replaced nor mixed with one; choose another directory"
+                )
+
+
+def _is_dump(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "places" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def dump_gradients(models: Sequence[DistributedDataParallel], directory: Path, rank: int, dp_cp_group: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from phd_megatron.model.build import build_model
 from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 from phd_megatron.model.initialisation import sharded_tensors
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.runtime.output import check_directory, new_directory
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 
 _EXPERTS, _DENSE, _ROUTER = ".mlp.experts.experts.", ".mlp.", ".mlp.router."
@@ -118,45 +118,52 @@ def _check_copies(source: Architecture, model: ModelConfig, changes: Changes) ->
 
 
 def import_directory(
-    path: str | Path, output: str | Path, changes: Changes, log: Callable[[str], Any] = lambda message: None
+    path: str | Path,
+    output: str | Path,
+    changes: Changes,
+    log: Callable[[str], Any] = lambda message: None,
+    check: Callable[[Imported], Any] = lambda imported: None,
 ) -> Imported:
     """Import ``path`` into the directory ``output``, which appears complete or not at all. On one process.
 
     Needs memory for the model and its largest tensor. Tensors keep their type.
 
+    Args:
+        check: is given the import before it appears in ``output``, and may refuse it.
+
     Raises:
         UserError: for whatever cannot be represented, damaged files, or an ``output`` that is not empty.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists; choose another --output")
+    check_directory(output)
     source = HFDirectory(path)
     run, architecture, rules = describe_source(source, changes)
     source.check_complete(rules, architecture.tied)
     tokenizer = load_tokenizer(source.path) if source.has_tokenizer else None
     if tokenizer is None:
-        log(f"note: {source.path} holds no tokenizer.json; the checkpoint has no tokenizer, so give it to prepare")
+        log(
+            f"note: {source.path} holds no tokenizer.json; the checkpoint has neither tokenizer nor defaults of "
+            "generation, so give the tokenizer to prepare"
+        )
     elif tokenizer.vocab_size > architecture.vocab_size:
         raise UserError(
             f"the tokenizer in {source.path} has {tokenizer.vocab_size} tokens and the embedding "
             f"{architecture.vocab_size} rows; the two do not belong together"
         )
-    existed = output.exists()
-    try:
+    else:
+        tokenizer.generation = source.generation(architecture.vocab_size, log)
+    with new_directory(output) as place:
         with Runtime.start(run.parallel, verbose=False) as runtime:
             model = build_model(run, architecture.vocab_size, runtime.device)[0]
             tensors = _fill(model, source, rules)
-            saver = CheckpointSaver(output, run_config=run, tokenizer=tokenizer, runtime=runtime)
+            saver = CheckpointSaver(place, run_config=run, tokenizer=tokenizer, runtime=runtime)
             facts = {"consumed_samples": 0, "imported_from": source.path.name}
             directory = saver.save(iteration=0, models=[model], optimizer=None, scheduler=None, training_state=facts)
             saver.close()
             parameters = sum(parameter.numel() for parameter in model.parameters())
-    except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
-        if existed:
-            output.mkdir()
-        raise
-    return Imported(directory, architecture, source, tensors, parameters)
+        del model
+        imported = Imported(directory, architecture, source, tensors, parameters)
+        check(imported)
+    return replace(imported, directory=Path(output) / directory.name)
 
 
 @torch.no_grad()

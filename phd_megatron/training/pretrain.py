@@ -19,17 +19,18 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import to_dict
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
-from phd_megatron.data.tokenizers import Tokenizer
+from phd_megatron.data.tokenizers import Tokenizer, inherit_generation
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.model.attention import context_parallel_bytes
 from phd_megatron.model.build import build_model
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.checkpoint_format import TOKENIZER
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
-from phd_megatron.training.gradient_dump import dump_gradients
+from phd_megatron.training.gradient_dump import check_places, dump_gradients, iteration_place
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
@@ -91,6 +92,10 @@ class Trainer:
         place: RunDirectory | None = None,
     ) -> None:
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
+        if run.logging.dump_gradients_dir:
+            check_places(run.logging.dump_gradients_dir, run.logging.dump_gradients_iterations, runtime.world_size)
+        if resume_from is not None:
+            inherit_generation(tokenizer, resume_from / TOKENIZER)
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
         self.global_batch_size = run.training.global_batch_size
@@ -243,7 +248,7 @@ class Trainer:
         groups = self.stepper.groups
         on_gradients: list[Callable[[], None]] = []
         if logging.dump_gradients_dir and iteration in logging.dump_gradients_iterations:
-            directory = Path(logging.dump_gradients_dir) / f"iter_{iteration:07d}"
+            directory = iteration_place(logging.dump_gradients_dir, iteration)
             on_gradients.append(partial(dump_gradients, self.models, directory, self.runtime.rank, groups.dp_cp))
         batches = self.train_stream.microbatches(progress.consumed_samples, count)
         if is_due(logging.log_layer_statistics, iteration):

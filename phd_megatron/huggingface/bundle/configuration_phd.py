@@ -1,5 +1,13 @@
 """Configuration of a PHD-Transformer with a norm scheme of the HybridNorm family."""
 
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise RuntimeError(
+        f"this model's code needs transformers 5 or later, and transformers {transformers.__version__} is installed; "
+        "update it: pip install -U 'transformers>=5'"
+    )
+
 from transformers import PreTrainedConfig
 
 from .copy_positions import COPY_POSITIONS

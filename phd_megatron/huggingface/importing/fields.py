@@ -5,6 +5,7 @@ A field that is none of these is refused by name, so nothing of a model is dropp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,10 @@ def _rope(model: ModelConfig, value: Any) -> None:
         raise ValueError(f"RoPE of type {kind!r} changes its frequencies, and the layers here have plain RoPE")
     model.rotary_base = float(value.pop("rope_theta", 10000.0))
     model.rotary_percent = float(value.pop("partial_rotary_factor", 1.0))
+    if not 1 < model.rotary_base < math.inf:
+        raise ValueError("rope_theta must be a finite number above 1")
+    if not 0 < model.rotary_percent <= 1:
+        raise ValueError("partial_rotary_factor must be above 0 and at most 1")
     if value:
         raise ValueError(f"nothing here corresponds to {sorted(value)}")
 
@@ -139,7 +144,7 @@ def read_fields(content: Mapping[str, Any], family: Family) -> ModelConfig:
         if name in content:
             try:
                 apply(model, content[name])
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of another type, too
                 problems.append(f"{name}={content[name]!r}: {error}")
     if problems:
         lines = ["the model cannot be imported exactly:", *problems]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from phd_megatron.data.generation import GENERATION_FILE, TOKEN_IDS, checked, outside, read_generation
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
-from phd_megatron.huggingface.loading import load_config, read_json
+from phd_megatron.huggingface.loading import load_config
 from phd_megatron.huggingface.mapping import Rule, VocabRows
+from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_config, check_json, read_json, tensor_places
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: tensors that old checkpoints hold and no model reads
 _COMPUTED = ("rotary_emb.inv_freq",)
 
@@ -34,34 +35,28 @@ class HFDirectory:
         self._places = self._read_index()
 
     def _read_config(self) -> tuple[Family, dict[str, Any]]:
-        raw = read_json(self.path / "config.json")
+        self._raw = raw = read_json(self.path / "config.json")
         kind = raw.get("model_type")
-        if kind not in FAMILIES:
-            raise UserError(f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UserError(
+                f"{self.path} holds a model of type {kind!r}; give one of {', '.join(FAMILIES)}, which can be imported"
+            )
+        self._found = tensor_places(self.path)
+        check_config(self.path / "config.json", raw, self._found)
+        check_json(self.path, TOKENIZER_JSON)
         config = load_config(self.path)
         return FAMILIES[kind], {**config.to_dict(), **_rope_as_now(raw, config)}
 
     def _read_index(self) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
         """Tensor name to its file, shape and type."""
-        if (self.path / _INDEX).is_file():
-            files = sorted(set(read_json(self.path / _INDEX).get("weight_map", {}).values()))
-        else:
-            files = [_SINGLE]
         places: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
-        for name in files:
-            path = self.path / name
-            if not path.is_file() or Path(name).name != name:
-                raise UserError(f"{path} is missing; copy the whole directory again")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118 (the handle is not a mapping)
-                        part = file.get_slice(key)
-                        dtype = _DTYPES.get(part.get_dtype())
-                        if dtype is None:
-                            raise UserError(f"{key} in {path} is of type {part.get_dtype()}; export it unquantised")
-                        places[key] = path, tuple(part.get_shape()), dtype
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}); copy it again") from error
+        for key, place in self._found.items():
+            dtype = _DTYPES.get(place.dtype)
+            if dtype is None:
+                raise UserError(f"{key} in {place.path} is of type {place.dtype}; export it unquantised")
+            places[key] = place.path, place.shape, dtype
+        if not places:
+            raise UserError(f"{self.path} holds weight files without a tensor; copy it again")
         return {key: place for key, place in places.items() if not key.endswith(_COMPUTED)}
 
     @property
@@ -72,6 +67,24 @@ class HFDirectory:
         for other in kinds:
             found = torch.promote_types(found, other)
         return found
+
+    def generation(self, vocab_size: int, log: Callable[[str], Any]) -> dict[str, Any]:
+        """Its defaults of generation; what is not known is left out by name.
+
+        Raises:
+            UserError: a value cannot be, or a token is not in the vocabulary.
+        """
+        values, left_out = read_generation(self.path)
+        ids = {name: self._raw.get(name) for name in TOKEN_IDS}
+        values = {**checked(ids, self.path / "config.json")[0], **values}
+        if names := outside(values, vocab_size):
+            raise UserError(
+                f"{self.path} says {names[0]}={values[names[0]]}, and its vocabulary has {vocab_size} tokens; correct "
+                f"its {GENERATION_FILE} or config.json"
+            )
+        if left_out:
+            log(f"note: {self.path / GENERATION_FILE}: {', '.join(left_out)} left out, as not known here")
+        return values
 
     @property
     def has_tokenizer(self) -> bool:
@@ -107,7 +120,10 @@ class HFDirectory:
     def _misfit(self, rule: Rule, wanted: tuple[int, ...]) -> UserError:
         shapes = ", ".join(f"{name} {self._places[name][1]}" for name in rule.hf[:3])
         what = "rows of the vocabulary" if isinstance(rule, VocabRows) else f"together {wanted}"
-        return UserError(f"{self.path}: {shapes} do not fit config.json, which says {what}: {wanted}")
+        return UserError(
+            f"{self.path}: {shapes} do not fit config.json, which says {what}: {wanted}; correct it, or copy "
+            "the directory again"
+        )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors on the CPU."""
