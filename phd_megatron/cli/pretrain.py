@@ -122,18 +122,30 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
+    from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, record_stop
 
     checkpoint = config.checkpoint
     with ExitStack() as stack:
-        if checkpoint.save is not None and (lock := lock_save_dir(checkpoint.save)) is not None:
+        lock = lock_save_dir(checkpoint.save) if checkpoint.save is not None else None
+        if lock is not None:
             stack.callback(lock.release)
         resume_from = None
         if checkpoint.load is not None:
             resume_from = find_checkpoint(
                 checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
             )
-        trainer = Trainer(config, runtime, tokenizer, resume_from)
+        place = None
+        if checkpoint.save is not None:
+            place = claim(
+                checkpoint.save,
+                lock,
+                resume_from=resume_from,
+                finetune=checkpoint.finetune,
+                rewind=checkpoint.rewind,
+                log=runtime.log,
+            )
+        trainer = Trainer(config, runtime, tokenizer, resume_from, place)
         stack.callback(trainer.close)
         # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
         reporter = agreement.everywhere(lambda: open_reporter(config, runtime, trainer.total_iterations))

@@ -19,7 +19,7 @@ PASSTHROUGH = "transformer"
 
 NOT_INHERITED = frozenset(
     {
-        *("load", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"),
+        *("load", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint", "rewind"),
         *("exit_interval", "exit_duration_in_mins", "dump_gradients_dir", "dump_gradients_iterations"),
         *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
     }

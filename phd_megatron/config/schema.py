@@ -157,6 +157,7 @@ class CheckpointConfig:
     async_save: bool = False  #: go on training while a checkpoint is written; one copy of the state in host memory
     verify_checkpoint: bool = True  #: compare every file with its checksum before loading
     exit_on_missing_checkpoint: bool = False  #: refuse to start fresh when load holds no checkpoint
+    rewind: bool = False  #: go on from an older checkpoint of save than the newest; those after it are replaced
     finetune: bool = False  #: load parameters only and start at step 0
     no_load_optim: bool = False  #: do not load optimizer and schedule
     no_load_rng: bool = False  #: do not load random-number state

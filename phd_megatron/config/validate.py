@@ -179,7 +179,7 @@ def _training(config: RunConfig) -> Iterator[str]:
             "tensorboard_dir or wandb_project"
         )
     if checkpoint.load is None:
-        for name in ("finetune", "exit_on_missing_checkpoint"):
+        for name in ("finetune", "exit_on_missing_checkpoint", "rewind"):
             if getattr(checkpoint, name):
                 yield f"{name}=True without a checkpoint to load; set load"
 

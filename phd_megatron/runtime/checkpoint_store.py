@@ -1,83 +1,78 @@
-"""The directory protocol of checkpoints: what is complete, which one is next to load, what may be deleted.
+"""The directory protocol of checkpoints: how one becomes complete, and what may be deleted.
 
 ::
 
     SAVE/latest_checkpointed_iteration.txt      the tracker: "100", replaced by an atomic rename after the commit
+    SAVE/run.json                               whose directory this is (run_file.py)
     SAVE/iter_0000100/                          one checkpoint (Megatron's torch_dist layout)
+    SAVE/iter_0000100/unfinished                there until the commit
     SAVE/iter_0000100/metadata.json             written last: its presence is the commit
     SAVE/iter_0000100.replaced/                 a complete checkpoint that is being saved anew; gone after the commit
+    SAVE/iter_0000100.kept/                     a damaged one, or somebody's files, that a save found in its place
 
-A process may be killed between any two system calls here and the last complete checkpoint stays loadable. Standard
-library only, so that every tool can find a checkpoint without torch or Megatron.
+A process may be killed between any two system calls here and the last complete checkpoint stays loadable. What a
+directory is tells `checkpoint_status.py`, which one is loaded `checkpoint_find.py`. Standard library only, so that
+every tool can find a checkpoint without torch or Megatron.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.errors import UserError
+from phd_megatron.runtime.checkpoint_find import (
+    RELEASE,
+    TRACKER,
+    Survey,
+    Warn,
+    aside,
+    complete_dir,
+    complete_iterations,
+    latest_complete,
+    read_tracker,
+)
+from phd_megatron.runtime.checkpoint_status import (
+    METADATA,
+    PROTOCOL,
+    TRAINING_STATE,
+    UNFINISHED,
+    CheckpointError,
+    had_checksums,
+    is_complete,
+    is_left_over,
+    iteration_dir,
+    iteration_of,
+    run_of,
+    training_state,
+)
+from phd_megatron.runtime.durable import fsync_dir, fsync_tree, write_atomically
 
-TRACKER = "latest_checkpointed_iteration.txt"
-METADATA = "metadata.json"
-_ITERATION_NAME = re.compile(r"iter_(\d{7,})")
-_ASIDE = ".replaced"
-
-Warn = Callable[[str], None]
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, found or read; the message names the file and the way out."""
-
-
-def iteration_dir(root: str | os.PathLike[str], iteration: int) -> Path:
-    """Directory of the checkpoint of one iteration: ``root/iter_0000100``."""
-    return Path(root) / f"iter_{iteration:07d}"
-
-
-def iteration_of(directory: str | os.PathLike[str]) -> int | None:
-    """The iteration in a checkpoint directory's name, or None when it is not such a name."""
-    match = _ITERATION_NAME.fullmatch(Path(directory).name.removesuffix(_ASIDE))
-    return int(match.group(1)) if match else None
-
-
-def is_complete(directory: str | os.PathLike[str]) -> bool:
-    """Whether the save of this directory was committed: its ``metadata.json`` is there and whole."""
-    try:
-        content = json.loads((Path(directory) / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "sharded_backend" in content
-
-
-def complete_iterations(root: str | os.PathLike[str]) -> list[int]:
-    """Iterations with a complete checkpoint under ``root``, ascending; empty when there is no such directory."""
-    return sorted({iteration for iteration, path in _candidates(Path(root)) if is_complete(path)})
-
-
-def complete_dir(root: str | os.PathLike[str], iteration: int) -> Path | None:
-    """The complete checkpoint of one iteration, else None.
-
-    While an iteration is saved anew its old checkpoint lies set aside; after a kill at that moment it is the answer.
-    """
-    path = iteration_dir(root, iteration)
-    for candidate in (path, _aside(path)):
-        if is_complete(candidate):
-            return candidate
-    return None
-
-
-def read_tracker(root: str | os.PathLike[str]) -> str | None:
-    """Stripped text of the tracker file, or None when there is none."""
-    try:
-        return (Path(root) / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+__all__ = [
+    "METADATA",
+    "PROTOCOL",
+    "RELEASE",
+    "TRACKER",
+    "TRAINING_STATE",
+    "UNFINISHED",
+    "CheckpointError",
+    "Survey",
+    "Warn",
+    "complete_dir",
+    "complete_iterations",
+    "had_checksums",
+    "is_complete",
+    "iteration_dir",
+    "iteration_of",
+    "latest_complete",
+    "read_tracker",
+    "run_of",
+    "training_state",
+    "write_atomically",
+]
 
 
 def write_tracker(root: str | os.PathLike[str], iteration: int) -> None:
@@ -85,64 +80,34 @@ def write_tracker(root: str | os.PathLike[str], iteration: int) -> None:
     write_atomically(Path(root) / TRACKER, f"{iteration}\n")
 
 
-def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Path | None:
-    """The checkpoint to load from ``load_dir``: a root directory, or one iteration's directory.
-
-    The tracker decides, so that a user can roll back by editing it. When it points at something missing or
-    incomplete, the newest complete checkpoint is taken and ``warn`` says so.
-
-    Returns:
-        The checkpoint's directory, or None when ``load_dir`` is missing or holds no complete checkpoint.
-
-    Raises:
-        CheckpointError: ``load_dir`` is itself an iteration's directory and its save was not finished, or it is a file.
-    """
-    root = Path(load_dir)
-    if root.exists() and not root.is_dir():
-        raise CheckpointError(
-            f"{root} is a file; give the directory that was saved into, or one iter_... directory of it"
-        )
-    if is_complete(root):
-        return root
-    own_iteration = iteration_of(root)
-    if own_iteration is not None:
-        if is_complete(_aside(root)):
-            return _aside(root)
-        if root.is_dir():
-            raise CheckpointError(_incomplete_message(root))
-    tracked = read_tracker(root)
-    complete = complete_iterations(root)
-    if tracked is not None:
-        if tracked == "release" and is_complete(root / "release"):
-            return root / "release"
-        if tracked.isdecimal() and (found := complete_dir(root, int(tracked))) is not None:
-            return found
-        problem = (
-            f"{iteration_dir(root, int(tracked)).name} is missing or its save was not finished"
-            if tracked.isdecimal()
-            else "that is not an iteration"
-        )
-        rest = f"; taking the newest complete checkpoint, iteration {complete[-1]}" if complete else ""
-        warn(f"warning: {root / TRACKER} says {tracked!r}, but {problem}{rest}")
-    elif complete:
-        warn(f"warning: {root} has no {TRACKER}; taking the newest complete checkpoint, iteration {complete[-1]}")
-    return complete_dir(root, complete[-1]) if complete else None
-
-
-def prepare_iteration(root: str | os.PathLike[str], iteration: int) -> Path:
-    """Make the empty directory that a save of ``iteration`` writes into.
+def prepare_iteration(root: str | os.PathLike[str], iteration: int, warn: Warn = print) -> Path:
+    """Make the directory that a save of ``iteration`` writes into; it holds the mark of an unfinished one alone.
 
     What a killed save left there is deleted. A complete checkpoint of the same iteration is set aside until
-    :func:`commit_iteration`, never deleted before.
+    :func:`commit_iteration`, never deleted before. Anything else stays under another name, which ``warn`` tells.
+
+    Raises:
+        CheckpointError: there is something that is no directory.
     """
     path = iteration_dir(root, iteration)
+    new = _new(path)
+    _delete(new)
+    new.mkdir(parents=True)
+    (new / UNFINISHED).touch()
     if is_complete(path):
-        remove_checkpoint(_aside(path))
-        os.rename(path, _aside(path))
-    elif path.exists():
+        remove_checkpoint(aside(path))
+        os.rename(path, aside(path))
+    elif path.is_dir() and not path.is_symlink() and is_left_over(path):
         remove_checkpoint(path)
-    path.mkdir(parents=True)
-    _fsync_dir(path.parent)
+    elif os.path.lexists(path):
+        kept = _free_name(path)
+        os.rename(path, kept)
+        warn(
+            f"warning: {path} is neither complete nor what a killed save leaves, so it is not deleted: it is {kept} now"
+        )
+    os.rename(new, path)
+    fsync_dir(path)
+    fsync_dir(path.parent)
     return path
 
 
@@ -155,9 +120,11 @@ def commit_iteration(root: str | os.PathLike[str], iteration: int, metadata: dic
     path = iteration_dir(root, iteration)
     fsync_tree(path)
     write_atomically(path / METADATA, metadata_text(metadata))
-    _fsync_dir(path.parent)
+    (path / UNFINISHED).unlink(missing_ok=True)
+    fsync_dir(path)
+    fsync_dir(path.parent)
     write_tracker(root, iteration)
-    remove_checkpoint(_aside(path))
+    remove_checkpoint(aside(path))
     return path
 
 
@@ -169,16 +136,26 @@ def metadata_text(metadata: dict[str, Any]) -> str:
 def abandon_iteration(root: str | os.PathLike[str], iteration: int) -> None:
     """Undo :func:`prepare_iteration` after a failed save: the space comes back, a set-aside checkpoint too."""
     path = iteration_dir(root, iteration)
-    if path.exists() and not is_complete(path):
+    _delete(_new(path))
+    if (path / UNFINISHED).exists() and not is_complete(path):
         remove_checkpoint(path)
-    if not path.exists() and is_complete(_aside(path)):
-        os.rename(_aside(path), path)
+    if not path.exists() and is_complete(aside(path)):
+        os.rename(aside(path), path)
+
+
+def tidy(root: str | os.PathLike[str]) -> None:
+    """Finish what a kill after a commit left undone, so that damage to the checkpoint would be seen as such."""
+    for iteration in complete_iterations(root):
+        path = iteration_dir(root, iteration)
+        if is_complete(path):
+            (path / UNFINISHED).unlink(missing_ok=True)
 
 
 def prune(root: str | os.PathLike[str], keep_last: int, *, current: int, protect: tuple[Path, ...] = ()) -> list[Path]:
     """Delete the oldest complete checkpoints after the commit of ``current``, keeping the newest ``keep_last``.
 
-    Checkpoints of later iterations (from before a roll-back), unfinished ones and those in ``protect`` are left alone.
+    Checkpoints of later iterations (from before a roll-back), unfinished and damaged ones and those in ``protect`` are
+    left alone.
 
     Returns:
         The deleted directories.
@@ -198,77 +175,41 @@ def prune(root: str | os.PathLike[str], keep_last: int, *, current: int, protect
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint directory so that a kill half-way leaves one that counts as incomplete."""
+    """Delete a checkpoint directory so that a kill half-way leaves one that counts as unfinished.
+
+    Of a link to a directory elsewhere the link alone is deleted.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     if not path.exists():
         return
-    (path / METADATA).unlink(missing_ok=True)
-    _fsync_dir(path)
+    with contextlib.suppress(OSError):  # a full disk: what follows is then told from damage by the order alone
+        (path / UNFINISHED).touch()
+    for name in (METADATA, TRAINING_STATE):
+        (path / name).unlink(missing_ok=True)
+        fsync_dir(path)
+    for entry in path.iterdir():
+        if entry.name != UNFINISHED:
+            _delete(entry)
+    _delete(path)
     # A network file system may hold ".nfs..." names of files that another process still reads.
-    shutil.rmtree(path, ignore_errors=True)
     if path.exists() and any(not name.startswith(".nfs") for name in os.listdir(path)):
         raise CheckpointError(f"cannot delete {path}: check its permissions")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that readers see the old or the new content, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_dir(path.parent)
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # the caller looks what is left
+            path.unlink(missing_ok=True)
 
 
-def fsync_tree(directory: Path) -> None:
-    """Bring every file under ``directory``, and the names themselves, to stable storage."""
-    for parent, _, files in os.walk(directory):
-        for name in files:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _fsync_dir(Path(parent))
+def _new(path: Path) -> Path:
+    return path.with_name(path.name + ".new")
 
 
-def _fsync_dir(directory: Path) -> None:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse to sync a directory; the rename is still ordered on the server
-    finally:
-        os.close(descriptor)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + _ASIDE)
-
-
-def _candidates(root: Path) -> Iterator[tuple[int, Path]]:
-    try:
-        names = os.listdir(root)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for name in names:
-        iteration = iteration_of(name)
-        if iteration is not None:
-            yield iteration, root / name
-
-
-def _incomplete_message(path: Path) -> str:
-    others = complete_iterations(path.parent)
-    cure = (
-        f"load {iteration_dir(path.parent, others[-1])}, the newest complete one"
-        if others
-        else "there is no complete checkpoint beside it"
-    )
-    return f"{path} is not a complete checkpoint (no valid {METADATA}: its save was interrupted); {cure}"
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(1000))
+    return next(name for name in names if not os.path.lexists(name))

@@ -85,6 +85,8 @@ def write_manifest(directory: Path, known: Mapping[str, FileSum], coming: Mappin
     """
     files = {name: FileSum(len(text.encode()), _hex(zlib.crc32(text.encode()))) for name, text in coming.items()}
     for name in _names(directory):
+        if name == store.UNFINISHED:  # gone after the commit
+            continue
         files[name] = known.get(name) or sum_file(directory / name)
     for name, expected in known.items():
         size = (directory / name).stat().st_size
@@ -98,7 +100,8 @@ def read_manifest(directory: Path) -> dict[str, FileSum] | None:
     """File name, relative to ``directory``, -> its sum. None when there is no manifest (older checkpoints).
 
     Raises:
-        CheckpointError: the manifest itself is damaged, or of a kind that this release does not know.
+        CheckpointError: the manifest itself is damaged or of a kind that this release does not know, or it is gone and
+            the checkpoint says that it had one.
     """
     path = directory / MANIFEST
     try:
@@ -107,8 +110,15 @@ def read_manifest(directory: Path) -> dict[str, FileSum] | None:
         files = {str(name): FileSum(int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         own = content["own"]
     except FileNotFoundError:
+        if store.had_checksums(directory):
+            raise CheckpointError(
+                f"{path} is missing, and the checkpoint was saved with it, as {directory / store.TRAINING_STATE} says; "
+                f"without it damage to the other files would go unseen: put it back, {_cure(directory)}"
+            ) from None
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_cure(directory)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {_cure(directory)}") from error
     if algorithm != ALGORITHM:
         raise CheckpointError(f"{path} is damaged: its algorithm is {algorithm!r}, not {ALGORITHM}; {_cure(directory)}")

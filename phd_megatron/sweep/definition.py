@@ -22,7 +22,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.sweep.options import Launcher, Planning, read_options
 
 SEED = "seed"
-_OWN = frozenset({"save", "load", "metrics_file", "exit_interval", "exit_duration_in_mins", "finetune"})
+_OWN = frozenset({"save", "load", "metrics_file", "exit_interval", "exit_duration_in_mins", "finetune", "rewind"})
 _SHORT = {"phd_repeat": "K", "phd_window": "W", "phd_chunk": "C", "seed": "seed", "num_layers": "L", "hidden_size": "h"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+*=,-]*")
 _KEYS = ("name", "title", "unit", "base", "grid", "members", "baseline", "size_axis", "launcher", "planning")

@@ -6,7 +6,7 @@ Written by `checkpoint_writer.py`.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from phd_megatron.runtime.checkpoint_store import METADATA, CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
 
 #: beside the tensors: the resolved configuration, the place in the run, the tokenizer's files
-RUN_CONFIG, TRAINING_STATE, TOKENIZER = "run_config.yaml", "training_state.json", "tokenizer"
+RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
 #: content of metadata.json
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -44,10 +44,27 @@ def read_common(directory: Path) -> dict[str, Any]:
     path = directory / COMMON_STATE_FNAME
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {' '.join(first)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping: load another checkpoint")
+    _check_entry(path, content, "content_metadata", "a mapping", lambda value: isinstance(value, dict))
+    _check_entry(
+        path,
+        content,
+        "opt_param_scheduler",
+        "a mapping with a count of samples in num_steps",
+        lambda value: isinstance(value, dict) and isinstance(value.get("num_steps"), int) and value["num_steps"] >= 0,
+    )
+    return content
+
+
+def _check_entry(path: Path, content: dict[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> None:
+    value = content.get(name)
+    if value is not None and not fits(value):
+        raise CheckpointError(f"{path} is damaged: {name} is {repr(value)[:80]}, not {wanted}; load another checkpoint")
 
 
 def requested(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedObject]:

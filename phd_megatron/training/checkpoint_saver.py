@@ -1,8 +1,8 @@
 """Saving a training state, so that a crash at any moment leaves the last complete checkpoint usable.
 
-Order of a save: space check, the sidecars (``run_config.yaml``, ``training_state.json``, ``tokenizer/``), ``common.pt``
-and one ``.distcp`` file per rank, ``.metadata``, ``checksums.json``, sync, ``metadata.json`` (the commit), tracker,
-pruning. Where the files lie is `runtime/checkpoint_store.py`'s business, how they are written `checkpoint_writer.py`'s.
+Order of a save: the parameters are looked at, then the directory's lock and space; the sidecars (``run_config.yaml``,
+``training_state.json``, ``tokenizer/``), ``common.pt`` and one ``.distcp`` file per rank, ``.metadata``, the lock again,
+``checksums.json``, sync, ``metadata.json`` (the commit), tracker, pruning. Where the files lie is `runtime/checkpoint_store.py`'s business, how they are written `checkpoint_writer.py`'s.
 
 In the background a thread of each rank writes ``common.pt`` and the ``.distcp`` files from a copy in host memory. All
 that the ranks do together stays in the main thread, before the writing and, once every rank's thread is done, after it;
@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,8 +30,9 @@ from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.checksums import FileSum
-from phd_megatron.training import agreement, checkpoint_format, checkpoint_state, checkpoint_writer, rng_state
-from phd_megatron.training.checkpoint_format import RUN_CONFIG, TOKENIZER, TRAINING_STATE
+from phd_megatron.training import agreement, checkpoint_format, checkpoint_state, checkpoint_writer, health, rng_state
+from phd_megatron.training.checkpoint_format import RUN_CONFIG, TOKENIZER
+from phd_megatron.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -74,7 +76,10 @@ class CheckpointSaver:
     Args:
         save_dir: directory of the ``iter_...`` directories.
         run_config: the resolved configuration.
-        keep_last: after each save delete all but the newest so many complete checkpoints.
+        keep_last: after each save delete all but the newest so many complete checkpoints. The newest one's parameters
+            were finite when it was saved, or it would not have been.
+        place: ``save_dir`` as this run's own; None for one that holds nothing yet and that nobody else knows.
+        loaded: the checkpoint that the run went on from.
     """
 
     def __init__(
@@ -85,11 +90,14 @@ class CheckpointSaver:
         tokenizer: Saveable | None,
         runtime: RuntimeLike,
         keep_last: int | None = None,
+        place: RunDirectory | None = None,
+        loaded: Path | None = None,
     ) -> None:
         self._root = Path(save_dir)
         self._run_config, self._tokenizer, self._runtime = run_config, tokenizer, runtime
-        self._keep_last = keep_last
+        self._keep_last, self._place, self._last = keep_last, place, loaded
         self._under_way: _Save | None = None
+        self._lost = False  # on rank 0: another run saves here
 
     @torch.no_grad()
     def save(
@@ -114,20 +122,28 @@ class CheckpointSaver:
             The checkpoint's directory.
 
         Raises:
-            UserError: on all ranks, when the disk is full or a write failed anywhere. The unfinished directory is
-                removed and the checkpoint before stays the one to load.
+            UserError: on all ranks, when parameters are not finite, another run has begun to save here, the disk is
+                full or a write failed anywhere. The unfinished directory is removed and the checkpoint before stays
+                the one to load.
         """
         self.wait()
         began = time.perf_counter()
         facts = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
-        state_text = json.dumps(facts, indent=1)
+        facts["protocol"] = store.PROTOCOL
+        if self._place is not None:
+            facts["run"] = self._place.run
         with checkpoint_state.whole_parameters(models):
+            if optimizer is not None:  # what was not trained here is not judged
+                facts[health.FACT] = health.check_parameters(models, optimizer, iteration, lambda: self.standing)
+            state_text = json.dumps(facts, indent=1)
             state = checkpoint_state.sharded_state(models, optimizer, scheduler, is_loading=False)
             state["rng_state"] = checkpoint_state.rng_object(rng_state.capture(self._runtime.device))
             state["content_metadata"] = checkpoint_state.content()
             sharded, common = checkpoint_writer.prepare_save(state)
-            path = agreement.from_rank_zero(lambda: store.prepare_iteration(self._root, iteration))
+            path = store.iteration_dir(self._root, iteration)
+            agreement.from_rank_zero(self._check_place)
             try:
+                agreement.from_rank_zero(lambda: store.prepare_iteration(self._root, iteration))
                 size = checkpoint_writer.check_space(path, sharded)
                 agreement.from_rank_zero(lambda: self._write_sidecars(path, state_text))
                 write = checkpoint_writer.ShardWrite(path, sharded, common)
@@ -172,6 +188,11 @@ class CheckpointSaver:
             self._under_way.thread.join()
 
     @property
+    def standing(self) -> str:
+        """What is known about the last checkpoint, for a message that ends the run; the same on all ranks."""
+        return health.standing(self._last)
+
+    @property
     def _is_writing(self) -> bool:
         thread = self._under_way.thread if self._under_way is not None else None
         return thread is not None and thread.is_alive()
@@ -182,6 +203,7 @@ class CheckpointSaver:
         started = time.perf_counter()
 
         def commit(known: Mapping[str, FileSum]) -> None:
+            self._check_place()  # in the background steps have passed
             text = store.metadata_text(checkpoint_format.FORMAT)
             checksums.write_manifest(save.path, known, {store.METADATA: text})
             store.commit_iteration(self._root, save.iteration, checkpoint_format.FORMAT)
@@ -190,6 +212,7 @@ class CheckpointSaver:
             save.write.finish(commit)
         except (UserError, OSError) as error:
             raise self._failure(save.iteration, save.path, error) from error
+        self._last = save.path
         now = time.perf_counter()
         message = f"saved checkpoint {save.path} ({save.size / 2**20:.1f} MiB of tensors) in {now - save.began:.2f} s"
         if save.thread is not None:
@@ -203,10 +226,18 @@ class CheckpointSaver:
 
     def _write_sidecars(self, path: Path, state_text: str) -> None:
         dump_yaml(self._run_config, path / RUN_CONFIG)
-        (path / TRAINING_STATE).write_text(state_text, encoding="utf-8")
+        (path / store.TRAINING_STATE).write_text(state_text, encoding="utf-8")
         if self._tokenizer is not None:
             (path / TOKENIZER).mkdir()
             self._tokenizer.save(path / TOKENIZER)
+
+    def _check_place(self) -> None:
+        if self._place is not None:
+            try:
+                self._place.check()
+            except (UserError, OSError) as error:
+                self._lost = True
+                raise UserError(f"{error}; {self.standing}") from error
 
     def _prune(self, iteration: int) -> list[Path]:
         assert self._keep_last is not None
@@ -219,10 +250,17 @@ class CheckpointSaver:
     def _failure(self, iteration: int, path: Path, error: Exception) -> CheckpointError:
         """Give the space back; the error that all ranks raise."""
 
-        def abandon() -> Path | None:
-            store.abandon_iteration(self._root, iteration)
-            return store.latest_complete(self._root, warn=lambda _: None)
+        def abandon() -> Path | str | None:
+            if self._lost:  # what lies there may be the other run's, and the error says what this one has
+                return ""
+            with suppress(OSError, UserError):  # a directory that cannot be written: say what went wrong first
+                store.abandon_iteration(self._root, iteration)
+            with suppress(UserError):
+                newest = store.Survey(self._root).newest
+                if newest is not None:
+                    return store.complete_dir(self._root, newest)
+            return self._last
 
         last = agreement.from_rank_zero(abandon)
-        rest = f"the last complete checkpoint is {last}" if last else "there is no complete checkpoint yet"
-        return CheckpointError(f"saving {path} failed: {error}; {rest}")
+        rest = f"; the last complete checkpoint is {last}" if last else "; there is no complete checkpoint yet"
+        return CheckpointError(f"saving {path} failed: {error}{'' if last == '' else rest}")

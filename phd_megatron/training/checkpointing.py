@@ -26,8 +26,9 @@ from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.dcp_reader import CheckpointReader
+from phd_megatron.runtime.durable import read_small
 from phd_megatron.training import adam_state, agreement, checkpoint_format, extra_state, optimizer_kind, rng_state
-from phd_megatron.training.checkpoint_format import RUN_CONFIG, TRAINING_STATE
+from phd_megatron.training.checkpoint_format import RUN_CONFIG
 from phd_megatron.training.checkpoint_saver import RuntimeLike
 from phd_megatron.training.checkpoint_state import chunks, content, rng_object, sharded_state
 from phd_megatron.training.run_lock import RunLock
@@ -128,7 +129,10 @@ def load_checkpoint(
     def read_small_files() -> tuple[dict[str, Any], dict[str, Any]]:
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
         reader.read_metadata()
-        return _read_json(path / TRAINING_STATE, default={}), checkpoint_format.read_common(path)
+        common = checkpoint_format.read_common(path)
+        if run_config is not None and run_config.checkpoint.finetune:
+            return {}, common
+        return _training_state(path), common
 
     training_state, common = agreement.everywhere(read_small_files)
     if run_config is not None and (path / RUN_CONFIG).is_file():
@@ -158,11 +162,13 @@ def load_checkpoint(
 
     loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
 
-    def check_extra_states() -> None:
+    def check_objects() -> None:
         for key, _ in chunks(models):
             extra_state.check(loaded[key], path)
+        if "rng_state" in state:
+            rng_state.check(loaded["rng_state"], path)
 
-    agreement.everywhere(check_extra_states)
+    agreement.everywhere(check_objects)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if wants_optimizer:
@@ -196,17 +202,31 @@ def _verify(path: Path, runtime: RuntimeLike) -> None:
     runtime.log(f"verified the checksums of {path}: {len(manifest)} files, {size / 2**20:.1f} MiB in {seconds:.2f} s")
 
 
-def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except FileNotFoundError as error:
-        if default is not None:
-            return default
         raise CheckpointError(f"{path} is missing: this is not a complete checkpoint; load another one") from error
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): load another checkpoint") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): load another checkpoint") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged (it holds no mapping): load another checkpoint")
+    return content
+
+
+def _training_state(path: Path) -> dict[str, Any]:
+    """The place in the run that a checkpoint was saved at."""
+    file = path / store.TRAINING_STATE
+    content = _read_json(file)
+    for name in ("iteration", "consumed_samples", "skipped_iterations"):
+        value = content.get(name, 0 if name == "skipped_iterations" else None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(
+                f"{file} is damaged: {name} is {repr(value)[:80]}, not a number of steps or samples; load another "
+                "checkpoint, or take the parameters alone with --finetune"
+            )
     return content
 
 

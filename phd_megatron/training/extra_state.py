@@ -70,7 +70,9 @@ def check(state: Mapping[str, Any], path: Any) -> None:
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"it is a {type(value).__name__}, as Transformer Engine before 2.0 wrote")
             if value.numel():  # a layer that never computed in FP8 has none
-                _Unpickler(io.BytesIO(value.detach().cpu().numpy().tobytes())).load()
+                content = _Unpickler(io.BytesIO(value.detach().cpu().numpy().tobytes())).load()
+                if content is not None and not isinstance(content, dict):
+                    raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
         except Exception as error:
             raise CheckpointError(
                 f"{path} holds a state of Transformer Engine that is not read: {key}: {error}; load the parameters "

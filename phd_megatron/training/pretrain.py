@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core.distributed import DistributedDataParallel
@@ -42,6 +42,7 @@ from phd_megatron.training.optimizer import (
 )
 from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.router_metrics import collect_router_metrics
+from phd_megatron.training.run_directory import RunDirectory
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
@@ -78,9 +79,17 @@ class Trainer:
         runtime: device and process groups, already initialised.
         tokenizer: the data's tokenizer.
         resume_from: complete checkpoint to load, or ``None`` to start fresh.
+        place: the directory of ``--save``, claimed for this run.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, resume_from: Path | None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        resume_from: Path | None,
+        place: RunDirectory | None = None,
+    ) -> None:
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
@@ -114,7 +123,7 @@ class Trainer:
             run.model.phd_repeat,
             StepGraph.of_run(run, self.models, runtime.device, runtime.log),
         )
-        self.saver = self._open_saver()
+        self.saver = self._open_saver(place, resume_from)
         self._open_data()
         self.profiler: StepProfiler | None = None
         if run.logging.profile:
@@ -241,14 +250,19 @@ class Trainer:
             progress.skipped_iterations += 1
             interval.skipped += 1
         if not math.isfinite(result.grad_norm) and not self.run.training.fp16:
-            if self.saver is not None:
-                self.saver.wait()  # every rank comes here: the norm is that of the whole model
-            raise UserError(
-                f"{DIVERGED}: the gradient norm of iteration {iteration} is {result.grad_norm} (samples "
-                f"{progress.consumed_samples - samples} to {progress.consumed_samples - 1}); the parameters are not "
-                "finite any more. The last saved checkpoint is good: lower lr, lengthen the warm-up, or skip the batch"
-            )
+            self._diverged(f"the gradient norm of iteration {iteration} is {result.grad_norm}", samples)
         return result.grad_norm
+
+    def _diverged(self, what: str, samples: int) -> NoReturn:
+        """End the run; every rank comes here with the same numbers."""
+        if self.saver is not None:
+            self.saver.wait()
+        end = self.progress.consumed_samples
+        known = self.saver.standing if self.saver is not None else "nothing was saved, since there is no --save"
+        raise UserError(
+            f"{DIVERGED}: {what} (samples {end - samples} to {end - 1}), so nothing more is saved; {known}. Lower lr, "
+            "lengthen the warm-up, or skip the batch"
+        )
 
     # ---------------------------------------------------------------- evaluation and reports
 
@@ -268,6 +282,12 @@ class Trainer:
         self.runtime.synchronize()
         seconds = time.perf_counter() - interval.started
         losses = [total / tokens for total, tokens in (loss.tolist() for loss in interval.losses)]
+        if not all(map(math.isfinite, losses)) and not run.training.fp16:
+            self._diverged(
+                f"a loss of iterations {progress.iteration - interval.steps + 1} to {progress.iteration} is "
+                f"{next(loss for loss in losses if not math.isfinite(loss))}",
+                interval.samples,
+            )
         tokens_per_second = interval.samples * run.model.seq_length / seconds
         flops = forward_flops(self.flops_model, self.padded_vocab_size).training  # of one sample
         tflops = flops * interval.samples / seconds / self.runtime.world_size / 1e12
@@ -305,7 +325,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- saving
 
-    def _open_saver(self) -> CheckpointSaver | None:
+    def _open_saver(self, place: RunDirectory | None, loaded: Path | None) -> CheckpointSaver | None:
         options = self.run.checkpoint
         if options.save is None:
             return None
@@ -315,6 +335,8 @@ class Trainer:
             tokenizer=self.tokenizer,
             runtime=self.runtime,
             keep_last=options.keep_last,
+            place=place,
+            loaded=loaded,
         )
 
     def save(self, background: bool = False) -> None:

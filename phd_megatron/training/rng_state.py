@@ -9,6 +9,8 @@ import numpy
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from phd_megatron.runtime.checkpoint_store import CheckpointError
+
 
 def capture(device: torch.device) -> dict[str, Any]:
     """State of Python's, numpy's and torch's generators and of Megatron's tracker; of CUDA's when on CUDA."""
@@ -31,19 +33,47 @@ def capture(device: torch.device) -> dict[str, Any]:
     return state
 
 
+def check(state: Any, path: Any) -> None:
+    """Refuse what :func:`restore` could not put back, before anything is loaded.
+
+    Args:
+        path: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    try:
+        if not isinstance(state, dict):
+            raise TypeError(f"it is a {type(state).__name__}, not a mapping")
+        random.Random().setstate(_of_python(state["python"]))
+        numpy.random.RandomState().set_state(_of_numpy(state["numpy"]))
+        torch.Generator().set_state(state["torch"])
+        for name, saved in state["tracker"].items():
+            if not isinstance(name, str) or not isinstance(saved, torch.Tensor) or saved.dtype != torch.uint8:
+                raise TypeError(f"the tracker's {name!r} is no state of a generator")
+        cuda = state.get("cuda")
+        if cuda is not None and (not isinstance(cuda, torch.Tensor) or cuda.dtype != torch.uint8):
+            raise TypeError("cuda is no state of a generator")
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} holds a random-number state that cannot be put back ({type(error).__name__}: {error}); load "
+            "another checkpoint, or this one without it with --no-load-rng"
+        ) from error
+
+
+def _of_python(saved: Any) -> tuple[Any, ...]:
+    return saved["version"], tuple(saved["words"].tolist()), saved["gauss"]
+
+
+def _of_numpy(saved: Any) -> tuple[Any, ...]:
+    words = saved["keys"].numpy().astype("uint32")
+    return saved["name"], words, saved["position"], saved["has_gauss"], saved["cached"]
+
+
 def restore(state: dict[str, Any], device: torch.device) -> None:
     """Put back what :func:`capture` returned."""
-    python, of_numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    numpy.random.set_state(
-        (
-            of_numpy["name"],
-            of_numpy["keys"].numpy().astype("uint32"),
-            of_numpy["position"],
-            of_numpy["has_gauss"],
-            of_numpy["cached"],
-        )
-    )
+    random.setstate(_of_python(state["python"]))
+    numpy.random.set_state(_of_numpy(state["numpy"]))
     torch.set_rng_state(state["torch"])
     tracker = get_cuda_rng_tracker()
     current = tracker.get_states()

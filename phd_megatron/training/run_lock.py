@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,43 @@ class RunLock:
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
         return self
 
+    def check(self, log: Callable[[str], Any] = print) -> None:
+        """Make sure that the lock still keeps others out, before something is written.
+
+        Whoever deletes ``.lock``, or the whole directory, leaves this process with a lock on a file that nobody else
+        can find. Then the lock is taken again, on the file that is there now.
+
+        Raises:
+            UserError: another run has taken it meanwhile, or it cannot be made again.
+        """
+        if self._lease is not None:
+            self._lease.check()
+            return
+        if self._descriptor is None:
+            return
+        path = self.save_dir / LOCK_NAME
+        try:
+            stat = os.stat(path)
+        except OSError:
+            pass
+        else:
+            if (stat.st_dev, stat.st_ino) == self._inode:
+                return
+        os.close(self._descriptor)  # the lock on it is worth nothing any more
+        _held_here.discard(self._inode or (0, 0))
+        self._descriptor = self._inode = None
+        gone = not self.save_dir.is_dir()
+        try:
+            self.save_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.save_dir} was removed while this run saved into it, and cannot be made again "
+                f"({error.strerror}); give the next start another --save directory"
+            ) from error
+        self.acquire()
+        what = f"{self.save_dir} was removed" if gone else f"{path} was removed or replaced"
+        log(f"warning: {what} while this run holds it; no other run has taken it, so it is made and locked again")
+
     def release(self) -> None:
         """Give the lock back; harmless when it is not held."""
         if self._lease is not None:
@@ -137,6 +175,21 @@ class _Lease:
             if winner is None or winner.get("token") != self._token:
                 raise UserError(_refusal(self._path.parent, winner))
         threading.Thread(target=self._keep_beating, name="run-lock heartbeat", daemon=True).start()
+
+    def check(self) -> None:
+        """Make the lease again if it was removed.
+
+        Raises:
+            UserError: another run has it.
+        """
+        holder = self._read()
+        if holder is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._create():
+                return
+            holder = self._read()
+        if holder is None or holder.get("token") != self._token:
+            raise UserError(_refusal(self._path.parent, holder))
 
     def release(self) -> None:
         """Stop beating and delete the lease, when it is still ours."""

@@ -1,0 +1,257 @@
+"""Which checkpoint of a directory is the one to load. Standard library only.
+
+The newest complete one of the run whose directory it is (`run_file.py`): a run that is killed between a commit and the
+tracker's move has a newer one than the tracker says. The tracker decides where the run is not known, as in directories
+of earlier releases and of Megatron-LM.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from phd_megatron.runtime.checkpoint_status import (
+    ASIDE,
+    METADATA,
+    SAME_IN_ALL,
+    CheckpointError,
+    is_complete,
+    iteration_dir,
+    iteration_of,
+    looks_like_one,
+    run_of,
+    status,
+)
+from phd_megatron.runtime.durable import read_small
+from phd_megatron.runtime.run_file import read_run
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # what Megatron-LM's tracker says of converted weights
+
+Warn = Callable[[str], None]
+
+
+def read_tracker(root: str | os.PathLike[str]) -> str | None:
+    """Stripped text of the tracker file, or None when there is none. Bytes that are no text are shown as such.
+
+    Raises:
+        CheckpointError: what stands there is no file that can be read.
+    """
+    path = Path(root) / TRACKER
+    try:
+        return read_small(path).strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        return f"? ({error})"
+    except OSError as error:
+        kind = "is a directory" if path.is_dir() else f"cannot be read ({error.strerror})"
+        raise CheckpointError(
+            f"{path} {kind}: it should be a file that holds the number of an iteration; move it away, or load one "
+            "iter_... directory by name"
+        ) from error
+
+
+def complete_iterations(root: str | os.PathLike[str]) -> list[int]:
+    """Iterations with a complete checkpoint under ``root``, ascending; empty when there is no such directory."""
+    return sorted({iteration for iteration, path in _candidates(Path(root)) if is_complete(path)})
+
+
+def complete_dir(root: str | os.PathLike[str], iteration: int) -> Path | None:
+    """The complete checkpoint of one iteration, else None.
+
+    While an iteration is saved anew its old checkpoint lies set aside; after a kill at that moment it is the answer.
+    """
+    path = iteration_dir(root, iteration)
+    for candidate in (path, aside(path)):
+        if is_complete(candidate):
+            return candidate
+    return None
+
+
+def aside(path: Path) -> Path:
+    """Where a complete checkpoint lies while its iteration is saved anew."""
+    return path.with_name(path.name + ASIDE)
+
+
+class Survey:
+    """The checkpoints of one directory, each looked at once.
+
+    Attributes:
+        complete: iterations that have one, ascending.
+        damaged: iteration -> what is wrong, of those that had one. They are never deleted.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self.tracked = read_tracker(root)
+        #: what the tracker says, where it is an iteration
+        self.iteration = (
+            int(self.tracked) if self.tracked and self.tracked.isdecimal() and len(self.tracked) < 19 else None
+        )
+        self.run = read_run(root)
+        self.complete: list[int] = []
+        self.damaged: dict[int, str] = {}
+        for iteration in sorted({iteration for iteration, _ in _candidates(self.root)}):
+            if complete_dir(root, iteration) is not None:
+                self.complete.append(iteration)
+                continue
+            for path in (iteration_dir(root, iteration), aside(iteration_dir(root, iteration))):
+                found = status(path, tracked=iteration == self.iteration)
+                if found.kind == "damaged":
+                    self.damaged[iteration] = found.reason
+                    break
+
+    def is_of_the_run(self, iteration: int) -> bool:
+        """Whether a checkpoint is of the run that goes on here, and not of one that it left behind."""
+        if iteration == self.iteration:
+            return True
+        if self.run is None:
+            return self.iteration is None and self.tracked != RELEASE
+        return iteration <= self.run.began or self._run_of(iteration) == self.run.run
+
+    @cached_property
+    def newest(self) -> int | None:
+        """The newest complete iteration of the run; None when there is none."""
+        mine = [iteration for iteration in self.complete if self.is_of_the_run(iteration)]
+        return mine[-1] if mine else None
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is anything here that a run of another directory must not save over."""
+        return bool(self.complete or self.damaged) or is_complete(self.root / RELEASE)
+
+    def older_than(self, iteration: int) -> int | None:
+        """The newest complete one before an iteration."""
+        before = [other for other in self.complete if other < iteration]
+        return before[-1] if before else None
+
+    def refuse_damage(self) -> None:
+        """Refuse to go on from something else than the newest checkpoint of the run because that is damaged.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        newest = self.newest
+        for iteration in sorted(self.damaged, reverse=True):
+            if (newest is None or iteration > newest) and self.is_of_the_run(iteration):
+                raise CheckpointError(
+                    f"{self.damaged[iteration]}: {iteration_dir(self.root, iteration)} was complete once and its "
+                    f"tensors may be intact, so nothing older is taken instead; {self._cure(iteration)}"
+                )
+
+    def choose(self, warn: Warn) -> Path | None:
+        """The checkpoint to load; None when there is none.
+
+        Raises:
+            CheckpointError: the newest one of the run is damaged, or the tracker names one and there is none at all.
+        """
+        self.refuse_damage()
+        tracker, newest = self.root / TRACKER, self.newest
+        named: Path | None = None
+        if self.iteration is not None:
+            named = complete_dir(self.root, self.iteration)
+        elif self.tracked == RELEASE and is_complete(self.root / RELEASE):
+            named = self.root / RELEASE
+        if named is not None and newest in (None, self.iteration):
+            return named
+        if named is not None:
+            warn(
+                f"note: {tracker} says {self.tracked!r}, but iteration {newest} of the same run is complete and newer; "
+                f"taking iteration {newest} (an older one is taken when it is loaded by name, such as {named})"
+            )
+        else:
+            newest = self._fall_back(warn)
+        return complete_dir(self.root, newest) if newest is not None else None
+
+    def _fall_back(self, warn: Warn) -> int | None:
+        newest = self.newest
+        if newest is None and self.complete:
+            newest = self.complete[-1]
+        tracker = self.root / TRACKER
+        rest = f"; taking the newest complete checkpoint, iteration {newest}" if newest is not None else ""
+        if self.tracked is None:
+            if newest is not None:
+                warn(f"warning: {self.root} has no {TRACKER}{rest}")
+            return newest
+        if self.iteration is not None:
+            problem = f"{iteration_dir(self.root, self.iteration).name} is missing or its save was not finished"
+        else:
+            problem = (
+                f"{self.root / RELEASE} is not complete" if self.tracked == RELEASE else "that is not an iteration"
+            )
+        if newest is None and (self.iteration is not None or self.tracked == RELEASE):
+            raise CheckpointError(
+                f"{tracker} says {self.tracked!r}, but {problem}, and there is no other complete checkpoint: put it "
+                f"back, or delete {tracker} to start from scratch"
+            )
+        warn(f"warning: {tracker} says {self.tracked[:80]!r}, but {problem}{rest}")
+        return newest
+
+    def _run_of(self, iteration: int) -> str | None:
+        path = iteration_dir(self.root, iteration)
+        return run_of(path if path.is_dir() else aside(path))
+
+    def _cure(self, iteration: int) -> str:
+        older = self.older_than(iteration)
+        other = f", load {iteration_dir(self.root, older)} by name" if older is not None else ""
+        return f"put the file back ({SAME_IN_ALL}){other}, or move the directory away to do without it"
+
+
+def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Path | None:
+    """The checkpoint to load from ``load_dir``: a root directory, or one iteration's directory.
+
+    Of a root directory the newest complete one of its run; ``warn`` says so where the tracker says something else.
+
+    Returns:
+        The checkpoint's directory, or None when ``load_dir`` is missing or holds no complete checkpoint.
+
+    Raises:
+        CheckpointError: ``load_dir`` is itself a checkpoint's directory and not complete, the newest checkpoint in it
+            is damaged, or it is a file.
+    """
+    root = Path(load_dir)
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(
+            f"{root} is a file; give the directory that was saved into, or one iter_... directory of it"
+        )
+    if is_complete(root):
+        return root
+    if iteration_of(root) is not None and is_complete(aside(root)):
+        return aside(root)
+    if root.is_dir() and (iteration_of(root) is not None or looks_like_one(root)):
+        raise CheckpointError(_incomplete_message(root))
+    return Survey(root).choose(warn)
+
+
+def _candidates(root: Path) -> Iterator[tuple[int, Path]]:
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise CheckpointError(
+            f"{root} cannot be read ({error.strerror}): correct its permissions, or give another directory"
+        ) from error
+    for name in names:
+        iteration = iteration_of(name)
+        if iteration is not None:
+            yield iteration, root / name
+
+
+def _incomplete_message(path: Path) -> str:
+    found = status(path)
+    others = [other for other in complete_iterations(path.parent) if other != iteration_of(path)]
+    cure = (
+        f"load {iteration_dir(path.parent, others[-1])}, the newest complete one"
+        if others
+        else "there is no complete checkpoint beside it"
+    )
+    if found.kind == "damaged":
+        why = f"{found.reason}: something changed it, or its save was interrupted"
+        cure = f"put the file back ({SAME_IN_ALL}), or {cure}" if others else f"{cure}; put the file back"
+    else:
+        why = f"no valid {METADATA}: its save was interrupted"
+    return f"{path} is not a complete checkpoint ({why}); {cure}"

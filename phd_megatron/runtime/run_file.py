@@ -1,0 +1,57 @@
+"""``SAVE/run.json``: whose directory this is. Standard library only.
+
+::
+
+    {"run": "32 hex digits", "began": 100, "start": "32 hex digits"}
+
+Every checkpoint carries the ``run`` that saved it. A run that goes back to an older checkpoint of its own directory
+gets a new id and ``began``: the checkpoints after that iteration that carry another id are the ones it left. ``start``
+is of one start of the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from phd_megatron.runtime.durable import read_small, write_atomically
+
+RUN_FILE = "run.json"
+
+
+def new_id() -> str:
+    """An id that no other run has."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """Content of ``run.json``."""
+
+    run: str
+    began: int = 0
+    start: str = field(default_factory=new_id)
+
+
+def read_run(root: str | os.PathLike[str]) -> RunFile | None:
+    """The run that saves into ``root``; None when it is not known (nothing saved there, or an earlier release did)."""
+    try:
+        content = json.loads(read_small(Path(root) / RUN_FILE))
+        run, began, start = content["run"], content["began"], content["start"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    if isinstance(run, str) and isinstance(began, int) and isinstance(start, str):
+        return RunFile(run, began, start)
+    return None
+
+
+def write_run(root: str | os.PathLike[str], content: RunFile) -> None:
+    """Make ``root`` the directory of a run.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_atomically(Path(root) / RUN_FILE, json.dumps(asdict(content)) + "\n")
