@@ -296,7 +296,7 @@ class Runtime:
             context_parallel_size=dims.cp,
             expert_model_parallel_size=dims.ep,
             expert_tensor_parallel_size=dims.etp,
-            distributed_timeout_minutes=_minutes(parallel.distributed_timeout_minutes),
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
         stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
         random.seed(stage_seed)
@@ -322,10 +322,6 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1024 * mebibyte)
 
 
-def _minutes(minutes: float) -> int:
-    return max(1, round(minutes))
-
-
 def _connect(
     environment: Environment, backend: str, device: Any, timeout_minutes: float, config: Mapping[str, Any] | None
 ) -> None:
@@ -347,11 +343,13 @@ def _connect(
                 "and that the address and port are theirs"
             ) from error
         versions = _versions(torch)
-        # A process may start several runtimes one after the other (parity does): each gets its own keys.
-        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
         compare_seconds = min(timeout.total_seconds(), 300.0)
+        from phd_megatron.runtime.meeting import meet
         from phd_megatron.runtime.preflight import compare_ranks
 
+        # A process may start several runtimes one after the other (parity does): each gets its own keys.
+        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
+        store = dist.PrefixStore(meet(store, rank, world_size, compare_seconds), store)
         compare_ranks(store, rank, world_size, config, versions, compare_seconds)
     else:
         # A store inside this process: no port, so any number of such runs can share a host.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,8 @@ from pathlib import Path
 from threading import Lock
 
 from chain import Chain, Outcome
-from launch import PATIENCE, Launch, Numbers, environment, read_numbers
+from directory import MOUNTED
+from launch import PATIENCE, STARTED, Launch, Numbers, environment, read_numbers
 from layouts import LAYOUTS, STEPS, Layout
 from plan import plan
 
@@ -94,8 +97,19 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(" | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def end_early(number: int, _: object) -> None:
+    """Leave no process and no mounted disk behind."""
+    for launch in [*STARTED]:
+        launch.kill_all()
+    for disk in [*MOUNTED]:
+        disk.close()
+    os._exit(128 + number)
+
+
 def main() -> int:
     """Plan, run, report."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end_early)
     options = parse()
     began = time.monotonic()
     work = (options.work or Path(tempfile.mkdtemp(prefix="phd-faults-"))).resolve()

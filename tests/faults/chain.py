@@ -174,19 +174,35 @@ class Chain:
             away = self._save.with_name(f"{self._save.name}.away")
             self._save.rename(away)
 
-            def back() -> None:
-                if self._save.exists():
-                    outcome.problems.append("it went on saving into a new directory of that name")
-                    shutil.rmtree(self._save)
-                away.rename(self._save)
-
-            undo.append(back)
+            undo.append(lambda: self._bring_back(away, outcome))
+            self._wait_for_another(run)
             return PEERS
         elif fault.kind == "unfinished checkpoint removed":
             done = {directory.checkpoint(self._save, iteration) for iteration in directory.complete(self._save)}
             for path in set(self._save.glob("iter_*")) - done:
                 shutil.rmtree(path)
         return PATIENCE
+
+    def _wait_for_another(self, run: Launch) -> None:
+        """Until the run has ended, or has saved into a directory that it has made again; then it is killed."""
+        run.wait_until(lambda: run.agent.poll() is not None or self._newest() > 0, "an end or a save elsewhere")
+        if run.agent.poll() is None:
+            run.kill_all()
+
+    def _bring_back(self, away: Path, outcome: Outcome) -> None:
+        """After the directory was moved away: what was in it is whole, and the next start goes on from the newest."""
+        for iteration in directory.complete(away):
+            if wrong := directory.damage_in(directory.checkpoint(away, iteration)):
+                outcome.problems.append(
+                    f"LOST: the files {wrong} of checkpoint {iteration}, in the directory moved away"
+                )
+        if self._newest() > max(directory.complete(away), default=-1):
+            outcome.detail = "made again, and went on"
+            shutil.rmtree(away)
+            return
+        if self._save.exists():
+            shutil.rmtree(self._save)
+        away.rename(self._save)
 
     def _damage(self, fault: Fault, outcome: Outcome) -> None:
         if not self._newest():
@@ -202,8 +218,10 @@ class Chain:
             outcome.problems.append(f"it went on from iteration {run.start}, with exit code {run.agent.returncode}")
         elif Path(outcome.detail.partition(":")[0]).name not in run.output:
             outcome.problems.append("the refusal does not name the file")
-        if directory.contents(self._save) != before:
-            outcome.problems.append("the refused start changed the directory")
+        after = directory.contents(self._save)
+        if after != before:
+            changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+            outcome.problems.append(f"the refused start changed the directory: {changed}")
             newest = 0  # whatever is there now is the truth of the next start
         undo()
         outcome.newest_after = self._newest()
@@ -253,6 +271,10 @@ class Chain:
     def _check_end(self, fault: Fault, run: Launch, outcome: Outcome) -> None:
         code, output, problems = run.agent.returncode, run.output, outcome.problems
         if fault.is_kill or outcome.skipped:
+            return
+        if outcome.detail.startswith("made again"):
+            if not re.search(r"warning: .*was removed while this run", output):
+                problems.append("no warning that the directory was removed")
             return
         if fault.kind == "SIGTERM":
             stopped = re.search(r"stopped at iteration (\d+): received SIGTERM", output)

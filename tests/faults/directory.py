@@ -48,8 +48,9 @@ def damage_in(path: Path) -> list[str]:
 
 
 def contents(save: Path) -> dict[str, int]:
-    """Name -> checksum of every file of the checkpoints and of the tracker."""
-    names = [path for path in save.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    """Name -> checksum of every file of the checkpoints and beside them."""
+    names = [path for place in (".", "iter_*/**") for path in save.glob(f"{place}/*") if path.is_file()]
+    names = [path for path in names if not path.name.startswith(".lock")]
     return {str(path.relative_to(save)): zlib.crc32(path.read_bytes()) for path in names}
 
 
@@ -78,6 +79,10 @@ def damage(path: Path, choice: float) -> tuple[str, Callable[[], None]]:
     return f"{victim.relative_to(path)}: {kind}", undo
 
 
+#: disks to be unmounted, for whoever ends the harness early
+MOUNTED: set[Disk] = set()
+
+
 class Disk:
     """A small file system of its own, where one can be mounted; else just a directory."""
 
@@ -86,6 +91,7 @@ class Disk:
         self.path = path
         self.mounted = os.geteuid() == 0 and _succeeds("mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", path)
         self._ballast = path / "ballast"
+        MOUNTED.add(self)
 
     def fill(self, processes: list[int], leave: int) -> None:
         """No more space than ``leave`` bytes. Without a file system of its own: no large files of these processes."""
@@ -103,6 +109,7 @@ class Disk:
 
     def close(self) -> None:
         """Unmount it."""
+        MOUNTED.discard(self)
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.path)], check=False)
 

@@ -19,6 +19,10 @@ PATIENCE = 240.0  # seconds for anything to happen on a busy machine
 Numbers = dict[int, tuple[float, float]]
 
 
+#: starts whose processes may be there, for whoever ends the harness early
+STARTED: set[Launch] = set()
+
+
 class Unexpected(Exception):
     """The run did not do what the fault needs or what is promised."""
 
@@ -66,6 +70,7 @@ class Launch:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        STARTED.add(self)
         self.began = time.monotonic()
         self._ranks: dict[int, int] = {}  # rank -> process
         self._wanted = ranks
@@ -144,6 +149,7 @@ class Launch:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.agent.poll() is not None and not self.living():
+                STARTED.discard(self)
                 return []
             _ = self.ranks
             time.sleep(0.01)
