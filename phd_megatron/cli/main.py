@@ -14,6 +14,7 @@ import sys
 from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.launcher import die_with_launcher
 
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 2 for a refusal that the message explains, 130 after Ctrl-C, 141 when the reader of the output
         is gone (``| head``). Anything unexpected is raised, with its traceback.
     """
+    die_with_launcher()  # again, for whoever starts the console script under torchrun
     try:
         return _guarded(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:

@@ -15,7 +15,8 @@ from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
-from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.context import Runtime, choose_device, install_backend
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.implementations import table
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.requirements import require
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Everything that can be refused is refused before a process group, a model or a file exists."""
     environment = Environment.read()
-    from phd_megatron.training.signals import die_with_launcher
-
-    die_with_launcher()
     device = choose_device(asked_device(argv), environment.local_rank)[0]
     install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)

@@ -8,56 +8,19 @@ import os
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.fp8 import forget_fp8_scales
+from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.terminal import say
 from phd_megatron.runtime.userbuffers import stop_userbuffers
 
 _STARTS = itertools.count()
-_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """This process's place, from torchrun's variables, or a world of one without them."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    launched: bool = False  #: by torchrun, or by anything else that sets its variables
-
-    @classmethod
-    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
-        """Read the variables that torchrun sets.
-
-        Raises:
-            UserError: when some are set and others are missing, or one is not a number.
-        """
-        variables = os.environ if variables is None else variables
-        if "RANK" not in variables and "WORLD_SIZE" not in variables:
-            return cls()
-        missing = [name for name in _TORCHRUN if not variables.get(name)]
-        if missing:
-            given = ", ".join(f"{name}={variables[name]}" for name in _TORCHRUN if variables.get(name))
-            raise UserError(
-                f"{given} is set but {', '.join(missing)} is not: the ranks cannot find one another; start with "
-                "torchrun, or set all four, or unset them for a run of one process"
-            )
-        try:
-            rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-            local_rank = int(variables.get("LOCAL_RANK", rank))
-            local_world_size = int(variables.get("LOCAL_WORLD_SIZE", world_size))
-        except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}") from error
-        if not 0 <= rank < world_size:
-            raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0")
-        return cls(rank, world_size, local_rank, local_world_size, launched=True)
 
 
 def install_backend(device: str) -> None:
@@ -167,6 +130,7 @@ class Runtime:
             UserError: for a layout that does not fit, a missing device, missing ranks, or ranks that differ.
         """
         environment = Environment.read()
+        environment.export()
         dims = ParallelDims.from_config(parallel, environment.world_size)
         if model is not None and training is not None:
             dims.validate(model, training)
@@ -229,7 +193,7 @@ class Runtime:
     def log(self, message: str) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(message, flush=True)
+            say(message)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -333,6 +297,11 @@ def _connect(
         raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
     timeout = timedelta(minutes=timeout_minutes)
     if environment.launched:
+        if launcher_is_gone(os.environ):
+            raise UserError(
+                f"nobody serves {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} any more: the torchrun that "
+                "rank 0 belongs to has ended; start the run again"
+            )
         try:
             store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         except Exception as error:  # DistStoreError, DistNetworkError, RuntimeError by torch version

@@ -50,7 +50,8 @@ def damage_in(path: Path) -> list[str]:
 def contents(save: Path) -> dict[str, int]:
     """Name -> checksum of every file of the checkpoints and beside them."""
     names = [path for place in (".", "iter_*/**") for path in save.glob(f"{place}/*") if path.is_file()]
-    names = [path for path in names if not path.name.startswith(".lock")]
+    # Which start saves there is written when a start claims the directory, before it looks into checkpoints.
+    names = [path for path in names if not path.name.startswith((".lock", "run.json"))]
     return {str(path.relative_to(save)): zlib.crc32(path.read_bytes()) for path in names}
 
 
