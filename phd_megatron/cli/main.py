@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 for success, 2 for a refusal that the message explains, 130 after Ctrl-C, 141 when the reader of the output
-        is gone (``| head``). Anything unexpected is raised, with its traceback.
+        0 for success, 1 for a run that lost one of its ranks, 2 for a refusal that the message explains, 130 after
+        Ctrl-C, 141 when the reader of the output is gone (``| head``). Anything unexpected is raised, with its
+        traceback.
     """
     die_with_launcher()  # again, for whoever starts the console script under torchrun
     try:
@@ -62,7 +63,7 @@ def _guarded(argv: list[str]) -> int:
         end = stop
     except UserError as error:
         say_once(f"error: {error}")
-        end = 2
+        end = error.exit_code
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         end = 128 + signal.SIGINT

@@ -43,6 +43,7 @@ def run(argv: list[str]) -> int:
         training=config.training,
         seed=config.training.seed,
         config=to_dict(config),
+        record_dir=config.checkpoint.save,
     )
     with runtime:
         for note in notes:
@@ -123,8 +124,10 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, record_stop
 
+    agreement.set_timeout(config.parallel.distributed_timeout_minutes)
     checkpoint = config.checkpoint
-    with ExitStack() as stack:
+    runtime.watch.at("claiming the save directory")
+    with ExitStack() as stack, runtime.naming_lost_ranks():
         lock = lock_save_dir(checkpoint.save) if checkpoint.save is not None else None
         if lock is not None:
             stack.callback(lock.release)

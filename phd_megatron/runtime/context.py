@@ -7,20 +7,24 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
-from phd_megatron.errors import UserError
+from phd_megatron.errors import RunLost, UserError
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.terminal import say
 from phd_megatron.runtime.userbuffers import stop_userbuffers
+from phd_megatron.runtime.watch import Watch, died_together
 
 _STARTS = itertools.count()
+_NCCL_SLACK = 15.0  # seconds in which NCCL writes its record and ends by itself
 
 
 def install_backend(device: str) -> None:
@@ -96,13 +100,16 @@ def choose_threads(environment: Environment, variables: Mapping[str, str] | None
 class Runtime:
     """Device and process groups of a run. Made by :meth:`start`; usable as a context manager."""
 
-    def __init__(self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str) -> None:
+    def __init__(
+        self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str, watch: Watch
+    ) -> None:
         self.rank = environment.rank
         self.world_size = environment.world_size
         self.local_rank = environment.local_rank
         self.dims = dims
         self.device = device  #: torch.device
         self.backend = backend  #: "nccl" or "gloo"
+        self.watch = watch  #: told what this rank does, so that others can say where it was
         self._reasons = reasons
         self._open = True
 
@@ -116,6 +123,7 @@ class Runtime:
         seed: int = 1234,
         config: Mapping[str, Any] | None = None,
         verbose: bool = True,
+        record_dir: str | None = None,
     ) -> Runtime:
         """Check the layout, find the other ranks, and build megatron's process groups and random-number states.
 
@@ -125,6 +133,7 @@ class Runtime:
             seed: of dropout; pipeline stages and tensor ranks get different ones, as in Megatron.
             config: the resolved configuration as plain values; all ranks must have the same.
             verbose: print one line about the device and the layout on rank 0.
+            record_dir: directory for NCCL's flight recorder, which need not be there yet; default the temporary one.
 
         Raises:
             UserError: for a layout that does not fit, a missing device, missing ranks, or ranks that differ.
@@ -144,6 +153,7 @@ class Runtime:
             device = torch.device("cuda", environment.local_rank)
             torch.cuda.set_device(device)
             backend = "nccl"
+            record_flights(record_dir)
         else:
             device, backend = torch.device("cpu"), "gloo"
             keep_freed_memory()
@@ -151,10 +161,11 @@ class Runtime:
             if threads is not None:
                 torch.set_num_threads(threads)
             thread_reason = f"; {torch.get_num_threads()} threads a rank ({reason})"
-        _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
-        runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}")
+        watch = _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
+        runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}", watch)
         atexit.register(runtime.shutdown)
-        runtime._initialize_megatron(parallel, seed)
+        with runtime.naming_lost_ranks():
+            runtime._initialize_megatron(parallel, seed)
         if verbose:
             runtime.log(runtime.describe())
             for note in dims.notes:
@@ -223,12 +234,27 @@ class Runtime:
 
         return {"peak": torch.cuda.max_memory_allocated(self.device) / 2**30, "host": host}
 
+    @contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Say in one line which rank has died or does not answer, where a collective inside fails because of it.
+
+        Raises:
+            RunLost: in place of the collective's error, with the same words on all ranks.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1 or isinstance(error, UserError) or not died_together(error):
+                raise
+            raise RunLost(self.watch.explain(error)) from error
+
     def shutdown(self) -> None:
         """Take the process groups down. Called at exit too; a second call does nothing."""
         if not self._open:
             return
         self._open = False
         atexit.unregister(self.shutdown)
+        self.watch.stop()
         import torch.distributed as dist
 
         stop_userbuffers()
@@ -288,14 +314,15 @@ def keep_freed_memory() -> None:
 
 def _connect(
     environment: Environment, backend: str, device: Any, timeout_minutes: float, config: Mapping[str, Any] | None
-) -> None:
-    """Find the other ranks, compare notes, and initialise torch.distributed."""
+) -> Watch:
+    """Find the other ranks, compare notes, and initialise torch.distributed. What watches this rank from then on."""
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
     timeout = timedelta(minutes=timeout_minutes)
+    slack = _NCCL_SLACK if backend == "nccl" else 0.0
     if environment.launched:
         if launcher_is_gone(os.environ):
             raise UserError(
@@ -323,14 +350,38 @@ def _connect(
     else:
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
+    # A connection of its own: one that waits for a key would hold the thread up.
+    own = store.clone() if world_size > 1 else None
+    watch = Watch(own, rank, world_size, timeout.total_seconds(), slack)
+    watch.start()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        if world_size == 1 or not died_together(error):
+            raise
+        raise RunLost(watch.explain(error)) from error
+    return watch
+
+
+def record_flights(directory: str | None) -> None:
+    """Have NCCL's flight recorder write what every rank was in when a collective timed out; own settings stay."""
+    prefix = os.path.join(directory or tempfile.gettempdir(), "nccl_trace_rank_")
+    for name, value in {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        # their names in newer releases
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _versions(torch: Any) -> dict[str, str]:

@@ -64,7 +64,8 @@ class ExitController:
     def uninstall(self) -> None:
         """Give the signals back to what handled them before."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if signal.getsignal(number) == self._handle:  # else somebody has decided otherwise meanwhile
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
     def __enter__(self) -> ExitController:
