@@ -17,7 +17,8 @@ from typing import Any, Literal
 STACK_SIGNAL = signal.SIGUSR2
 #: files whose code waits for other ranks
 _WAITING = (
-    "torch/distributed/",
+    "torch/distributed/distributed_c10d.py",
+    "torch/distributed/_functional_collectives.py",
     "megatron/core/distributed/",
     "pipeline_parallel/p2p_communication.py",
     "tensor_parallel/mappings.py",

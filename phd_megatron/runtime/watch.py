@@ -26,7 +26,7 @@ from phd_megatron.runtime import processes
 
 _END, _NOTICE = "watch/end", "watch/notice"
 _CODE = 1
-_ORDERLY = 30.0  # seconds for a rank's own end
+_ORDERLY = 10.0  # seconds for a rank's own end
 _NEAR = 64  # ranks that each rank looks at when a collective has failed
 
 

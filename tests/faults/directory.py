@@ -100,9 +100,14 @@ class Disk:
             for process in processes:
                 resource.prlimit(process, resource.RLIMIT_FSIZE, (FILE_LIMIT, resource.RLIM_INFINITY))
             return
-        free = os.statvfs(self.path)
         with self._ballast.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, max(free.f_bavail * free.f_frsize - leave, 1))
+            while True:
+                free = os.statvfs(self.path)
+                try:
+                    os.posix_fallocate(stream.fileno(), 0, max(free.f_bavail * free.f_frsize - leave, 1))
+                    return
+                except OSError:  # the run has written meanwhile
+                    continue
 
     def empty(self) -> None:
         """Give the space back."""
