@@ -15,6 +15,7 @@ from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.launcher import die_with_launcher
+from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
 
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
@@ -64,6 +65,11 @@ def _guarded(argv: list[str]) -> int:
     except UserError as error:
         say_once(f"error: {error}")
         end = error.exit_code
+    except Exception as error:
+        if not is_lack_of_files(error):
+            raise
+        say_once(f"error: {lack_of_files(error)}")
+        end = 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         end = 128 + signal.SIGINT
@@ -86,6 +92,7 @@ def _run(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
         raise UserError(f"unknown command {name!r}; {hint}")
+    raise_limit()
     code: int = importlib.import_module(_module(name)).run(rest)
     return code
 

@@ -25,7 +25,7 @@ from phd_megatron.runtime.checkpoint_status import (
     status,
 )
 from phd_megatron.runtime.durable import read_small
-from phd_megatron.runtime.run_file import read_run
+from phd_megatron.runtime.run_file import RunFile, read_run
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron-LM's tracker says of converted weights
@@ -80,6 +80,8 @@ class Survey:
     """The checkpoints of one directory, each looked at once.
 
     Attributes:
+        file: content of ``run.json``; None when there is none that can be read.
+        run: whose directory this is, by ``run.json`` or else by the checkpoint that the tracker names; None: not known.
         complete: iterations that have one, ascending.
         damaged: iteration -> what is wrong, of those that had one. They are never deleted.
     """
@@ -91,7 +93,8 @@ class Survey:
         self.iteration = (
             int(self.tracked) if self.tracked and self.tracked.isdecimal() and len(self.tracked) < 19 else None
         )
-        self.run = read_run(root)
+        self.file = read_run(root)
+        self.run = self.file or self._run_of_the_tracked()
         self.complete: list[int] = []
         self.damaged: dict[int, str] = {}
         for iteration in sorted({iteration for iteration, _ in _candidates(self.root)}):
@@ -104,12 +107,16 @@ class Survey:
                     self.damaged[iteration] = found.reason
                     break
 
-    def is_of_the_run(self, iteration: int) -> bool:
-        """Whether a checkpoint is of the run that goes on here, and not of one that it left behind."""
+    def is_of_the_run(self, iteration: int, *, by_tracker: bool = True) -> bool:
+        """Whether a checkpoint is of the run that goes on here, and not of one that it left behind.
+
+        Args:
+            by_tracker: where the run is not known, only the one that the tracker names is.
+        """
         if iteration == self.iteration:
             return True
         if self.run is None:
-            return self.iteration is None and self.tracked != RELEASE
+            return not by_tracker or (self.iteration is None and self.tracked != RELEASE)
         return iteration <= self.run.began or self._run_of(iteration) == self.run.run
 
     @cached_property
@@ -189,6 +196,10 @@ class Survey:
             )
         warn(f"warning: {tracker} says {self.tracked[:80]!r}, but {problem}{rest}")
         return newest
+
+    def _run_of_the_tracked(self) -> RunFile | None:
+        run = self._run_of(self.iteration) if self.iteration is not None else None
+        return RunFile(run, self.iteration or 0) if run is not None else None
 
     def _run_of(self, iteration: int) -> str | None:
         path = iteration_dir(self.root, iteration)

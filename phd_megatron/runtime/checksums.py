@@ -22,10 +22,12 @@ from typing import NamedTuple
 
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime.checkpoint_store import CheckpointError
+from phd_megatron.runtime.durable import read_small
 
 MANIFEST = "checksums.json"
 ALGORITHM = "crc32"
 _BLOCK = 1 << 22  # bytes read at once
+_LONGEST = 1 << 27  # bytes of a manifest: a million files
 _THREADS = 4  # files read at once by one process
 
 
@@ -105,7 +107,7 @@ def read_manifest(directory: Path) -> dict[str, FileSum] | None:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path, _LONGEST))
         algorithm = content["algorithm"]
         files = {str(name): FileSum(int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         own = content["own"]
@@ -118,7 +120,7 @@ def read_manifest(directory: Path) -> dict[str, FileSum] | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_cure(directory)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {_cure(directory)}") from error
     if algorithm != ALGORITHM:
         raise CheckpointError(f"{path} is damaged: its algorithm is {algorithm!r}, not {ALGORITHM}; {_cure(directory)}")
@@ -180,10 +182,11 @@ def _own(files: Mapping[str, FileSum]) -> str:
 
 
 def _cure(directory: Path) -> str:
+    survey = store.Survey(directory.parent)
     others = [
         iteration
-        for iteration in store.complete_iterations(directory.parent)
-        if iteration != store.iteration_of(directory)
+        for iteration in survey.complete
+        if iteration != store.iteration_of(directory) and survey.is_of_the_run(iteration, by_tracker=False)
     ]
     other = store.iteration_dir(directory.parent, others[-1]) if others else "another checkpoint"
     return f"load {other}, or this one as it is with --no-verify-checkpoint"

@@ -11,11 +11,11 @@ import stat
 from pathlib import Path
 
 SMALL = 1 << 20
-"""No file that is read whole here is longer, in bytes."""
+"""No file of a few facts is longer, in bytes."""
 
 
-def read_small(path: str | os.PathLike[str]) -> str:
-    """Text of a small regular file. A pipe or a device is not waited for.
+def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> str:
+    """Text of a regular file of at most ``limit`` bytes. A pipe or a device is not waited for.
 
     Raises:
         OSError: it is not there, cannot be read, or is no regular file.
@@ -26,9 +26,9 @@ def read_small(path: str | os.PathLike[str]) -> str:
         kind = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(kind):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        content = stream.read(SMALL + 1)
-    if len(content) > SMALL:
-        raise ValueError(f"it is longer than {SMALL} bytes")
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"it is longer than {limit} bytes")
     return content.decode("utf-8")
 
 

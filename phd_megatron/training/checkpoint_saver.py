@@ -1,8 +1,9 @@
 """Saving a training state, so that a crash at any moment leaves the last complete checkpoint usable.
 
 Order of a save: the parameters are looked at, then the directory's lock and space; the sidecars (``run_config.yaml``,
-``training_state.json``, ``tokenizer/``), ``common.pt`` and one ``.distcp`` file per rank, ``.metadata``, the lock again,
-``checksums.json``, sync, ``metadata.json`` (the commit), tracker, pruning. Where the files lie is `runtime/checkpoint_store.py`'s business, how they are written `checkpoint_writer.py`'s.
+``training_state.json``, ``tokenizer/``), ``common.pt`` and one ``.distcp`` file per rank, ``.metadata``, the lock once
+more, ``checksums.json``, sync, ``metadata.json`` (the commit), tracker, pruning. Where the files lie is
+`runtime/checkpoint_store.py`'s business, how they are written `checkpoint_writer.py`'s.
 
 In the background a thread of each rank writes ``common.pt`` and the ``.distcp`` files from a copy in host memory. All
 that the ranks do together stays in the main thread, before the writing and, once every rank's thread is done, after it;
@@ -65,6 +66,7 @@ class _Save:
     path: Path
     write: checkpoint_writer.ShardWrite
     size: int
+    largest: float | None  # absolute value of a parameter
     began: float
     thread: threading.Thread | None = None
     in_the_way: float = 0.0  # seconds for which training stood still at the start
@@ -95,7 +97,8 @@ class CheckpointSaver:
     ) -> None:
         self._root = Path(save_dir)
         self._run_config, self._tokenizer, self._runtime = run_config, tokenizer, runtime
-        self._keep_last, self._place, self._last = keep_last, place, loaded
+        self._keep_last, self._place = keep_last, place
+        self._last, self._largest = loaded, health.largest_of(loaded)
         self._under_way: _Save | None = None
         self._lost = False  # on rank 0: another run saves here
 
@@ -134,7 +137,8 @@ class CheckpointSaver:
             facts["run"] = self._place.run
         with checkpoint_state.whole_parameters(models):
             if optimizer is not None:  # what was not trained here is not judged
-                facts[health.FACT] = health.check_parameters(models, optimizer, iteration, lambda: self.standing)
+                largest = health.check_parameters(models, optimizer, iteration, lambda: self.standing)
+                facts[health.FACT] = largest
             state_text = json.dumps(facts, indent=1)
             state = checkpoint_state.sharded_state(models, optimizer, scheduler, is_loading=False)
             state["rng_state"] = checkpoint_state.rng_object(rng_state.capture(self._runtime.device))
@@ -151,7 +155,7 @@ class CheckpointSaver:
                     agreement.everywhere(write.copy_to_host)
             except (UserError, OSError) as error:
                 raise self._failure(iteration, path, error) from error
-            self._under_way = save = _Save(iteration, path, write, size, began)
+            self._under_way = save = _Save(iteration, path, write, size, facts.get(health.FACT), began)
             if background:
                 # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
                 save.thread = threading.Thread(target=write.write, name=f"save-{iteration}")
@@ -190,7 +194,7 @@ class CheckpointSaver:
     @property
     def standing(self) -> str:
         """What is known about the last checkpoint, for a message that ends the run; the same on all ranks."""
-        return health.standing(self._last)
+        return health.standing(self._last, self._largest)
 
     @property
     def _is_writing(self) -> bool:
@@ -212,7 +216,7 @@ class CheckpointSaver:
             save.write.finish(commit)
         except (UserError, OSError) as error:
             raise self._failure(save.iteration, save.path, error) from error
-        self._last = save.path
+        self._last, self._largest = save.path, save.largest
         now = time.perf_counter()
         message = f"saved checkpoint {save.path} ({save.size / 2**20:.1f} MiB of tensors) in {now - save.began:.2f} s"
         if save.thread is not None:
@@ -236,7 +240,7 @@ class CheckpointSaver:
             try:
                 self._place.check()
             except (UserError, OSError) as error:
-                self._lost = True
+                self._lost = isinstance(error, UserError)
                 raise UserError(f"{error}; {self.standing}") from error
 
     def _prune(self, iteration: int) -> list[Path]:
@@ -251,8 +255,13 @@ class CheckpointSaver:
         """Give the space back; the error that all ranks raise."""
 
         def abandon() -> Path | str | None:
-            if self._lost:  # what lies there may be the other run's, and the error says what this one has
+            if self._lost:  # what lies there may be the other run's
                 return ""
+            try:
+                self._check_place()
+            except UserError as lost:
+                if self._lost:
+                    return f"; {lost}"
             with suppress(OSError, UserError):  # a directory that cannot be written: say what went wrong first
                 store.abandon_iteration(self._root, iteration)
             with suppress(UserError):
@@ -263,4 +272,4 @@ class CheckpointSaver:
 
         last = agreement.from_rank_zero(abandon)
         rest = f"; the last complete checkpoint is {last}" if last else "; there is no complete checkpoint yet"
-        return CheckpointError(f"saving {path} failed: {error}{'' if last == '' else rest}")
+        return CheckpointError(f"saving {path} failed: {error}{last if isinstance(last, str) else rest}")

@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
@@ -130,8 +131,8 @@ def load_checkpoint(
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
         reader.read_metadata()
         common = checkpoint_format.read_common(path)
-        if run_config is not None and run_config.checkpoint.finetune:
-            return {}, common
+        if scheduler is None or (run_config is not None and run_config.checkpoint.finetune):
+            return store.training_state(path), common  # nothing goes on from there
         return _training_state(path), common
 
     training_state, common = agreement.everywhere(read_small_files)
@@ -153,6 +154,7 @@ def load_checkpoint(
         runtime.log(f"note: {path} has no {key}, which starts at zero")
     if load_rng:
         wanted = rng_object(None)
+        agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
         if wanted.unique_key in stored:
             state["rng_state"] = wanted
         elif any(key.startswith("rng_state/") for key in stored):
@@ -219,6 +221,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _training_state(path: Path) -> dict[str, Any]:
     """The place in the run that a checkpoint was saved at."""
     file = path / store.TRAINING_STATE
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing, so nothing says where the run was; load another checkpoint, or take the parameters "
+            "alone with --finetune"
+        )
     content = _read_json(file)
     for name in ("iteration", "consumed_samples", "skipped_iterations"):
         value = content.get(name, 0 if name == "skipped_iterations" else None)
@@ -272,6 +279,10 @@ def _check_contents(
                 f"build the model that its {RUN_CONFIG} describes"
             )
         for key, value in sorted(wanted.items()):
+            if key in stored and isinstance(value, ShardedTensor) != isinstance(stored[key], TensorStorageMetadata):
+                kinds = ("a tensor", "an object")
+                there, here = kinds if isinstance(stored[key], TensorStorageMetadata) else kinds[::-1]
+                raise CheckpointError(f"{path} is damaged: {key} is {there} in it, not {here}; load another one")
             if isinstance(value, ShardedTensor) and key in stored and not value.allow_shape_mismatch:
                 shape, expected = tuple(stored[key].size), tuple(value.global_shape)
                 if shape != expected:

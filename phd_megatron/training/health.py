@@ -58,12 +58,17 @@ def check_parameters(
     return max(value for value, _ in found)
 
 
-def standing(last: Path | None) -> str:
+def largest_of(checkpoint: Path | None) -> float | None:
+    """The largest absolute value of a checkpoint's parameters; None when nobody looked."""
+    found = store.training_state(checkpoint).get(FACT) if checkpoint is not None else None
+    return found if isinstance(found, float) else None
+
+
+def standing(last: Path | None, largest: float | None) -> str:
     """What is known about the last checkpoint of a run, for a message that ends it."""
     if last is None:
         return "there is no checkpoint to go back to"
-    largest = store.training_state(last).get(FACT)
-    if isinstance(largest, float):
+    if largest is not None:
         return f"the last checkpoint is {last}: its parameters were finite when it was saved, the largest {largest:.3g}"
     return f"the last checkpoint is {last}; whether its parameters are finite was not looked at when it was saved"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -147,6 +148,7 @@ class Reporter:
 
         self._sinks.append(sink)
         self._closers.append(writer.close)
+        self._closers.append(_without_tracebacks_of("tensorboard"))
 
     def _open_wandb(self, options: LoggingConfig, run_values: dict[str, Any]) -> None:
         if importlib.util.find_spec("wandb") is None:
@@ -177,6 +179,25 @@ def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         result |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return result
+
+
+def _without_tracebacks_of(package: str) -> Callable[[], None]:
+    """A disk error in a package's writing thread is told by the next write, so its traceback is not printed as well.
+
+    Returns:
+        What undoes it.
+    """
+    previous = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith(package)):
+            previous(args)
+
+    def undo() -> None:
+        threading.excepthook = previous
+
+    threading.excepthook = hook
+    return undo
 
 
 def _write_json(stream: Any, values: dict[str, Any]) -> None:

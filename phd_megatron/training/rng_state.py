@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 
@@ -55,10 +56,20 @@ def check(state: Any, path: Any) -> None:
         if cuda is not None and (not isinstance(cuda, torch.Tensor) or cuda.dtype != torch.uint8):
             raise TypeError("cuda is no state of a generator")
     except Exception as error:
-        raise CheckpointError(
-            f"{path} holds a random-number state that cannot be put back ({type(error).__name__}: {error}); load "
-            "another checkpoint, or this one without it with --no-load-rng"
-        ) from error
+        raise _refusal(path, f"{type(error).__name__}: {error}") from error
+
+
+def check_kind(entry: Any, path: Any) -> None:
+    """Refuse a state that a checkpoint's table of contents gives as a tensor."""
+    if isinstance(entry, TensorStorageMetadata):
+        raise _refusal(path, "it is a tensor, not an object")
+
+
+def _refusal(path: Any, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds a random-number state that cannot be put back ({why}); load another checkpoint, or this one "
+        "without it with --no-load-rng"
+    )
 
 
 def _of_python(saved: Any) -> tuple[Any, ...]:

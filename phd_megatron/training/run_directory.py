@@ -102,10 +102,10 @@ def _decide(root: Path, resume_from: Path | None, rewind: bool, log: Log) -> Run
             )
         if survey.is_in_use:
             raise UserError(_foreign(root, survey))
-        return RunFile(survey.run.run if survey.run is not None else new_id())
+        return RunFile(survey.file.run if survey.file is not None else new_id())
     assert resume_from is not None
     start = _iteration(resume_from)
-    known = survey.run
+    known = survey.file
     newest = max([*(i for i in (survey.newest,) if i is not None), *_damaged_of_the_run(survey)], default=start)
     if start < newest:
         if not rewind:
@@ -121,8 +121,10 @@ def _decide(root: Path, resume_from: Path | None, rewind: bool, log: Log) -> Run
     if start > 0 and survey.iteration is not None and survey.iteration < start and survey.is_of_the_run(start):
         store.write_tracker(root, start)
     if known is None:
-        log(f"note: {root} is of an earlier release, or of Megatron-LM; this run goes on in it as its own")
-        return RunFile(store.run_of(resume_from) or new_id(), start)
+        run = store.run_of(resume_from)
+        why = f"has no valid {RUN_FILE}" if run else "is of an earlier release, or of Megatron-LM"
+        log(f"note: {root} {why}; this run goes on in it as its own")
+        return RunFile(run or new_id(), start)
     began = known.began if store.run_of(resume_from) == known.run else max(known.began, start)
     return replace(known, began=began, start=new_id())
 

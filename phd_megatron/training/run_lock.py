@@ -53,6 +53,7 @@ class RunLock:
         self._descriptor: int | None = None
         self._inode: tuple[int, int] | None = None
         self._lease: _Lease | None = None
+        self._claimed = False
 
     def acquire(self) -> RunLock:
         """Take the lock.
@@ -90,7 +91,7 @@ class RunLock:
                     os.close(descriptor)
                     raise UserError(_refusal(self.save_dir, holder)) from None
                 time.sleep(0.05)
-        self._descriptor, self._inode = descriptor, inode
+        self._descriptor, self._inode, self._claimed = descriptor, inode, True
         _held_here.add(inode)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
@@ -108,19 +109,10 @@ class RunLock:
         if self._lease is not None:
             self._lease.check()
             return
-        if self._descriptor is None:
+        if not self._claimed or self._is_on_the_file():
             return
+        self._let_go()  # the lock on it is worth nothing any more
         path = self.save_dir / LOCK_NAME
-        try:
-            stat = os.stat(path)
-        except OSError:
-            pass
-        else:
-            if (stat.st_dev, stat.st_ino) == self._inode:
-                return
-        os.close(self._descriptor)  # the lock on it is worth nothing any more
-        _held_here.discard(self._inode or (0, 0))
-        self._descriptor = self._inode = None
         gone = not self.save_dir.is_dir()
         try:
             self.save_dir.mkdir(parents=True, exist_ok=True)
@@ -138,11 +130,23 @@ class RunLock:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+        self._claimed = False
         if self._descriptor is not None:
             os.ftruncate(self._descriptor, 0)
+            self._let_go()
+
+    def _is_on_the_file(self) -> bool:
+        try:
+            stat = os.stat(self.save_dir / LOCK_NAME)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._inode
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
             os.close(self._descriptor)
             _held_here.discard(self._inode or (0, 0))
-            self._descriptor = None
+        self._descriptor = self._inode = None
 
     def __enter__(self) -> RunLock:
         return self.acquire()

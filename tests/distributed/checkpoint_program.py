@@ -44,7 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
     parser.add_argument("--background", action="store_true")
-    parser.add_argument("--fault", choices=["kill-before-commit", "file-size", "full", "slow", "kill-while-writing"])
+    faults = ["kill-before-commit", "kill-before-tracker", "file-size", "full", "slow", "kill-while-writing"]
+    parser.add_argument("--fault", choices=faults)
     parser.add_argument("--fault-at", type=int, default=0)
     parser.add_argument("--fault-rank", type=int, default=0)
     parser.add_argument("--refusals", type=json.loads, help="list of {load, layers, hidden, ...}: try each, print why")
@@ -182,6 +183,8 @@ def install_fault(fault: str | None) -> None:
 
     if fault == "kill-before-commit":
         store.commit_iteration = die
+    elif fault == "kill-before-tracker":
+        store.write_tracker = die
     elif fault in ("slow", "kill-while-writing"):
         from phd_megatron.training import checkpoint_writer
 
@@ -230,6 +233,7 @@ def main() -> None:
     from phd_megatron.runtime.launcher import die_with_launcher
     from phd_megatron.training.checkpoint_saver import CheckpointSaver
     from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir
+    from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController
 
     die_with_launcher()
@@ -239,7 +243,7 @@ def main() -> None:
     result: dict[str, Any] = {"rank": runtime.rank, "losses": [], "exit": None, "tracker": []}
     lock = lock_save_dir(args.save) if args.save else None
     model, optimizer, scheduler = build(args)
-    start = 0
+    start, found = 0, None
     if args.load:
         found = find_checkpoint(args.load, log=runtime.log)
         if found is not None:
@@ -251,7 +255,13 @@ def main() -> None:
     options = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "background": args.background}
     saver = (
         CheckpointSaver(
-            args.save, run_config=RunConfig(), tokenizer=Letters(), runtime=runtime, keep_last=args.keep_last
+            args.save,
+            run_config=RunConfig(),
+            tokenizer=Letters(),
+            runtime=runtime,
+            keep_last=args.keep_last,
+            place=claim(args.save, lock, resume_from=found, log=runtime.log),
+            loaded=found,
         )
         if args.save
         else None

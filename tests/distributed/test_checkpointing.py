@@ -93,6 +93,27 @@ def test_kill_during_save_resumes_from_the_checkpoint_before(
         assert {key: after[key] for key in STATE} == {key: before[key] for key in STATE}
 
 
+@pytest.mark.parametrize("how", [(), ("--background",)], ids=["waited-for", "background"])
+def test_kill_between_the_commit_and_the_tracker_loses_nothing(
+    torchrun: Any, overlapped: Any, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    options = ("--bf16", "--overlap", "--steps", 6, "--save", tmp_path, "--save-at", 1, 2, 3, "--keep-last", 2, *how)
+    fault = ("--fault", "kill-before-tracker", "--fault-at", 3)
+    killed = torchrun(2, PROGRAM, *options, *fault, check=False, env=QUIET, timeout=90)
+    assert killed.returncode != 0
+    assert (tmp_path / "iter_0000003/metadata.json").exists()
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+    done = torchrun(2, PROGRAM, *options, "--load", tmp_path, env=QUIET)
+    resumed = results(done.stdout)
+    assert [result["start"] for result in resumed] == [3, 3]
+    assert "says '2', but iteration 3 of the same run is complete and newer" in done.stdout
+    assert resumed[0]["tracker"][0] == "3", "it moves with the restart"
+    for before, after in zip(overlapped, resumed, strict=True):
+        assert after["losses"] == before["losses"][3:]
+        assert {key: after[key] for key in STATE} == {key: before[key] for key in STATE}
+
+
 def test_background_save_holds_the_state_of_its_step(torchrun: Any, overlapped: Any, tmp_path: Path) -> None:
     """Rank 1 starts to write when two more steps are done: what it writes is older, and the tracker waits for it."""
     options = ("--bf16", "--overlap", "--steps", 6)
@@ -147,6 +168,8 @@ def test_wrong_and_damaged_checkpoints_are_named(tensor_parallel: Any, tmp_path:
             (copy / name).write_bytes(how if name == ".metadata" else how + content[len(how) :])
         if number < len(damage):
             (copy / "checksums.json").unlink()  # as an earlier release saved it
+            state = json.loads((copy / "training_state.json").read_text())
+            (copy / "training_state.json").write_text(json.dumps({**state, "protocol": 1}))
         cases.append({"load": str(copy)})
     flipped = shutil.copytree(good, tmp_path / "flipped" / "iter_0000002")
     content = bytearray((flipped / "__1_0.distcp").read_bytes())

@@ -108,7 +108,8 @@ class Chain:
 
     def _hit(self, fault: Fault, outcome: Outcome) -> None:
         expected = self._newest()
-        run = self._start(outcome, fault)
+        more = {"distributed-timeout-minutes": 0.4} if fault.kind == "rank stopped for good" else {}
+        run = self._start(outcome, fault, **more)
         undo: list[Any] = []
         try:
             if fault.moment == START:
@@ -158,6 +159,8 @@ class Chain:
             return PEERS
         if fault.kind == "SIGTERM":
             run.send(signal.SIGTERM, victim)
+        elif fault.kind == "rank stopped for good":
+            run.send(signal.SIGSTOP, victim)
         elif fault.kind.startswith("full disk"):
             in_a_save = fault.moment in MOMENTS
             outcome.detail = "" if self._disk.mounted else "as a limit on the size of files"
@@ -283,6 +286,12 @@ class Chain:
             return
         if not code:
             problems.append("it ended with exit code 0")
+        if fault.kind == "rank stopped for good":
+            if not re.search(
+                rf"(warning|error): .*rank {fault.rank} \(host \S+, process \d+\).* at iteration \d+", output
+            ):
+                problems.append("nobody names the stopped rank")
+            return
         if outcome.newest_after and not re.search(r"error: .*iter_\d{7}", output):
             problems.append("no error names the checkpoint that is left")
         # What TensorBoard's own thread says about a full disk is not ours, nor what torchrun says about its ranks.

@@ -31,6 +31,7 @@ OTHERS = [
     "directory moved away",
     "unfinished checkpoint removed",
     "SIGTERM",
+    "rank stopped for good",
 ]
 
 
@@ -82,6 +83,8 @@ def draw_kill(generator: random.Random, layout: Layout) -> Fault:
 def draw_other(generator: random.Random, layout: Layout, kind: str) -> Fault:
     """A fault of the disk, or a signal."""
     moment = STEP
+    if kind == "rank stopped for good" and layout.ranks == 1:
+        kind = "SIGTERM"  # nobody is there to miss it
     if kind in ("full disk in a save", "unfinished checkpoint removed"):
         moment = "tensors begun"
     return _place(generator, layout, kind, moment, generator.uniform(0.0, 0.3))

@@ -19,6 +19,7 @@ import pytest
 
 from phd_megatron.cli.main import main
 from phd_megatron.runtime import checkpoint_store as store
+from phd_megatron.training.run_lock import LOCK_NAME, RunLock
 
 from .conftest import ROOT, TINY_MODEL, flags, program_environment, read_metrics, run_program
 
@@ -91,6 +92,21 @@ class Running:
         """kill -9 of the process group."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def pause_between_saves(self, save: Path) -> None:
+        """SIGSTOP when nothing is being written; removing files that are is another fault."""
+
+        def stopped() -> bool:
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.05)
+            directories = [path for path in save.iterdir() if "iter_" in path.name]
+            idle = all(store.is_complete(path) and not (path / store.UNFINISHED).exists() for path in directories)
+            if idle and store.read_tracker(save) == str(store.complete_iterations(save)[-1]):
+                return True
+            self.process.send_signal(signal.SIGCONT)
+            return False
+
+        self.wait_until(stopped, "a moment between two saves")
 
     def end(self) -> int:
         return self.process.wait(PATIENCE)
@@ -185,11 +201,18 @@ def test_torchrun_kill_9_rival_and_sigterm(documents: Path, tmp_path: Path) -> N
     with running(argv, tmp_path / "killed.log", LAUNCHER) as program:
         program.wait_until(lambda: len(store.complete_iterations(save)) >= 2, "two checkpoints")
         program.kill()
+    RunLock(save, grace_seconds=PATIENCE).acquire().release()  # its worker is gone, and saves no more
+    newest = store.complete_iterations(save)[-1]
+    assert newest >= 2
+    store.write_tracker(
+        save, newest - 1
+    )  # wherever the kill fell: now it was between the commit and the tracker's move
 
     with running(argv, tmp_path / "resumed.log", LAUNCHER) as program:
         program.wait_for(r"training from iteration \d+\n(.*\n)*.*iteration +\d+/")
         start = resumed_from(program.output)
-        assert start >= 2 and "another run" not in program.output
+        assert start == newest and "another run" not in program.output
+        assert f"says '{newest - 1}', but iteration {newest} of the same run is complete and newer" in program.output
 
         rival = run_program(*pretrain(documents, save))
         assert rival.returncode == 2
@@ -226,6 +249,109 @@ def test_disk_that_is_full_in_the_middle_of_a_save(
     assert unfinished(save) is None, "the space of the half-written one is given back"
     assert main(pretrain(documents, save, exit_interval=1)) == 0
     assert last_complete(save) == store.iteration_dir(save, (store.iteration_of(last) or 0) + 1)
+
+
+@pytest.mark.parametrize("removed", ["lock", "directory"])
+@pytest.mark.parametrize("background", [{}, {"async_save": True}], ids=["waited-for", "background"])
+def test_a_run_whose_lock_was_removed_saves_nothing_more_once_another_has_begun(
+    documents: Path, tmp_path: Path, background: dict[str, object], removed: str
+) -> None:
+    save = tmp_path / "save"
+    with running(pretrain(documents, save, **background), tmp_path / "first.log") as first:
+        first.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
+        first.pause_between_saves(save)  # so that the other one comes first
+        if removed == "lock":
+            (save / LOCK_NAME).unlink()
+        else:
+            shutil.rmtree(save)
+        second_place = pretrain(documents, save, metrics_file=tmp_path / "second.jsonl")
+        with running(second_place, tmp_path / "second.log") as second:
+            second.wait_until(lambda: "saved checkpoint" in second.output, "saving")
+            first.process.send_signal(signal.SIGCONT)
+            assert first.end() == 2, first.output
+            second.process.send_signal(signal.SIGTERM)
+            assert second.end() == 0, second.output
+    (error,) = [line for line in first.output.splitlines() if line.startswith("error: ")]
+    assert f"another run saves into {save}: process {second.process.pid} on host" in error
+    assert "the last checkpoint is " in error and "Traceback" not in first.output
+    (stopped,) = re.findall(r"stopped at iteration (\d+): received SIGTERM", second.output)
+    assert last_complete(save) == store.iteration_dir(save, int(stopped))
+    assert main(pretrain(documents, save, exit_interval=1)) == 0, "and what lies there is whole"
+
+
+def test_a_removed_lock_is_made_again_where_nobody_came(documents: Path, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    with running(pretrain(documents, save), tmp_path / "alone.log") as program:
+        program.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
+        (save / LOCK_NAME).unlink()
+        program.wait_for("warning: .* was removed or replaced while this run holds it; no other run has taken it")
+        seen = store.complete_iterations(save)[-1]
+        program.wait_until(lambda: store.complete_iterations(save)[-1] > seen, "saving again")
+        rival = run_program(*pretrain(documents, save))
+        assert rival.returncode == 2 and "error: another run saves into" in rival.stdout
+        program.pause_between_saves(save)
+        shutil.rmtree(save)
+        program.process.send_signal(signal.SIGCONT)
+        program.wait_for("warning: .* was removed while this run holds it")
+        program.process.send_signal(signal.SIGTERM)
+        assert program.end() == 0, program.output
+    (stopped,) = re.findall(r"stopped at iteration (\d+): received SIGTERM", program.output)
+    assert last_complete(save) == store.iteration_dir(save, int(stopped))
+
+
+#: root without the right to pass over permissions (CAP_DAC_OVERRIDE is 1, PR_CAPBSET_DROP is 24)
+OBEDIENT = (
+    "-c",
+    "import ctypes, os, sys; os.geteuid() or ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) and sys.exit('no right to'); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+)
+
+
+@pytest.mark.parametrize("background", [{}, {"async_save": True}], ids=["waited-for", "background"])
+def test_a_directory_that_becomes_unwritable_names_the_last_good_checkpoint(
+    documents: Path, tmp_path: Path, background: dict[str, object]
+) -> None:
+    tried = subprocess.run([sys.executable, *OBEDIENT, "--version"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"permissions do not stop this user: {tried.stderr}")
+    save = tmp_path / "save"
+    argv = pretrain(documents, save, keep_last=2, tensorboard_dir=tmp_path / "tensorboard", **background)
+    with running(argv, tmp_path / "readonly.log", OBEDIENT) as program:
+        program.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
+        save.chmod(0o500)
+        try:
+            assert program.end() == 2, program.output
+        finally:
+            save.chmod(0o700)
+    (error,) = [line for line in program.output.splitlines() if line.startswith("error: ")]
+    assert re.search(r"saving \S*/iter_\d+ failed: .*Permission denied", error), error
+    assert error.endswith(f"the last complete checkpoint is {last_complete(save)}")
+    assert "Traceback" not in program.output
+
+
+def test_too_many_open_files_name_the_last_good_checkpoint(documents: Path, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    with running(pretrain(documents, save), tmp_path / "files.log") as program:
+        program.wait_until(lambda: bool(store.complete_iterations(save)), "the first checkpoint")
+        resource.prlimit(program.process.pid, resource.RLIMIT_NOFILE, (5, 5))
+        assert program.end() == 2, program.output
+    (error,) = [line for line in program.output.splitlines() if line.startswith("error: ")]
+    assert "Too many open files" in error and f"checkpoint is {last_complete(save)}" in error
+    assert "Traceback" not in program.output
+
+
+def test_a_low_limit_on_open_files_is_said(documents: Path, tmp_path: Path) -> None:
+    argv = ["-m", "phd_megatron", *pretrain(documents, tmp_path / "save", exit_interval=1)]
+    code = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, env=program_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: Too many open files") and "ulimit -n" in done.stderr
+    assert "may open 24" in done.stderr and "Traceback" not in done.stderr
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime.checkpoint_store import CheckpointError
+from phd_megatron.runtime.run_file import RunFile, write_run
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
@@ -123,6 +125,82 @@ def test_kill_at_every_step_of_a_save_leaves_a_loadable_state(tmp_path: Path) ->
             pytest.fail("the saver never finished")
         assert operations > 8, "too few operations were seen to be a test"
     assert seen == {"old", "new"}
+
+
+def save_today(root: Path, iteration: int, content: str, keep_last: int | None = None) -> Path:
+    """A save of a run that has an id, with all that a checkpoint says of itself."""
+    path = store.prepare_iteration(root, iteration)
+    facts = {"iteration": iteration, "protocol": store.PROTOCOL, "run": "mine"}
+    (path / store.TRAINING_STATE).write_text(json.dumps(facts))
+    (path / ".metadata").write_text("")
+    (path / "__0_0.distcp").write_text(content)
+    store.commit_iteration(root, iteration, FORMAT)
+    if keep_last is not None:
+        store.prune(root, keep_last, current=iteration)
+    return path
+
+
+def test_kill_at_every_step_of_a_save_and_a_prune_is_never_taken_for_damage(tmp_path: Path) -> None:
+    """And once the commit is done the new checkpoint is the one to load, whatever the tracker says."""
+    seen = set()
+    for again in (200, 100):
+        for operations in range(200):
+            root = tmp_path / f"{again}-{operations}"
+            root.mkdir()
+            write_run(root, RunFile("mine"))
+            save_today(root, 50, "older")
+            save_today(root, 100, "old")
+            child = os.fork()
+            if child == 0:
+                _die_after(operations)
+                save_today(root, again, "new", keep_last=1)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            committed = store.is_complete(store.iteration_dir(root, again)) and "new" in [
+                (store.iteration_dir(root, again) / "__0_0.distcp").read_text()
+            ]
+            found, _ = latest(root)
+            assert found is not None
+            assert (found / "__0_0.distcp").read_text() == ("new" if committed else "old")
+            seen.add((committed, store.read_tracker(root)))
+            save_today(root, again, "newer", keep_last=1)
+            assert not list(root.glob("*.kept")) and not list(root.glob("*.new"))
+            if os.WIFEXITED(status):
+                break
+        else:
+            pytest.fail("the saver never finished")
+    assert (True, "100") in seen and (True, "200") in seen, "killed between the commit and the tracker, too"
+
+
+def test_checkpoints_of_a_run_that_was_left_do_not_count(tmp_path: Path) -> None:
+    save_today(tmp_path, 100, "")
+    save_today(tmp_path, 500, "")
+    store.write_tracker(tmp_path, 100)
+    write_run(tmp_path, RunFile("another", began=100))
+    assert latest(tmp_path) == (tmp_path / "iter_0000100", [])
+    (tmp_path / "iter_0000500" / store.METADATA).unlink()
+    assert latest(tmp_path) == (tmp_path / "iter_0000100", []), "damaged or not"
+    write_run(tmp_path, RunFile("mine"))
+    with pytest.raises(CheckpointError, match=r"iter_0000500/metadata\.json is missing"):
+        latest(tmp_path)
+
+
+def test_of_a_link_to_a_checkpoint_elsewhere_only_the_link_is_deleted(tmp_path: Path) -> None:
+    elsewhere = save_today(tmp_path / "elsewhere", 100, "weights")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "iter_0000100").symlink_to(elsewhere)
+    save_today(root, 200, "", keep_last=1)
+    assert store.complete_iterations(root) == [200] and not os.path.lexists(root / "iter_0000100")
+    assert store.is_complete(elsewhere) and (elsewhere / "__0_0.distcp").read_text() == "weights"
+
+
+def test_a_directory_of_any_name_that_holds_a_damaged_checkpoint_is_no_empty_one(tmp_path: Path) -> None:
+    best = save_today(tmp_path, 100, "").rename(tmp_path / "best")
+    assert latest(best) == (best, [])
+    (best / store.METADATA).write_text("{")
+    with pytest.raises(CheckpointError, match=r"best is not a complete checkpoint .*metadata\.json is damaged"):
+        latest(best)
 
 
 def _die_after(operations: int) -> None:

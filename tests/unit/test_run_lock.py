@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from phd_megatron.errors import UserError
-from phd_megatron.training.run_lock import LEASE_NAME, RunLock
+from phd_megatron.training.run_lock import LEASE_NAME, LOCK_NAME, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
@@ -116,6 +117,58 @@ def test_same_process_cannot_take_it_twice_nor_lose_it_by_trying(tmp_path: Path)
         code = "import sys; from phd_megatron.training.run_lock import RunLock as R; R(sys.argv[1]).acquire()"
         second = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
         assert "another run saves into" in second.stderr, "the failed attempt gave the lock away"
+
+
+@pytest.mark.parametrize("removed", ["file", "directory", "replaced"])
+def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path, kind: str, removed: str) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    name = save / (LEASE_NAME if kind == "lease" else LOCK_NAME)
+    said: list[str] = []
+    with lock(save) as held:
+        held.check(said.append)
+        assert not said
+        if removed == "directory":
+            shutil.rmtree(save)
+        else:
+            name.unlink()
+        if removed == "replaced" and kind == "lock":
+            name.write_text("")
+        held.check(said.append)
+        if kind == "lock":
+            assert len(said) == 1 and "removed" in said[0] and "no other run has taken it" in said[0]
+        held.check(said.append)
+        code = f"""
+import errno, sys
+from phd_megatron.training import run_lock
+if {kind == "lease"}:
+    def no_locks(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    run_lock.fcntl.lockf = no_locks
+run_lock.RunLock(sys.argv[1], grace_seconds=0.1).acquire()
+"""
+        rival = subprocess.run([sys.executable, "-c", code, save], capture_output=True, text=True, cwd=ROOT)
+        assert "another run saves into" in rival.stderr, "the lock that was taken again keeps others out"
+
+
+@pytest.mark.parametrize("removed", ["file", "directory"])
+def test_a_lock_that_another_run_has_taken_meanwhile_is_lost(tmp_path: Path, kind: str, removed: str) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    # A lease's next beat would make it again before the other run comes.
+    with RunLock(save, grace_seconds=0.2, heartbeat_seconds=30) as held:
+        if removed == "directory":
+            shutil.rmtree(save)
+            save.mkdir()
+        else:
+            (save / (LEASE_NAME if kind == "lease" else LOCK_NAME)).unlink()
+        rival = Holder(save, kind)
+        try:
+            for _ in range(2):
+                with pytest.raises(UserError, match=f"another run saves into .*: process {rival.process.pid} on host"):
+                    held.check()
+        finally:
+            rival.end()
 
 
 def test_lease_of_a_silent_host_is_taken_over_and_of_a_beating_one_is_not(
