@@ -101,6 +101,8 @@ class Watch:
         if self._store is None:
             return
         self._me["stack"] = processes.show_stack_on_signal()
+        with suppress(Exception):  # the thread will say it again
+            self._publish()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
