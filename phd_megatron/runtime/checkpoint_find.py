@@ -122,8 +122,7 @@ class Survey:
     @cached_property
     def newest(self) -> int | None:
         """The newest complete iteration of the run; None when there is none."""
-        mine = [iteration for iteration in self.complete if self.is_of_the_run(iteration)]
-        return mine[-1] if mine else None
+        return next((iteration for iteration in reversed(self.complete) if self.is_of_the_run(iteration)), None)
 
     @property
     def is_in_use(self) -> bool:
@@ -207,7 +206,9 @@ class Survey:
 
     def _cure(self, iteration: int) -> str:
         older = self.older_than(iteration)
-        other = f", load {iteration_dir(self.root, older)} by name" if older is not None else ""
+        other = ""
+        if older is not None:
+            other = f", load {iteration_dir(self.root, older)} by name (with --rewind where the run also saves here)"
         return f"put the file back ({SAME_IN_ALL}){other}, or move the directory away to do without it"
 
 

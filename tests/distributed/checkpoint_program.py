@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
     parser.add_argument("--background", action="store_true")
-    faults = ["kill-before-commit", "kill-before-tracker", "file-size", "full", "slow", "kill-while-writing"]
+    faults = ["kill-before-commit", "kill-before-tracker", "file-size", "full", "slow", "kill-while-writing", "nan"]
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--fault-at", type=int, default=0)
     parser.add_argument("--fault-rank", type=int, default=0)
@@ -175,7 +175,7 @@ class Letters:
         (directory / "tokenizer.json").write_text("{}")
 
 
-def install_fault(fault: str | None) -> None:
+def install_fault(fault: str | None, step: int) -> None:
     from phd_megatron.runtime import checkpoint_store as store
 
     def die(*_: Any, **__: Any) -> None:
@@ -184,7 +184,9 @@ def install_fault(fault: str | None) -> None:
     if fault == "kill-before-commit":
         store.commit_iteration = die
     elif fault == "kill-before-tracker":
-        store.write_tracker = die
+        write_tracker = store.write_tracker
+        # an earlier save may still be under way in the background
+        store.write_tracker = lambda root, iteration: die() if iteration == step else write_tracker(root, iteration)
     elif fault in ("slow", "kill-while-writing"):
         from phd_megatron.training import checkpoint_writer
 
@@ -272,7 +274,9 @@ def main() -> None:
             result["exit"] = exits.should_exit(step)
             if saver and (step in args.save_at or result["exit"]):
                 if step == args.fault_at and runtime.rank == args.fault_rank:
-                    install_fault(args.fault)
+                    install_fault(args.fault, step)
+                    if args.fault == "nan":
+                        list(model.parameters())[-1].data.view(-1)[-1] = float("nan")
                 began = time.perf_counter()
                 state = {"consumed_samples": 4 * step}
                 saver.save(iteration=step, training_state=state, **options)

@@ -147,6 +147,21 @@ def test_full_disk_on_one_rank_is_an_error_on_all(
     assert (save / "iter_0000002" / "metadata.json").exists()
 
 
+@pytest.mark.parametrize("how", [(), ("--background",)], ids=["waited-for", "background"])
+def test_a_parameter_of_one_rank_that_is_no_number_is_an_error_on_all(
+    torchrun: Any, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    options = ("--tp", 2, "--bf16", "--overlap", "--steps", 3, "--save", tmp_path, "--save-at", 1, 2, "--keep-last", 1)
+    fault = ("--fault", "nan", "--fault-at", 2, "--fault-rank", 1)
+    done = torchrun(2, PROGRAM, *options, *how, *fault, check=False, env=QUIET, timeout=60)
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and errors[0] == errors[1], done.stdout
+    assert "the run has diverged: after iteration 2 " in errors[0] and "holds nan (rank 1), so the model" in errors[0]
+    assert f"the last checkpoint is {tmp_path / 'iter_0000001'}: its parameters were finite" in errors[0]
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
+
+
 def test_too_little_space_is_refused_before_writing(tmp_path: Path) -> None:
     done = alone("--steps", 2, "--save", tmp_path, "--save-at", 1, 2, "--fault", "full", "--fault-at", 2)
     assert done.returncode == 2
