@@ -10,7 +10,8 @@
 #   75    it saved and stopped before its end (signal, exit_duration_in_mins, exit_interval): start it again
 #   else  it failed; the newest complete checkpoint is good
 #
-# SIGTERM, SIGUSR1 and SIGINT go to the ranks and not to torchrun. The ranks finish their step, save and end, and take as
+# SIGTERM, SIGUSR1, SIGINT and SIGHUP go to the ranks and not to torchrun. The ranks finish their step, save and end, and
+# take as
 # long as that takes; torchrun would kill them 30 seconds later and end with an error.
 
 PHD_UNFINISHED=75   # EX_TEMPFAIL of sysexits.h
@@ -86,6 +87,8 @@ phd_pretrain() {
     trap 'phd_forward TERM' TERM
     trap 'phd_forward USR1' USR1
     trap 'phd_forward INT' INT
+    # A lost terminal. Under nohup the signal is ignored here, and a trap is not set.
+    trap 'phd_forward HUP' HUP
     # A signal ends `wait` early; what counts is how torchrun ended.
     phd_interrupted=1
     while ((phd_interrupted)); do

@@ -6,3 +6,11 @@ DIVERGED = "the run has diverged"
 
 class UserError(Exception):
     """A refusal: it states the value it got, why that cannot be, and what to change."""
+
+    exit_code = 2
+
+
+class RunLost(UserError):
+    """A run that ended for no fault of its input: starting it again helps."""
+
+    exit_code = 1

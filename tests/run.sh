@@ -4,6 +4,7 @@
 #   bash tests/run.sh                          everything
 #   bash tests/run.sh tests/unit -k policy     a part of it
 #   bash tests/run.sh --full                   instead: many models over many layouts, which writes docs/parity.md
+#   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
 # Exits with 0 only if lint and tests are clean. Environment variables of the set-up: launch_scripts/_env.sh.
@@ -12,12 +13,17 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
 lint=1
 selection=()
-while [[ "${1:-}" == --no-lint || "${1:-}" == --full ]]; do
-    if [[ "$1" == --full ]]; then
-        selection=(-m full)
-    else
-        lint=0
-    fi
+faults=()
+while [[ "${1:-}" == --no-lint || "${1:-}" == --full || "${1:-}" == --faults ]]; do
+    case "$1" in
+        --full) selection=(-m full) ;;
+        --no-lint) lint=0 ;;
+        --faults)
+            [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || phd_fail "--faults ${2:-} is no number of kills; use 1 or more"
+            faults=("$2")
+            shift
+            ;;
+    esac
     shift
 done
 began=$SECONDS
@@ -25,6 +31,12 @@ invoked_from="$PWD"
 phd_environment test
 set_up=$((SECONDS - began))
 failed=()
+
+if ((${#faults[@]})); then
+    phd_say "faults"
+    cd "$invoked_from"
+    exec "$PYTHON" "$ROOT/tests/faults" --kills "${faults[0]}" "$@"
+fi
 
 if ((lint)); then
     phd_say "lint"

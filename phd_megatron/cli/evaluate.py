@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from phd_megatron.cli.prepare import parse_strictly
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.context import Runtime, choose_device, install_backend
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, write_file
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import get_args
 from phd_megatron.cli.prepare import parse_strictly
 from phd_megatron.config.schema import CopyPositions
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.context import Environment, install_backend
+from phd_megatron.runtime.context import install_backend
+from phd_megatron.runtime.environment import Environment
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import sys
 from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
 
 COMMANDS = {
@@ -41,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 for success, 2 for a refusal that the message explains, 130 after Ctrl-C, 141 when the reader of the output
-        is gone (``| head``). Anything unexpected is raised, with its traceback.
+        0 for success, 1 for a run that lost one of its ranks, 2 for a refusal that the message explains, 130 after
+        Ctrl-C, 141 when the reader of the output is gone (``| head``). Anything unexpected is raised, with its
+        traceback.
     """
+    die_with_launcher()  # again, for whoever starts the console script under torchrun
     try:
         return _guarded(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
@@ -61,7 +64,7 @@ def _guarded(argv: list[str]) -> int:
         end = stop
     except UserError as error:
         say_once(f"error: {error}")
-        end = 2
+        end = error.exit_code
     except Exception as error:
         if not is_lack_of_files(error):
             raise

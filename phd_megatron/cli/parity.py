@@ -15,7 +15,8 @@ from typing import Any
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
-from phd_megatron.runtime.context import Environment, choose_device, install_backend, usable_cores
+from phd_megatron.runtime.context import choose_device, install_backend, usable_cores
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, text_report, write_file
 
 _TITLE = "relative errors against one rank,"

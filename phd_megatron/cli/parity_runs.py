@@ -24,6 +24,7 @@ from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfi
 from phd_megatron.config.serialize import dump_yaml
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.environment import without_launcher
 from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, METRICS, STEPS, Comparison, Tolerance, compare
 from phd_megatron.training.parity_layouts import SINGLE, Layout, microbatches
 
@@ -214,7 +215,7 @@ def _run(cases: list[Case], ranks: int, work: Path, worker: Sequence[str], timeo
 def _launch(program: list[str], ranks: int, output: Path, timeout: float | None) -> str:
     """Start torchrun and wait for it. What it printed last."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
-    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    variables = without_launcher(os.environ)
     variables["PYTHONSAFEPATH"] = "1"  # the folder kernels/ of a checkout would hide another package
     root = str(Path(phd_megatron.__file__).parents[1])
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # a checkout

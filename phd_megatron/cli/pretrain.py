@@ -16,7 +16,8 @@ from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
 from phd_megatron.planning.fit import refuse_what_cannot_fit
 from phd_megatron.runtime.capabilities import probe
-from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
+from phd_megatron.runtime.context import Runtime, choose_device, install_backend
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.implementations import table
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.requirements import require
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 def run(argv: list[str]) -> int:
     """Everything that can be refused is refused before a process group, a model or a file exists."""
     environment = Environment.read()
-    from phd_megatron.training.signals import die_with_launcher
-
-    die_with_launcher()
     device = choose_device(asked_device(argv), environment.local_rank)[0]
     install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)
@@ -51,6 +49,7 @@ def run(argv: list[str]) -> int:
         training=config.training,
         seed=config.training.seed,
         config=to_dict(config),
+        record_dir=config.checkpoint.save,
     )
     with runtime:
         for note in notes:
@@ -148,8 +147,10 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, record_stop
 
+    agreement.set_timeout(config.parallel.distributed_timeout_minutes)
     checkpoint = config.checkpoint
-    with ExitStack() as stack:
+    runtime.watch.at("claiming the save directory")
+    with ExitStack() as stack, runtime.naming_lost_ranks():
         lock = lock_save_dir(checkpoint.save) if checkpoint.save is not None else None
         if lock is not None:
             stack.callback(lock.release)

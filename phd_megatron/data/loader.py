@@ -27,7 +27,7 @@ def _collate(samples: list[dict[str, Any]], slices: Sequence[range] | None = Non
 
 def _quiet_worker(worker: int) -> None:
     """Signals that ask a run to stop reach the whole process group; the trainer decides when, or a save breaks."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

@@ -7,57 +7,24 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
-from phd_megatron.errors import UserError
+from phd_megatron.errors import RunLost, UserError
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.fp8 import forget_fp8_scales
+from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.terminal import say
 from phd_megatron.runtime.userbuffers import stop_userbuffers
+from phd_megatron.runtime.watch import Watch, died_together
 
 _STARTS = itertools.count()
-_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """This process's place, from torchrun's variables, or a world of one without them."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    launched: bool = False  #: by torchrun, or by anything else that sets its variables
-
-    @classmethod
-    def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
-        """Read the variables that torchrun sets.
-
-        Raises:
-            UserError: when some are set and others are missing, or one is not a number.
-        """
-        variables = os.environ if variables is None else variables
-        if "RANK" not in variables and "WORLD_SIZE" not in variables:
-            return cls()
-        missing = [name for name in _TORCHRUN if not variables.get(name)]
-        if missing:
-            given = ", ".join(f"{name}={variables[name]}" for name in _TORCHRUN if variables.get(name))
-            raise UserError(
-                f"{given} is set but {', '.join(missing)} is not: the ranks cannot find one another; start with "
-                "torchrun, or set all four, or unset them for a run of one process"
-            )
-        try:
-            rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-            local_rank = int(variables.get("LOCAL_RANK", rank))
-            local_world_size = int(variables.get("LOCAL_WORLD_SIZE", world_size))
-        except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}") from error
-        if not 0 <= rank < world_size:
-            raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0")
-        return cls(rank, world_size, local_rank, local_world_size, launched=True)
+_NCCL_SLACK = 15.0  # seconds in which NCCL writes its record and ends by itself
 
 
 def install_backend(device: str) -> None:
@@ -133,13 +100,16 @@ def choose_threads(environment: Environment, variables: Mapping[str, str] | None
 class Runtime:
     """Device and process groups of a run. Made by :meth:`start`; usable as a context manager."""
 
-    def __init__(self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str) -> None:
+    def __init__(
+        self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str, watch: Watch
+    ) -> None:
         self.rank = environment.rank
         self.world_size = environment.world_size
         self.local_rank = environment.local_rank
         self.dims = dims
         self.device = device  #: torch.device
         self.backend = backend  #: "nccl" or "gloo"
+        self.watch = watch  #: told what this rank does, so that others can say where it was
         self._reasons = reasons
         self._open = True
 
@@ -153,6 +123,7 @@ class Runtime:
         seed: int = 1234,
         config: Mapping[str, Any] | None = None,
         verbose: bool = True,
+        record_dir: str | None = None,
     ) -> Runtime:
         """Check the layout, find the other ranks, and build megatron's process groups and random-number states.
 
@@ -162,11 +133,13 @@ class Runtime:
             seed: of dropout; pipeline stages and tensor ranks get different ones, as in Megatron.
             config: the resolved configuration as plain values; all ranks must have the same.
             verbose: print one line about the device and the layout on rank 0.
+            record_dir: directory for NCCL's flight recorder, which need not be there yet; default the temporary one.
 
         Raises:
             UserError: for a layout that does not fit, a missing device, missing ranks, or ranks that differ.
         """
         environment = Environment.read()
+        environment.export()
         dims = ParallelDims.from_config(parallel, environment.world_size)
         if model is not None and training is not None:
             dims.validate(model, training)
@@ -180,6 +153,7 @@ class Runtime:
             device = torch.device("cuda", environment.local_rank)
             torch.cuda.set_device(device)
             backend = "nccl"
+            record_flights(record_dir)
         else:
             device, backend = torch.device("cpu"), "gloo"
             keep_freed_memory()
@@ -187,10 +161,11 @@ class Runtime:
             if threads is not None:
                 torch.set_num_threads(threads)
             thread_reason = f"; {torch.get_num_threads()} threads a rank ({reason})"
-        _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
-        runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}")
+        watch = _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
+        runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}", watch)
         atexit.register(runtime.shutdown)
-        runtime._initialize_megatron(parallel, seed)
+        with runtime.naming_lost_ranks():
+            runtime._initialize_megatron(parallel, seed)
         if verbose:
             runtime.log(runtime.describe())
             for note in dims.notes:
@@ -229,7 +204,7 @@ class Runtime:
     def log(self, message: str) -> None:
         """Print on rank 0."""
         if self.is_main:
-            print(message, flush=True)
+            say(message)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -259,12 +234,27 @@ class Runtime:
 
         return {"peak": torch.cuda.max_memory_allocated(self.device) / 2**30, "host": host}
 
+    @contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Say in one line which rank has died or does not answer, where a collective inside fails because of it.
+
+        Raises:
+            RunLost: in place of the collective's error, with the same words on all ranks.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1 or isinstance(error, UserError) or not died_together(error):
+                raise
+            raise RunLost(self.watch.explain(error)) from error
+
     def shutdown(self) -> None:
         """Take the process groups down. Called at exit too; a second call does nothing."""
         if not self._open:
             return
         self._open = False
         atexit.unregister(self.shutdown)
+        self.watch.stop()
         import torch.distributed as dist
 
         stop_userbuffers()
@@ -296,7 +286,7 @@ class Runtime:
             context_parallel_size=dims.cp,
             expert_model_parallel_size=dims.ep,
             expert_tensor_parallel_size=dims.etp,
-            distributed_timeout_minutes=_minutes(parallel.distributed_timeout_minutes),
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
         stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
         random.seed(stage_seed)
@@ -322,21 +312,23 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1024 * mebibyte)
 
 
-def _minutes(minutes: float) -> int:
-    return max(1, round(minutes))
-
-
 def _connect(
     environment: Environment, backend: str, device: Any, timeout_minutes: float, config: Mapping[str, Any] | None
-) -> None:
-    """Find the other ranks, compare notes, and initialise torch.distributed."""
+) -> Watch:
+    """Find the other ranks, compare notes, and initialise torch.distributed. What watches this rank from then on."""
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
     timeout = timedelta(minutes=timeout_minutes)
+    slack = _NCCL_SLACK if backend == "nccl" else 0.0
     if environment.launched:
+        if launcher_is_gone(os.environ):
+            raise UserError(
+                f"nobody serves {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} any more: the torchrun that "
+                "rank 0 belongs to has ended; start the run again"
+            )
         try:
             store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
         except Exception as error:  # DistStoreError, DistNetworkError, RuntimeError by torch version
@@ -347,23 +339,49 @@ def _connect(
                 "and that the address and port are theirs"
             ) from error
         versions = _versions(torch)
-        # A process may start several runtimes one after the other (parity does): each gets its own keys.
-        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
         compare_seconds = min(timeout.total_seconds(), 300.0)
+        from phd_megatron.runtime.meeting import meet
         from phd_megatron.runtime.preflight import compare_ranks
 
+        # A process may start several runtimes one after the other (parity does): each gets its own keys.
+        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
+        store = dist.PrefixStore(meet(store, rank, world_size, compare_seconds), store)
         compare_ranks(store, rank, world_size, config, versions, compare_seconds)
     else:
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
+    # A connection of its own: one that waits for a key would hold the thread up.
+    own = store.clone() if world_size > 1 else None
+    watch = Watch(own, rank, world_size, timeout.total_seconds(), slack)
+    watch.start()
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        if world_size == 1 or not died_together(error):
+            raise
+        raise RunLost(watch.explain(error)) from error
+    return watch
+
+
+def record_flights(directory: str | None) -> None:
+    """Have NCCL's flight recorder write what every rank was in when a collective timed out; own settings stay."""
+    prefix = os.path.join(directory or tempfile.gettempdir(), "nccl_trace_rank_")
+    for name, value in {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        # their names in newer releases
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+    }.items():
+        os.environ.setdefault(name, value)
 
 
 def _versions(torch: Any) -> dict[str, str]:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.meeting import did_not_answer
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -78,11 +79,7 @@ def _collect(store: Any, world_size: int, seconds: float) -> list[list[str]]:
             store.wait([f"preflight/rank/{other}"], timedelta(seconds=remaining))
         except Exception as error:  # the exception type of a store's timeout differs between stores and torch versions
             missing = [n for n in range(world_size) if not _present(store, n)]
-            raise UserError(
-                f"rank {', '.join(map(str, missing)) or other} of {world_size} did not answer within {seconds:.0f} s: "
-                "it was not started, has died (see its own output), or cannot reach MASTER_ADDR:MASTER_PORT; start as "
-                "many processes as the world size says, or raise distributed_timeout_minutes"
-            ) from error
+            raise did_not_answer(missing or [other], world_size, seconds) from error
         ranks.append(json.loads(store.get(f"preflight/rank/{other}")))
     return ranks
 

@@ -20,6 +20,7 @@ import psutil
 
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime.context import usable_cores
+from phd_megatron.runtime.environment import without_launcher
 from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, RUN_FILE
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.progress import last_step
@@ -47,7 +48,7 @@ def member_command(run_file: Path, launcher: Launcher) -> list[str]:
 
 def member_environment(launcher: Launcher, devices: str | None = None) -> dict[str, str]:
     """Variables of a member. ``devices``: the CUDA devices it may see; None leaves that alone."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = dict(os.environ) if launcher.nodes > 1 else without_launcher(os.environ)
     at_once = launcher.ranks * (launcher.parallel if launcher.kind == "local" else 1)
     threads = launcher.threads or max(1, usable_cores() // at_once)
     chosen = {"OMP_NUM_THREADS": str(threads), "PHD_MEGATRON_THREADS": str(threads)}

@@ -6,6 +6,7 @@ They travel over a CPU-capable (gloo) group, so that a decision never waits behi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,13 @@ from phd_megatron.errors import UserError
 
 T = TypeVar("T")
 _control_groups: dict[int, Any] = {}
+_timeout: timedelta | None = None
+
+
+def set_timeout(minutes: float) -> None:
+    """How long the control group waits for a rank; before its first use, the same on all ranks."""
+    global _timeout
+    _timeout = timedelta(minutes=minutes)
 
 
 def control_group() -> Any:
@@ -24,7 +32,7 @@ def control_group() -> Any:
     key = id(dist.group.WORLD)  # a process that re-initialises torch.distributed gets a new group
     if key not in _control_groups:
         _control_groups.clear()
-        _control_groups[key] = dist.new_group(backend="gloo")
+        _control_groups[key] = dist.new_group(backend="gloo", timeout=_timeout)
     return _control_groups[key]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from phd_megatron.config.schema import LoggingConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.terminal import say
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Reporter:
         if self._progress is not None:
             self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, flush=True)
+            say(message)
 
     def advance(self, iteration: int) -> None:
         """Move the live display."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,7 @@ class Trainer:
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
         self.global_batch_size = run.training.global_batch_size
+        runtime.watch.at("building the model")
         self.position = Position()
         if resume_from is not None and not run.checkpoint.finetune:
             self.position = Position.of_checkpoint(resume_from)
@@ -122,6 +123,7 @@ class Trainer:
         self.updates = 0  # steps of this start that changed the parameters
         self.progress = Progress(schedule_step=self.schedule.step)
         if resume_from is not None:
+            runtime.watch.at("loading the checkpoint")
             self._resume(resume_from)
         self.stepper = Stepper(
             self.models,
@@ -133,6 +135,7 @@ class Trainer:
             StepGraph.of_run(run, self.models, runtime.device, runtime.log),
         )
         self.saver = self._open_saver(place, resume_from)
+        runtime.watch.at("opening the data", self.progress.iteration)
         self._open_data()
         self.profiler: StepProfiler | None = None
         if run.logging.profile:
@@ -181,7 +184,9 @@ class Trainer:
         reason = FINISHED
         last = self._next_batch(progress.consumed_samples) == 0
         first_iteration = progress.iteration + 1
+        watch = self.runtime.watch
         while not last:
+            watch.at("the first step" if progress.iteration < first_iteration else "a step", progress.iteration + 1)
             before = progress.consumed_samples
             if self.profiler is None:
                 grad_norm = self._one_step(interval)
@@ -201,6 +206,7 @@ class Trainer:
             if progress.iteration % run.logging.log_interval == 0 or evaluate or last or interval.layer_statistics:
                 self._report(interval, grad_norm, validation_loss)
                 interval = Interval(time.perf_counter())
+            watch.at("agreeing whether to stop")
             exit_reason = exits.should_exit(progress.iteration)
             if exit_reason and not last:
                 reason = exit_reason
@@ -250,7 +256,7 @@ class Trainer:
         if logging.dump_gradients_dir and iteration in logging.dump_gradients_iterations:
             directory = iteration_place(logging.dump_gradients_dir, iteration)
             on_gradients.append(partial(dump_gradients, self.models, directory, self.runtime.rank, groups.dp_cp))
-        batches = self.train_stream.microbatches(progress.consumed_samples, count)
+        batches = self._counted(self.train_stream.microbatches(progress.consumed_samples, count))
         if is_due(logging.log_layer_statistics, iteration):
             statistics = LayerStatistics(self.models, groups, self.run.model.seq_length)
             on_gradients.append(statistics.take_gradients)
@@ -287,6 +293,12 @@ class Trainer:
             "lengthen the warm-up, or skip the batch"
         )
 
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Each micro-batch is progress."""
+        for batch in batches:
+            self.runtime.watch.tick()
+            yield batch
+
     # ---------------------------------------------------------------- evaluation and reports
 
     @property
@@ -309,6 +321,7 @@ class Trainer:
     def _evaluate(self, validation: Validation, interval: Interval) -> float:
         """Validation loss; its time is in no figure of a step."""
         started = time.perf_counter()
+        self.runtime.watch.at("validation")
         loss = validation.loss(self.stepper)
         interval.started += time.perf_counter() - started
         perplexity = math.exp(min(loss, 20))
@@ -382,6 +395,7 @@ class Trainer:
     def save(self, background: bool = False) -> None:
         """Write a checkpoint of the present state; in the background it is complete some steps later."""
         if self.saver is not None:
+            self.runtime.watch.at("saving")
             self.saver.save(
                 iteration=self.progress.iteration,
                 models=self.models,

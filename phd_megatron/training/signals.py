@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from phd_megatron.runtime.terminal import lose_terminal
 from phd_megatron.training import agreement
 
 FINISHED = "finished"
 """Why a run ended that came to its end; every other reason leaves something to do."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # One Ctrl-C can reach a rank twice: from the terminal's process group and again from torchrun.
 _ONE_PRESS_SECONDS = 1.0
 
@@ -23,9 +23,10 @@ _ONE_PRESS_SECONDS = 1.0
 class ExitController:
     """Asks, at each step's end, whether the run should save and stop.
 
-    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 on any rank ask for it; a second one more than a second later ends the process
-    at once, with exit code 128 + signal. Forked children keep the default action; data-loader workers must outlive the
-    signal until the checkpoint is written, so ``data/loader.py`` has them ignore it.
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP (a lost terminal) on any rank ask for it; a second one more than a
+    second later ends the process at once, with exit code 128 + signal. SIGHUP that is ignored (``nohup``) stays so.
+    Forked children keep the default action; data-loader workers must outlive the signal until the checkpoint is
+    written, so ``data/loader.py`` has them ignore it.
 
     Args:
         exit_duration_in_mins: stop when the run has lasted this long, counted from ``started``.
@@ -55,13 +56,16 @@ class ExitController:
     def install(self) -> ExitController:
         """Take over the signals; only from the main thread."""
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def uninstall(self) -> None:
         """Give the signals back to what handled them before."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if signal.getsignal(number) == self._handle:  # else somebody has decided otherwise meanwhile
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
 
     def __enter__(self) -> ExitController:
@@ -98,14 +102,21 @@ class ExitController:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if number == signal.SIGHUP:
+            lose_terminal()
         now = time.monotonic()
         if self._received and now - self._received_at > _ONE_PRESS_SECONDS:
-            os.write(2, b"second signal: leaving at once, without a checkpoint\n")
+            _say("second signal: leaving at once, without a checkpoint\n")
             os._exit(128 + number)
         if not self._received:
             self._received, self._received_at = number, now
             name = signal.Signals(number).name
-            os.write(2, f"received {name}: saving and stopping after this step (again: stop at once)\n".encode())
+            _say(f"received {name}: saving and stopping after this step (again: stop at once)\n")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def record_stop(reason: str, local_rank: int) -> None:
@@ -117,20 +128,3 @@ def record_stop(reason: str, local_rank: int) -> None:
     path = os.environ.get("PHD_STOP_FILE")
     if path and local_rank == 0:
         Path(path).write_text(f"{reason}\n", encoding="utf-8")
-
-
-def die_with_launcher() -> bool:
-    """Under torchrun, have the kernel kill this worker when the launcher is killed.
-
-    Otherwise ``kill -9`` of torchrun leaves workers that go on training and hold the run lock against the restart.
-
-    Returns:
-        Whether it was arranged: False without torchrun or off Linux.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return False
-    set_parent_death_signal = 1
-    try:
-        return ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) == 0
-    except (OSError, AttributeError):
-        return False

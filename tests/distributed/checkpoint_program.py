@@ -232,10 +232,11 @@ def main() -> None:
     args = parse()
     parallel = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp, device="cpu")
     runtime = Runtime.start(parallel, verbose=False)
+    from phd_megatron.runtime.launcher import die_with_launcher
     from phd_megatron.training.checkpoint_saver import CheckpointSaver
     from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir
     from phd_megatron.training.run_directory import claim
-    from phd_megatron.training.signals import ExitController, die_with_launcher
+    from phd_megatron.training.signals import ExitController
 
     die_with_launcher()
     if args.refusals:

@@ -7,7 +7,8 @@ import pytest
 
 from phd_megatron.cli import doctor
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.context import Environment, choose_device, choose_threads
+from phd_megatron.runtime.context import choose_device, choose_threads
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.preflight import compare_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

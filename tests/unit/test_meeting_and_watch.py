@@ -1,0 +1,173 @@
+"""How the ranks of a start find one another in an old store, and how a silent one is named; threads stand for ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from phd_megatron.errors import UserError
+from phd_megatron.runtime import launcher
+from phd_megatron.runtime.environment import Environment, without_launcher
+from phd_megatron.runtime.meeting import meet
+from phd_megatron.runtime.watch import Pace, Watch, died_together
+
+
+def everybody(store: HashStore, ranks: list[int], world_size: int, seconds: float = 20.0) -> dict[int, str]:
+    """What each rank got; an error by its text."""
+    found: dict[int, str] = {}
+
+    def rank(number: int) -> None:
+        try:
+            found[number] = meet(store, number, world_size, seconds)
+        except UserError as error:
+            found[number] = f"refused: {error}"
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in ranks]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]], ids=["rank-0-first", "rank-0-last"])
+def test_each_start_in_one_store_gets_a_name_of_its_own(order: list[int]) -> None:
+    store, names = HashStore(), set()
+    for _ in range(3):
+        found = everybody(store, order, 3)
+        assert len(set(found.values())) == 1 and "refused" not in found[0]
+        names.add(found[0])
+    assert len(names) == 3
+
+
+def test_a_start_that_never_met_does_not_disturb_the_next() -> None:
+    store = HashStore()
+    assert "rank 2 of 3 did not answer" in everybody(store, [0, 1], 3, seconds=0.5)[0]
+    assert "rank 0 of 3 did not answer" in everybody(store, [1, 2], 3, seconds=0.5)[1]
+    assert len(set(everybody(store, [1, 2, 0], 3).values())) == 1
+
+
+def test_a_smaller_world_meets_in_the_store_of_a_larger_one() -> None:
+    store = HashStore()
+    everybody(store, [0, 1, 2], 3)
+    assert len(set(everybody(store, [1, 0], 2).values())) == 1
+
+
+def test_a_short_timeout_shortens_everything() -> None:
+    usual, short = Pace.of(600, 0), Pace.of(12, 0)
+    assert usual.silence + usual.beat < 60 and usual.stuck + usual.beat < 60 and usual.end == 600
+    assert short.silence + short.beat < short.end and short.stuck < short.end == 12
+
+
+def test_a_silent_rank_is_named_once_and_again_when_it_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    store = HashStore()
+    watches = [Watch(store, rank, 2, timeout=3.0, slack=60.0) for rank in range(2)]
+    watches[1].at("a step", 7)
+    watches[1]._publish()
+    watches[0].start()
+    time.sleep(3.0)
+    watches[1].start()
+    time.sleep(1.0)
+    for watch in watches:
+        watch.stop()
+    said = capfd.readouterr().err
+    assert said.count("warning: rank 1 (host") == 1
+    assert "at iteration 7 in 'a step'" in said and "after 0.05 minutes" in said
+    assert said.count("note: rank 1") == 1 and "answers again" in said
+
+
+def test_ranks_that_end_in_order_are_not_missed(capfd: pytest.CaptureFixture[str]) -> None:
+    store = HashStore()
+    watches = [Watch(store, rank, 3, timeout=1.5, slack=60.0) for rank in range(3)]
+    for watch in watches:
+        watch.start()
+    time.sleep(0.5)
+    watches[1].stop()
+    watches[2].stop()
+    time.sleep(2.0)
+    watches[0].stop()
+    assert capfd.readouterr().err == ""
+
+
+def test_survivors_say_the_same_of_a_process_that_is_gone() -> None:
+    store = HashStore()
+    watches = [Watch(store, rank, 3, timeout=600.0) for rank in range(3)]
+    for watch in watches:
+        watch._publish()
+    entry = json.loads(store.get("watch/1"))
+    store.set("watch/1", json.dumps(entry | {"pid": 2**22 - 1, "iteration": 12, "phase": "a step"}))
+    error = RuntimeError("[x/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert died_together(error) and not died_together(RuntimeError("shapes do not fit"))
+    said = {watch.explain(error) for watch in (watches[0], watches[2])}
+    assert len(said) == 1
+    assert "rank 1 (host" in said.pop()
+
+
+def test_of_processes_above_a_launcher_is_looked_for() -> None:
+    above = {
+        10: (b"/usr/bin/python3\0-m\0torch.distributed.run\0", 1),
+        20: (b"/bin/bash\0wrapper.sh\0", 10),
+        30: (b"/lib/systemd/systemd\0--user\0", 1),
+        1: (b"/sbin/init\0", 0),
+    }
+    assert not launcher.is_orphan(10, above.get)
+    assert not launcher.is_orphan(20, above.get)
+    assert launcher.is_orphan(30, above.get) and launcher.is_orphan(1, above.get)
+    assert not launcher.is_orphan(0, above.get), "a parent outside of the container cannot be seen"
+    assert not launcher.is_orphan(1, {1: (b"python\0/usr/bin/torchrun\0", 0)}.get), "torchrun as process 1"
+
+
+ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (
+            {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+            Environment(5, 8, 1, 4, launched=True),
+        ),
+        (
+            {
+                **{"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+                **{"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+            },
+            Environment(3, 4, 1, 2, launched=True),
+        ),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Environment(1, 2, 1, 2, launched=True),
+        ),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Environment()),
+        ({"SLURM_NTASKS": "1"}, Environment()),
+        ({"SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "1"}, Environment(launched=True)),
+    ],
+)
+def test_place_from_other_launchers(variables: dict[str, str], expected: Environment) -> None:
+    assert Environment.read({**variables, **ADDRESS}) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS=4 is set, as srun does for 4 processes, but SLURM_PROCID"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, "MASTER_ADDR, MASTER_PORT is not"),
+        ({"PMI_SIZE": "many"}, "PMI_SIZE='many' is not a number"),
+        ({**ADDRESS, "SLURM_NTASKS": "2", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, "SLURM_PROCID=2 is not below"),
+    ],
+)
+def test_other_launchers_without_a_meeting_place_are_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Environment.read(variables)
+
+
+def test_a_process_started_by_this_one_is_alone() -> None:
+    assert (
+        Environment.read(without_launcher({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4", "RANK": "1"}))
+        == Environment()
+    )
