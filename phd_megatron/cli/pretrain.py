@@ -122,9 +122,11 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
+    from phd_megatron.training.run_data import agree_on_data, compare_data
     from phd_megatron.training.signals import ExitController, record_stop
 
     checkpoint = config.checkpoint
+    data = agree_on_data(config, tokenizer, (1, config.training.eval_iters, 0), runtime.local_rank)
     with ExitStack() as stack:
         if checkpoint.save is not None and (lock := lock_save_dir(checkpoint.save)) is not None:
             stack.callback(lock.release)
@@ -133,7 +135,11 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             resume_from = find_checkpoint(
                 checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
             )
-        trainer = Trainer(config, runtime, tokenizer, resume_from)
+        if resume_from is not None:
+            found = resume_from
+            for note in agreement.from_rank_zero(lambda: compare_data(found, data, config)):
+                runtime.log(f"note: {note}")
+        trainer = Trainer(config, runtime, tokenizer, resume_from, data)
         stack.callback(trainer.close)
         # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
         reporter = agreement.everywhere(lambda: open_reporter(config, runtime, trainer.total_iterations))

@@ -22,6 +22,7 @@ NOT_INHERITED = frozenset(
         *("load", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"),
         *("exit_interval", "exit_duration_in_mins", "dump_gradients_dir", "dump_gradients_iterations"),
         *("profile", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"),
+        "allow_changed_data",
     }
 )
 """Fields that speak of one start of a run, so a resume does not take them from the checkpoint."""

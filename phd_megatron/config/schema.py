@@ -99,6 +99,7 @@ class DataConfig:
     reset_position_ids: bool = False  #: positions restart after each end of document
     reset_attention_mask: bool = False  #: no attention across documents
     eod_mask_loss: bool = False  #: no loss on the end-of-document token
+    allow_changed_data: bool = False  #: resume though the data is not what the checkpoint was trained on
 
 
 @dataclass

@@ -42,6 +42,7 @@ from phd_megatron.training.optimizer import (
 )
 from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.router_metrics import collect_router_metrics
+from phd_megatron.training.run_data import Record
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
@@ -78,9 +79,18 @@ class Trainer:
         runtime: device and process groups, already initialised.
         tokenizer: the data's tokenizer.
         resume_from: complete checkpoint to load, or ``None`` to start fresh.
+        data: what the data is, for the checkpoints.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, tokenizer: Tokenizer, resume_from: Path | None) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        resume_from: Path | None,
+        data: Record | None = None,
+    ) -> None:
+        self.data = data
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
         dims = runtime.dims
         assert run.training.global_batch_size is not None and run.model.vocab_size is not None
@@ -325,7 +335,7 @@ class Trainer:
                 models=self.models,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                training_state=vars(self.progress).copy(),
+                training_state={**vars(self.progress), **({} if self.data is None else {"data": self.data})},
                 background=background,
             )
 
