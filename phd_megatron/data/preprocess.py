@@ -132,7 +132,13 @@ def _write(
     tokenizer, description = _make_tokenizer(spec, source, output.directory / "tokenizer", notes)
     dtype = dtype_for(tokenizer.vocab_size)
     report = ReadReport()
-    pieces = read_pieces(source.files, report, json_key=source.json_key, on_decode_error=source.on_decode_error)
+    pieces = read_pieces(
+        source.files,
+        report,
+        json_key=source.json_key,
+        on_decode_error=source.on_decode_error,
+        cutter=tokenizer.cutter(),
+    )
     encoded = encode_all(
         batches_of(pieces),
         tokenizer,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import itertools
 import json
 import os
 import tokenize
@@ -18,15 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from phd_megatron.data.cuts import BLOCK, Anywhere, Cutter
 from phd_megatron.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
 SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
-#: A longer text file is cut into pieces of about this many characters. The pieces become separate sequences of one
-#: document, which is also what lets a single large file be split into training and validation parts.
+#: A longer text file is cut into pieces of about this many characters, where the tokenizer allows it. The pieces become
+#: separate sequences of one document, which is also what lets a single large file be split into training and validation
+#: parts.
 PIECE_CHARACTERS = 1 << 16
+#: Characters of a text that cannot be cut, and bytes of a JSON line. What is longer is no document, and a tokenizer
+#: needs some 30 times the memory.
+LARGEST_TEXT = 1 << 28
 _READ_BYTES = 1 << 20
 #: Up to this size a file is decoded in one go; above, --on-decode-error skip reads it twice.
 _ONE_GO_BYTES = 4 << 20
@@ -35,11 +41,16 @@ OnDecodeError = Literal["fail", "skip"]
 
 
 class Piece(NamedTuple):
-    """A stretch of one document. A whole document is ``Piece(text, True, True)``; ``text`` may be empty only then."""
+    """A stretch of one document. A whole document is ``Piece(text, True, True)``; ``text`` may be empty only then.
+
+    It is to be tokenized behind ``context``, whose tokens belong to the piece before, and becomes so many sequences.
+    """
 
     text: str
     first: bool
     last: bool
+    context: str = ""
+    sequences: int = 1
 
 
 @dataclass
@@ -89,38 +100,58 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def _cut(text: str, size: int) -> int:
-    """Where to end a piece of ``text`` (longer than ``size``): the best place at or before ``size``.
+def _next_cut(text: str, start: int, searched: int, cutter: Cutter, at_end: bool) -> tuple[int | None, int]:
+    """Where the piece that begins at ``start`` ends; None when more of the text is to be seen, or nowhere.
 
-    Best is after a newline between two other characters, because byte-level BPE never merges across it.
+    Twice a piece is kept back, so that the last one is never tiny and a place is judged by what is behind it.
+    ``searched``: so many characters of the piece were searched before; the second value is the new number.
     """
-    newline = size
-    while (newline := text.rfind("\n", size // 2, newline)) > 0:
-        if not text[newline - 1].isspace() and not text[newline + 1 : newline + 2].isspace():
-            return newline + 1
-    newline = text.rfind("\n", size // 2, size)
-    space = text.rfind(" ", size // 2, size)
-    return newline + 1 if newline >= 0 else space if space > 0 else size
+    size, have = PIECE_CHARACTERS, len(text) - start
+    spare = max(size, cutter.reach)
+    if have <= size + size // 2 if at_end else have < size + spare:
+        return None, searched
+    if not searched:
+        place = cutter.last(text, start, start + size // 2, start + size)
+        if place is not None:
+            return place, 0
+        searched = size
+    # In whole blocks, so that the places which are tried do not depend on how the text is read.
+    high = have - size // 2 if at_end else (have - spare) // BLOCK * BLOCK
+    if high <= searched:
+        return None, searched
+    return cutter.first(text, start, start + searched, start + high), high
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[Piece]:
+def _pieces(chunks: Iterable[str], cutter: Cutter | None, path: Path) -> Iterator[Piece]:
     """Regroup the text of one document into pieces that do not depend on how it was read."""
-    buffer, first = "", True
-    for chunk in chunks:
-        buffer += chunk
-        start = 0
-        # Twice the size is kept back so that the last piece is never tiny and the cut sees the characters after it.
-        while len(buffer) - start >= 2 * PIECE_CHARACTERS:
-            window = buffer[start : start + PIECE_CHARACTERS + 1]
-            end = _cut(window, PIECE_CHARACTERS)
-            yield Piece(window[:end], first, False)
-            start, first = start + end, False
-        buffer = buffer[start:]
-    while len(buffer) > PIECE_CHARACTERS + PIECE_CHARACTERS // 2:
-        end = _cut(buffer[: PIECE_CHARACTERS + 1], PIECE_CHARACTERS)
-        yield Piece(buffer[:end], first, False)
-        buffer, first = buffer[end:], False
-    yield Piece(buffer, first, True)
+    held: list[str] = []
+    size = searched = 0
+    context, first = "", True
+    for chunk in itertools.chain(chunks, [None]):
+        if chunk:
+            held.append(chunk)
+            size += len(chunk)
+            if size > LARGEST_TEXT:
+                raise UserError(
+                    f"{path}: {size} characters without a place at which this tokenizer allows to cut are more than "
+                    f"{LARGEST_TEXT}; give the text in shorter files, or as JSON lines, a document a line"
+                )
+        if cutter is None and chunk is not None:
+            continue
+        buffer, start = "".join(held), 0
+        while cutter is not None:
+            place, searched = _next_cut(buffer, start, searched, cutter, at_end=chunk is None)
+            if place is None:
+                break
+            yield _piece(buffer[start:place], first, False, context)
+            context, start, searched, first = cutter.context(buffer, place), place, 0, False
+        held = [buffer[start:]]
+        size = len(held[0])
+    yield _piece(held[0], first, True, context)
+
+
+def _piece(text: str, first: bool, last: bool, context: str) -> Piece:
+    return Piece(text, first, last, context, max(1, round(len(text) / PIECE_CHARACTERS)))
 
 
 def _encoding_of(path: Path) -> str:
@@ -156,16 +187,18 @@ def _decoded(path: Path, encoding: str, report: ReadReport | None) -> Iterator[s
             position += len(block)
 
 
-def _read_text(path: Path, report: ReadReport, on_decode_error: OnDecodeError) -> Iterator[Piece]:
+def _read_text(
+    path: Path, report: ReadReport, on_decode_error: OnDecodeError, cutter: Cutter | None
+) -> Iterator[Piece]:
     try:
         encoding = _encoding_of(path)
         if path.stat().st_size <= _ONE_GO_BYTES:
-            yield from _pieces(["".join(_decoded(path, encoding, report))])
+            yield from _pieces(["".join(_decoded(path, encoding, report))], cutter, path)
             return
         if on_decode_error == "skip":  # a file is skipped whole or not at all, so look before the first piece leaves
             for _ in _decoded(path, encoding, None):
                 pass
-        yield from _pieces(_decoded(path, encoding, report))
+        yield from _pieces(_decoded(path, encoding, report), cutter, path)
     except _Undecodable as error:
         if on_decode_error == "fail":
             raise UserError(
@@ -272,14 +305,20 @@ def _read_parquet(path: Path, report: ReadReport, key: str) -> Iterator[Piece]:
     report.bytes_read = base + size
 
 
+_ANYWHERE = Anywhere()
+
+
 def read_pieces(
     files: Sequence[Path],
     report: ReadReport,
     *,
     json_key: str = "text",
     on_decode_error: OnDecodeError = "fail",
+    cutter: Cutter | None = _ANYWHERE,
 ) -> Iterator[Piece]:
     """The documents of ``files`` in order. ``report`` is filled on the way.
+
+    ``cutter`` says where the text of a long file can be cut, with None it is not.
 
     Raises UserError for what cannot be read, with file, line where there is one, and the cure. Invalid UTF-8 is such
     an error with ``fail``; with ``skip`` the text file, or the JSON line, is left out and listed in the report.
@@ -289,7 +328,7 @@ def read_pieces(
         report.files += 1
         try:
             if suffix in TEXT_SUFFIXES:
-                yield from _read_text(path, report, on_decode_error)
+                yield from _read_text(path, report, on_decode_error, cutter)
             elif suffix in JSON_SUFFIXES:
                 yield from _read_json_lines(path, report, json_key, on_decode_error)
             else:
