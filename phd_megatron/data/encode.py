@@ -123,18 +123,29 @@ class _Workers:
     """
 
     def __init__(self, count: int, directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
-        context = multiprocessing.get_context("spawn")  # the tokenizers library may hold threads and locks by now
+        self._count, self._arguments = count, (directory, append_eod, dtype)
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
-        for _ in range(count):
+
+    def _start_one(self) -> None:
+        context = multiprocessing.get_context("spawn")  # the tokenizers library may hold threads and locks by now
+        try:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, directory, append_eod, dtype), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
+            process = context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+            # Known before it runs: a signal can end this command at any moment, and `close` must find the process.
             self._connections.append(ours)
+            self._processes.append(process)
+            process.start()
+        except OSError as error:
+            raise UserError(
+                f"worker process {len(self._processes)} of {self._count} could not be started ({error.strerror}); use "
+                "fewer --workers, or raise the limit of processes or open files"
+            ) from error
+        theirs.close()
 
     def send(self, number: int, batch: list[Piece]) -> None:
+        if number < self._count:  # a small input does not need all of them
+            self._start_one()
         try:
             self._connections[number % len(self._connections)].send(batch)
         except OSError as error:
@@ -160,6 +171,8 @@ class _Workers:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
+            if process.pid is None:  # it was not started
+                continue
             process.join(5)
             if process.is_alive():
                 process.kill()

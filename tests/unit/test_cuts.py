@@ -116,7 +116,7 @@ ALPHABET = [
     *("the", "cat", "naïve", "value_1", "didn't", "12345", "ab", "Weiß", "ﬁne", "fine", "new", "news", "x" * 30),
     *(" ", " ", " ", " ", " ", "  ", "   ", "\n", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u200b"),
     *("。", "！", "漢", "字", "の", "e\u0301", "\u0301", "´", "½", "ﬃ", "ⅷ", "각", "\u1100", "\u1161", "\u11a8"),
-    *("▁", "▁▁", "``", "'s", "/", "//", ".", ",", ";", "(", ")", "\x00", "\x85", "\u2028", "İ", "Σ", "ς", "ا"),
+    *("▁", "▁▁", "``", "'s", "/", "//", ".", ",", ";", "(", ")", "\x01", "\x85", "\u2028", "İ", "Σ", "ς", "ا"),
     *("\u0d4e", "\ufeff", "👩\u200d👧"),
     *("<s>", "</s>", "<mask>", "[SEP]", "<A B>", "<a\nb>", "[", "<", "<mas", "k>", "<0x41>"),
 ]  # fmt: skip
@@ -166,7 +166,7 @@ def build(name, directory: Path, with_added: bool):
 
 def sample(generator: random.Random, size: int) -> str:
     """Mostly words between single spaces and line feeds, with anything in between."""
-    parts: list[str] = []
+    parts = ["a"]  # a mark of byte order is no text only at the start
     while sum(map(len, parts)) < size:
         if generator.random() < 0.5:
             parts += [
