@@ -122,6 +122,7 @@ class SampleStream:
             self._next = consumed_samples
             batch = next(self._iterator)
             if isinstance(batch, UserError):
+                self.close()  # workers ignore signals, so the interpreter's end would wait for them
                 raise batch
             yield batch
 
