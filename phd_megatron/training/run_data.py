@@ -115,6 +115,23 @@ def compare_data(checkpoint: Path, found: Record, run: RunConfig) -> list[str]:
     )
 
 
+def check_own_data(checkpoint: Path, found: Record, run: RunConfig) -> None:
+    """Refuse to evaluate on data that only has the name of what ``checkpoint`` was trained with; for one rank.
+
+    Raises:
+        UserError: with the data sets.
+    """
+    try:
+        changes = _changes(read_record(checkpoint) or {}, found, run)
+    except UserError:  # its losses do not depend on what is written there
+        return
+    if changes:
+        raise UserError(
+            f"{'; '.join(changes)}; bring the data back, or evaluate {checkpoint} on what is there now by naming it "
+            "with --data-path"
+        )
+
+
 def _is_trained(checkpoint: Path) -> bool:
     try:
         state = json.loads((checkpoint / TRAINING_STATE).read_text(encoding="utf-8"))

@@ -371,3 +371,17 @@ def test_split_data(documents: Path, tmp_path: Path, refused: Callable[..., str]
     assert main([*argv, "--train-iters", "3"]) == 0
     rewrite_tokens(prefix)
     refused([*argv, "--train-iters", "4"], "the training data", "data: other tokens in as many bytes")
+
+
+def test_evaluation_on_data_of_the_same_name(
+    documents: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, save = copy_data(documents, tmp_path / "data"), tmp_path / "save"
+    assert main(pretrain(prefix, split="90,10,0", eval_iters=1, save=save)) == 0
+    argv = ["evaluate", "--checkpoint", str(save), "--device", "cpu"]
+    assert main(argv) == 0
+    rewrite_tokens(prefix)
+    refused(
+        argv, "the validation data is not what the checkpoint was trained with", "data: other tokens", "--data-path"
+    )
+    assert main([*argv, "--data-path", str(prefix)]) == 0
