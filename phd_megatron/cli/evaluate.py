@@ -129,7 +129,15 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selec
             runtime.log(f"note: {note}")
         runtime.log(f"evaluating {found} on {selection}")
         result = evaluate_checkpoint(
-            found, config, runtime, tokenizer, subset, selection.samples, args.verify_checkpoint, args.copies
+            found,
+            config,
+            runtime,
+            tokenizer,
+            subset,
+            selection.samples,
+            args.verify_checkpoint,
+            args.copies,
+            own_data=not args.data_path,
         )
         return result, selection, runtime.is_main
 

@@ -12,6 +12,12 @@ from types import FrameType
 from phd_megatron.errors import UserError
 
 
+def _number(text: str) -> int:
+    if not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit() or len(text) > 18:
+        raise UserError(f"--workers {text[:40]!r} is no number of processes; give for example 4")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="phd-megatron prepare",
@@ -32,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="byte|bpe:N|DIR",
         help="raw bytes, a BPE tokenizer of N tokens trained here, or a Hugging Face tokenizer directory",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=_number, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
+    )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="field or column of the text (%(default)s)")
     parser.add_argument(
         "--on-decode-error",

@@ -144,13 +144,16 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
     from phd_megatron.training.pretrain import Trainer, open_reporter
+    from phd_megatron.training.run_data import agree_on_data, compare_data
     from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, record_stop
 
     agreement.set_timeout(config.parallel.distributed_timeout_minutes)
     checkpoint = config.checkpoint
-    runtime.watch.at("claiming the save directory")
     with ExitStack() as stack, runtime.naming_lost_ranks():
+        runtime.watch.at("looking at the data")
+        data = agree_on_data(config, tokenizer, (1, config.training.eval_iters, 0), runtime.local_rank)
+        runtime.watch.at("claiming the save directory")
         lock = lock_save_dir(checkpoint.save) if checkpoint.save is not None else None
         if lock is not None:
             stack.callback(lock.release)
@@ -159,6 +162,10 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             resume_from = find_checkpoint(
                 checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
             )
+        if resume_from is not None:
+            found = resume_from
+            for note in agreement.from_rank_zero(lambda: compare_data(found, data, config)):
+                runtime.log(f"note: {note}")
         place = None
         if checkpoint.save is not None:
             place = claim(
@@ -169,7 +176,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 rewind=checkpoint.rewind,
                 log=runtime.log,
             )
-        trainer = Trainer(config, runtime, tokenizer, resume_from, place)
+        trainer = Trainer(config, runtime, tokenizer, resume_from, place, data)
         stack.callback(trainer.close)
         # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
         reporter = agreement.everywhere(lambda: open_reporter(config, runtime, trainer.total_iterations))

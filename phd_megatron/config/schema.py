@@ -209,6 +209,8 @@ class DataConfig:
     reset_attention_mask: Annotated[bool, RECIPE] = False
     #: no loss on the end-of-document token
     eod_mask_loss: Annotated[bool, RECIPE] = False
+    #: resume though the data is not what the checkpoint was trained on
+    allow_changed_data: Annotated[bool, START] = False
 
 
 @dataclass

@@ -109,8 +109,7 @@ def documents_of(info: IndexedInfo, share: tuple[float, float]) -> range:
 
 def tokens_in(info: IndexedInfo, share: tuple[float, float]) -> int:
     """Tokens of a prefix's part of a split."""
-    documents = documents_of(info, share)
-    return int(info.lengths[documents.start : documents.stop].sum(dtype="int64"))
+    return info.tokens_of(documents_of(info, share))
 
 
 def check_split(plan: SplitPlan, infos: dict[str, IndexedInfo], seq_length: int, index: int) -> list[int]:

@@ -11,6 +11,7 @@ from phd_megatron.errors import UserError
 
 #: The trainer's memory grows with the number of distinct words it has seen, so it sees at most about this much text.
 SAMPLE_CHARACTERS = 32 << 20
+_LARGEST = 1_000_000  # the largest vocabularies that are in use have a quarter of that
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,15 @@ class BpeTraining:
 
 
 def parse_bpe(spec: str) -> int | None:
-    """N of ``bpe:N``; None for another kind of tokenizer. Raises UserError when N is no integer >= 257."""
+    """N of ``bpe:N``; None for another kind of tokenizer. Raises UserError when N is no integer from 257 on."""
     if not spec.startswith("bpe:"):
         return None
     text = spec[4:]
-    if not text.isascii() or not text.isdigit() or int(text) < 257:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 257 <= int(text) <= _LARGEST:
+        shown = spec if len(spec) <= 40 else f"{spec[:40]}..."
         raise UserError(
-            f"tokenizer {spec!r}: the size of the vocabulary must be an integer of at least 257 (256 bytes and the "
-            f"end-of-document token); write for example bpe:4096"
+            f"tokenizer {shown!r}: the size of the vocabulary must be an integer of at least 257 (256 bytes and the "
+            f"end-of-document token) and at most {_LARGEST}; write for example bpe:4096"
         )
     return int(text)
 

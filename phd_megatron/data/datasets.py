@@ -8,11 +8,11 @@ for, so a run that is extended, or a member of a sweep with another budget, woul
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from phd_megatron.config.schema import RunConfig
@@ -21,12 +21,11 @@ from phd_megatron.data.indexed import IndexedInfo, check_indexed
 from phd_megatron.data.one_pass import build_pass
 from phd_megatron.data.output import read_sidecar
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from phd_megatron.data.verify import Fingerprint, verify, verify_end
 from phd_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-#: Without a sidecar so many tokens from the start, the middle and the end are looked at.
-_PROBE_TOKENS = 1 << 20
 _MAX_BLOCKS = 256
 
 
@@ -76,6 +75,9 @@ def data_horizon(run: RunConfig, num_train: int) -> int:
 def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int]) -> dict[str, IndexedInfo]:
     """Everything that can be wrong with the data of a run, without building anything or importing Megatron.
 
+    A process that is alone reads every index whole and parts of the tokens; of several ranks one does that for all
+    (:func:`verify_data`), once they are connected, and here they look at headers, sizes and sidecars.
+
     Returns the checked files by prefix. Raises UserError.
     """
     data, model = run.data, run.model
@@ -103,34 +105,61 @@ def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int
         for prefix in plan.prefixes:
             if prefix not in infos:
                 infos[prefix] = check_indexed(prefix)
-                _check_tokens(infos[prefix], tokenizer)
+                verify_end(infos[prefix])
+                _check_sidecar(infos[prefix], tokenizer)
+                if _is_alone():
+                    verify(infos[prefix], tokenizer.vocab_size)
         check_split(plan, infos, model.seq_length, index)
     return infos
 
 
-def _check_tokens(info: IndexedInfo, tokenizer: Tokenizer) -> None:
-    """Refuse data that holds ids the tokenizer does not have, or that is not what its sidecar describes."""
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def verify_data(
+    run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int]
+) -> tuple[list[Fingerprint] | None, ...]:
+    """Read the data of a run as :func:`phd_megatron.data.verify.verify` does.
+
+    Returns:
+        What the training, validation and test sets hold, each in the order of its prefixes; None for one that is not
+        wanted.
+
+    Raises:
+        UserError: for data that is damaged or does not fit the tokenizer.
+    """
+    known: dict[str, Fingerprint] = {}
+    found: list[list[Fingerprint] | None] = []
+    for plan, count in zip(plan_splits(run.data), wanted, strict=True):
+        if plan is None or count <= 0:
+            found.append(None)
+            continue
+        for prefix in plan.prefixes:
+            if prefix not in known:
+                known[prefix] = verify(check_indexed(prefix), tokenizer.vocab_size)
+        found.append([known[prefix] for prefix in plan.prefixes])
+    return tuple(found)
+
+
+def _check_sidecar(info: IndexedInfo, tokenizer: Tokenizer) -> None:
+    """Refuse data that is not what its sidecar describes, or was made with a tokenizer of other ids."""
     sidecar = read_sidecar(info.prefix)
-    if sidecar is not None:
-        noted = (sidecar.get("bin_bytes"), sidecar.get("idx_bytes"))
-        if noted != (info.bin_size, info.idx_size):
-            raise UserError(
-                f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have "
-                f"{info.bin_size} and {info.idx_size}; they are not of one prepare, so prepare the data again"
-            )
-        largest = int(sidecar.get("max_token_id", 0))
-    else:
-        tokens = np.memmap(f"{info.prefix}.bin", info.dtype, "r")
-        starts = (0, max(0, len(tokens) // 2), max(0, len(tokens) - _PROBE_TOKENS))
-        largest = max(int(tokens[start : start + _PROBE_TOKENS].max(initial=0)) for start in starts)
-    if largest >= tokenizer.vocab_size:
-        made = (sidecar or {}).get("tokenizer", {})
-        hint = f" (it was prepared with {made['spec']})" if isinstance(made, dict) and "spec" in made else ""
+    if sidecar is None:
+        return
+    noted = (sidecar.get("bin_bytes"), sidecar.get("idx_bytes"))
+    if noted != (info.bin_file.size, info.idx_file.size):
+        raise UserError(
+            f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have "
+            f"{info.bin_file.size} and {info.idx_file.size}; they are not of one prepare, so prepare the data again"
+        )
+    made_id, largest = sidecar.get("tokenizer"), sidecar.get("max_token_id", 0)
+    if isinstance(largest, int) and largest >= tokenizer.vocab_size:
+        hint = f" (it was prepared with {made_id['spec']})" if isinstance(made_id, dict) and "spec" in made_id else ""
         raise UserError(
             f"data {info.prefix!r} holds token id {largest}{hint}, but the tokenizer has only {tokenizer.vocab_size} "
             f"tokens; use the tokenizer the data was made with"
         )
-    made_id = (sidecar or {}).get("tokenizer")
     if isinstance(made_id, dict):
         ours = tokenizer.unique_identifiers
         if any(made_id.get(key) != value for key, value in ours.items() if key in ("class", "vocab_size", "eod")):

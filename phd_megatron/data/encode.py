@@ -49,7 +49,7 @@ def batches_of(pieces: Iterable[Piece], characters: int = BATCH_CHARACTERS) -> I
 
 def encode_pieces(tokenizer: Tokenizer, batch: list[Piece], append_eod: bool, dtype: type[np.generic]) -> EncodedBatch:
     """One sequence for each piece that has tokens; EOD ends the last one of each document."""
-    encoded = tokenizer.encode_batch([piece.text for piece in batch])
+    encoded = _encode(tokenizer, batch)
     eod = np.array([tokenizer.eod], dtype=dtype)
     parts: list[np.ndarray] = []
     lengths: list[int] = []
@@ -60,16 +60,16 @@ def encode_pieces(tokenizer: Tokenizer, batch: list[Piece], append_eod: bool, dt
         if piece.first and piece.last and not len(ids):
             empty += 1
             continue
-        length = len(ids)
-        if length:
+        if len(ids):
             max_token = max(max_token, int(ids.max()))
             parts.append(ids.astype(dtype))
+        # A text that could not be cut is one piece and comes in several sequences all the same.
+        sequences = [len(part) for part in np.array_split(ids, piece.sequences)]
         if piece.last and append_eod:
             parts.append(eod)
             max_token = max(max_token, tokenizer.eod)
-            length += 1
-        if length:
-            lengths.append(length)
+            sequences[-1] += 1
+        lengths += filter(None, sequences)
         if piece.last:
             marks.append(len(lengths))
     return EncodedBatch(
@@ -80,6 +80,22 @@ def encode_pieces(tokenizer: Tokenizer, batch: list[Piece], append_eod: bool, dt
         empty,
         max_token,
     )
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Piece]) -> list[np.ndarray]:
+    """Ids of each piece, without those of the context before it."""
+    encoded = tokenizer.encode_batch([piece.context + piece.text for piece in batch])
+    behind = [number for number, piece in enumerate(batch) if piece.context]
+    if behind:
+        contexts = tokenizer.encode_batch([batch[number].context for number in behind])
+        for number, context in zip(behind, contexts, strict=True):
+            if not np.array_equal(encoded[number][: len(context)], context):
+                raise UserError(
+                    f"the tokenizer makes other tokens of {batch[number].context!r} in front of a text than alone, so "
+                    "a long text cannot be cut there; give the text in shorter documents, and report this tokenizer"
+                )
+            encoded[number] = encoded[number][len(context) :]
+    return encoded
 
 
 def _work(connection: Connection, directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
@@ -107,18 +123,29 @@ class _Workers:
     """
 
     def __init__(self, count: int, directory: str, append_eod: bool, dtype: type[np.generic]) -> None:
-        context = multiprocessing.get_context("spawn")  # the tokenizers library may hold threads and locks by now
+        self._count, self._arguments = count, (directory, append_eod, dtype)
         self._processes: list[SpawnProcess] = []
         self._connections: list[Connection] = []
-        for _ in range(count):
+
+    def _start_one(self) -> None:
+        context = multiprocessing.get_context("spawn")  # the tokenizers library may hold threads and locks by now
+        try:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, directory, append_eod, dtype), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
+            process = context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+            # Known before it runs: a signal can end this command at any moment, and `close` must find the process.
             self._connections.append(ours)
+            self._processes.append(process)
+            process.start()
+        except OSError as error:
+            raise UserError(
+                f"worker process {len(self._processes)} of {self._count} could not be started ({error.strerror}); use "
+                "fewer --workers, or raise the limit of processes or open files"
+            ) from error
+        theirs.close()
 
     def send(self, number: int, batch: list[Piece]) -> None:
+        if number < self._count:  # a small input does not need all of them
+            self._start_one()
         try:
             self._connections[number % len(self._connections)].send(batch)
         except OSError as error:
@@ -144,6 +171,8 @@ class _Workers:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
+            if process.pid is None:  # it was not started
+                continue
             process.join(5)
             if process.is_alive():
                 process.kill()

@@ -23,6 +23,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SplitPlan
 from phd_megatron.data.indexed import IndexedInfo
+from phd_megatron.data.open_file import FileArray, open_npy
+from phd_megatron.data.token_files import TokenFiles
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
 
@@ -39,39 +41,55 @@ class IndexedGPTConfig(GPTDatasetConfig):
     fingerprints: dict[str, list[int]] = field(default_factory=dict)
     """Per prefix, sizes and time of the files, so that replaced data does not meet an old index."""
 
+    infos: dict[str, IndexedInfo] = field(default_factory=dict)
+    """Per prefix, the checked files."""
+
 
 class IndexedGPTDataset(GPTDataset):
     """``GPTDataset`` whose index comes from the cache described above. Samples and order are Megatron's."""
 
     config: IndexedGPTConfig
+    dataset: TokenFiles
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> Any:
+        """Megatron's would map the files."""
+        assert isinstance(config, IndexedGPTConfig)
+        return TokenFiles(config.infos[dataset_path], config.tokenizer.vocab_size)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: Any) -> int:
+        """Sequences of the data."""
+        return len(low_level_dataset)
 
     def _cache_path(self) -> Path:
         key = f"{self.unique_description}{self.config.fingerprints.get(self.dataset_path)}"
         name = hashlib.blake2b(key.encode("utf-8"), digest_size=12).hexdigest()
         return Path(self.config.index_cache or f"{self.dataset_path}.cache") / f"{self.index_split.name}-{name}"
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         base = self._cache_path()
         loaded = _load(base)
-        if loaded is None:
+        if loaded is not None:
+            return loaded
+        with self.dataset.lengths_in_memory():
             built = self._build_in_memory()
-            loaded = built
-            try:
-                _save(base, built)
-                loaded = _load(base) or built  # mapped files are shared by the ranks of a node
-            except OSError as error:
-                if self.config.index_cache is not None:
-                    raise UserError(
-                        f"--data-cache-path {self.config.index_cache} cannot be written ({error.strerror or error}); "
-                        f"free space there, or name a directory that can be written"
-                    ) from error
-                logger.warning(
-                    "index cache %s cannot be written (%s); each process keeps its own index in memory; "
-                    "--data-cache-path names another place",
-                    base.parent,
-                    error,
-                )
-        return loaded
+        try:
+            _save(base, built)
+            return _load(base) or built  # the files' pages are shared by the ranks of a node
+        except OSError as error:
+            if self.config.index_cache is not None:
+                raise UserError(
+                    f"--data-cache-path {self.config.index_cache} cannot be written ({error.strerror or error}); free "
+                    f"space there, or name a directory that can be written"
+                ) from error
+            logger.warning(
+                "index cache %s cannot be written (%s); each process keeps its own index in memory; "
+                "--data-cache-path names another place",
+                base.parent,
+                error,
+            )
+        return built
 
     def _build_in_memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config = self.config
@@ -122,16 +140,16 @@ def permutation(samples: int) -> np.ndarray:
 _PARTS = ("document", "sample", "shuffle")
 
 
-def _load(base: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The three arrays, memory-mapped; None when one is missing, truncated or not what it should be."""
+def _load(base: Path) -> tuple[FileArray, FileArray, FileArray] | None:
+    """The three arrays, in their files; None when one is missing, truncated or not what it should be."""
     arrays = []
     for part, dimensions in zip(_PARTS, (1, 2, 1), strict=True):
         path = Path(f"{base}-{part}.npy")
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = open_npy(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, UserError) as error:
             logger.warning("index cache file %s is damaged (%s); it is built again", path, error)
             return None
         if array.ndim != dimensions or array.dtype.kind not in "iu":
@@ -139,7 +157,7 @@ def _load(base: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
             return None
         arrays.append(array)
     document, sample, shuffle = arrays
-    if sample.shape != (len(shuffle) + 1, 2) or int(sample[-1, 0]) >= len(document) + 1:
+    if sample.shape != (len(shuffle) + 1, 2) or int(sample[-1][0]) >= len(document) + 1:
         logger.warning("index cache files %s-*.npy do not belong together; they are built again", base)
         return None
     return document, sample, shuffle
@@ -185,7 +203,10 @@ def index_config(
         eod_mask_loss=run.data.eod_mask_loss,
         create_attention_mask=False,
         index_cache=run.data.data_cache_path,
-        fingerprints={p: [infos[p].bin_size, infos[p].idx_size, infos[p].idx_mtime_ns] for p in plan.prefixes},
+        fingerprints={
+            p: [infos[p].bin_file.size, infos[p].idx_file.size, infos[p].idx_file.mtime_ns] for p in plan.prefixes
+        },
+        infos={p: infos[p] for p in plan.prefixes},
         **options,
     )
     config.split = run.data.split

@@ -17,8 +17,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from phd_megatron.data.open_file import FileArray, OpenFile
 from phd_megatron.errors import UserError
 
+AGAIN = "prepare or copy the data again"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {
@@ -102,23 +104,36 @@ class IndexedWriter:
 
 @dataclass(frozen=True)
 class IndexedInfo:
-    """A checked pair. ``lengths`` int32 [sequences] are memory-mapped."""
+    """A pair whose header and sizes were looked at. ``lengths`` int32 and ``pointers`` int64 [sequences], ``marks``
+    int64 [documents + 1] lie in the index."""
 
     prefix: str
     dtype: np.dtype[Any]
-    lengths: np.ndarray
-    documents: int
-    bin_size: int
-    idx_size: int
-    idx_mtime_ns: int
+    lengths: FileArray
+    pointers: FileArray
+    marks: FileArray
+    bin_file: OpenFile
+    idx_file: OpenFile
+
+    @property
+    def documents(self) -> int:
+        """Documents of the index, empty ones too."""
+        return len(self.marks) - 1
 
     @property
     def tokens(self) -> int:
-        return self.bin_size // self.dtype.itemsize
+        """Tokens of all sequences."""
+        return self.bin_file.size // self.dtype.itemsize
+
+    def tokens_of(self, sequences: range) -> int:
+        """Tokens of some of the sequences."""
+        return sum(int(part.sum(dtype=np.int64)) for part in self.lengths.chunks(sequences.start, sequences.stop))
 
 
 def check_indexed(prefix: str) -> IndexedInfo:
-    """Read the index of ``PREFIX.bin/.idx`` and compare both files with it.
+    """Open ``PREFIX.bin/.idx`` and compare their sizes with the header of the index.
+
+    It takes no longer for a larger index; :func:`phd_megatron.data.verify.verify_index` reads the whole of it.
 
     Raises UserError when one is missing, the header is not Megatron's, or a size is not what the index says.
     """
@@ -130,36 +145,36 @@ def check_indexed(prefix: str) -> IndexedInfo:
             f"data {prefix!r}: {' and '.join(missing)} not found{hint}; prepare the data with `phd-megatron prepare "
             f"--output-prefix {prefix}`, or correct --data-path"
         )
-    again = "prepare or copy the data again"
-    try:
-        bin_size, stat = bin_path.stat().st_size, idx_path.stat()
-        with idx_path.open("rb") as stream:
-            head = stream.read(_HEADER.size)
-    except OSError as error:
-        raise UserError(f"{idx_path} cannot be read ({error}); check the file and its rights") from error
-    if len(head) < _HEADER.size:
-        raise UserError(f"{idx_path} is truncated: {len(head)} bytes are less than its header; {again}")
+    bin_file, idx_file = OpenFile(bin_path), OpenFile(idx_path)
+    if idx_file.size < _HEADER.size:
+        raise UserError(f"{idx_path} is truncated: {idx_file.size} bytes are less than its header; {AGAIN}")
+    head = idx_file.read(_HEADER.size, 0)
     magic, version, code, sequences, marks = _HEADER.unpack(head)
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
         raise UserError(
-            f"{idx_path} is not an index of Megatron token data (header {head[:18]!r}); give another prefix, or {again}"
+            f"{idx_path} is not an index of Megatron token data (header {head[:18]!r}); give another prefix, or {AGAIN}"
         )
     expected = _HEADER.size + 12 * sequences + 8 * marks
-    if stat.st_size != expected:
-        word = "truncated" if stat.st_size < expected else "damaged"
+    if sequences and idx_file.size == expected + sequences:
         raise UserError(
-            f"{idx_path} is {word}: {stat.st_size} bytes, but its header ({sequences} sequences, {marks - 1} "
-            f"documents) makes {expected}; {again}"
+            f"{idx_path} is an index of multimodal data: behind its {sequences} sequences it says of each what it is, "
+            "text or an image; only text is trained on here, so prepare the text alone and give its prefix"
+        )
+    if idx_file.size != expected:
+        word = "truncated" if idx_file.size < expected else "damaged"
+        raise UserError(
+            f"{idx_path} is {word}: {idx_file.size} bytes, but its header ({sequences} sequences, {marks - 1} "
+            f"documents) makes {expected}; {AGAIN}"
         )
     if sequences == 0:
         raise UserError(f"data {prefix!r} is empty: its index lists no sequence; prepare it from an input with text")
-    lengths = np.memmap(idx_path, np.int32, "r", _HEADER.size, (sequences,))
-    last_mark = np.memmap(idx_path, np.int64, "r", expected - 8, (1,))[0] if marks else 0
-    if int(last_mark) != sequences or int(lengths.min()) < 0:
-        raise UserError(f"{idx_path} is damaged: lengths or document marks do not fit {sequences} sequences; {again}")
-    dtype = np.dtype(_DTYPES[code])
-    wanted = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
-    if bin_size != wanted:
-        word = "truncated" if bin_size < wanted else "longer than its index"
-        raise UserError(f"{bin_path} is {word}: {bin_size} bytes, but {idx_path} lists {wanted}; {again}")
-    return IndexedInfo(prefix, dtype, lengths, marks - 1, bin_size, stat.st_size, stat.st_mtime_ns)
+    begin = _HEADER.size
+    return IndexedInfo(
+        prefix,
+        np.dtype(_DTYPES[code]),
+        FileArray(idx_file, np.int32, (sequences,), begin),
+        FileArray(idx_file, np.int64, (sequences,), begin + 4 * sequences),
+        FileArray(idx_file, np.int64, (marks,), begin + 12 * sequences),
+        bin_file,
+        idx_file,
+    )

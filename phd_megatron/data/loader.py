@@ -15,10 +15,28 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from phd_megatron.errors import UserError
+
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def _collate(samples: list[dict[str, Any]], slices: Sequence[range] | None = None) -> dict[str, torch.Tensor]:
+class _Answers(Dataset[Any]):
+    """The samples of a dataset; a refusal is an answer too, since torch would hand it on with a worker's traceback."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> dict[str, Any] | UserError:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def _collate(samples: list[Any], slices: Sequence[range] | None = None) -> dict[str, torch.Tensor] | UserError:
+    refusal = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if refusal is not None:
+        return refusal
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
     if slices is None:
         return batch
@@ -72,7 +90,7 @@ class SampleStream:
         self._dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
         self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
         self._workers, self._pin, self._slices = num_workers, pin_memory, slices
-        self._iterator: Iterator[dict[str, torch.Tensor]] | None = None
+        self._iterator: Iterator[dict[str, torch.Tensor] | UserError] | None = None
         self._next = -1  # consumed samples at which the iterator's next micro-batch lies
 
     def __len__(self) -> int:
@@ -102,13 +120,17 @@ class SampleStream:
             assert self._iterator is not None
             consumed_samples += self._ranks * self._size
             self._next = consumed_samples
-            yield next(self._iterator)
+            batch = next(self._iterator)
+            if isinstance(batch, UserError):
+                self.close()  # workers ignore signals, so the interpreter's end would wait for them
+                raise batch
+            yield batch
 
     def _restart(self, consumed_samples: int) -> None:
         self.close()
         positions = _Positions(consumed_samples, self._length, self._size, self._rank, self._ranks)
-        loader: DataLoader[dict[str, Any]] = DataLoader(
-            self._dataset,
+        loader: DataLoader[Any] = DataLoader(
+            _Answers(self._dataset),
             batch_sampler=positions,
             num_workers=self._workers,
             collate_fn=partial(_collate, slices=self._slices),

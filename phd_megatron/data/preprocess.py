@@ -14,11 +14,14 @@ from phd_megatron import __version__
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
+from phd_megatron.data.inputs import find_files
 from phd_megatron.data.output import Output
 from phd_megatron.data.progress import Progress
-from phd_megatron.data.readers import OnDecodeError, ReadReport, find_files, read_pieces
+from phd_megatron.data.readers import OnDecodeError, ReadReport, read_pieces
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
+
+_MOST_WORKERS = 256
 
 
 @dataclass
@@ -77,11 +80,21 @@ def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str
     return load_tokenizer(directory), description
 
 
-def _check_arguments(workers: int, on_decode_error: str, inputs: Sequence[str | Path]) -> None:
+def _check_arguments(workers: int, on_decode_error: str, inputs: Sequence[str | Path], spec: str) -> None:
     if workers < 1:
         raise UserError(f"--workers {workers}: at least one process must do the work; use 1 or more")
+    cores = os.cpu_count() or 1
+    if workers > (most := max(_MOST_WORKERS, 4 * cores)):
+        raise UserError(
+            f"--workers {workers}: each is a process of some 100 MB, and this machine has {cores} cores, which fewer "
+            f"keep busy; use about {cores}, at most {most}"
+        )
     if on_decode_error not in ("fail", "skip"):
         raise UserError(f"--on-decode-error {on_decode_error!r} is unknown; use fail or skip")
+    if not spec:
+        raise UserError(
+            "--tokenizer '' is empty, as of a shell variable that is not set; give byte, bpe:N or a directory"
+        )
     if not inputs:
         raise UserError("no input; name files or directories after --input")
 
@@ -103,7 +116,7 @@ def prepare(
     The bytes written depend on the input and the tokenizer only, not on ``workers``. Memory does not grow with the
     input. Raises UserError for input, tokenizer and output problems; then nothing is left at PREFIX.
     """
-    _check_arguments(workers, on_decode_error, inputs)
+    _check_arguments(workers, on_decode_error, inputs, str(tokenizer))
     # --workers says how many cores are used. Workers switch the library's threads off; training BPE uses them here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if workers > 1 else "false")
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
@@ -132,7 +145,13 @@ def _write(
     tokenizer, description = _make_tokenizer(spec, source, output.directory / "tokenizer", notes)
     dtype = dtype_for(tokenizer.vocab_size)
     report = ReadReport()
-    pieces = read_pieces(source.files, report, json_key=source.json_key, on_decode_error=source.on_decode_error)
+    pieces = read_pieces(
+        source.files,
+        report,
+        json_key=source.json_key,
+        on_decode_error=source.on_decode_error,
+        cutter=tokenizer.cutter(),
+    )
     encoded = encode_all(
         batches_of(pieces),
         tokenizer,

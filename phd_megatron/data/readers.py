@@ -9,8 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import json
-import os
+import itertools
 import tokenize
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,15 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from phd_megatron.data.cuts import BLOCK, Anywhere, Cutter
+from phd_megatron.data.inputs import JSON_SUFFIXES, TEXT_SUFFIXES, suffix_of
+from phd_megatron.data.json_lines import BYTE_ORDER_MARK, Undecodable, parse_line
 from phd_megatron.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
-
-#: A longer text file is cut into pieces of about this many characters. The pieces become separate sequences of one
-#: document, which is also what lets a single large file be split into training and validation parts.
+#: A longer text file is cut into pieces of about this many characters, where the tokenizer allows it. The pieces become
+#: separate sequences of one document, which is also what lets a single large file be split into training and validation
+#: parts.
 PIECE_CHARACTERS = 1 << 16
+#: Characters of a text that cannot be cut, and bytes of a JSON line. What is longer is no document, and a tokenizer
+#: needs some 30 times the memory.
+LARGEST_TEXT = 1 << 28
 _READ_BYTES = 1 << 20
 #: Up to this size a file is decoded in one go; above, --on-decode-error skip reads it twice.
 _ONE_GO_BYTES = 4 << 20
@@ -35,11 +37,16 @@ OnDecodeError = Literal["fail", "skip"]
 
 
 class Piece(NamedTuple):
-    """A stretch of one document. A whole document is ``Piece(text, True, True)``; ``text`` may be empty only then."""
+    """A stretch of one document. A whole document is ``Piece(text, True, True)``; ``text`` may be empty only then.
+
+    It is to be tokenized behind ``context``, whose tokens belong to the piece before, and becomes so many sequences.
+    """
 
     text: str
     first: bool
     last: bool
+    context: str = ""
+    sequences: int = 1
 
 
 @dataclass
@@ -54,73 +61,56 @@ class ReadReport:
         self.skipped.append({"file": str(path), "reason": reason})
 
 
-class _Undecodable(Exception):
-    """The file or line is not text in its encoding."""
+def _next_cut(text: str, start: int, searched: int, cutter: Cutter, at_end: bool) -> tuple[int | None, int]:
+    """Where the piece that begins at ``start`` ends; None when more of the text is to be seen, or nowhere.
 
-
-def suffix_of(path: Path) -> str | None:
-    """The supported suffix of ``path``, or None."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-
-
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Input files in the order given; directories recursively in sorted order, files of other kinds left out there.
-
-    Raises UserError for a missing path, an unsupported file named directly, or when nothing is found.
+    Twice a piece is kept back, so that the last one is never tiny and a place is judged by what is behind it.
+    ``searched``: so many characters of the piece were searched before; the second value is the new number.
     """
-    files: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            for directory, subdirectories, names in os.walk(path):
-                subdirectories.sort()
-                files.extend(p for p in (Path(directory, n) for n in sorted(names)) if suffix_of(p) and p.is_file())
-        elif not path.exists():
-            raise UserError(f"input {str(path)!r} does not exist; check the path")
-        elif suffix_of(path) is None:
-            raise UserError(f"input {str(path)!r} is of an unknown kind; supported are {' '.join(SUFFIXES)}")
-        else:
-            files.append(path)
-    if not files:
-        raise UserError(
-            f"empty corpus: no file of a supported kind ({' '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}"
-        )
-    return files
+    size, have = PIECE_CHARACTERS, len(text) - start
+    spare = max(size, cutter.reach)
+    if have <= size + size // 2 if at_end else have < size + spare:
+        return None, searched
+    if not searched:
+        place = cutter.last(text, start, start + size // 2, start + size)
+        if place is not None:
+            return place, 0
+        searched = size
+    # In whole blocks, so that the places which are tried do not depend on how the text is read.
+    high = have - size // 2 if at_end else (have - spare) // BLOCK * BLOCK
+    if high <= searched:
+        return None, searched
+    return cutter.first(text, start, start + searched, start + high), high
 
 
-def _cut(text: str, size: int) -> int:
-    """Where to end a piece of ``text`` (longer than ``size``): the best place at or before ``size``.
-
-    Best is after a newline between two other characters, because byte-level BPE never merges across it.
-    """
-    newline = size
-    while (newline := text.rfind("\n", size // 2, newline)) > 0:
-        if not text[newline - 1].isspace() and not text[newline + 1 : newline + 2].isspace():
-            return newline + 1
-    newline = text.rfind("\n", size // 2, size)
-    space = text.rfind(" ", size // 2, size)
-    return newline + 1 if newline >= 0 else space if space > 0 else size
-
-
-def _pieces(chunks: Iterable[str]) -> Iterator[Piece]:
+def _pieces(chunks: Iterable[str], cutter: Cutter | None, path: Path) -> Iterator[Piece]:
     """Regroup the text of one document into pieces that do not depend on how it was read."""
-    buffer, first = "", True
-    for chunk in chunks:
-        buffer += chunk
-        start = 0
-        # Twice the size is kept back so that the last piece is never tiny and the cut sees the characters after it.
-        while len(buffer) - start >= 2 * PIECE_CHARACTERS:
-            window = buffer[start : start + PIECE_CHARACTERS + 1]
-            end = _cut(window, PIECE_CHARACTERS)
-            yield Piece(window[:end], first, False)
-            start, first = start + end, False
-        buffer = buffer[start:]
-    while len(buffer) > PIECE_CHARACTERS + PIECE_CHARACTERS // 2:
-        end = _cut(buffer[: PIECE_CHARACTERS + 1], PIECE_CHARACTERS)
-        yield Piece(buffer[:end], first, False)
-        buffer, first = buffer[end:], False
-    yield Piece(buffer, first, True)
+    held: list[str] = []
+    size = searched = 0
+    context, first = "", True
+    for chunk in itertools.chain(chunks, [None]):
+        held += [chunk] if chunk else []
+        size += len(chunk or "")
+        if cutter is not None:
+            buffer, start = "".join(held), 0
+            while True:
+                place, searched = _next_cut(buffer, start, searched, cutter, at_end=chunk is None)
+                if place is None:
+                    break
+                yield _piece(buffer[start:place], first, False, context)
+                context, start, searched, first = cutter.context(buffer, place), place, 0, False
+            held = [buffer[start:]]
+            size = len(held[0])
+        if size > LARGEST_TEXT:
+            raise UserError(
+                f"{path}: {size} characters without a place at which this tokenizer allows to cut are more than "
+                f"{LARGEST_TEXT}; give the text in shorter files, or as JSON lines, a document a line"
+            )
+    yield _piece("".join(held), first, True, context)
+
+
+def _piece(text: str, first: bool, last: bool, context: str) -> Piece:
+    return Piece(text, first, last, context, max(1, round(len(text) / PIECE_CHARACTERS)))
 
 
 def _encoding_of(path: Path) -> str:
@@ -131,42 +121,55 @@ def _encoding_of(path: Path) -> str:
         try:
             encoding = tokenize.detect_encoding(stream.readline)[0]
         except SyntaxError as error:
-            raise _Undecodable(f"of no known encoding ({error})") from error
+            raise Undecodable(f"of no known encoding ({error})") from error
     if not getattr(codecs.lookup(encoding), "_is_text_encoding", True):  # rot13, zlib and the like
-        raise _Undecodable(f"declared as {encoding}, which is no encoding of text")
+        raise Undecodable(f"declared as {encoding}, which is no encoding of text")
     return encoding
 
 
 def _decoded(path: Path, encoding: str, report: ReadReport | None) -> Iterator[str]:
-    """The text of a file, newlines as they are. ``report`` counts the bytes; None only checks."""
+    """The text of a file without byte-order mark, newlines as they are. ``report`` counts bytes; None only checks."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     with path.open("rb") as stream:
-        position = 0
+        position, is_start = 0, True
         while True:
             block = stream.read(_READ_BYTES)
             if report is not None:
                 report.bytes_read += len(block)
             try:
-                yield decoder.decode(block, final=not block)
+                text = decoder.decode(block, final=not block)
             except UnicodeError as error:
                 where = f" near byte {position + error.start}" if isinstance(error, UnicodeDecodeError) else ""
-                raise _Undecodable(f"not {encoding}{where} ({getattr(error, 'reason', error)})") from error
+                reason = str(getattr(error, "reason", error))
+                if not position and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    reason += "; it begins as UTF-16 does"
+                raise Undecodable(f"not {encoding}{where} ({reason})") from error
+            if "\0" in text:
+                place = position + block.find(b"\0")
+                raise Undecodable(f"no text but binary, or UTF-16: it holds a NUL byte (near byte {place})")
+            if text and is_start:
+                is_start = False
+                if encoding == "utf-8":
+                    text = text.removeprefix(BYTE_ORDER_MARK)
+            yield text
             if not block:
                 return
             position += len(block)
 
 
-def _read_text(path: Path, report: ReadReport, on_decode_error: OnDecodeError) -> Iterator[Piece]:
+def _read_text(
+    path: Path, report: ReadReport, on_decode_error: OnDecodeError, cutter: Cutter | None
+) -> Iterator[Piece]:
     try:
         encoding = _encoding_of(path)
         if path.stat().st_size <= _ONE_GO_BYTES:
-            yield from _pieces(["".join(_decoded(path, encoding, report))])
+            yield from _pieces(["".join(_decoded(path, encoding, report))], cutter, path)
             return
         if on_decode_error == "skip":  # a file is skipped whole or not at all, so look before the first piece leaves
             for _ in _decoded(path, encoding, None):
                 pass
-        yield from _pieces(_decoded(path, encoding, report))
-    except _Undecodable as error:
+        yield from _pieces(_decoded(path, encoding, report), cutter, path)
+    except Undecodable as error:
         if on_decode_error == "fail":
             raise UserError(
                 f"{path} is {error}; convert the file, leave it out, or use --on-decode-error skip to leave out "
@@ -183,58 +186,32 @@ def _open_counted(path: Path, report: ReadReport) -> tuple[io.BufferedIOBase, An
     return raw, raw
 
 
-def _parse_line(line: bytes, where: str, key: str) -> str:
-    """The text of one JSON line. Raises _Undecodable for invalid UTF-8, UserError for anything else."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _Undecodable(f"not utf-8 ({error.reason} at byte {error.start} of the line)") from error
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: malformed JSON ({error}); every line must be one JSON object, so correct or remove this line"
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; every line must be one object")
-    if key not in record:
-        known = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where}: no key {key!r} (its keys: {known}); name the key of the text with --json-key")
-    value = record[key]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {type(value).__name__}, not a string; choose another --json-key")
-    if "\\u" in text:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _Undecodable(f"half a surrogate pair in {key!r}, which no encoding can hold") from error
-    return value
-
-
 def _read_json_lines(path: Path, report: ReadReport, key: str, on_decode_error: OnDecodeError) -> Iterator[Piece]:
     stream, raw = _open_counted(path, report)
     base, bad_lines, first_reason = report.bytes_read, 0, ""
     number = 0
     with raw, stream:
-        lines = iter(stream)
         while True:
             try:
-                line = next(lines, None)
+                line = stream.readline(LARGEST_TEXT + 1)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(
                     f"{path}: damaged after line {number} ({error}); copy or download the file again"
                 ) from error
-            if line is None:
+            if not line:
                 break
             number += 1
+            if len(line) > LARGEST_TEXT:
+                raise UserError(
+                    f"{path}:{number}: the line has more than {LARGEST_TEXT} bytes, so it is no document; write one "
+                    "document a line, and check that the file has line feeds"
+                )
             report.bytes_read = base + raw.tell()
             if not line.strip():
                 continue
             try:
-                yield Piece(_parse_line(line, f"{path}:{number}", key), True, True)
-            except _Undecodable as error:
+                yield Piece(parse_line(line, f"{path}:{number}", key), True, True)
+            except Undecodable as error:
                 if on_decode_error == "fail":
                     raise UserError(
                         f"{path}:{number}: {error}; correct the line, or use --on-decode-error skip to leave out "
@@ -272,14 +249,20 @@ def _read_parquet(path: Path, report: ReadReport, key: str) -> Iterator[Piece]:
     report.bytes_read = base + size
 
 
+_ANYWHERE = Anywhere()
+
+
 def read_pieces(
     files: Sequence[Path],
     report: ReadReport,
     *,
     json_key: str = "text",
     on_decode_error: OnDecodeError = "fail",
+    cutter: Cutter | None = _ANYWHERE,
 ) -> Iterator[Piece]:
     """The documents of ``files`` in order. ``report`` is filled on the way.
+
+    ``cutter`` says where the text of a long file can be cut, with None it is not.
 
     Raises UserError for what cannot be read, with file, line where there is one, and the cure. Invalid UTF-8 is such
     an error with ``fail``; with ``skip`` the text file, or the JSON line, is left out and listed in the report.
@@ -289,7 +272,7 @@ def read_pieces(
         report.files += 1
         try:
             if suffix in TEXT_SUFFIXES:
-                yield from _read_text(path, report, on_decode_error)
+                yield from _read_text(path, report, on_decode_error, cutter)
             elif suffix in JSON_SUFFIXES:
                 yield from _read_json_lines(path, report, json_key, on_decode_error)
             else:

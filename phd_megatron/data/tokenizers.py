@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from phd_megatron.data.cut_rules import rules_of
+from phd_megatron.data.cuts import Anywhere, Cutter, WordCutter
 from phd_megatron.data.generation import GENERATION_FILE, Values, read_generation, write_generation
 from phd_megatron.errors import UserError
 
@@ -84,6 +86,10 @@ class Tokenizer(ABC):
     def _save(self, directory: Path) -> None:
         """Write the tokenizer's own files into a directory that is there."""
 
+    def cutter(self) -> Cutter | None:
+        """Where a long text can be cut with the ids of the whole; None: nowhere, as far as is known."""
+        return None
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of ``text``, without any added special token."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
@@ -106,6 +112,9 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eod = 256
     pad = 256
+
+    def cutter(self) -> Cutter:
+        return Anywhere()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
@@ -281,6 +290,12 @@ class LibraryTokenizer(_DirectoryTokenizer):
         self._library.no_padding()
         super().__init__(directory, self._library.get_vocab(with_added_tokens=True))
         self._library.encode_special_tokens = bool(self.settings.get("split_special_tokens", False))
+
+    def cutter(self) -> Cutter | None:
+        rules = rules_of(json.loads(self._library.to_str()))
+        normalizer = self._library.normalizer
+        normalize = (lambda text: text) if normalizer is None else normalizer.normalize_str
+        return None if rules is None else WordCutter(rules, self, normalize)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)

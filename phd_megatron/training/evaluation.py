@@ -12,14 +12,17 @@ from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
+from phd_megatron.data.blend import SPLITS
 from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.training import agreement
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.optimizer import in_run_precision
 from phd_megatron.training.parity_layouts import Layout
+from phd_megatron.training.run_data import agree_on_data, check_own_data
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
 
@@ -69,18 +72,24 @@ def evaluate_checkpoint(
     samples: int,
     verify: bool = True,
     copies: bool = False,
+    own_data: bool = False,
 ) -> Evaluation:
     """One pass of the model in ``path`` over ``samples`` samples of a split; collective.
 
     Args:
         run: from :func:`for_evaluation`.
         verify: compare every file of the checkpoint with its checksum first.
+        own_data: the data is meant to be that of the training, and is refused where it is another.
         copies: also the loss of every copy's output; the last layer and the head then compute K times as many rows.
 
     Raises:
         UserError: on all ranks, for a damaged checkpoint or one of another model.
     """
     assert run.model.vocab_size is not None
+    one, two, three = (int(name == split) for name in SPLITS)
+    data = agree_on_data(run, tokenizer, (one, two, three), runtime.local_rank)
+    if own_data:
+        agreement.from_rank_zero(lambda: check_own_data(path, data, run))
     dataset = evaluation_dataset(run, tokenizer, split, samples, _batch(run, runtime.dims))
     models = in_run_precision(build_model(run, run.model.vocab_size, runtime.device, keep_copies=copies), run)
     load_checkpoint(path, models=models, optimizer=None, scheduler=None, runtime=runtime, load_rng=False, verify=verify)

@@ -41,6 +41,7 @@ from phd_megatron.training.optimizer import (
 )
 from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.router_metrics import collect_router_metrics
+from phd_megatron.training.run_data import Record
 from phd_megatron.training.run_directory import RunDirectory
 from phd_megatron.training.schedule import Position, Schedule, describe_plan, plan_schedule
 from phd_megatron.training.signals import FINISHED, ExitController
@@ -81,6 +82,7 @@ class Trainer:
         tokenizer: the data's tokenizer.
         resume_from: complete checkpoint to load, or ``None`` to start fresh.
         place: the directory of ``--save``, claimed for this run.
+        data: what the data is, for the checkpoints.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Trainer:
         tokenizer: Tokenizer,
         resume_from: Path | None,
         place: RunDirectory | None = None,
+        data: Record | None = None,
     ) -> None:
+        self.data = data
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
         if run.logging.dump_gradients_dir:
             check_places(run.logging.dump_gradients_dir, run.logging.dump_gradients_iterations, runtime.world_size)
@@ -401,7 +405,7 @@ class Trainer:
                 models=self.models,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                training_state=vars(self.progress).copy(),
+                training_state={**vars(self.progress), **({} if self.data is None else {"data": self.data})},
                 background=background,
             )
 

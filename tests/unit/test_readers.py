@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from phd_megatron.data import readers
-from phd_megatron.data.readers import ReadReport, find_files, read_pieces
+from phd_megatron.data.inputs import find_files
+from phd_megatron.data.readers import ReadReport, read_pieces
 from phd_megatron.errors import UserError
 
 
