@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
@@ -64,7 +65,7 @@ class Contender:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--repeats", type=int, nargs="+", default=[2, 3, 4, 8], metavar="K", help="beside K = 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:2] + VARIANTS[3:]))
     parser.add_argument("--window", type=int, default=16, help="W of cswa and swa (default %(default)s)")
@@ -91,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if cached decoding is wrong."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
+    check_targets(args, "json", "csv", "plot")
     for name in (*_SIZES, "prompt", "steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")

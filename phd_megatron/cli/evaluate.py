@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron evaluate",
         description="Mean loss per token and perplexity over one pass of a prepared data set, cut into samples as in "
         "training. A checkpoint runs in Megatron-Core and, under torchrun, in any layout; an exported directory, or "
@@ -76,6 +76,7 @@ def run(argv: list[str]) -> int:
     """Evaluate and print one line, with ``--copies`` another for each copy."""
     args = parse_strictly(build_parser(), argv)
     path = Path(args.checkpoint)
+    check_targets(args, "json")
     for name in ("seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

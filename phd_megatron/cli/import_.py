@@ -6,7 +6,7 @@ import argparse
 import shutil
 from typing import get_args
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.config.schema import CopyPositions
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, install_backend
@@ -14,7 +14,7 @@ from phd_megatron.runtime.context import Environment, install_backend
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron import",
         description="Make a Megatron checkpoint of a Llama, Qwen3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE directory, or "
         "of an export of ours. pretrain --load DIR --finetune goes on from it under any layout. CPU only; needs memory "

@@ -13,7 +13,7 @@ import sys
 
 from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, for_terminal, shown
 
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
@@ -59,7 +59,7 @@ def _guarded(argv: list[str]) -> int:
     except SystemExit as stop:  # of --help
         end = stop
     except UserError as error:
-        say_once(f"error: {error}")
+        say_once(f"error: {for_terminal(str(error))}")
         end = 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -82,7 +82,7 @@ def _run(argv: list[str]) -> int:
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
-        raise UserError(f"unknown command {name!r}; {hint}")
+        raise UserError(f"unknown command {shown(name)}; {hint}")
     code: int = importlib.import_module(_module(name)).run(rest)
     return code
 
