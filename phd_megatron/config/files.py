@@ -31,6 +31,8 @@ def require_regular(path: str | Path, cure: str) -> os.stat_result:
     Raises:
         UserError: if there is none, or something else is there. ``cure`` ends the message.
     """
+    if not str(path):
+        raise UserError(f"cannot read '': it names no file; {cure}")
     try:
         found = os.stat(path)
     except OSError as error:

@@ -15,7 +15,7 @@ TOO_MUCH = "write out what the run needs"
 
 CONFIGS = [
     # what it stands for
-    config(BOMB, "line 7", "200,000 values", TOO_MUCH, name="alias bomb"),
+    config(BOMB, "line 6", "200,000 values", TOO_MUCH, name="alias bomb"),
     config(BOMB, "200,000 values", TOO_MUCH, command=f"pretrain {RUN}", name="alias bomb, pretrain", process=True),
     config("model: {num_layers: &a [" + "*a," * 3 + "1]}", "line 1", "stands inside", TOO_MUCH, name="alias in itself"),
     config(MERGES, "200,000 values", TOO_MUCH, name="bomb of merge keys"),
@@ -29,7 +29,7 @@ CONFIGS = [
     config("- " * 5000, "nested more than 40 deep", TOO_MUCH, name="5,000 dashes"),
     config(
         "".join(" " * i + f"k{i}:\n" for i in range(600)),
-        "line 41",
+        "line 40",
         "nested more than 40 deep",
         name="600 indentations",
     ),
@@ -42,7 +42,7 @@ CONFIGS = [
     config(
         "model: {norm_scheme: " + "x" * 300_000 + "}", "xxx'", "300000 characters", "shorten it", name="a long name"
     ),
-    config("k" * 100_000 + ": 1", "unknown section 'kkk", "the sections are model", name="a long key"),
+    config("? " + "k" * 100_000 + "\n: 1", "unknown section 'kkk", "the sections are model", name="a long key"),
     config("model: {" + "k" * 1000 + ": 1}", "unknown field 'kkk", "in section 'model'", name="a long field"),
     config("# " + "x" * 50_000_000, "50,000,002 bytes", "at most 524,288", "give the path", name="50 MB"),
     config("# " + "x\n" * 300_000, "600,002 bytes", "at most 524,288", "give the path", name="600 KB of comments"),
@@ -58,7 +58,7 @@ CONFIGS = [
     config(b"\x89PNG\r\n\x1a\n" + b"\xff" * 1000, "is not UTF-8", "save it as UTF-8", name="a picture"),
     config('data: {tokenizer: "a\\0b"}', "tokenizer='a\\x00b'", "NUL character", "take it out", name="escaped NUL"),
     config('data: {tokenizer: "\\ud800"}', "tokenizer=", "UTF-8", "rename", name="lone surrogate"),
-    config("!!python/object/apply:os.system ['touch x']", "line 1", "!!python", "constructor", name="python object"),
+    config("!!python/object/apply:os.system ['touch x']", "line 1", "python/object/apply:os.system", "correct it", name="python object"),
     config("model: !!python/name:os.system", "is not YAML", "could not determine a constructor", name="python name"),
     config("model: !foo {num_layers: 2}", "is not YAML", "!foo", "correct it", name="unknown tag"),
     config("data: {tokenizer: !!binary aGVsbG8=}", "tokenizer=b'hello'", "a bytes to YAML", "in quotes", name="binary"),
@@ -133,14 +133,14 @@ CONFIGS = [
     ),
     Row("plan --config loop", ("cannot read loop", "symbolic links", "give the path"), files={"loop": Link("loop")}),
     Row("plan --config /dev/zero", ("cannot read /dev/zero", "it is a device", "give the path")),
-    Row("plan --config ''", ("--config", "cannot read", "give the path of a YAML file")),
+    Row("plan --config ''", ("cannot read ''", "names no file", "give the path of a YAML file")),
     Row("plan --config", ("--config has no value", "write --config VALUE")),
     Row("plan --config a --config b", ("--config a", "--config b", "give one YAML file")),
     Row(
         "plan --config", ("cannot read xxx", "File name too long", "give the"), more=("x" * 100_000,), name="long path"
     ),
-    Row("plan --config", ("cannot read", "NUL", "give"), more=("a\0b",), name="NUL in a path"),
-    Row("plan --config", ("cannot read \\ud800", "give"), more=("\ud800",), name="surrogate in a path"),
+    Row("plan --config", ("cannot read 'a\\x00b'", "no file can be called that", "give the path"), more=("a\0b",), name="NUL in a path"),
+    Row("plan --config", ("cannot read '\\ud800'", "no file can be called that", "give the path"), more=("\ud800",), name="surrogate in a path"),
     config("\x1b[2J: 1", "is not YAML", "special characters", name="escape sequence"),
     config('"\\e[2J": 1', "unknown section '\\x1b[2J'", "the sections are", name="escaped escape sequence"),
 ]
