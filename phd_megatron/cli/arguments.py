@@ -8,7 +8,6 @@ import math
 import re
 from typing import Any, NoReturn
 
-from phd_megatron.config.files import check_target
 from phd_megatron.errors import UserError, shown
 
 #: what argparse says, from Python 3.10 to 3.14, and what is said instead
@@ -81,14 +80,3 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse
             hint = f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}"
             raise UserError(f"unknown flag {name}; {hint}")
     return parser.parse_args(argv)
-
-
-def check_targets(args: argparse.Namespace, *names: str, make_parents: bool = False) -> None:
-    """Refuse report files that could not be written once the work is done, before it begins.
-
-    Raises:
-        UserError: see :func:`phd_megatron.config.files.check_target`.
-    """
-    for name in names:
-        if getattr(args, name) is not None:
-            check_target(getattr(args, name), f"--{name.replace('_', '-')}", make_parents)

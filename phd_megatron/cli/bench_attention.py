@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
@@ -61,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
     args = parse_strictly(_parser(), argv)
-    check_targets(args, "json", "csv", "plot", make_parents=True)
     check_counts(args, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch", "rounds"))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")

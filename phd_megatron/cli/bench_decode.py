@@ -10,7 +10,7 @@ import argparse
 import itertools
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails."""
     args = parse_strictly(_parser(), argv)
-    check_targets(args, "json", "csv", "plot", make_parents=True)
     check_counts(args, ("kv_length", "batch", "repeat", "heads", "kv_heads", "head_dim", "rounds"))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")

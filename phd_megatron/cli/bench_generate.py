@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
@@ -93,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if cached decoding is wrong."""
     args = parse_strictly(_parser(), argv)
-    check_targets(args, "json", "csv", "plot")
     for name in (*_SIZES, "prompt", "steps", "batch", "rounds"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import check_counts
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.cuda_graph import is_graphed
@@ -111,7 +111,6 @@ def _parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Time the members one after another and print the tables. 1 if a member could not be measured."""
     args = parse_strictly(_parser(), argv)
-    check_targets(args, "json", make_parents=True)
     check_counts(args, ("micro_batch_size", "num_microbatches", "rounds"))
     from phd_megatron.runtime.context import Runtime
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_hugging_face import HuggingFaceStep
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.resolve import resolve
@@ -95,7 +95,6 @@ def run(argv: list[str]) -> int:
 
         return bench_members.run(argv)
     args = parse_strictly(_parser(), argv)
-    check_targets(args, "json")
     from phd_megatron.runtime.context import Runtime
 
     with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phd_megatron.cli.arguments import Parser, check_targets, parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Environment, Runtime, choose_device, install_backend
@@ -76,7 +76,6 @@ def run(argv: list[str]) -> int:
     """Evaluate and print one line, with ``--copies`` another for each copy."""
     args = parse_strictly(build_parser(), argv)
     path = Path(args.checkpoint)
-    check_targets(args, "json")
     for name in ("seq_length", "micro_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, check_targets
+from phd_megatron.cli.arguments import Parser
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
@@ -51,7 +51,6 @@ def run(argv: list[str]) -> int:
     from phd_megatron.cli.pretrain import asked_device, load_config
 
     options, rest = build_parser().parse_known_args(argv)
-    check_targets(options, "json", "markdown")
     if Environment.read().launched:
         raise UserError("parity starts torchrun by itself, once for each number of ranks; start it as a plain program")
     if options.max_ranks is not None and options.max_ranks < 1:

@@ -1,11 +1,12 @@
-"""Open what a user names: a regular file, read whole, or a place to write. Nothing here waits for another program."""
+"""Read a file that a user names: regular, and not endless. Nothing here waits for another program."""
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from phd_megatron.errors import UserError, shown
 
@@ -17,7 +18,6 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _ENDLESS = "it may never end"
-_INHERITED = (("dev", "fd"), ("dev", "stdout"), ("dev", "stderr"), ("proc", "self"))
 
 
 def kind_of(mode: int) -> str:
@@ -77,49 +77,17 @@ def read_text(path: str | Path, cure: str, limit: int) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
-def check_target(path: str | Path, flag: str, make_parents: bool = False) -> None:
-    """Refuse a file that could not be written when the work is done; writes nothing.
-
-    Args:
-        flag: what it was given with, for the message.
-        make_parents: whether the writer makes missing directories.
+def read_json(path: str | Path, cure: str, limit: int = 1 << 28) -> Any:
+    """The content of a JSON file of at most ``limit`` bytes.
 
     Raises:
-        UserError: for an empty name, a directory, a named pipe, or a directory that is missing or may not
-            be written.
+        UserError: also if it is not JSON, or nested deeper than can be read.
     """
-    if not str(path) or not Path(path).name:
-        raise UserError(f"{flag} {shown(str(path))} names no file; give a path, or leave it out")
-    cure = f"give {flag} a file in a directory that can be written"
+    text = read_text(path, cure, limit)
     try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        _check_parent(Path(path), flag, make_parents)
-        return
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; {cure}") from None
-    except ValueError:  # a NUL byte
-        raise UserError(f"{flag} {shown(str(path))} cannot be written: no file can be called that; {cure}") from None
-    if stat.S_ISDIR(mode):
-        raise UserError(f"{flag} {path} cannot be written: it is a directory; {cure}")
-    if stat.S_ISFIFO(mode) and Path(os.path.abspath(path)).parts[1:3] not in _INHERITED:
-        raise UserError(f"{flag} {path} cannot be written: it is a pipe, which may have no reader; {cure}")
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} cannot be written: {os.strerror(errno.EACCES)}; {cure}")
-
-
-def _check_parent(path: Path, flag: str, make_parents: bool) -> None:
-    cure = f"give {flag} a file in a directory that can be written"
-    if len(os.fsencode(path.name)) > 255:
-        raise UserError(f"{flag} {path} cannot be written: {os.strerror(errno.ENAMETOOLONG)}; {cure}")
-    parent = Path(os.path.abspath(path.parent))
-    while make_parents and not os.path.lexists(parent) and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        reason = f"{parent} is no directory" if os.path.lexists(parent) else f"there is no directory {parent}"
-        raise UserError(f"{flag} {path} cannot be written: {reason}; {cure}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} cannot be written: {parent}: {os.strerror(errno.EACCES)}; {cure}")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {cure}") from None
 
 
 def _dangling(path: str | Path) -> str:

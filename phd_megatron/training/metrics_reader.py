@@ -45,7 +45,7 @@ def read_run(name: str, path: Path) -> Run:
                 step = json.loads(line)
                 steps[step["iteration"]] = {**steps.get(step["iteration"], {}), **step}
                 step["consumed_samples"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is no line of a metrics file ({error}): {line[:80]!r}") from error
     if not steps:
         raise ValueError(f"{path} is empty: the run has not logged a step yet")

@@ -12,6 +12,7 @@ MERGES = "a: &a {k: 1}\n" + "".join(
 )
 MODEL = "model: {num_layers: 2, hidden_size: 16, num_attention_heads: 2}\n"
 TOO_MUCH = "write out what the run needs"
+NO_NAME = "no file can be called that"
 
 CONFIGS = [
     # what it stands for
@@ -58,7 +59,13 @@ CONFIGS = [
     config(b"\x89PNG\r\n\x1a\n" + b"\xff" * 1000, "is not UTF-8", "save it as UTF-8", name="a picture"),
     config('data: {tokenizer: "a\\0b"}', "tokenizer='a\\x00b'", "NUL character", "take it out", name="escaped NUL"),
     config('data: {tokenizer: "\\ud800"}', "tokenizer=", "UTF-8", "rename", name="lone surrogate"),
-    config("!!python/object/apply:os.system ['touch x']", "line 1", "python/object/apply:os.system", "correct it", name="python object"),
+    config(
+        "!!python/object/apply:os.system ['touch x']",
+        "line 1",
+        "python/object/apply:os.system",
+        "correct it",
+        name="python object",
+    ),
     config("model: !!python/name:os.system", "is not YAML", "could not determine a constructor", name="python name"),
     config("model: !foo {num_layers: 2}", "is not YAML", "!foo", "correct it", name="unknown tag"),
     config("data: {tokenizer: !!binary aGVsbG8=}", "tokenizer=b'hello'", "a bytes to YAML", "in quotes", name="binary"),
@@ -139,8 +146,18 @@ CONFIGS = [
     Row(
         "plan --config", ("cannot read xxx", "File name too long", "give the"), more=("x" * 100_000,), name="long path"
     ),
-    Row("plan --config", ("cannot read 'a\\x00b'", "no file can be called that", "give the path"), more=("a\0b",), name="NUL in a path"),
-    Row("plan --config", ("cannot read '\\ud800'", "no file can be called that", "give the path"), more=("\ud800",), name="surrogate in a path"),
+    Row(
+        "plan --config",
+        ("cannot read 'a\\x00b'", "no file can be called that", "give the path"),
+        more=("a\0b",),
+        name="NUL in a path",
+    ),
+    Row(
+        "plan --config",
+        ("cannot read '\\ud800'", "no file can be called that", "give the path"),
+        more=("\ud800",),
+        name="surrogate in a path",
+    ),
     config("\x1b[2J: 1", "is not YAML", "special characters", name="escape sequence"),
     config('"\\e[2J": 1', "unknown section '\\x1b[2J'", "the sections are", name="escaped escape sequence"),
 ]
