@@ -53,11 +53,11 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             for item in value if isinstance(value, list) else [value]:
-                _check_item((action.option_strings or [action.metavar or action.dest])[-1], item, action.default)
+                _check_item((*action.option_strings, action.dest)[0], item, action.default)
         return found, rest
 
 
-def _check_item(flag: Any, item: Any, default: Any) -> None:
+def _check_item(flag: str, item: Any, default: Any) -> None:
     if isinstance(item, float) and not math.isfinite(item):
         raise UserError(f"{flag} {item}: it is not finite; use a finite number")
     if isinstance(item, int) and abs(item) >= 2**63:
@@ -75,7 +75,8 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse
         if word == "--":
             break
         name = word.split("=", 1)[0]
-        if name.startswith("--") and name not in known:
+        # argparse takes what holds a space for a value
+        if name.startswith("--") and name not in known and " " not in name:
             near = difflib.get_close_matches(name[:80], known, 1)
             hint = f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}"
             raise UserError(f"unknown flag {name}; {hint}")

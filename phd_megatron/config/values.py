@@ -132,7 +132,7 @@ def _unwritable(value: Any) -> str | None:
     if isinstance(value, int):
         return None if abs(value) <= MAX_INTEGER else f"it is beyond {MAX_INTEGER} (64 bits); use a smaller number"
     if isinstance(value, float):
-        return None if math.isfinite(value) else "it is not finite; use a finite number"
+        return None if math.isfinite(value) else "it is not finite; give a number that is"
     if isinstance(value, Mapping):
         return next(filter(None, map(_unwritable, (*value.keys(), *value.values()))), None)
     if isinstance(value, list | tuple):
@@ -210,7 +210,7 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
     simple = simplify(annotation)
     if simple is None:
         return check_value(name, " ".join(words), annotation, where)
-    refuse_empty(name, words, where)
+    refuse_empty(name, words[0] if len(words) == 1 else words, where)
     if len(words) == 1:
         word = words[0]
         nullish = ("null",) if str in _leaves(simple) else ("null", "none", "None")

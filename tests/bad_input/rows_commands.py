@@ -213,7 +213,7 @@ SWEEPS = [
     sweep(SWEEP + "grid: {seed: [one]}\n", "seed='one'", "is not an integer", name="a word in an axis"),
     sweep(SWEEP + "grid: {sead: [1]}\n", "unknown field 'sead'", "did you mean seed?", name="sead"),
     sweep(SWEEP + "grid: {save: [a]}\n", "save is set by the sweep", "leave it out", name="an axis of save"),
-    sweep(SWEEP + "grid: {lr: [.nan]}\n", "lr=nan", "finite number", name="nan in an axis"),
+    sweep(SWEEP + "grid: {lr: [.nan]}\n", "lr=nan", "give a number that is", name="nan in an axis"),
     sweep(SWEEP + "members: 5\n", "5 is no list", "write one member a line", name="members: 5"),
     sweep(SWEEP + "members: [5]\n", "5 is no member", "write its fields", name="a number as member"),
     sweep(SWEEP + "members: [{name: ../x, seed: 1}]\n", "'../x' cannot name a directory", "use letters", name="../x"),
@@ -221,7 +221,7 @@ SWEEPS = [
     sweep("base: 5\ngrid: {seed: [1]}\n", "base holds 5", "write its entries below", name="base: 5"),
     sweep("base: {tokens: many}\ngrid: {seed: [1]}\n", "tokens='many'", "is not a number", name="tokens: many"),
     sweep("base: {tokens: 0}\ngrid: {seed: [1]}\n", "tokens=0", "training budget", name="tokens: 0"),
-    sweep("base: {tokens: .inf}\ngrid: {seed: [1]}\n", "tokens=inf", "finite number", name="tokens: .inf"),
+    sweep("base: {tokens: .inf}\ngrid: {seed: [1]}\n", "tokens=inf", "give a number that is", name="tokens: .inf"),
     Row(
         "sweep --config s.yaml --output out",
         ("cannot read none.yaml", "No such file", "give the path of a YAML file"),

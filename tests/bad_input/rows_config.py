@@ -114,10 +114,10 @@ CONFIGS = [
     config("training: {rampup_batch_size: [1, two, 3]}", "'two'", "a list, each an integer", name="word among numbers"),
     config("model: {normalization: RMS}", "normalization='RMS'", "did you mean RMSNorm?", name="near a choice"),
     config("optimizer: {lr: 1e400}", "lr='1e400'", "is not a number", name="1e400"),
-    config("optimizer: {lr: 1.0e+400}", "lr=inf", "not finite", "use a finite number", name="1.0e+400"),
+    config("optimizer: {lr: 1.0e+400}", "lr=inf", "not finite", "give a number that is", name="1.0e+400"),
     config("model: {init_method: foo}", "init_method='foo'", "Python object", "leave it out", name="a function"),
     config("checkpoint: {save: ''}", "save=''", "is empty", "leave save out", name="empty save"),
-    config("data: {data_path: ['']}", "data_path=['']", "is empty", "leave data_path out", name="empty path in a list"),
+    config("data: {data_path: ['']}", "data_path=''", "is empty", "leave data_path out", name="empty path in a list"),
     # the file itself
     Row("plan --config run.yaml", ("cannot read run.yaml", "it is a pipe", "give the path"), files={"run.yaml": FIFO}),
     Row(

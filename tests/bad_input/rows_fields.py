@@ -24,12 +24,12 @@ def flag(of: str, value: str, *said: str, **options: object) -> Row:
 FIELDS = [
     *(flag(name, "nan", "='nan'", "is not a number", "correct the value") for name in _of(float)),
     *(
-        config(f"{fields()[name].section}: {{{name}: .inf}}", f"{name}=inf", "finite number", name=f"{name}: .inf")
+        config(f"{fields()[name].section}: {{{name}: .inf}}", f"{name}=inf", "give a number that is", name=f"{name}: .inf")
         for name in _of(float)
     ),
     *(flag(name, "1" + "0" * 30, "'1000000", "64 bits", "a smaller number", name=f"{name}=1e30") for name in _of(int)),
     *(flag(name, "ten", "'ten'", "an integer", "correct the value") for name in _of(int)),
-    *(flag(name, "", "=['']", "is empty", f"leave {name} out") for name in _of(str)),
+    *(flag(name, "", "=''", "is empty", f"leave {name} out") for name in _of(str)),
     *(
         flag(name, "x" * 9000, "xxx", "9000 characters", "shorten it", name=f"{name}, 9,000 characters")
         for name in _of(str)
