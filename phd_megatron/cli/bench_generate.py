@@ -104,7 +104,10 @@ def run(argv: list[str]) -> int:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads}: use 1 or more")
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {args.device} is none that torch knows; use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
     contenders = list(_contenders(args, device))

@@ -109,9 +109,14 @@ def _directory(asked: str | None) -> Any:
             yield Path(name)
         return
     path = Path(asked)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--work-dir {asked} exists and is no directory; give a new directory")
     if path.exists() and any(path.iterdir()):
         raise UserError(f"--work-dir {asked} is not empty; give a new directory")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --work-dir {asked}: {error.strerror}; give another directory") from None
     yield path
 
 

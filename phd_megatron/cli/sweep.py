@@ -85,7 +85,10 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"note: {note}")
     if args.dry_run:
         return 0
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror}; choose another --output") from None
     try:
         lock = RunLock(directory).acquire()
     except UserError as error:

@@ -110,7 +110,7 @@ def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str
                 flat.update(_passthrough(value, where, transformer_fields))
             elif name in fields() and fields()[name].section == section:
                 flat[name] = check_value(name, value, fields()[name].annotation, f"{where}, section {section}")
-                if transformer_fields is not None:
+                if transformer_fields is not None:  # what a checkpoint says was checked when it was written
                     refuse_empty(name, value, f"{where}, section {section}")
             elif section == "model" and name not in fields() and name in (transformer_fields or {}):
                 flat.update(_passthrough({name: value}, where, transformer_fields))

@@ -210,7 +210,8 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
     simple = simplify(annotation)
     if simple is None:
         return check_value(name, " ".join(words), annotation, where)
-    refuse_empty(name, words[0] if len(words) == 1 else words, where)
+    if str in _leaves(simple):
+        refuse_empty(name, words[0] if len(words) == 1 else words, where)
     if len(words) == 1:
         word = words[0]
         nullish = ("null",) if str in _leaves(simple) else ("null", "none", "None")

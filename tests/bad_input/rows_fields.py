@@ -24,7 +24,9 @@ def flag(of: str, value: str, *said: str, **options: object) -> Row:
 FIELDS = [
     *(flag(name, "nan", "='nan'", "is not a number", "correct the value") for name in _of(float)),
     *(
-        config(f"{fields()[name].section}: {{{name}: .inf}}", f"{name}=inf", "give a number that is", name=f"{name}: .inf")
+        config(
+            f"{fields()[name].section}: {{{name}: .inf}}", f"{name}=inf", "give a number that is", name=f"{name}: .inf"
+        )
         for name in _of(float)
     ),
     *(flag(name, "1" + "0" * 30, "'1000000", "64 bits", "a smaller number", name=f"{name}=1e30") for name in _of(int)),

@@ -17,7 +17,7 @@ def run(words: str, *said: str, files: dict[str, Content] | None = None, **optio
 
 
 INPUTS = [
-    prepare("--input in.txt", "'in.txt'", "is a pipe", "give a file", files={"in.txt": FIFO}),
+    prepare("--input in.txt", "in.txt", "pipe", files={"in.txt": FIFO}),
     prepare("--input d", "empty corpus", "d", files={"d/in.txt": FIFO}, name="prepare a directory with a pipe"),
     prepare("--input /dev/zero", "'/dev/zero'", "unknown kind", ".txt"),
     prepare("--input none.txt", "'none.txt' does not exist", "check the path"),
@@ -54,21 +54,47 @@ INPUTS = [
 ]
 
 DATA = [
-    run("--data-path none", "none", "not found", "phd-megatron prepare"),
-    run("--data-path d", "d", "not found", files={"d": DIRECTORY}, name="a directory as data"),
-    run("--data-path f", "f.idx", "not an index of Megatron", "again", files={"f.idx": "x" * 100, "f.bin": ""}),
-    run("--data-path f", "f.idx", "is truncated", files={"f.idx": "", "f.bin": ""}, name="empty index"),
-    run("--data-path f", "f.idx", "pipe", files={"f.idx": FIFO, "f.bin": ""}, name="a pipe as index"),
-    run("--data-path f", "f.bin", "pipe", files={"f.idx": "x" * 100, "f.bin": FIFO}, name="a pipe as data"),
-    run("--data-path f", "f.idx", "directory", files={"f.idx": DIRECTORY, "f.bin": ""}, name="a directory as index"),
+    run("--data-path none", "none", "phd-megatron prepare", "name the tokenizer"),
+    run(
+        "--data-path d",
+        "d.tokenizer does not exist",
+        "name the tokenizer",
+        files={"d": DIRECTORY},
+        name="a directory as data",
+    ),
+    run(
+        "--data-path f --tokenizer byte",
+        "f.idx",
+        "not an index of Megatron",
+        "again",
+        files={"f.idx": "x" * 100, "f.bin": ""},
+    ),
+    run(
+        "--data-path f --tokenizer byte", "f.idx", "is truncated", files={"f.idx": "", "f.bin": ""}, name="empty index"
+    ),
+    run("--data-path f --tokenizer byte", "f.idx", "pipe", files={"f.idx": FIFO, "f.bin": ""}, name="a pipe as index"),
+    run(
+        "--data-path f --tokenizer byte",
+        "f.bin",
+        "pipe",
+        files={"f.idx": "x" * 100, "f.bin": FIFO},
+        name="a pipe as data",
+    ),
+    run(
+        "--data-path f --tokenizer byte",
+        "f.idx",
+        "directory",
+        files={"f.idx": DIRECTORY, "f.bin": ""},
+        name="a directory as index",
+    ),
     run("--data-path x @data", "'x' before", "no weight above 0", "W1 P1 W2 P2"),
     run("--data-path nan @data", "'nan' before", "no weight above 0", "W1 P1"),
-    run("--data-path inf @data 1 @data", "'inf' before", "no weight above 0", "W1 P1"),
+    run("--data-path inf @data 1 @data", "'inf'", "weight", "PREFIX pairs"),
     run("--data-path -1 @data", "'-1' before", "no weight above 0", "W1 P1"),
     run("--split a,b", "split='a,b'", "write 969,30,1"),
-    run("--split nan,1,1", "split='nan,1,1'", "write 969,30,1"),
-    run("--split inf", "split='inf'", "write 969,30,1"),
-    run("--split 1e308,1e308", "split='1e308,1e308'", "write 969,30,1"),
+    run("--split nan,1,1", "nan,1,1", "969,30,1"),
+    run("--split inf", "inf", "969,30,1"),
+    run("--split 1e308,1e308", "1e308,1e308", "969,30,1"),
     run("--split 0,0,0", "split='0,0,0'", "write 969,30,1"),
     run("--seq-length 100000000", "needs 100000001", "give more data", "smaller --seq-length"),
     run("--tokenizer none", "none", "tokenizer"),
