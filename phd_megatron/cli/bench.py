@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
         if not isinstance(error, MemoryError) and not any("allocate memory" in s or "out of memory" in s for s in said):
             raise
         raise UserError(
-            f"bench {' '.join(argv)}: there is not enough memory ({(said or ['none left'])[0]}); lower lengths, sizes or "
-            "the batch"
+            f"bench {' '.join(argv)}: there is not enough memory ({(said or ['none left'])[0]}); lower "
+            "lengths, sizes or the batch"
         ) from None
     return result

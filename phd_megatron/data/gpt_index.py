@@ -129,7 +129,7 @@ def _load(base: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         path = Path(f"{base}-{part}.npy")
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError) as error:
             logger.warning("index cache file %s is damaged (%s); it is built again", path, error)

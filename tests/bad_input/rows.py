@@ -53,7 +53,7 @@ class Row:
     @property
     def title(self) -> str:
         """For the test's id."""
-        words = self.words.replace(RUN, "RUN").replace("--output-prefix out/data --workers 1 --no-progress", "")
+        words = self.words.replace(RUN, "RUN").replace("--output-prefix data --workers 1 --no-progress", "")
         text = self.name or " ".join([words, *(word[:12] for word in self.more)])
         return "".join(c if c.isprintable() else "?" for c in text)[:160]
 

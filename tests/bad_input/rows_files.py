@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .rows import DIRECTORY, FIFO, RUN, Content, Link, Row
 
-PREPARE = "prepare --output-prefix out/data --workers 1 --no-progress"
+PREPARE = "prepare --output-prefix data --workers 1 --no-progress"
 TEXT = {"in.txt": "some text to prepare\n"}
 
 
@@ -19,7 +19,7 @@ def run(words: str, *said: str, files: dict[str, Content] | None = None, **optio
 INPUTS = [
     prepare("--input in.txt", "in.txt", "pipe", files={"in.txt": FIFO}),
     prepare("--input d", "empty corpus", "d", files={"d/in.txt": FIFO}, name="prepare a directory with a pipe"),
-    prepare("--input /dev/zero", "'/dev/zero'", "unknown kind", ".txt"),
+    prepare("--input /dev/zero", "input '/dev/zero'", " is "),
     prepare("--input none.txt", "'none.txt' does not exist", "check the path"),
     prepare("--input gone.txt", "'gone.txt'", "check the path", files={"gone.txt": Link("nowhere")}),
     prepare("--input loop.txt", "'loop.txt'", "check the path", files={"loop.txt": Link("loop.txt")}),
@@ -32,7 +32,7 @@ INPUTS = [
     prepare("--input a.jsonl", "a.jsonl:1", "'text'", "--json-key", files={"a.jsonl": '{"x": 1}'}, name="no such key"),
     prepare("--input a.jsonl", "a.jsonl:1", "text", files={"a.jsonl": '{"text": 5}'}, name="a number as text"),
     prepare("--input a.jsonl", "a.jsonl:1", "JSON", files={"a.jsonl": "[" * 100_000}, name="100,000 brackets of JSON"),
-    prepare("--input a.jsonl", "a.jsonl:1", "4300", files={"a.jsonl": '{"text": ' + "9" * 5000 + "}"}, name="digits"),
+    prepare("--input a.jsonl", "a.jsonl:1", "text", files={"a.jsonl": '{"text": ' + "9" * 5000 + "}"}, name="digits"),
     prepare("--input a.jsonl.gz", "a.jsonl.gz", "gzip", files={"a.jsonl.gz": "no gzip"}),
     prepare("--input a.txt", "a.txt is not utf-8", "byte 1", "--on-decode-error skip", files={"a.txt": b"a\xff"}),
     prepare("--input in.txt --tokenizer bite", "bite", "byte", files=TEXT),
@@ -72,7 +72,9 @@ DATA = [
     run(
         "--data-path f --tokenizer byte", "f.idx", "is truncated", files={"f.idx": "", "f.bin": ""}, name="empty index"
     ),
-    run("--data-path f --tokenizer byte", "f.idx", "pipe", files={"f.idx": FIFO, "f.bin": ""}, name="a pipe as index"),
+    run(
+        "--data-path f --tokenizer byte", "f.idx", "prepare", files={"f.idx": FIFO, "f.bin": ""}, name="a pipe as index"
+    ),
     run(
         "--data-path f --tokenizer byte",
         "f.bin",
@@ -112,7 +114,7 @@ PLACES = [
     run("--load f", "f is a file", "give the directory", files={"f": ""}),
     run("--load p", "p", "give the directory", files={"p": FIFO}),
     run("--load none --exit-on-missing-checkpoint", "none holds no complete checkpoint", "drop the flag"),
-    run("--metrics-file p", "metrics_file=", "pipe", "choose another", files={"p": FIFO}),
+    run("--metrics-file p", "metrics_file=", "it is a pipe", "choose another", files={"p": FIFO}),
     run("--metrics-file d", "metrics_file=", "cannot be written", "choose another", files={"d": DIRECTORY}),
     run("--metrics-file f/m", "metrics_file=", "cannot be written", "choose another", files={"f": ""}),
     run("--metrics-file", "metrics_file=", "File name too long", more=("m" * 300,), name="a long metrics file"),
@@ -128,7 +130,7 @@ HUGGING_FACE = [
         Row(
             f"{command} m{rest}",
             ("m", "config.json"),
-            files={"m/config.json": text},
+            files={"m/config.json": text, "m/tokenizer.json": "{}"},
             name=f"{command.split()[0]}, config.json: {kind}",
         )
         for command, rest in (
