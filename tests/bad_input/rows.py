@@ -36,8 +36,6 @@ class Row:
             inputs. Words that a shell cannot write are in ``more``.
         said: parts of the message: value, reason and cure.
         files: name -> content, made in the working directory first.
-        pending: what is still to come, where the program does not refuse this yet; the test fails once it does.
-        strict: whether ``pending`` is certain.
         process: run it as a program of its own.
     """
 
@@ -45,8 +43,6 @@ class Row:
     said: tuple[str, ...]
     files: Mapping[str, Content] = field(default_factory=dict)
     more: tuple[str, ...] = ()
-    pending: str = ""
-    strict: bool = True
     process: bool = False
     name: str = ""
 

@@ -17,6 +17,7 @@ import pytest
 
 from phd_megatron.cli.main import main
 
+from .pending import PENDING
 from .rows import Row
 from .rows_commands import COMMANDS
 from .rows_config import CONFIGS
@@ -49,7 +50,8 @@ def parameters() -> list[object]:
         pytest.param(
             row,
             id=row.title,
-            marks=[pytest.mark.xfail(strict=row.strict, reason=row.pending)] if row.pending else [],
+            # not strict: the other change may be here already
+            marks=[pytest.mark.xfail(reason=PENDING[row.title], run=False)] if row.title in PENDING else [],
         )
         for row in ROWS
     ]
@@ -59,6 +61,7 @@ def test_there_are_many_and_each_has_its_own_name() -> None:
     titles = [row.title for row in ROWS]
     assert len(titles) >= 150
     assert len(set(titles)) == len(titles), {title for title in titles if titles.count(title) > 1}
+    assert set(PENDING) <= set(titles), set(PENDING) - set(titles)
     assert all(len(row.said) >= 2 for row in ROWS), "value and cure at least"
 
 
