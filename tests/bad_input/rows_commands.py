@@ -287,7 +287,12 @@ OTHERS = [
     Row("compare a=f @metrics", ("f is empty", "has not logged"), files={"f": ""}),
     Row("compare a=f @metrics", ("f:1 is no line of a metrics file",) * 2, files={"f": "[]\n"}, name="list line"),
     Row("compare a=f @metrics", ("f:1 is no line", "no line of a metrics"), files={"f": "{\n"}, name="broken line"),
-    Row("compare a=f @metrics", ("f", "consumed_tokens", "train again"), {"f": '{"iteration":1,"consumed_samples":1}'}),
+    Row(
+        "compare a=f @metrics",
+        ("f", "consumed_tokens", "train again"),
+        {"f": '{"iteration":1,"consumed_samples":1}'},
+        name="an old metrics file",
+    ),
     Row(
         "compare a=f @metrics",
         ("iteration='x'", "is no number"),

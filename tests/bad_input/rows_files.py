@@ -164,13 +164,13 @@ HUGGING_FACE = [
     Row("export --checkpoint '' --output x", ("--checkpoint", "is empty", "give a value")),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt",),
+        ("r/latest_checkpointed_iteration.txt", "is "),
         files={"r/latest_checkpointed_iteration.txt": DIRECTORY},
         name="tracker that is a directory",
     ),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt",),
+        ("r/latest_checkpointed_iteration.txt", "is "),
         files={"r/latest_checkpointed_iteration.txt": FIFO},
         name="tracker that is a pipe",
     ),

@@ -65,7 +65,7 @@ def test_there_are_many_and_each_has_its_own_name() -> None:
     assert all(len(row.said) >= 2 for row in ROWS), "value and cure at least"
 
 
-@pytest.mark.timeout(40)  # a pipe would be waited for without end
+@pytest.mark.timeout(90)  # a pipe would be waited for without end
 @pytest.mark.parametrize("row", parameters())
 def test_refused(
     row: Row,
@@ -112,7 +112,7 @@ def as_program(argv: list[str]) -> tuple[int, str, str, float]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=80,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -59,6 +59,7 @@ GPU = Skip("needs a GPU")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
+EXAMPLE = "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml"
 SWEEP = {r"examples/sweeps/norm_positions_tiny.yaml": "tiny_sweep.yaml"}
 DATA = {r"--data-path P\b": "--data-path data/mine"}
 RUN = {r"pretrain \.\.\.": f"pretrain {TINY_RUN}"}
@@ -73,9 +74,10 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "phd-megatron prepare --input corpus/ --output-prefix data/mine --tokenizer bpe:32000 --workers 8": Run(
             {"bpe:32000": "bpe:300"}, program=True
         ),
-        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --num-layers 16 --hidden-size 2048 --ffn-hidden-size 8192 "
-        "--num-attention-heads 32 --num-query-groups 8 --seq-length 4096 --micro-batch-size 2 --global-batch-size 1024 "
-        "--train-iters 100000 --bf16 --norm-scheme hybrid_star --phd-repeat 2 --phd-window 16 --phd-chunk 32 "
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --num-layers 16 --hidden-size 2048 "
+        "--ffn-hidden-size 8192 --num-attention-heads 32 --num-query-groups 8 --seq-length 4096 --micro-batch-size 2 "
+        "--global-batch-size 1024 --train-iters 100000 --bf16 --norm-scheme hybrid_star --phd-repeat 2 "
+        "--phd-window 16 --phd-chunk 32 "
         "--tensor-model-parallel-size 2 --sequence-parallel --data-path data/mine --save runs/mine --load runs/mine "
         "--save-interval 1000": Run(),
         "phd-megatron import --hf-dir some-llama --output runs/start --phd-repeat 2": Run(program=True),
@@ -84,16 +86,13 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
             program=True
         ),
         "phd-megatron evaluate --checkpoint runs/mine": Run(program=True),
-        "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml --output runs/norms --data-path data/mine": (
-            Run(SWEEP, program=True)
-        ),
+        f"{EXAMPLE} --output runs/norms --data-path data/mine": Run(SWEEP, program=True),
         "phd-megatron sweep report runs/norms": Run(program=True),
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("runs/mine-hf", trust_remote_code=True)\n'
         'tokenizer = AutoTokenizer.from_pretrained("runs/mine-hf", trust_remote_code=True)\n'
-        'print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=50)[0]))': (
-            Run({"max_new_tokens=50": "max_new_tokens=5"})
-        ),
+        'print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), '
+        "max_new_tokens=50)[0]))": Run({"max_new_tokens=50": "max_new_tokens=5"}),
     },
     "CONTRIBUTING.md": {
         "bash tests/run.sh": WHOLE_SUITE,
@@ -191,19 +190,15 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "phd-megatron bench train --preset dense-1.2b --members vanilla vanilla+graph tensorwise tensorwise+graph": GPU,
     },
     "docs/presets.md": {
-        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --preset dense-550m --data-path PREFIX --tokenizer DIRECTORY "
-        "--save runs/550m --load runs/550m --save-interval 1000": Run(
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --preset dense-550m --data-path PREFIX "
+        "--tokenizer DIRECTORY --save runs/550m --load runs/550m --save-interval 1000": Run(
             {"dense-550m": "tiny-dense", "PREFIX": "data/mine", "DIRECTORY": "data/mine.tokenizer"},
             "--train-iters 2 --seq-length 48 --global-batch-size 16",
         ),
     },
     "docs/sweeps.md": {
-        "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml --output runs/norms --data-path P --dry-run": (
-            Run({**SWEEP, **DATA})
-        ),
-        "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml --output runs/norms --data-path P": Run(
-            {**SWEEP, **DATA}
-        ),
+        f"{EXAMPLE} --output runs/norms --data-path P --dry-run": Run({**SWEEP, **DATA}),
+        f"{EXAMPLE} --output runs/norms --data-path P": Run({**SWEEP, **DATA}),
         "phd-megatron sweep status runs/norms": Run(),
         "phd-megatron sweep report runs/norms": Run(),
         "phd-megatron compare runs/norms/members/8-layers-pre-seed1 runs/norms/members/8-layers-hybrid-seed1": Run(),
@@ -212,8 +207,9 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "python tools/stdlib_corpus.py runs/corpus": Run(),
         "phd-megatron prepare --input runs/corpus --output-prefix runs/data/stdlib --tokenizer byte "
         "--on-decode-error skip": Run(),
-        "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml --output runs/norm_positions "
-        "--data-path runs/data/stdlib": Skip("20 minutes; at tiny size it runs in docs/sweeps.md"),
+        f"{EXAMPLE} --output runs/norm_positions --data-path runs/data/stdlib": Skip(
+            "20 minutes; at tiny size it runs in docs/sweeps.md"
+        ),
         "phd-megatron sweep report runs/norm_positions": Skip("of the sweep before it"),
     },
     "docs/results/trained/how.md": {
