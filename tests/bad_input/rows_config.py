@@ -117,7 +117,7 @@ CONFIGS = [
     config("optimizer: {lr: 1.0e+400}", "lr=inf", "not finite", "give a number that is", name="1.0e+400"),
     config("model: {init_method: foo}", "init_method='foo'", "Python object", "leave it out", name="a function"),
     config("checkpoint: {save: ''}", "save=''", "is empty", "leave save out", name="empty save"),
-    config("data: {data_path: ['']}", "data_path=''", "is empty", "leave data_path out", name="empty path in a list"),
+    config("data: {data_path: ['']}", "data_path=['']", "is empty", "leave data_path out", name="empty path in a list"),
     # the file itself
     Row("plan --config run.yaml", ("cannot read run.yaml", "it is a pipe", "give the path"), files={"run.yaml": FIFO}),
     Row(

@@ -65,7 +65,7 @@ def test_there_are_many_and_each_has_its_own_name() -> None:
     assert all(len(row.said) >= 2 for row in ROWS), "value and cure at least"
 
 
-@pytest.mark.timeout(90)  # a pipe would be waited for without end
+@pytest.mark.timeout(90, func_only=True)  # a pipe would be waited for without end
 @pytest.mark.parametrize("row", parameters())
 def test_refused(
     row: Row,
