@@ -1,7 +1,17 @@
-"""The one exception that users see as a message instead of a traceback."""
+"""The one exception that users see as a message instead of a traceback, and how a message shows what it was given."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from typing import Any
 
 DIVERGED = "the run has diverged"
 """Start of the message when parameters are not finite any more; a sweep recognises such a member by it."""
+
+_VALUE = 200  #: characters of a value in a message
+_WORD = 400  #: of anything without a space, such as a path
+_MESSAGE = 8000
 
 
 class UserError(Exception):
@@ -14,3 +24,41 @@ class RunLost(UserError):
     """A run that ended for no fault of its input: starting it again helps."""
 
     exit_code = 1
+
+
+class _Shortened(reprlib.Repr):
+    """``repr`` that looks at no more than it shows: a few lines of YAML can stand for gigabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 3, 8, 8, 8, 8
+        self.maxstring = self.maxlong = self.maxother = _VALUE
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 4 * self.maxlong:  # Python refuses to write out very long ones
+            return f"{'-' if x < 0 else ''}{hex(abs(x))[:20]}... ({x.bit_length()} bits)"
+        return super().repr_int(x, level)
+
+    def repr_str(self, x: str, level: int) -> str:
+        text = super().repr_str(x, level)
+        return text if len(x) <= self.maxstring else f"{text} ({len(x)} characters)"
+
+
+_REPR = _Shortened()
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message: whole where that is short, else its beginning and end."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 2 * _VALUE else f"{text[:_VALUE]}...{text[-40:]}"
+
+
+def for_terminal(message: str) -> str:
+    """A message that fits a terminal: no control characters, endless words cut, and the middle of an endless text."""
+    text = "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in message[: 16 * _MESSAGE])
+    text = re.sub(rf"\S{{{_WORD},}}", lambda found: f"{found[0][:200]}...{found[0][-60:]}", text)
+    return text if len(text) <= _MESSAGE else f"{text[: _MESSAGE // 2]}\n...\n{text[-_MESSAGE // 2 :]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

@@ -41,5 +41,14 @@ def run(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, available(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(available())}"
         raise UserError(f"there is nothing to measure called {name!r}; {hint}")
-    result: int = importlib.import_module(_module(name)).run(rest)
+    try:
+        result: int = importlib.import_module(_module(name)).run(rest)
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).strip().splitlines()
+        if not isinstance(error, MemoryError) and not any("allocate memory" in s or "out of memory" in s for s in said):
+            raise
+        raise UserError(
+            f"bench {' '.join(argv)}: there is not enough memory ({(said or ['none left'])[0]}); lower "
+            "lengths, sizes or the batch"
+        ) from None
     return result

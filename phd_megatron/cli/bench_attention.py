@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
@@ -38,7 +39,7 @@ FLOPS = {FORWARD: 4, BOTH: 14}  # per visible pair and column of a head
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench attention", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench attention", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seq-length", type=int, nargs="+", default=[2048], help="original tokens (default 2048)")
     parser.add_argument("--repeat", type=int, nargs="+", default=[2], help="K, copies of a token (default 2)")
     parser.add_argument("--window", type=int, default=16, help="W, hidden positions seen (default %(default)s)")
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     check_counts(args, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch", "rounds"))
     if args.heads % args.kv_heads:

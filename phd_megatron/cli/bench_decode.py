@@ -10,6 +10,7 @@ import argparse
 import itertools
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
@@ -31,7 +32,7 @@ VANILLA = "vanilla"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench decode", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench decode", description=__doc__, allow_abbrev=False)
     parser.add_argument("--kv-length", type=int, nargs="+", default=[4096], help="cached originals (default 4096)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default 1)")
     parser.add_argument("--repeat", type=int, nargs="+", default=[4], help="K, copies of a token (default 4)")
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     check_counts(args, ("kv_length", "batch", "repeat", "heads", "kv_heads", "head_dim", "rounds"))
     if args.heads % args.kv_heads:

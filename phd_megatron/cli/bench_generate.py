@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import REPORT, TABLE, check_reports
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
@@ -67,7 +68,7 @@ class Contender:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench generate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--repeats", type=int, nargs="+", default=[2, 3, 4, 8], metavar="K", help="beside K = 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:2] + VARIANTS[3:]))
     parser.add_argument("--window", type=int, default=16, help="W of cswa and swa (default %(default)s)")
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if cached decoding is wrong."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     for name in (*_SIZES, "prompt", "steps", "batch", "rounds"):
         if getattr(args, name) < 1:
@@ -107,7 +108,10 @@ def run(argv: list[str]) -> int:
         if args.threads < 1:
             raise UserError(f"--threads {args.threads}: use 1 or more")
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {args.device} is none that torch knows; use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this torch sees no CUDA device; use --device cpu")
     contenders = list(_contenders(args, device))

@@ -100,7 +100,7 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[Any, str, Any]:
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(f"--device={args.device} is none that torch knows; use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device={args.device}: this torch sees no CUDA device; use --device cpu")
     if args.threads is not None:

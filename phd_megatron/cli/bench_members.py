@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import REPORT, check_counts, check_reports
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.cuda_graph import is_graphed
@@ -89,9 +90,7 @@ class Measured:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="phd-megatron bench train --preset NAME", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser(prog="phd-megatron bench train --preset NAME", description=__doc__, allow_abbrev=False)
     parser.add_argument("--preset", required=True, help="the model (docs/presets.md)")
     parser.add_argument(
         "--members",
@@ -112,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Time the members one after another and print the tables. 1 if a member could not be measured."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     check_counts(args, ("micro_batch_size", "num_microbatches", "rounds"))
     from phd_megatron.runtime.context import Runtime

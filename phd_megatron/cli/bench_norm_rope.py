@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_measure import (
     TOLERANCES,
     Contender,
@@ -33,7 +34,7 @@ EPS = 1e-5
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench norm-rope", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench norm-rope", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=int, nargs="+", default=[4096], help="K * s rows (default 4096)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="query heads (default %(default)s)")
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Check, time, print. 1 if a check fails."""
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     check_counts(args, ("rows", "batch", "heads", "kv_heads", "head_dim", "rounds"))
     if args.heads % args.kv_heads:

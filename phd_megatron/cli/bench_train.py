@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.bench_hugging_face import HuggingFaceStep
 from phd_megatron.cli.bench_measure import REPORT, check_reports
 from phd_megatron.cli.tables import print_table
@@ -71,7 +72,7 @@ Step = Callable[[Any], tuple[float, float]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="phd-megatron bench train", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="quickstart", help="model and batch (default %(default)s)")
     parser.add_argument("--seq-length", type=int, default=None, help="instead of the size's own")
     parser.add_argument("--micro-batch-size", type=int, default=None, help="instead of the size's own")
@@ -95,7 +96,7 @@ def run(argv: list[str]) -> int:
         from phd_megatron.cli import bench_members
 
         return bench_members.run(argv)
-    args = _parser().parse_args(argv)
+    args = parse_strictly(_parser(), argv)
     check_reports(args)
     from phd_megatron.runtime.context import Runtime
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.tables import print_table
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron compare",
         description="Compare two runs by their metrics files, at equal tokens, FLOPs and training time.",
         allow_abbrev=False,
@@ -26,16 +27,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Compare, print the tables and draw the plot; UserError when a file cannot be read."""
+    """Compare, print the tables and draw the plot; UserError when a file cannot be read.
+
+    Returns:
+        0, or 1 when one of them has diverged.
+    """
     args = parse_strictly(build_parser(), argv)
-    from phd_megatron.sweep.compare import read_named, write_comparison
+    from phd_megatron.sweep.compare import diverged_text, read_named, write_comparison
     from phd_megatron.sweep.document import Table, Text
 
     output = Path(args.output)
-    for block in write_comparison(read_named(args.first), read_named(args.second), output, args.unit):
+    curves = read_named(args.first), read_named(args.second)
+    for block in write_comparison(*curves, output, args.unit):
         if isinstance(block, Table):
             print_table("", block.head, block.rows)
         elif isinstance(block, Text):
             print(block.text)
     print(f"\n{output / 'compare.md'}, compare.png, compare.svg")
-    return 0
+    diverged = [curve for curve in curves if curve.diverged_at is not None]
+    for curve in diverged:
+        print(f"error: {diverged_text(curve)}", file=sys.stderr)
+    return 1 if diverged else 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+
+from phd_megatron.cli.arguments import Parser, parse_strictly
 
 
 def run(argv: list[str]) -> int:
     """Print the report. 0 also when optional packages are missing: the report says what that costs."""
-    parser = argparse.ArgumentParser(prog="phd-megatron doctor", description=__doc__)
+    parser = Parser(prog="phd-megatron doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as of pretrain")
-    arguments = parser.parse_args(argv)
+    arguments = parse_strictly(parser, argv)
 
     from phd_megatron.runtime.doctor import examine, format_report
 

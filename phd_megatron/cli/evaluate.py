@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
+from phd_megatron.cli.say_once import say_once
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
@@ -23,7 +25,7 @@ _REPORT = json_report("a report of `phd-megatron evaluate`", "loss", "perplexity
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron evaluate",
         description="Mean loss per token and perplexity over one pass of a prepared data set, cut into samples as in "
         "training. A checkpoint runs in Megatron-Core and, under torchrun, in any layout; an exported directory, or "
@@ -77,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str]) -> int:
-    """Evaluate and print one line, with ``--copies`` another for each copy."""
+    """Evaluate and print one line, with ``--copies`` another for each copy.
+
+    Returns:
+        0, or 1 when the loss is not finite.
+    """
     args = parse_strictly(build_parser(), argv)
     path = Path(args.checkpoint)
     for name in ("seq_length", "micro_batch_size"):
@@ -94,7 +100,13 @@ def run(argv: list[str]) -> int:
             print(line)
         if args.json is not None:
             _write(args.json, result, selection)
-    return 0
+        if not math.isfinite(result.loss):
+            say_once(
+                f"error: the loss of {path} is {result.loss}: it is no model any more, since its parameters, or what "
+                "it computes of this data, are not finite; evaluate an earlier checkpoint, or look for where the run "
+                "diverged"
+            )
+    return 0 if math.isfinite(result.loss) else 1
 
 
 def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection, bool]:
@@ -234,10 +246,15 @@ def _copy_lines(losses: Sequence[float]) -> list[str]:
     ]
 
 
+def _finite(number: float) -> float | None:
+    """A number as JSON has it, which knows neither infinity nor NaN: those are null."""
+    return number if math.isfinite(number) else None
+
+
 def _write(path: str, result: Evaluation, selection: Selection) -> None:
     content: dict[str, Any] = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
+        "loss": _finite(result.loss),
+        "perplexity": _finite(result.perplexity),
         "tokens": result.tokens,
         "samples": result.samples,
         "seconds": result.seconds,
@@ -248,5 +265,5 @@ def _write(path: str, result: Evaluation, selection: Selection) -> None:
         "seq_length": selection.seq_length,
     }
     if result.copy_losses:
-        content["diagnostic_copy_losses"] = result.copy_losses
+        content["diagnostic_copy_losses"] = [*map(_finite, result.copy_losses)]
     write_file(path, "--json", _REPORT, json.dumps(content, indent=1) + "\n")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron export",
         description="Write a checkpoint, saved by any layout, as a self-contained Hugging Face directory. CPU only.",
         allow_abbrev=False,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron generate",
         description="Continue a prompt through the KV cache. Greedy unless a sampling flag is given.",
         allow_abbrev=False,

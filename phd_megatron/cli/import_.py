@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.config.schema import CopyPositions
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.environment import Environment
 
+_MOST_EXPERTS = 4096
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron import",
         description="Make a Megatron checkpoint of a Llama, Qwen3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE directory, or "
         "of an export of ours. pretrain --load DIR --finetune goes on from it under any layout. CPU only; needs memory "
@@ -66,6 +68,8 @@ def run(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
     names = ("phd_repeat", "phd_window", "phd_chunk", "phd_copy_positions", "phd_copy_embedding")
     phd = {name: getattr(args, name) for name in names}
+    if args.upcycle_experts is not None and args.upcycle_experts > _MOST_EXPERTS:
+        raise UserError(f"--upcycle-experts {args.upcycle_experts}: use at most {_MOST_EXPERTS:,}")
     install_backend("cpu")  # before Megatron is imported
 
     from phd_megatron.huggingface.verify import verify_import

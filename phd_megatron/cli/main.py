@@ -13,7 +13,7 @@ import sys
 
 from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, for_terminal, shown
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
 
@@ -63,7 +63,7 @@ def _guarded(argv: list[str]) -> int:
     except SystemExit as stop:  # of --help
         end = stop
     except UserError as error:
-        say_once(f"error: {error}")
+        say_once(f"error: {for_terminal(str(error))}")
         end = error.exit_code
     except Exception as error:
         if not is_lack_of_files(error):
@@ -91,7 +91,7 @@ def _run(argv: list[str]) -> int:
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
-        raise UserError(f"unknown command {name!r}; {hint}")
+        raise UserError(f"unknown command {shown(name)}; {hint}")
     raise_limit()
     code: int = importlib.import_module(_module(name)).run(rest)
     return code

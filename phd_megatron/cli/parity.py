@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.arguments import Parser
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     from phd_megatron.training.parity_layouts import MEANINGS
 
     words = "; ".join(f"{name}: {text}" for name, text in MEANINGS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron parity",
         usage="phd-megatron parity --config FILE [--layouts LIST] [OPTIONS] [FLAGS OF pretrain]",
         description="Train a few steps on one rank and in each layout, and compare losses, gradient norms and the "
@@ -116,9 +117,14 @@ def _directory(asked: str | None) -> Any:
             yield Path(name)
         return
     path = Path(asked)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--work-dir {asked} exists and is no directory; give a new directory")
     if path.exists() and any(path.iterdir()):
         raise UserError(f"--work-dir {asked} is not empty; give a new directory")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --work-dir {asked}: {error.strerror}; give another directory") from None
     yield path
 
 

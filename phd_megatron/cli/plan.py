@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from phd_megatron.cli.arguments import Parser
 from phd_megatron.cli.tables import print_table
 from phd_megatron.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command itself; what is left describes the run, as for ``pretrain``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron plan",
         usage="phd-megatron plan [--ranks N] [--mfu X] [--preset NAME] [--config FILE] [--any-field-of-a-run VALUE]",
         description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula. Nothing is started.",

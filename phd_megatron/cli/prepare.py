@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 from types import FrameType
 
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
 
 
@@ -19,7 +19,7 @@ def _number(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron prepare",
         description="Turn text into Megatron .bin/.idx data. Each document ends with the end-of-document token.",
         allow_abbrev=False,
@@ -51,18 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument("--no-progress", action="store_true", help="show no progress")
     return parser
-
-
-def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse; an unknown flag is a UserError that suggests the nearest one."""
-    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    for word in argv:
-        name = word.split("=", 1)[0]
-        if name.startswith("--") and name != "--" and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}"
-            raise UserError(f"unknown flag {name}; {hint}")
-    return parser.parse_args(argv)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from phd_megatron.cli.prepare import parse_strictly
+from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.tables import print_table
 from phd_megatron.config.catalog import nearest
 from phd_megatron.errors import UserError
@@ -26,7 +26,7 @@ phd-megatron sweep --config FILE --output DIR [--dry-run] [OPTIONS] [--any-field
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command itself; what is left are fields of a run, for all members."""
-    parser = argparse.ArgumentParser(prog="phd-megatron sweep", usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep", usage=_USAGE, description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="the sweep file (docs/sweeps.md)")
     parser.add_argument("--output", metavar="DIR", help="the sweep's directory; the same one continues it")
     parser.add_argument("--dry-run", action="store_true", help="print members, costs and memory, and start nothing")
@@ -85,7 +85,10 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"note: {note}")
     if args.dry_run:
         return 0
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror}; choose another --output") from None
     try:
         lock = RunLock(directory).acquire()
     except UserError as error:
@@ -163,7 +166,7 @@ def _print_plan(sweep: Any, members: list[Any]) -> None:
 
 
 def _status(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="phd-megatron sweep status", allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep status", allow_abbrev=False)
     parser.add_argument("directory", metavar="DIR")
     args = parse_strictly(parser, argv)
     from phd_megatron.sweep.process import present_status
@@ -180,7 +183,7 @@ def _status(argv: list[str]) -> int:
 
 
 def _member(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="phd-megatron sweep member", allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep member", allow_abbrev=False)
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("name", metavar="NAME")
     args = parse_strictly(parser, argv)
@@ -208,7 +211,7 @@ def _member(argv: list[str]) -> int:
 
 
 def _report(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="phd-megatron sweep report",
         description="Compare the members of a sweep by their metrics files: report.md, report.html, figures.",
         allow_abbrev=False,

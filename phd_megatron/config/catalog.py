@@ -106,5 +106,7 @@ def _help_texts(cls: type) -> dict[str, str]:
 
 def nearest(name: str, choices: Iterable[str], template: str = "did you mean {}?") -> str | None:
     """The choice most like ``name`` put into ``template``, or None when nothing is close."""
+    if len(name) > 200:  # comparing takes the square of the length
+        return None
     near = difflib.get_close_matches(name, list(choices), 1, cutoff=0.6)
     return template.format(near[0]) if near else None

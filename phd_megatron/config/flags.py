@@ -9,7 +9,7 @@ from typing import Any
 from phd_megatron.config.aliases import ALIASES, Accept, Choice, Refuse, Rename, Set
 from phd_megatron.config.catalog import fields, nearest
 from phd_megatron.config.values import is_bool, is_list, parse_words, simplify
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 
 
 @dataclass
@@ -37,10 +37,10 @@ class ParsedFlags:
             before = self.origins[name]
             if before != flag:
                 raise UserError(
-                    f"{before} sets {name}={self.values[name]!r} and {flag} sets {name}={value!r}: they contradict; "
-                    "give one of them"
+                    f"{before} sets {name}={shown(self.values[name])} and {flag} sets {name}={shown(value)}: "
+                    "they contradict; give one of them"
                 )
-            self.notes.append(f"{flag} was given twice; the last one, {value!r}, counts")
+            self.notes.append(f"{flag} was given twice; the last one, {shown(value)}, counts")
         self.values[name] = value
         self.origins[name] = flag
 
@@ -59,7 +59,7 @@ def parse_flags(argv: list[str], transformer_fields: Mapping[str, Any]) -> Parse
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise UserError(f"unexpected word {word!r}: it belongs to no flag{_hint_for_word(word, known)}")
+            raise UserError(f"unexpected word {shown(word)}: it belongs to no flag{_hint_for_word(word, known)}")
         spelled, _, inline = word.partition("=")
         name = spelled[2:].replace("-", "_")
         words = _Words(spelled, inline if "=" in word else None, rest)

@@ -14,6 +14,7 @@ from phd_megatron.config.facts import PIPELINE_CUT, PLACE, SCHEDULE
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, lookup
 from phd_megatron.config.validate import is_met
+from phd_megatron.errors import shown
 
 _ENDS = {"train_iters": "lr_decay_iters", "train_samples": "lr_decay_samples"}
 """Length of a run -> length of a schedule that follows from it."""
@@ -61,7 +62,7 @@ def drop_what_is_lost(config: RunConfig, origins: dict[str, str], source: str) -
 def not_taken_over(saved: Mapping[str, Any], config: RunConfig, load: str) -> list[str]:
     """What to tell of places that the saved run wrote to and this one does not."""
     left = [
-        f"{name}={value}"
+        f"{name}={shown(value)}"
         for name, value in saved.items()
         if role(name) is PLACE and value is not None and lookup(config, name) is None
     ]

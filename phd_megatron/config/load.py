@@ -59,8 +59,6 @@ def load_run_config(
     if flags.config is not None:
         yaml_values = flatten(read_yaml(flags.config), flags.config, transformer_fields)
 
-    _refuse_empty(flags.values, flags.origins)
-    _refuse_empty(yaml_values, dict.fromkeys(yaml_values, str(flags.config)))
     load = flags.values.get("load", yaml_values.get("load"))
     saved_data = (saved(load) if load is not None else None) if callable(saved) else saved
     everything = {} if saved_data is None else flatten(saved_data, f"configuration saved in {load}", None)
@@ -90,15 +88,6 @@ def merge_layers(layers: Sequence[tuple[Mapping[str, Any], str | Mapping[str, st
     for values, origin in layers:
         _overlay(merged, values, dict.fromkeys(values, origin) if isinstance(origin, str) else origin)
     return merged
-
-
-def _refuse_empty(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Empty text is no path and no name, and most often a shell variable that is not set."""
-    for name, value in values.items():
-        if value == "" or (isinstance(value, list | tuple) and "" in value):
-            raise UserError(
-                f"{name}={value!r} ({origins[name]}) is empty: is a shell variable not set? Give a value or drop it"
-            )
 
 
 def _overlay(merged: LoadedConfig, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.catalog import nearest
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 
 HYBRID_NORM = "HybridNorm, arXiv 2503.04598"
 PHD = "PHD-Transformer, arXiv 2504.14992"
@@ -302,6 +302,6 @@ def preset_values(names: str) -> dict[str, Any]:
         row = PRESETS.get(name.strip())
         if row is None:
             hint = nearest(name, PRESETS) or f"the presets are {', '.join(PRESETS)}"
-            raise UserError(f"preset {name.strip()!r} is not known; {hint}")
+            raise UserError(f"preset {shown(name.strip())} is not known; {hint}")
         values.update(row.values)
     return values

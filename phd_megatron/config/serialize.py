@@ -12,8 +12,9 @@ import yaml
 from phd_megatron.config.aliases import ALIASES, Rename, Set
 from phd_megatron.config.catalog import PASSTHROUGH, fields, nearest, sections
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.values import check_value
-from phd_megatron.errors import UserError
+from phd_megatron.config.values import check_value, refuse_empty
+from phd_megatron.config.yaml_text import read_yaml_file
+from phd_megatron.errors import UserError, shown
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -75,49 +76,18 @@ def lookup(config: RunConfig, name: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Keys that occur twice are refused: YAML would silently take the last one.
+    """The mapping in a YAML file.
 
     Raises:
-        UserError: if the file is missing, is not UTF-8 or YAML, or is not a mapping.
+        UserError: if the file is missing, is not UTF-8 or YAML, says a key twice, stands for more than a configuration
+            can hold, or is not a mapping.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    try:
-        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader), str(path), set())
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}; correct it") from None
+    data = read_yaml_file(path)
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {type(data).__name__}, not sections; write `model:` and its fields below it")
     return data
-
-
-def _refuse_duplicates(node: yaml.Node | None, path: str, seen: set[int]) -> None:
-    if node is None or id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.value in lines and key.value != "<<":
-                raise UserError(
-                    f"{path}: {key.value!r} is in line {lines[key.value]} and again in line {line}; keep one of them"
-                )
-            if isinstance(key, yaml.ScalarNode):
-                lines[key.value] = line
-            _refuse_duplicates(value, path, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicates(item, path, seen)
 
 
 def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -130,21 +100,23 @@ def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str
     flat: dict[str, Any] = {}
     for section, content in data.items():
         if section not in sections():
-            raise UserError(f"{where}: unknown section {section!r}; {_section_hint(str(section))}")
+            raise UserError(f"{where}: unknown section {shown(section)}; {_section_hint(str(section))}")
         if content is None:
             continue
         if not isinstance(content, Mapping):
-            raise UserError(f"{where}: section {section!r} holds {content!r}; write its fields below it, indented")
+            raise UserError(f"{where}: section {section!r} holds {shown(content)}; write its fields below it, indented")
         for name, value in content.items():
             if section == "model" and name == PASSTHROUGH:
                 flat.update(_passthrough(value, where, transformer_fields))
             elif name in fields() and fields()[name].section == section:
                 flat[name] = check_value(name, value, fields()[name].annotation, f"{where}, section {section}")
+                if transformer_fields is not None:  # what a checkpoint says was checked when it was written
+                    refuse_empty(name, value, f"{where}, section {section}")
             elif section == "model" and name not in fields() and name in (transformer_fields or {}):
                 flat.update(_passthrough({name: value}, where, transformer_fields))
             else:
                 hint = _field_hint(str(name), section, transformer_fields or {})
-                raise UserError(f"{where}: unknown field {name!r} in section {section!r}; {hint}")
+                raise UserError(f"{where}: unknown field {shown(name)} in section {section!r}; {hint}")
     return flat
 
 
@@ -152,7 +124,7 @@ def _passthrough(values: Any, where: str, annotations: Mapping[str, Any] | None)
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: model.transformer holds {values!r}; write TransformerConfig fields below it")
+        raise UserError(f"{where}: model.transformer holds {shown(values)}; write TransformerConfig fields below it")
     checked = {}
     for name, value in values.items():
         if name in fields():
@@ -165,7 +137,7 @@ def _passthrough(values: Any, where: str, annotations: Mapping[str, Any] | None)
             checked[name] = check_value(name, value, annotations[name], f"{where}, section model")
         else:
             hint = nearest(str(name), annotations) or "the installed Megatron-Core has no such field"
-            raise UserError(f"{where}: unknown TransformerConfig field {name!r}; {hint}")
+            raise UserError(f"{where}: unknown TransformerConfig field {shown(name)}; {hint}")
     return checked
 
 

@@ -13,6 +13,7 @@ from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig,
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import raise_all
 from phd_megatron.config.values import is_optional
+from phd_megatron.errors import shown
 
 _EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
 
@@ -21,7 +22,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     for name, info in fields().items():
         value = lookup(config, name)
         if value is not None and (rule := violates(value, info.bounds)):
-            yield f"{name}={value!r} is out of range; use a value of {rule}" + (
+            yield f"{name}={shown(value)} is out of range; use a value of {rule}" + (
                 ", or null" if is_optional(info.annotation) else ""
             )
 
@@ -31,7 +32,7 @@ def _needs(config: RunConfig) -> Iterator[str]:
         if info.needs is None or lookup(config, name) == info.default or is_met(info.needs, config):
             continue
         cure = f"set {' or '.join(info.needs.names)}, or leave it out"
-        yield f"{name}={lookup(config, name)!r} without {info.needs.reason}; {cure}"
+        yield f"{name}={shown(lookup(config, name))} without {info.needs.reason}; {cure}"
 
 
 def is_met(needs: Needs, config: RunConfig) -> bool:

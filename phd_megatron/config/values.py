@@ -8,6 +8,7 @@ so that a configuration stays plain YAML; :func:`decode` gives the member back.
 from __future__ import annotations
 
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ from functools import cache
 from typing import Any, Literal, Union
 
 from phd_megatron.config.catalog import nearest
-from phd_megatron.errors import UserError
+from phd_megatron.config.yaml_text import parse_yaml
+from phd_megatron.errors import UserError, shown
 
+MAX_TEXT = 8192  #: characters
+MAX_INTEGER = 2**63 - 1
 _ATOMS = (int, float, bool, str, type(None))
 
 
@@ -111,6 +115,46 @@ def _leaves(annotation: Any) -> set[Any]:
     return found
 
 
+def _unwritable(value: Any) -> str | None:
+    """Why a value fits no field whatever its type, and the cure; None for one that may fit."""
+    if isinstance(value, str):
+        if "\0" in value:
+            return "it holds a NUL character, which no name of a file can; take it out"
+        if len(value) > MAX_TEXT:
+            return f"it has {len(value)} characters, and at most {MAX_TEXT} are taken; shorten it"
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "it cannot be written as UTF-8; rename what it names"
+        return None
+    if isinstance(value, bool | None):
+        return None
+    if isinstance(value, int):
+        return None if abs(value) <= MAX_INTEGER else f"it is beyond {MAX_INTEGER} (64 bits); use a smaller number"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "it is not finite; give a number that is"
+    if isinstance(value, Mapping):
+        return next(filter(None, map(_unwritable, (*value.keys(), *value.values()))), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_unwritable, value)), None)
+    return f"it is a {type(value).__name__} to YAML; put it in quotes if it is meant as text"
+
+
+def refuse_empty(name: str, value: Any, where: str) -> None:
+    """Refuse text without a character, which would name the working directory, or nothing.
+
+    Raises:
+        UserError: for an empty text, or a list with one.
+    """
+    if any(
+        isinstance(item, str) and not item.strip() for item in (value if isinstance(value, list | tuple) else [value])
+    ):
+        raise UserError(
+            f"{name}={shown(value)} ({where}) is empty, as a shell variable is that was never set; give a value, or "
+            f"leave {name} out"
+        )
+
+
 def _has_stray_bool(value: Any, annotation: Any) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
     leaves = _leaves(annotation)
@@ -126,9 +170,11 @@ def check_value(name: str, value: Any, annotation: Any, where: str) -> Any:
     simple = simplify(annotation)
     if simple is None:
         raise UserError(
-            f"{name}={value!r} ({where}): {name} is a Python object inside Megatron-Core and cannot be written as "
+            f"{name}={shown(value)} ({where}): {name} is a Python object inside Megatron-Core and cannot be written as "
             "text; leave it out"
         )
+    if reason := _unwritable(value):
+        raise UserError(f"{name}={shown(value)} ({where}) fits no field: {reason}")
     from pydantic import ValidationError
 
     candidate = value
@@ -141,9 +187,12 @@ def check_value(name: str, value: Any, annotation: Any, where: str) -> Any:
     try:
         if _has_stray_bool(value, simple) or (is_true_or_false and not isinstance(value, bool)):
             raise ValueError
-        return _adapter(simple).validate_python(candidate)
+        checked = _adapter(simple).validate_python(candidate)
     except (ValidationError, ValueError):
-        raise UserError(f"{name}={value!r} ({where}) is not {describe(simple)}{_cure(value, simple)}") from None
+        raise UserError(f"{name}={shown(value)} ({where}) is not {describe(simple)}{_cure(value, simple)}") from None
+    if reason := _unwritable(checked):  # a flag's digits are a number by now
+        raise UserError(f"{name}={shown(value)} ({where}) fits no field: {reason}")
+    return checked
 
 
 def _cure(value: Any, annotation: Any) -> str:
@@ -161,6 +210,8 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
     simple = simplify(annotation)
     if simple is None:
         return check_value(name, " ".join(words), annotation, where)
+    if str in _leaves(simple):
+        refuse_empty(name, words[0] if len(words) == 1 else words, where)
     if len(words) == 1:
         word = words[0]
         nullish = ("null",) if str in _leaves(simple) else ("null", "none", "None")
@@ -179,12 +230,12 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
 
 
 def _yaml_list(name: str, word: str, where: str) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        raise UserError(f"{name}={word!r} ({where}) is not a list; write the items apart, or as [1,2,3]") from None
+        return parse_yaml(word, where)
+    except UserError as error:
+        raise UserError(
+            f"{name}={shown(word)} ({where}) is not a list; write the items apart, or as [1,2,3] ({error})"
+        ) from None
 
 
 def decode(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def parse_split(split: str) -> list[tuple[float, float]]:
     words = [word for word in re.split(r"[,\s/]+", split.strip()) if word]
     values = [_number(word) for word in words]
     parts = [value for value in values if value is not None and math.isfinite(value) and value >= 0]
-    if not 1 <= len(words) <= 3 or len(parts) != len(words) or sum(parts) <= 0:
+    if not 1 <= len(words) <= 3 or len(parts) != len(words) or not 0 < sum(parts) < math.inf:
         raise UserError(
             f"--split {split!r} is not up to three shares of at least 0 with a positive sum; write for example 969,30,1"
         )

@@ -35,8 +35,8 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``, infinite where that is too large for a number."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """``exp(loss)``, infinite where that is too large for a number, and no number where the loss is none."""
+        return math.inf if self.loss >= 700 else math.exp(self.loss)
 
     def __str__(self) -> str:
         return (

@@ -197,7 +197,7 @@ def parse_size(size: str | int) -> int:
     """``"5GB"`` to bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or float(match.group(1)) <= 0:
+    if match is None or unit is None or not 0 < float(match.group(1)) * unit < 2**63:
         raise UserError(f"max_shard_size={size!r} is no size; write a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match.group(1)) * unit)
 
@@ -256,7 +256,7 @@ def _write_shards(
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for rule in shard:
-            parts = rule.to_hf(source.read(rule.mcore))
+            parts = rule.to_hf(_finite(source, rule.mcore, rule.dtype(dtype)))
             # A clone, not a view: safetensors refuses tensors that share storage.
             kept = rule.dtype(dtype)
             tensors |= {key: part.to(kept).clone(memory_format=torch.contiguous_format) for key, part in parts.items()}
@@ -275,6 +275,26 @@ def _write_shards(
         index = {"metadata": {"total_size": written.bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(directory / "model.safetensors.index.json", index)
     return written
+
+
+def _finite(source: MegatronCheckpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """One tensor of the checkpoint, all of whose values are numbers, in the export's type too."""
+    tensor = source.read(name)
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{name} of {source.directory} holds {_count(tensor)} values that are not finite: the run has diverged; "
+            "export an earlier checkpoint"
+        )
+    if not (cast := tensor.to(dtype)).isfinite().all():
+        raise UserError(
+            f"{name} of {source.directory} holds {_count(cast)} values beyond {dtype}; export with --dtype bfloat16 or "
+            "float32"
+        )
+    return tensor
+
+
+def _count(tensor: Tensor) -> int:
+    return int((~tensor.isfinite()).sum())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -216,6 +216,11 @@ def _megatron_outputs(
 @torch.no_grad()
 def _compare_outputs(model: Any, expected: dict[str, Tensor]) -> None:
     tokens = expected[megatron_logits.TOKENS]
+    if not expected[megatron_logits.LOGITS].isfinite().all():
+        raise VerificationError(
+            "the Megatron model's own logits are not finite, so there is nothing to compare: it has diverged; take an "
+            "earlier checkpoint"
+        )
     found = model(tokens, use_cache=False, output_hidden_states=True)
     error = _relative(expected[megatron_logits.LOGITS], model(tokens, use_cache=False).logits)
     if error <= TOLERANCE:

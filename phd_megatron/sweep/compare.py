@@ -57,6 +57,14 @@ def reach_rows(a: Curve, b: Curve) -> list[list[str]]:
     return rows
 
 
+def diverged_text(curve: Curve) -> str:
+    """What a reader must know of a run that ended without a number."""
+    return (
+        f"{curve.name} has diverged: from iteration {curve.diverged_at} on its loss is not finite, and everything here "
+        "is of the steps before."
+    )
+
+
 def comparison(a: Curve, b: Curve) -> list[Block]:
     """Tables of both runs."""
     blocks: list[Block] = [
@@ -70,6 +78,7 @@ def comparison(a: Curve, b: Curve) -> list[Block]:
         ),
         Text("Smoothed training loss (EMA) at shares of what both runs have used. One run each: no spread is known."),
     ]
+    blocks += [Text(diverged_text(curve)) for curve in (a, b) if curve.diverged_at is not None]
     reached = reach_rows(a, b)
     if reached:
         goal = max(a.smoothed[-1], b.smoothed[-1])

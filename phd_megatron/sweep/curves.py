@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 from phd_megatron.training.metrics_reader import Run, read_run
 
 Axis = Literal["tokens", "flops", "seconds"]
@@ -67,6 +67,16 @@ class Curve:
         """Where the smoothed loss first falls to ``loss``; None if it never does."""
         return next((x for x, value in zip(self.along(axis), self.smoothed, strict=True) if value <= loss), None)
 
+    @property
+    def diverged_at(self) -> int | None:
+        """The iteration from which on no logged loss is finite; None for a run whose last one is."""
+        first = None
+        for step in reversed(self.run.steps):
+            if math.isfinite(step["lm_loss"]):
+                break
+            first = step["iteration"]
+        return first
+
     def final(self) -> tuple[float, str]:
         """The last validation loss, when it was taken at the end, else the smoothed training loss; and which it is."""
         if self.validation and self.validation[-1][0] == len(self.loss) - 1:
@@ -98,6 +108,7 @@ def curve_of(run: Run, source: Path) -> Curve:
     seconds, elapsed, previous = [], 0.0, 0
     steps = []
     for step in run.steps:
+        _check_numbers(step, source)
         elapsed += step["iteration_seconds"] * (step["iteration"] - previous)
         previous = step["iteration"]
         if math.isfinite(step["lm_loss"]):
@@ -121,6 +132,15 @@ def curve_of(run: Run, source: Path) -> Curve:
         validation=validation,
         run=run,
     )
+
+
+def _check_numbers(step: Mapping[str, Any], source: Path) -> None:
+    for name in ("iteration", "iteration_seconds", "lm_loss", "consumed_tokens", "consumed_flops"):
+        if isinstance(step.get(name), bool) or not isinstance(step.get(name), int | float):
+            raise UserError(
+                f"{source}, iteration {shown(step['iteration'])}: {name}={shown(step.get(name))} is no number; give a "
+                "file that --metrics-file wrote, or train again"
+            )
 
 
 def common_end(axis: Axis, *curves: Curve) -> float:

@@ -8,6 +8,7 @@ one field: ``preset``, and ``tokens``, the training budget in original tokens.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from phd_megatron.config.catalog import fields, nearest, sections
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.serialize import flatten, read_yaml
 from phd_megatron.config.values import check_value
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 from phd_megatron.sweep.options import Launcher, Planning, read_options
 
 SEED = "seed"
 _OWN = frozenset({"save", "load", "metrics_file", "exit_interval", "exit_duration_in_mins", "finetune", "rewind"})
 _SHORT = {"phd_repeat": "K", "phd_window": "W", "phd_chunk": "C", "seed": "seed", "num_layers": "L", "hidden_size": "h"}
+_MOST_MEMBERS = 10_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+*=,-]*")
 _KEYS = ("name", "title", "unit", "base", "grid", "members", "baseline", "size_axis", "launcher", "planning")
 
@@ -84,7 +86,9 @@ def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[st
     """The same of a sweep file's content; ``path`` names it in messages, and ``config`` is relative to it."""
     for key in data:
         if key not in _KEYS:
-            raise UserError(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS) or 'use ' + ', '.join(_KEYS)}")
+            raise UserError(
+                f"{path}: unknown key {shown(key)}; {nearest(str(key), _KEYS) or 'use ' + ', '.join(_KEYS)}"
+            )
     reader = _Reader(path, transformer_fields)
     preset, layers = reader.base(_mapping(data, "base", path))
     grids = data["grid"] if isinstance(data.get("grid"), list) else [_mapping(data, "grid", path)]
@@ -99,7 +103,7 @@ def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[st
     axes = list(dict.fromkeys(axis for member in members for axis in member.axes))
     size_axis = data.get("size_axis")
     if size_axis is not None and size_axis not in axes:
-        raise UserError(f"{path}: size_axis={size_axis!r} is no axis; use one of {', '.join(axes)}")
+        raise UserError(f"{path}: size_axis={shown(size_axis)} is no axis; use one of {', '.join(axes)}")
     return Sweep(
         name=name,
         title=str(data.get("title") or name),
@@ -128,7 +132,9 @@ def check_fields(values: Mapping[str, Any], where: str, transformer_fields: Mapp
         elif name == "tokens":
             checked[name] = check_value(name, value, float, where)
             if checked[name] < 1:
-                raise UserError(f"{where}: tokens={value!r} is no training budget; use a number of original tokens")
+                raise UserError(
+                    f"{where}: tokens={shown(value)} is no training budget; use a number of original tokens"
+                )
         elif name in _OWN:
             raise UserError(f"{where}: {name} is set by the sweep for each member; leave it out")
         elif name in fields():
@@ -137,7 +143,9 @@ def check_fields(values: Mapping[str, Any], where: str, transformer_fields: Mapp
             checked[name] = check_value(name, value, transformer_fields[name], where)
         else:
             hint = nearest(str(name), [*fields(), *transformer_fields, "preset", "tokens"])
-            raise UserError(f"{where}: unknown field {name!r}; {hint or 'phd-megatron pretrain --help lists them'}")
+            raise UserError(
+                f"{where}: unknown field {shown(name)}; {hint or 'phd-megatron pretrain --help lists them'}"
+            )
     return checked
 
 
@@ -163,7 +171,7 @@ class _Reader:
         if unknown:
             hint = f"it belongs below `{fields()[unknown[0]].section}:`" if unknown[0] in fields() else None
             raise UserError(
-                f"{self.path}, base: unknown key {unknown[0]!r}; "
+                f"{self.path}, base: unknown key {shown(unknown[0])}; "
                 + (hint or f"use preset, config, tokens, or the sections {', '.join(sections())}")
             )
         layers = []
@@ -184,6 +192,12 @@ class _Reader:
         if not data:
             return
         axes = {str(name): self._axis(str(name), choices) for name, choices in data.items()}
+        count = math.prod(map(len, axes.values()))
+        if count > _MOST_MEMBERS:
+            raise UserError(
+                f"{self.path}, grid: its axes make {count} members, and at most {_MOST_MEMBERS:,} are taken; leave "
+                "values out, or write several sweeps"
+            )
         for chosen in itertools.product(*axes.values()):
             values: dict[str, Any] = {}
             for setting in chosen:
@@ -201,7 +215,7 @@ class _Reader:
             found = []
             for label, values in choices.items():
                 if not isinstance(values, Mapping):
-                    raise UserError(f"{where}, {label}: {values!r} is no setting; write fields below the label")
+                    raise UserError(f"{where}, {label}: {shown(values)} is no setting; write fields below the label")
                 found.append(
                     Setting(
                         label_of("", str(label)), check_fields(values, f"{where}, {label}", self.transformer_fields)
@@ -211,7 +225,7 @@ class _Reader:
             found = [self._single(name, value, where) for value in choices]
         else:
             raise UserError(
-                f"{where}: {choices!r} is no axis; write a list of values, or labels with fields below them"
+                f"{where}: {shown(choices)} is no axis; write a list of values, or labels with fields below them"
             )
         labels = [setting.label for setting in found]
         if not found or len(set(labels)) < len(labels):
@@ -225,10 +239,10 @@ class _Reader:
     def singles(self, listed: Any) -> Iterator[Member]:
         where = f"{self.path}, members"
         if not isinstance(listed, list):
-            raise UserError(f"{where}: {listed!r} is no list; write one member a line, each beginning with -")
+            raise UserError(f"{where}: {shown(listed)} is no list; write one member a line, each beginning with -")
         for number, entry in enumerate(listed, 1):
             if not isinstance(entry, Mapping):
-                raise UserError(f"{where}, number {number}: {entry!r} is no member; write its fields")
+                raise UserError(f"{where}, number {number}: {shown(entry)} is no member; write its fields")
             values = check_fields(
                 {k: v for k, v in entry.items() if k != "name"}, f"{where}, number {number}", self.transformer_fields
             )
@@ -241,7 +255,7 @@ def _mapping(data: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise UserError(f"{path}: {key} holds {value!r}; write its entries below it, indented")
+        raise UserError(f"{path}: {key} holds {shown(value)}; write its entries below it, indented")
     return value
 
 
@@ -249,9 +263,11 @@ def _check_unique(path: Path, members: tuple[Member, ...]) -> None:
     seen: set[str] = set()
     for member in members:
         if not _NAME.fullmatch(member.name):
-            raise UserError(f"{path}: {member.name!r} cannot name a directory; use letters, digits and . _ + * = , -")
+            raise UserError(
+                f"{path}: {shown(member.name)} cannot name a directory; use letters, digits and . _ + * = , -"
+            )
         if member.name in seen:
-            raise UserError(f"{path}: two members are called {member.name!r}; give one of them another `name`")
+            raise UserError(f"{path}: two members are called {shown(member.name)}; give one of them another `name`")
         seen.add(member.name)
 
 
@@ -262,7 +278,7 @@ def _baseline(path: Path, given: Mapping[str, Any], members: tuple[Member, ...])
         label = value if value in labels else label_of(str(axis), value)
         if label not in labels:
             raise UserError(
-                f"{path}: baseline {axis}={value!r} is not on that axis; use one of {', '.join(sorted(labels))}"
+                f"{path}: baseline {axis}={shown(value)} is not on that axis; use one of {', '.join(sorted(labels))}"
             )
         chosen[str(axis)] = str(label)
     return chosen

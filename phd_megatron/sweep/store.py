@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from phd_megatron.config.catalog import fields
+from phd_megatron.config.files import read_json
 from phd_megatron.config.serialize import changed, read_yaml
 from phd_megatron.errors import UserError
 from phd_megatron.sweep.definition import Sweep
@@ -81,12 +82,13 @@ class Store:
     def status(self, name: str) -> Status:
         """What the member's last start left behind; ``running`` may also mean that it was killed."""
         path = self.home(name) / STATUS_FILE
-        try:
-            return Status(**json.loads(path.read_text("utf-8")))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return Status()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it to start the member again") from None
+        cure = "delete it to start the member again"
+        try:
+            return Status(**read_json(path, cure))
+        except TypeError as error:
+            raise UserError(f"{path} cannot be read ({error}); {cure}") from None
 
     def write_status(self, name: str, status: Status) -> None:
         """Replace the member's status."""
@@ -152,17 +154,15 @@ def open_store(directory: str | Path) -> Store:
     """
     directory = Path(directory)
     path = directory / PLAN_FILE
+    if not os.path.lexists(path):
+        raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep")
+    cure = "start the sweep again, it goes on where it was"
+    data = read_json(path, cure)
     try:
-        data = json.loads(path.read_text("utf-8"))
         entries = tuple(Entry(**entry) for entry in data.pop("entries"))
         return Store(directory=directory, entries=entries, **data)
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged, or no plan of a sweep ({error}); if it is a sweep's, delete the file and start the "
-            "sweep again, which goes on where it was"
-        ) from None
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); {cure}") from None
 
 
 def _entry(member: PlannedMember) -> Entry:

@@ -120,6 +120,8 @@ class Reporter:
     def _open_metrics_file(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_fifo():
+                raise OSError("it is a pipe, and a run does not wait for its reader")
             stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(f"metrics_file={str(path)!r} cannot be written ({error}); choose another") from error
@@ -171,6 +173,18 @@ class Reporter:
         self._task = self._progress.add_task("training", total=self.total_iterations)
         self._progress.start()
         self._closers.append(self._progress.stop)
+
+
+def make_directory(name: str, directory: str) -> None:
+    """Make a directory that is written into later; ``name`` is the field that says it.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{name}={directory!r} cannot be written ({error}); choose another") from error
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

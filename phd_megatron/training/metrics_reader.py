@@ -39,13 +39,15 @@ def read_run(name: str, path: Path) -> Run:
         ValueError: if a line is no JSON object with ``iteration`` and ``consumed_samples``, or there is none.
     """
     steps: dict[int, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 step = json.loads(line)
+                if not isinstance(step["iteration"], int):
+                    raise TypeError(f"iteration={step['iteration']!r:.40} is no number")
                 steps[step["iteration"]] = {**steps.get(step["iteration"], {}), **step}
                 step["consumed_samples"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is no line of a metrics file ({error}): {line[:80]!r}") from error
     if not steps:
         raise ValueError(f"{path} is empty: the run has not logged a step yet")

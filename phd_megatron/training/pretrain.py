@@ -32,7 +32,7 @@ from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
 from phd_megatron.training.gradient_dump import check_places, dump_gradients, iteration_place
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
-from phd_megatron.training.metrics import Reporter, StepMetrics
+from phd_megatron.training.metrics import Reporter, StepMetrics, make_directory
 from phd_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -425,4 +425,10 @@ class Trainer:
 def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:
     """The run's reporter; it writes on the main rank only."""
     default_dir = Path(run.checkpoint.save) / "tensorboard" if run.checkpoint.save else None
+    for name, directory in (
+        ("dump_gradients_dir", run.logging.dump_gradients_dir),
+        ("profile_dir", run.logging.profile_dir if run.logging.profile else None),
+    ):
+        if directory is not None and runtime.is_main:
+            make_directory(name, directory)
     return Reporter(run.logging, runtime.is_main, total_iterations, to_dict(run), default_dir)

@@ -135,6 +135,11 @@ class HFDirectory:
                     found[name] = file.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{name} cannot be read from {path} ({error}); copy the file again") from error
+            if not found[name].isfinite().all():
+                raise UserError(
+                    f"{name} in {path} holds values that are not finite: nothing can go on from that model; copy the "
+                    "file again, or import another one"
+                )
         return found
 
 

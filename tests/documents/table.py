@@ -1,0 +1,225 @@
+"""What becomes of each command of the documents: run at tiny size, or left out for a reason.
+
+A command is found by its own text. One that is not here, or is here and in no document any more, fails the test.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+#: sizes of any run, by flag; only those that a command names are changed
+TINY_VALUES = {
+    **{"--nproc-per-node": "2", "--num-layers": "2", "--hidden-size": "32", "--ffn-hidden-size": "48"},
+    **{"--num-attention-heads": "4", "--num-query-groups": "2", "--seq-length": "48", "--global-batch-size": "4"},
+    **{"--train-iters": "4", "--save-interval": "2", "--max-new-tokens": "4", "--workers": "1"},
+}
+#: a run that says nothing of its model, data and length: what ``...`` stands for
+TINY_RUN = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --seq-length 48 "
+    "--data-path data/mine --micro-batch-size 2 --train-iters 2"
+)
+#: what every run gets
+ALWAYS = "--device cpu --eval-iters 1 --log-interval 1 --split 80,20,0 --make-vocab-size-divisible-by 16"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run it, after ``changes`` (pattern -> text) and with ``more`` words at its end.
+
+    Attributes:
+        program: as a process of its own; else a command of ours runs inside the test, which saves its start.
+    """
+
+    changes: dict[str, str] = field(default_factory=dict)
+    more: str = ""
+    program: bool = False
+
+    def line(self, command: str) -> str:
+        """The command as it is run."""
+        for flag, value in TINY_VALUES.items():
+            command = re.sub(rf"{flag} \S+", f"{flag} {value}", command)
+        for pattern, text in self.changes.items():
+            command, count = re.subn(pattern, text, command)
+            if not count:
+                raise AssertionError(f"{pattern!r} is not in {command}")
+        if " pretrain" in command:
+            command += f" {ALWAYS}"
+        return f"{command} {self.more}".strip()
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Left out."""
+
+    reason: str
+
+
+GPU = Skip("needs a GPU")
+WHOLE_SUITE = Skip("starts the tests themselves")
+PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
+EVALUATED = "--device cpu --num-samples 4"
+EXAMPLE = "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml"
+SWEEP = {r"examples/sweeps/norm_positions_tiny.yaml": "tiny_sweep.yaml"}
+DATA = {r"--data-path P\b": "--data-path data/mine"}
+RUN = {r"pretrain \.\.\.": f"pretrain {TINY_RUN}"}
+WITHOUT_TE = "needs Transformer Engine and a GPU"
+
+TABLE: dict[str, dict[str, Run | Skip]] = {
+    "README.md": {
+        "bash launch_scripts/quickstart.sh": Skip("eight minutes: its steps are here and in docs/results/README.md"),
+        "bash tests/run.sh": WHOLE_SUITE,
+        "pip install -e .": Skip("installs; tests/unit/test_packaging.py does it"),
+        "phd-megatron doctor": Run(program=True),
+        "phd-megatron prepare --input corpus/ --output-prefix data/mine --tokenizer bpe:32000 --workers 8": Run(
+            {"bpe:32000": "bpe:300"}, program=True
+        ),
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --num-layers 16 --hidden-size 2048 "
+        "--ffn-hidden-size 8192 --num-attention-heads 32 --num-query-groups 8 --seq-length 4096 --micro-batch-size 2 "
+        "--global-batch-size 1024 --train-iters 100000 --bf16 --norm-scheme hybrid_star --phd-repeat 2 "
+        "--phd-window 16 --phd-chunk 32 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --data-path data/mine --save runs/mine --load runs/mine "
+        "--save-interval 1000": Run(),
+        "phd-megatron import --hf-dir some-llama --output runs/start --phd-repeat 2": Run(program=True),
+        "phd-megatron export --checkpoint runs/mine --output runs/mine-hf": Run(program=True),
+        'phd-megatron generate --checkpoint runs/mine-hf --prompt "Once upon a time" --max-new-tokens 100': Run(
+            program=True
+        ),
+        "phd-megatron evaluate --checkpoint runs/mine": Run(program=True),
+        f"{EXAMPLE} --output runs/norms --data-path data/mine": Run(SWEEP, program=True),
+        "phd-megatron sweep report runs/norms": Run(program=True),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("runs/mine-hf", trust_remote_code=True)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("runs/mine-hf", trust_remote_code=True)\n'
+        'print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), '
+        "max_new_tokens=50)[0]))": Run({"max_new_tokens=50": "max_new_tokens=5"}),
+    },
+    "CONTRIBUTING.md": {
+        "bash tests/run.sh": WHOLE_SUITE,
+        "bash tests/run.sh tests/unit -k norm": WHOLE_SUITE,
+        "bash tests/run.sh --no-lint tests/kernels": WHOLE_SUITE,
+        "bash tests/run.sh --full": WHOLE_SUITE,
+        "make format": Skip("rewrites the checkout"),
+    },
+    "docs/benchmarks.md": {
+        "phd-megatron bench attention": Run(more="--seq-length 64 --head-dim 16 --rounds 1 --device cpu"),
+        "phd-megatron bench decode": Run(more="--kv-length 64 --head-dim 16 --rounds 1 --device cpu"),
+        "phd-megatron bench norm-rope": Run(more="--rows 64 --head-dim 16 --rounds 1 --device cpu"),
+        "phd-megatron bench train": Run(more="--seq-length 32 --micro-batch-size 1 --rounds 1 --device cpu"),
+        "phd-megatron bench train --preset dense-1.2b --members vanilla K=2 delayed vanilla+graph": GPU,
+        "bash tests/gpu/run.sh first": GPU,
+        "bash launch_scripts/quickstart.sh": Skip("eight minutes: see README.md"),
+    },
+    "docs/checkpoints.md": {
+        "phd-megatron export --checkpoint DIR[/iter_0000100] --output HF_DIR": Run(
+            {**PLACES, "runs/mine-hf": "runs/again-hf"}
+        ),
+        "phd-megatron generate --checkpoint DIR_OR_HF_DIR --prompt TEXT --max-new-tokens N": Run(
+            {"DIR_OR_HF_DIR": "runs/mine", "TEXT": "hello"}
+        ),
+        "phd-megatron evaluate --checkpoint DIR": Run({r"\bDIR\b": "runs/mine"}, EVALUATED),
+        "phd-megatron evaluate --checkpoint HF_DIR": Run({"HF_DIR": "runs/mine-hf"}, EVALUATED),
+        "torchrun --nproc-per-node 4 -m phd_megatron evaluate --checkpoint DIR --layout tp2+sp+pp2": Run(
+            {r"\bDIR\b": "runs/mine", r"tp2\+sp\+pp2": "tp2+sp"}, EVALUATED
+        ),
+        "phd-megatron evaluate --checkpoint HF_DIR --data-path data/other": Run(
+            {"HF_DIR": "runs/mine-hf", "data/other": "data/mine"}, EVALUATED
+        ),
+        "lm_eval run --model hf --model_args pretrained=HF_DIR,trust_remote_code=True --include_path examples/lm_eval "
+        "--tasks phd_paper --batch_size 8": Skip("loads its tasks' data from the network"),
+    },
+    "docs/conversion.md": {
+        "phd-megatron import --hf-dir HF_DIR --output DIR": Run({"HF_DIR": "some-llama", r"\bDIR\b": "runs/as-is"}),
+        "phd-megatron import --hf-dir HF_DIR --output DIR --phd-repeat 2": Run(
+            {"HF_DIR": "some-llama", r"\bDIR\b": "runs/phd"}
+        ),
+        "phd-megatron import --hf-dir HF_DIR --output DIR --phd-repeat 2 --phd-copy-positions fraction "
+        "--phd-copy-embedding vector": Run({"HF_DIR": "some-llama", r"\bDIR\b": "runs/apart"}),
+        "phd-megatron import --hf-dir HF_DIR --output DIR --upcycle-experts 8": Run(
+            {"HF_DIR": "some-llama", r"\bDIR\b": "runs/experts"}
+        ),
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --load DIR --finetune --save OTHER --data-path ...": Run(
+            {r"\bDIR\b": "runs/phd", "OTHER": "runs/tuned", r"\.\.\.": "data/mine --train-iters 2"}
+        ),
+    },
+    "docs/data.md": {
+        "phd-megatron prepare --input FILE_OR_DIR... --output-prefix P --tokenizer byte|bpe:N|DIR --workers N": Run(
+            {
+                r"FILE_OR_DIR\.\.\.": "corpus",
+                r"--output-prefix P": "--output-prefix data/p",
+                r"byte\|bpe:N\|DIR": "bpe:300",
+            }
+        ),
+    },
+    "docs/kernels.md": {
+        "bash tests/run.sh tests/kernels": WHOLE_SUITE,
+        "bash tests/run.sh --full tests/kernels": WHOLE_SUITE,
+        "python tests/kernels/compile_for_gpu.py --all --head-dim 128": Skip(
+            "minutes of compiling; tests/kernels/test_triton_compiles.py runs a part"
+        ),
+        "bash tests/gpu/run.sh kernel_tests": GPU,
+    },
+    "docs/launching.md": {
+        "bash launch_scripts/pretrain_single_node.sh RUN.yaml --save DIR --profile --profile-step-start 10 "
+        "--profile-step-end 12": Run(
+            {r"\bDIR\b": "runs/traced", "step-start 10": "step-start 1", "step-end 12": "step-end 2"}, ALWAYS
+        ),
+    },
+    "docs/layer-statistics.md": {
+        "phd-megatron pretrain ... --metrics-file metrics.jsonl --log-layer-statistics 100": Run(RUN),
+    },
+    "docs/moe.md": {
+        "phd-megatron pretrain ... --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 512 "
+        "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3 "
+        "--moe-token-dispatcher-type alltoall --expert-model-parallel-size 2": Run(
+            {
+                r"phd-megatron pretrain \.\.\.": f"torchrun --nproc-per-node 2 -m phd_megatron pretrain {TINY_RUN}",
+                "--moe-ffn-hidden-size 512": "--moe-ffn-hidden-size 24",
+            }
+        ),
+    },
+    "docs/parallelism.md": {
+        "phd-megatron parity --config run.yaml": Skip("a minute a layout; tests/integration/test_parity_command.py"),
+        'phd-megatron parity --config run.yaml --layouts "tp2+sp,pp2+vpp2,dp2+overlap" --json parity.json '
+        "--markdown parity.md": Run({r"tp2\+sp,pp2\+vpp2,dp2\+overlap": "tp2+sp", "run.yaml": "RUN.yaml"}),
+    },
+    "docs/precision.md": {
+        "phd-megatron pretrain ... --bf16 --transformer-impl auto --fp8-format hybrid --fp8-recipe tensorwise "
+        "--first-last-layers-bf16 --fp8-param-gather": Skip(WITHOUT_TE),
+        "phd-megatron pretrain ... --bf16 --cuda-graph-impl local --cuda-graph-scope full_iteration": GPU,
+        "phd-megatron bench train --preset dense-1.2b --members vanilla vanilla+graph tensorwise tensorwise+graph": GPU,
+    },
+    "docs/presets.md": {
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --preset dense-550m --data-path PREFIX "
+        "--tokenizer DIRECTORY --save runs/550m --load runs/550m --save-interval 1000": Run(
+            {"dense-550m": "tiny-dense", "PREFIX": "data/mine", "DIRECTORY": "data/mine.tokenizer"},
+            "--train-iters 2 --seq-length 48 --global-batch-size 16",
+        ),
+    },
+    "docs/sweeps.md": {
+        f"{EXAMPLE} --output runs/norms --data-path P --dry-run": Run({**SWEEP, **DATA}),
+        f"{EXAMPLE} --output runs/norms --data-path P": Run({**SWEEP, **DATA}),
+        "phd-megatron sweep status runs/norms": Run(),
+        "phd-megatron sweep report runs/norms": Run(),
+        "phd-megatron compare runs/norms/members/8-layers-pre-seed1 runs/norms/members/8-layers-hybrid-seed1": Run(),
+    },
+    "docs/results/README.md": {
+        "python tools/stdlib_corpus.py runs/corpus": Run(),
+        "phd-megatron prepare --input runs/corpus --output-prefix runs/data/stdlib --tokenizer byte "
+        "--on-decode-error skip": Run(),
+        f"{EXAMPLE} --output runs/norm_positions --data-path runs/data/stdlib": Skip(
+            "20 minutes; at tiny size it runs in docs/sweeps.md"
+        ),
+        "phd-megatron sweep report runs/norm_positions": Skip("of the sweep before it"),
+    },
+    "docs/results/trained/how.md": {
+        "export PYTHONPATH=tools": Skip("for the commands below it"),
+        "python -m evidence corpus code && python -m evidence pack code": Skip("needs the network and apt"),
+        "python -m evidence status": Skip("tests/unit/test_evidence_queue.py"),
+        "OUT=runs/gpu bash tests/gpu/run.sh evidence": GPU,
+        "python -m evidence fold runs/gpu/evidence.json": Skip(
+            "of a GPU's results; tests/unit/test_evidence_report.py"
+        ),
+        "python -m evidence report": Skip("rewrites the checkout; tests/unit/test_evidence_report.py"),
+    },
+}
