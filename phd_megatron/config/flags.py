@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from phd_megatron.config.aliases import ALIASES, Accept, Choice, Refuse, Rename, Set
 from phd_megatron.config.catalog import fields, nearest
+from phd_megatron.config.megatron_flags import refusal
 from phd_megatron.config.values import is_bool, is_list, parse_words, simplify
 from phd_megatron.errors import UserError, shown
 
@@ -77,6 +79,8 @@ def parse_flags(argv: list[str], transformer_fields: Mapping[str, Any]) -> Parse
         elif name.startswith("no_") and is_bool(simplify(known.get(name[3:]))):
             words.none()
             parsed.put(name[3:], False, spelled)
+        elif (reason := refusal(name)) and not get_close_matches(name, known, 1, cutoff=0.9):
+            raise UserError(f"{spelled} is a flag of Megatron-LM that has no place here: {reason}")
         else:
             _refuse_unknown(spelled, name, known)
     return parsed

@@ -60,7 +60,7 @@ def test_finetuning_without_save_leaves_its_source_alone(first: Path, capsys: py
     said = capsys.readouterr().out
     notes = said[: said.index("resolved configuration")]
     assert "without save nothing of this run is kept; give --save" in notes
-    for word in ("not taken over", f"save={first / 'A'}", "keep_last=2", f"metrics_file={first / 'metrics.jsonl'}"):
+    for word in ("not taken over", f"save='{first / 'A'}'", "keep_last=2", f"metrics_file='{first / 'metrics.jsonl'}'"):
         assert word in notes
     assert "stopped at iteration 3" in said
 

@@ -10,6 +10,7 @@ import pytest
 
 from phd_megatron.config.aliases import ALIASES, Accept, Choice, Refuse, Rename, Set, describe_alias
 from phd_megatron.config.catalog import fields
+from phd_megatron.config.flags import parse_flags
 from phd_megatron.config.help import help_text
 from phd_megatron.config.load import LoadedConfig, load_run_config
 from phd_megatron.config.serialize import lookup
@@ -162,3 +163,58 @@ def test_a_megatron_command_line() -> None:
     assert config.data.data_path == ["0.7", "A", "0.3", "B"]
     assert config.data.tokenizer == "/tok"
     assert config.parallel.sequence_parallel is True
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--rl-profile", "reinforcement learning"),
+        ("--bert-load", "another kind of model"),
+        ("--muon-momentum", "AdamW"),
+        ("--use-precision-aware-optimizer", "AdamW"),
+        ("--ddp-num-buckets", "ddp_bucket_size"),
+        ("--tp-comm-overlap-cfg", "Transformer Engine"),
+        ("--num-distributed-optimizer-instances", "use_distributed_optimizer"),
+        ("--yarn-beta-fast", "rotary-base"),
+        ("--inprocess-restart", "MAX_RESTARTS"),
+        ("--dataloader-fast-cache-load", "prepare"),
+        ("--head-lr-mult", "decoupled_lr"),
+        ("--warmup", "lr_warmup_fraction"),
+    ],
+)
+def test_megatrons_flags_that_have_no_place_here_are_refused_by_name(flag: str, word: str) -> None:
+    with pytest.raises(UserError, match="is a flag of Megatron-LM that has no place here") as said:
+        parse_flags([flag, "1"], {})
+    assert flag in str(said.value) and word in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("--trian-data-path", "train-data-path"), ("--ddp-buckt-size", "ddp-bucket-size")]
+)
+def test_a_slip_in_a_flag_of_ours_is_no_flag_of_megatrons(typo: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean --{meant}"):
+        parse_flags([typo, "1"], {})
+
+
+def test_no_flag_that_is_taken_is_refused_by_a_pattern_first() -> None:
+    for name in ("ddp_bucket_size", "train_data_path", "ckpt_format", "dataloader_type"):
+        value = {"ckpt_format": "torch_dist", "dataloader_type": "single"}.get(name, "5")
+        parse_flags([f"--{name.replace('_', '-')}", value], {})
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["--loss-scale", "1024", "--fp16"], {"loss_scale": 1024.0, "fp16": True}),
+        (["--initial-loss-scale", "65536", "--hysteresis", "3"], {"initial_loss_scale": 65536.0, "hysteresis": 3}),
+        (
+            ["--start-weight-decay", "0", "--end-weight-decay", "0.1"],
+            {"start_weight_decay": 0.0, "end_weight_decay": 0.1},
+        ),
+        (["--lr-warmup-init", "1e-5", "--decoupled-lr", "1e-4"], {"lr_warmup_init": 1e-5, "decoupled_lr": 1e-4}),
+        (["--grad-reduce-in-bf16"], {"accumulate_allreduce_grads_in_fp32": False}),
+        (["--use-checkpoint-opt_param-scheduler"], {"use_checkpoint_opt_param_scheduler": True}),
+    ],
+)
+def test_flags_of_megatron_that_are_fields(words: list[str], values: dict[str, object]) -> None:
+    assert parse_flags(words, {}).values == values

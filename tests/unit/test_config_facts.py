@@ -92,7 +92,13 @@ def test_what_is_not_taken_over_is_told() -> None:
     saved |= {"logging": {"metrics_file": "A/metrics.jsonl", "wandb_project": "P", "wandb_exp_name": "run A"}}
     loaded = load_run_config(["--load", "A"], transformer_fields={}, saved=saved)
     (note,) = (note for note in loaded.notes if "not taken over" in note)
-    for word in ("save=A", "keep_last=1", "metrics_file=A/metrics.jsonl", "wandb_project=P", "wandb_exp_name=run A"):
+    for word in (
+        "save='A'",
+        "keep_last=1",
+        "metrics_file='A/metrics.jsonl'",
+        "wandb_project='P'",
+        "wandb_exp_name='run A'",
+    ):
         assert word in note
     assert (loaded.config.checkpoint.save_interval, loaded.config.checkpoint.async_save) == (None, False)
     kept = load_run_config(["--load", "A", "--save", "B"], transformer_fields={}, saved=saved).config.checkpoint
