@@ -13,6 +13,11 @@ from phd_megatron.runtime.environment import Environment
 
 _MOST_EXPERTS = 4096
 
+_MOST = {
+    **{"phd_repeat": 1 << 16, "upcycle_experts": 1 << 14, "moe_router_topk": 1 << 14},
+    **{"seq_length": 1 << 31, "make_vocab_size_divisible_by": 1 << 20},
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -62,10 +67,10 @@ def run(argv: list[str]) -> int:
         raise UserError("import runs on one process; start it without torchrun")
     if args.moe_router_topk is not None and args.upcycle_experts is None:
         raise UserError("--moe-router-topk without --upcycle-experts; give both, or leave it out")
-    for name in ("upcycle_experts", "seq_length", "make_vocab_size_divisible_by"):
+    for name, most in _MOST.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: use a number from 1 to {most:,}")
     names = ("phd_repeat", "phd_window", "phd_chunk", "phd_copy_positions", "phd_copy_embedding")
     phd = {name: getattr(args, name) for name in names}
     if args.upcycle_experts is not None and args.upcycle_experts > _MOST_EXPERTS:
@@ -78,7 +83,7 @@ def run(argv: list[str]) -> int:
     changes = Changes(
         {name: value for name, value in phd.items() if value is not None},
         args.upcycle_experts,
-        args.moe_router_topk or 2,
+        2 if args.moe_router_topk is None else args.moe_router_topk,
         args.seq_length,
         args.make_vocab_size_divisible_by,
     )

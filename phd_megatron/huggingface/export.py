@@ -197,7 +197,7 @@ def parse_size(size: str | int) -> int:
     """``"5GB"`` to bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or not 0 < float(match.group(1)) * unit < 2**63:
+    if match is None or unit is None or not 1 <= float(match.group(1)) * unit < 2**63:
         raise UserError(f"max_shard_size={size!r} is no size; write a number with KB, MB, GB, KiB, MiB or GiB")
     return int(float(match.group(1)) * unit)
 

@@ -188,8 +188,8 @@ def _check_embedding(path: Path, content: Mapping[str, Any], places: Mapping[str
     for name in _EMBEDDINGS:
         if name in places and type(rows) is int and len(places[name].shape) == 2 and rows != places[name].shape[0]:
             raise UserError(
-                f"{path} says vocab_size={_short(rows)}: its config.json says another shape for {name}, which is "
-                f"{places[name].shape} in {places[name].path.name}; correct it, or copy the directory again"
+                f"{path} says vocab_size={_short(rows)}: the rows of {name}, {places[name].shape} in "
+                f"{places[name].path.name}, do not fit config.json; correct it, or copy the directory again"
             )
 
 

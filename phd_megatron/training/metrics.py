@@ -122,6 +122,11 @@ class Reporter:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_fifo():
                 raise OSError("it is a pipe, and a run does not wait for its reader")
+            if path.exists() and not path.is_dir() and not _may_go_on(path):
+                raise UserError(
+                    f"metrics_file={str(path)!r} exists and holds no metrics of a run, so none are put into it; choose "
+                    "another"
+                )
             stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(f"metrics_file={str(path)!r} cannot be written ({error}); choose another") from error
@@ -212,6 +217,20 @@ def _without_tracebacks_of(package: str) -> Callable[[], None]:
 
     threading.excepthook = hook
     return undo
+
+
+def _may_go_on(path: Path) -> bool:
+    """Whether a file is empty, a device, or begins with a line of metrics, so that more lines are lost on nobody."""
+    if path.is_char_device():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        first = stream.readline(1 << 20).strip()
+    try:
+        return not first or "iteration" in json.loads(first)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _write_json(stream: Any, values: dict[str, Any]) -> None:

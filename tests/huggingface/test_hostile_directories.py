@@ -188,8 +188,10 @@ CURE = re.compile(r"correct|copy|export|give|leave|remove|where you trust it|not
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "bundled"])
-def test_each_ends_in_one_message(make_checkpoint, tmp_path, capfd, native):
+def test_each_ends_in_one_message(make_checkpoint, tmp_path, capfd, monkeypatch, native):
     """One export for all, since making it takes longer than refusing a copy of it."""
+    # transformers keeps the stream of the test that imported it, and logging would print that it is closed
+    monkeypatch.setattr("logging.raiseExceptions", False)
     export_checkpoint(make_checkpoint(**({} if native else PHD)), tmp_path / "hf", verify="none")
     problems = []
     for name, (damage, wanted) in BAD.items():
@@ -274,3 +276,26 @@ def test_a_pickle_beside_safetensors_is_not_read(make_checkpoint, tmp_path):
     torch.save({"model.norm.weight": Leaves(tmp_path / "it-ran")}, tmp_path / "hf" / "pytorch_model.bin")
     assert main(["generate", "--checkpoint", str(tmp_path / "hf"), "--prompt", "x", "--max-new-tokens", "1"]) == 0
     assert not (tmp_path / "it-ran").exists()
+
+
+NUMBERS = {
+    "--upcycle-experts 1000000000": "--upcycle-experts 1000000000: use a number from 1 to 16,384",
+    "--upcycle-experts 2 --moe-router-topk 0": "--moe-router-topk 0: use a number from 1",
+    "--make-vocab-size-divisible-by 1000000000000": "--make-vocab-size-divisible-by 1000000000000: use a number",
+    "--seq-length 1000000000000": "--seq-length 1000000000000: ",
+    "--phd-repeat 1000000000": "--phd-repeat 1000000000: use a number",
+    "--phd-repeat 0": "",
+}
+
+
+def test_numbers_of_import_and_export(make_checkpoint, tmp_path, capsys):
+    save = make_checkpoint()
+    export_checkpoint(save, tmp_path / "hf", verify="none")
+    words = ["import", "--hf-dir", str(tmp_path / "hf"), "--output", str(tmp_path / "save"), "--verify", "none"]
+    for options, message in NUMBERS.items():
+        assert main([*words, *options.split()]) == 2, options
+        assert message in capsys.readouterr().err and not (tmp_path / "save").exists()
+    for size in ("9" * 400, "0.0000001B", "nan", "0", ""):
+        words = ["export", "--checkpoint", str(save), "--output", str(tmp_path / "other"), "--max-shard-size", size]
+        assert main(words) == 2, size
+        assert f"max_shard_size={size!r} is no size; write a number" in capsys.readouterr().err

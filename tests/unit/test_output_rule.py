@@ -306,3 +306,18 @@ def test_gradients_are_not_dumped_over_something_else(tmp_path, capsys, text):
     save_file({}, place / "rank_00001.safetensors", metadata={"places": "{}"})  # of a run with another number of ranks
     done = run()
     assert done.returncode == 2 and "choose another directory" in done.stderr
+
+
+def test_metrics_are_not_put_into_a_file_of_others(tmp_path):
+    from phd_megatron.config.schema import LoggingConfig
+    from phd_megatron.training.metrics import Reporter
+
+    path = tmp_path / "notes.txt"
+    for content in ("of somebody\n", '{"my": "notes"}\n', "5\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="notes.txt' exists and holds no metrics of a run.* choose another"):
+            Reporter(LoggingConfig(metrics_file=str(path)), True, 1, {}, None)
+        assert path.read_text() == content
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="holds no metrics"):
+        Reporter(LoggingConfig(metrics_file=str(tmp_path / "pipe")), True, 1, {}, None)

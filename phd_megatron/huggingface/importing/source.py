@@ -39,7 +39,7 @@ class HFDirectory:
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(
-                f"{self.path} holds a model of type {kind!r}; give one of {', '.join(FAMILIES)}, which can be imported"
+                f"{self.path} holds a model of type {kind!r}; {', '.join(FAMILIES)} can be imported, give one"
             )
         self._found = tensor_places(self.path)
         check_config(self.path / "config.json", raw, self._found)
