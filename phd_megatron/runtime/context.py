@@ -7,7 +7,6 @@ import itertools
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import RunLost, UserError
 from phd_megatron.runtime.environment import Environment
+from phd_megatron.runtime.flight_recorder import record_flights
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
@@ -244,9 +244,12 @@ class Runtime:
         try:
             yield
         except Exception as error:
-            if self.world_size == 1 or isinstance(error, UserError) or not died_together(error):
+            if not self._lost_others(error):
                 raise
             raise RunLost(self.watch.explain(error)) from error
+
+    def _lost_others(self, error: BaseException | None) -> bool:
+        return self.world_size > 1 and not isinstance(error, UserError) and died_together(error)
 
     def shutdown(self) -> None:
         """Take the process groups down. Called at exit too; a second call does nothing."""
@@ -268,9 +271,14 @@ class Runtime:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is None:
-            self.barrier()  # gloo reports "connection closed by peer" on ranks that are still busy
-        self.shutdown()
+        try:
+            with self.naming_lost_ranks():
+                if error is None:
+                    self.barrier()  # gloo reports "connection closed by peer" on ranks that are still busy
+                elif self._lost_others(error):
+                    raise error
+        finally:
+            self.shutdown()
 
     def _initialize_megatron(self, parallel: ParallelConfig, seed: int) -> None:
         import numpy as np
@@ -351,7 +359,7 @@ def _connect(
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1
     # A connection of its own: one that waits for a key would hold the thread up.
-    own = store.clone() if world_size > 1 else None
+    own = store.clone() if world_size > 1 and hasattr(store, "clone") else None
     watch = Watch(own, rank, world_size, timeout.total_seconds(), slack)
     watch.start()
     try:
@@ -368,20 +376,6 @@ def _connect(
             raise
         raise RunLost(watch.explain(error)) from error
     return watch
-
-
-def record_flights(directory: str | None) -> None:
-    """Have NCCL's flight recorder write what every rank was in when a collective timed out; own settings stay."""
-    prefix = os.path.join(directory or tempfile.gettempdir(), "nccl_trace_rank_")
-    for name, value in {
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
-        # their names in newer releases
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_FR_DUMP_TEMP_FILE": prefix,
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def _versions(torch: Any) -> dict[str, str]:

@@ -347,7 +347,7 @@ def _say(text: str) -> None:
         sys.stderr.flush()
 
 
-def died_together(error: BaseException) -> bool:
+def died_together(error: BaseException | None) -> bool:
     """Whether an error says that another rank has gone or does not answer, and not that this one did wrong."""
     from torch.distributed import DistError
 

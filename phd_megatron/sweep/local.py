@@ -62,8 +62,8 @@ class LocalRun:
     def run(self, names: Sequence[str]) -> dict[str, Status]:
         """Run these members to their ends; a failing one does not stop the others.
 
-        SIGTERM, Ctrl-C and SIGUSR1 ask the running members to save and stop, and no other is started; the second time
-        they are ended at once.
+        SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP ask the running members to save and stop, and no other is started;
+        the second time they are ended at once.
 
         Returns:
             The status of every member of the sweep.
@@ -73,7 +73,9 @@ class LocalRun:
         for name in waiting:
             statuses[name] = replace(statuses[name], state="waiting", message="")
         with ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                    continue
                 stack.callback(signal.signal, number, signal.signal(number, self._received))
             stack.callback(self._end_all)
             display = stack.enter_context(Display(self._store))

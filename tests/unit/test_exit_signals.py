@@ -13,7 +13,7 @@ import pytest
 from phd_megatron.training.signals import ExitController
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_remembered_and_named(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with ExitController() as exits:
@@ -23,6 +23,17 @@ def test_a_signal_is_remembered_and_named(number: signal.Signals) -> None:
         assert exits.should_exit(2) == f"received {number.name}"
         os.kill(os.getpid(), number)  # the same key press, delivered twice
     assert signal.getsignal(number) == before
+
+
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ExitController() as exits:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not exits.signal_here
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_exit_interval_counts_the_steps_of_this_start() -> None:

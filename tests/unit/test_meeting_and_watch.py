@@ -103,7 +103,14 @@ def test_survivors_say_the_same_of_a_process_that_is_gone() -> None:
     store.set("watch/1", json.dumps(entry | {"pid": 2**22 - 1, "iteration": 12, "phase": "a step"}))
     error = RuntimeError("[x/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
     assert died_together(error) and not died_together(RuntimeError("shapes do not fit"))
-    said = {watch.explain(error) for watch in (watches[0], watches[2])}
+    said: set[str] = set()  # in threads: on the main one it would ignore SIGTERM from now on, as the way out does
+    threads = [
+        threading.Thread(target=lambda w=watch: said.add(w.explain(error))) for watch in (watches[0], watches[2])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(said) == 1
     assert "rank 1 (host" in said.pop()
 
@@ -171,3 +178,19 @@ def test_a_process_started_by_this_one_is_alone() -> None:
         Environment.read(without_launcher({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "4", "RANK": "1"}))
         == Environment()
     )
+
+
+def test_the_flight_recorder_is_on_and_own_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from phd_megatron.runtime.flight_recorder import record_flights
+
+    for name in [name for name in os.environ if name.startswith(("TORCH_NCCL_", "TORCH_FR_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    record_flights("runs/mine")
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert int(os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0 and int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == os.environ["TORCH_FR_DUMP_TEMP_FILE"]
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "runs/mine/nccl_trace_rank_"
