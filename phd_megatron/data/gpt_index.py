@@ -165,7 +165,7 @@ def _load(base: Path) -> tuple[FileArray, FileArray, FileArray] | None:
         path = Path(f"{base}-{part}.npy")
         try:
             array = open_npy(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, EOFError, UserError) as error:
             logger.warning("index cache file %s is damaged (%s); it is built again", path, error)
