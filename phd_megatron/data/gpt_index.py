@@ -62,6 +62,24 @@ class IndexedGPTDataset(GPTDataset):
         """Sequences of the data."""
         return len(low_level_dataset)
 
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a sample and its documents.
+
+        Raises:
+            UserError: when the index does not fit the data, which a damaged cache does not.
+        """
+        try:
+            text, documents = super()._query_document_sample_shuffle_indices(idx)
+            if text.shape == (self.config.sequence_length + 1,) and int(text.min()) >= 0:  # a short one is padded
+                return text, documents
+            reason = "it is too short"
+        except (IndexError, ValueError) as error:
+            reason = str(error)
+        raise UserError(
+            f"sample {idx} of {self.dataset_path!r} cannot be made of the index {self._cache_path()}-*.npy ({reason}): "
+            "it is damaged; delete these files, and it is built again"
+        )
+
     def _cache_path(self) -> Path:
         key = f"{self.unique_description}{self.config.fingerprints.get(self.dataset_path)}"
         name = hashlib.blake2b(key.encode("utf-8"), digest_size=12).hexdigest()

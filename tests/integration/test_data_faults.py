@@ -385,3 +385,40 @@ def test_evaluation_on_data_of_the_same_name(
         argv, "the validation data is not what the checkpoint was trained with", "data: other tokens", "--data-path"
     )
     assert main([*argv, "--data-path", str(prefix)]) == 0
+
+
+NODES = """
+import os, sys
+from phd_megatron.runtime.context import install_backend
+install_backend("cpu")
+import torch.distributed as dist
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.tokenizers import ByteTokenizer
+from phd_megatron.errors import UserError
+from phd_megatron.training.run_data import agree_on_data
+dist.init_process_group("gloo")
+for other in sys.argv[1:]:  # both ranks are the first of their node, and each has its own disk
+    os.chdir(sys.argv[1] if dist.get_rank() == 0 else other)
+    run = RunConfig()
+    run.data.data_path, run.data.split = ["data"], "90,10,0"
+    try:
+        print("agreed on", list(agree_on_data(run, ByteTokenizer(), (1, 1, 0), 0)), flush=True)
+    except UserError as error:
+        print(f"rank {dist.get_rank()} says: {error}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_nodes_with_other_or_damaged_data(documents: Path, tmp_path: Path, torchrun: Callable[..., object]) -> None:
+    for name in ("one", "same", "other", "damaged"):
+        copy_data(documents, tmp_path / name / "data")
+    rewrite_tokens(tmp_path / "other" / "data")
+    POINTERS["reversed"](parts(tmp_path / "damaged" / "data")[1])
+    (tmp_path / "nodes.py").write_text(NODES)
+    output = torchrun(
+        2, tmp_path / "nodes.py", *(tmp_path / name for name in ("one", "same", "other", "damaged"))
+    ).stdout
+    assert output.count("agreed on ['training', 'validation']") == 4
+    for rank in (0, 1):
+        assert f"rank {rank} says: the training data of the node of rank 1 is not that of rank 0" in output
+        assert f"rank {rank} says: rank 1: data.idx is damaged" in output

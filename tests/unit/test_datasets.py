@@ -162,6 +162,22 @@ def test_cache_is_used_and_rebuilt_when_damaged(data, caplog):
     assert rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]) == first
 
 
+@pytest.mark.parametrize(
+    ("part", "value"), [("shuffle", 10**6), ("sample", 10**6), ("sample", -(10**6)), ("sample", 0)]
+)
+def test_damaged_numbers_in_the_cache_are_no_samples(data, part, value):
+    run = make_run(data / "a")
+    build_datasets(run, ByteTokenizer(), (20, 0, 0))
+    (path,) = data.glob(f"a.cache/*{part}.npy")
+    array = np.load(path)
+    array[...] = value
+    array[-1] = 0  # the end is looked at when it is opened
+    np.save(path, array)
+    train = build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]
+    with pytest.raises(UserError, match=r"a\.cache.*damaged; delete"):
+        rows(train)
+
+
 def test_replaced_data_does_not_meet_the_old_cache(data):
     run = make_run(data / "a")
     before = rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0])
