@@ -18,6 +18,8 @@ from phd_megatron.runtime.context import Environment, Runtime, choose_device, in
 if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
 
+_MOST_SAMPLES = 65_536  #: at once
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -86,6 +88,8 @@ def run(argv: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+    if args.micro_batch_size is not None and args.micro_batch_size > _MOST_SAMPLES:
+        raise UserError(f"--micro-batch-size {args.micro_batch_size}: use at most {_MOST_SAMPLES:,}")
     is_export = (path / "config.json").is_file()
     result, selection, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:
