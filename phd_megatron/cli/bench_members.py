@@ -152,9 +152,11 @@ def _configure(args: argparse.Namespace, name: str) -> RunConfig:
     size = args.micro_batch_size
     batch = ["--micro-batch-size", str(size), "--global-batch-size", str(size * args.num_microbatches)]
     flags = [word for pair in changes.items() for word in pair]
-    loaded = load_run_config(
-        [*words, *batch, *flags, *shlex.split(args.options)], transformer_fields=transformer_field_types()
-    )
+    try:
+        options = shlex.split(args.options)
+    except ValueError as error:
+        raise UserError(f"--options {args.options!r}: {error}; close the quotation") from None
+    loaded = load_run_config([*words, *batch, *flags, *options], transformer_fields=transformer_field_types())
     model = loaded.config.model
     if model.transformer.get("fp8") and model.transformer.get("num_moe_experts"):
         # FP8 products take rows in multiples of 16 alone, and a router sends any number of them.

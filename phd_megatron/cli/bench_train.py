@@ -131,10 +131,12 @@ def _peers(args: argparse.Namespace, config: RunConfig, runtime: Any, peers: Exi
 
 def _runs(args: argparse.Namespace) -> dict[str, RunConfig]:
     size = dict(SIZES[args.size])
+    for name in ("rounds", "repeat", "threads", "seq_length", "micro_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     for name in ("seq_length", "micro_batch_size"):
         if (value := getattr(args, name)) is not None:
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
             size[name] = value
     micro_batch_size = size.pop("micro_batch_size")
     model = ModelConfig(**size, transformer_impl=args.transformer_impl)

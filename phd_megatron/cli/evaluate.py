@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
 
 _REPORT = json_report("a report of `phd-megatron evaluate`", "loss", "perplexity", "tokens", "samples")
+_MOST_SAMPLES = 65_536  #: at once
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,6 +93,8 @@ def run(argv: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
     if args.json is not None:
         check_file(args.json, "--json", _REPORT)
+    if args.micro_batch_size is not None and args.micro_batch_size > _MOST_SAMPLES:
+        raise UserError(f"--micro-batch-size {args.micro_batch_size}: use at most {_MOST_SAMPLES:,}")
     is_export = (path / "config.json").is_file()
     result, selection, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:

@@ -144,7 +144,7 @@ EVALUATE = [
     evaluate("--seq-length 0", "--seq-length 0", "at least 1"),
     evaluate("--seq-length 1000000", "--seq-length 1000000", "use at most that"),
     evaluate("--micro-batch-size -1", "--micro-batch-size -1", "at least 1"),
-    evaluate("--micro-batch-size 1000000000", "micro_batch_size", "1000000000"),
+    evaluate("--micro-batch-size 1000000000", "--micro-batch-size 1000000000", "use at most 65,536"),
     evaluate("--split a", "split 'a'", "969,30,1"),
     evaluate("--subset all", "--subset 'all' is not known", "use one of", "valid"),
     evaluate("--layout tp3x", "tp3x", "layout"),
@@ -336,7 +336,7 @@ OTHERS = [
     Row("bench train --preset nope", ("preset 'nope' is not known",) * 2),
     Row("bench train --preset tiny-dense --members x", ("--members x", "is none of")),
     Row("bench train --preset tiny-dense --options '--x 1'", ("unknown flag --x", "--help")),
-    Row('bench train --preset tiny-dense --options "\'"', ("--options", "quot")),
+    Row('bench train --preset tiny-dense --options "\'"', ("--options", "close the quotation")),
 ]
 
 COMMANDS = [*PROGRAM, *PRETRAIN, *PLAN, *GENERATE, *EVALUATE, *IMPORT, *SWEEPS, *OTHERS]
