@@ -315,7 +315,7 @@ def test_metrics_are_not_put_into_a_file_of_others(tmp_path):
     path = tmp_path / "notes.txt"
     for content in ("of somebody\n", '{"my": "notes"}\n', "5\n"):
         path.write_text(content)
-        with pytest.raises(UserError, match="notes.txt' exists and holds no metrics of a run.* choose another"):
+        with pytest.raises(UserError, match=r"notes.txt' exists and holds no metrics of a run.* choose another"):
             Reporter(LoggingConfig(metrics_file=str(path)), True, 1, {}, None)
         assert path.read_text() == content
     os.mkfifo(tmp_path / "pipe")
