@@ -144,8 +144,9 @@ class Survey:
         for iteration in sorted(self.damaged, reverse=True):
             if (newest is None or iteration > newest) and self.is_of_the_run(iteration):
                 raise CheckpointError(
-                    f"{self.damaged[iteration]}: {iteration_dir(self.root, iteration)} was complete once and its "
-                    f"tensors may be intact, so nothing older is taken instead; {self._cure(iteration)}"
+                    f"{self.damaged[iteration]}, so {iteration_dir(self.root, iteration)} is not a complete checkpoint "
+                    "any more; it was one and its tensors may be intact, so nothing older is taken instead: "
+                    f"{self._cure(iteration)}"
                 )
 
     def choose(self, warn: Warn) -> Path | None:

@@ -100,6 +100,7 @@ class CheckpointSaver:
         self._keep_last, self._place = keep_last, place
         self._last, self._largest = loaded, health.largest_of(loaded)
         self._under_way: _Save | None = None
+        self._left_out = False  # the last save, since parameters were too large
         self._lost = False  # on rank 0: another run saves here
 
     @torch.no_grad()
@@ -112,7 +113,8 @@ class CheckpointSaver:
         scheduler: OptimizerParamScheduler | None,
         training_state: Mapping[str, Any],
         background: bool = False,
-    ) -> Path:
+        patient: bool = False,
+    ) -> Path | None:
         """Write ``iter_<iteration>`` and make it the one to load; collective. An earlier save is completed first.
 
         Args:
@@ -120,9 +122,11 @@ class CheckpointSaver:
             models: this rank's model chunks, wrapped or not (one, or one per virtual pipeline stage).
             training_state: JSON-able facts such as ``consumed_samples``.
             background: return as soon as the state is copied to host memory; :meth:`poll` and :meth:`wait` complete it.
+            patient: leave out this save, with a warning, if parameters are finite but larger than any can be; two such
+                saves in a row end the run.
 
         Returns:
-            The checkpoint's directory.
+            The checkpoint's directory; None when it was left out.
 
         Raises:
             UserError: on all ranks, when parameters are not finite, another run has begun to save here, the disk is
@@ -137,7 +141,12 @@ class CheckpointSaver:
             facts["run"] = self._place.run
         with checkpoint_state.whole_parameters(models):
             if optimizer is not None:  # what was not trained here is not judged
-                largest = health.check_parameters(models, optimizer, iteration, lambda: self.standing)
+                patient = patient and not self._left_out
+                largest = health.check_parameters(models, optimizer, iteration, lambda: self.standing, patient=patient)
+                self._left_out = largest > health.LARGEST
+                if self._left_out:
+                    self._runtime.log(health.warning(largest, iteration, self.standing))
+                    return None
                 facts[health.FACT] = largest
             state_text = json.dumps(facts, indent=1)
             state = checkpoint_state.sharded_state(models, optimizer, scheduler, is_loading=False)

@@ -25,7 +25,12 @@ FACT = "largest_parameter"
 
 @torch.no_grad()
 def check_parameters(
-    models: Sequence[torch.nn.Module], optimizer: Any, iteration: int, standing: Callable[[], str]
+    models: Sequence[torch.nn.Module],
+    optimizer: Any,
+    iteration: int,
+    standing: Callable[[], str],
+    *,
+    patient: bool = False,
 ) -> float:
     """The largest absolute value of all parameters; collective.
 
@@ -33,6 +38,7 @@ def check_parameters(
 
     Args:
         standing: what is known about the checkpoints that are there, for the message.
+        patient: a finite value that is too large is returned and not refused.
 
     Raises:
         UserError: on all ranks, naming the first parameter that is not finite, or too large to be one, and its value.
@@ -46,6 +52,8 @@ def check_parameters(
         problem = _first([*parameters, *copies], LARGEST)
     elif not math.isfinite(_largest(tensor for _, tensor in states)):
         problem = _first(states, math.inf)
+    if patient and problem is not None and math.isfinite(largest) and largest > LARGEST:
+        problem = None
     found = agreement.gather((largest, problem))
     problems = {rank: text for rank, (_, text) in enumerate(found) if text is not None}
     if problems:
@@ -56,6 +64,14 @@ def check_parameters(
             "lr, lengthen the warm-up, or skip the batch"
         )
     return max(value for value, _ in found)
+
+
+def warning(largest: float, iteration: int, standing: str) -> str:
+    """What is said when a model is not saved and the run goes on."""
+    return (
+        f"warning: after iteration {iteration} a parameter holds {largest:.3g}, and none of a model that works is "
+        f"above {LARGEST:g}, so it is not saved; {standing}. If the next save finds the same, the run ends"
+    )
 
 
 def largest_of(checkpoint: Path | None) -> float | None:

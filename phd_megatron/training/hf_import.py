@@ -149,6 +149,7 @@ def import_directory(
             saver = CheckpointSaver(output, run_config=run, tokenizer=tokenizer, runtime=runtime)
             facts = {"consumed_samples": 0, "imported_from": source.path.name}
             directory = saver.save(iteration=0, models=[model], optimizer=None, scheduler=None, training_state=facts)
+            assert directory is not None  # what was not trained is not judged
             saver.close()
             parameters = sum(parameter.numel() for parameter in model.parameters())
     except BaseException:

@@ -201,7 +201,7 @@ class Trainer:
                 break
             started = time.perf_counter()
             if run.checkpoint.save_interval and progress.iteration % run.checkpoint.save_interval == 0 and not last:
-                self.save(background=run.checkpoint.async_save)
+                self.save(background=run.checkpoint.async_save, patient=True)
             elif self.saver is not None:
                 self.saver.poll()
             interval.started += time.perf_counter() - started  # not the time of a training step
@@ -352,7 +352,7 @@ class Trainer:
             loaded=loaded,
         )
 
-    def save(self, background: bool = False) -> None:
+    def save(self, background: bool = False, patient: bool = False) -> None:
         """Write a checkpoint of the present state; in the background it is complete some steps later."""
         if self.saver is not None:
             self.runtime.watch.at("saving")
@@ -363,6 +363,7 @@ class Trainer:
                 scheduler=self.scheduler,
                 training_state=vars(self.progress).copy(),
                 background=background,
+                patient=patient,
             )
 
     def close(self) -> None:

@@ -44,7 +44,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
     parser.add_argument("--background", action="store_true")
-    faults = ["kill-before-commit", "kill-before-tracker", "file-size", "full", "slow", "kill-while-writing", "nan"]
+    faults = [
+        "kill-before-commit",
+        "kill-before-tracker",
+        "file-size",
+        "full",
+        "slow",
+        "kill-while-writing",
+        "nan",
+        "large",
+    ]
     parser.add_argument("--fault", choices=faults)
     parser.add_argument("--fault-at", type=int, default=0)
     parser.add_argument("--fault-rank", type=int, default=0)
@@ -277,9 +286,11 @@ def main() -> None:
                     install_fault(args.fault, step)
                     if args.fault == "nan":
                         list(model.parameters())[-1].data.view(-1)[-1] = float("nan")
+                if args.fault == "large" and step >= args.fault_at and runtime.rank == args.fault_rank:
+                    list(model.parameters())[-1].data.view(-1)[-1] = 1e30
                 began = time.perf_counter()
                 state = {"consumed_samples": 4 * step}
-                saver.save(iteration=step, training_state=state, **options)
+                saver.save(iteration=step, training_state=state, patient=True, **options)
                 result["save_seconds"] = time.perf_counter() - began
             elif saver:
                 saver.poll()

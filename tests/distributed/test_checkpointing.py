@@ -162,6 +162,17 @@ def test_a_parameter_of_one_rank_that_is_no_number_is_an_error_on_all(
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
 
 
+def test_two_saves_in_a_row_that_find_a_parameter_too_large_end_a_run(torchrun: Any, tmp_path: Path) -> None:
+    options = ("--tp", 2, "--steps", 5, "--save", tmp_path, "--save-at", 1, 2, 3, 4, "--keep-last", 1)
+    fault = ("--fault", "large", "--fault-at", 2, "--fault-rank", 1)
+    done = torchrun(2, PROGRAM, *options, *fault, check=False, env=QUIET, timeout=60)
+    said = [line for line in done.stdout.splitlines() if line.startswith(("error: ", "warning: after"))]
+    assert len(said) == 3 and said[1] == said[2], done.stdout
+    assert said[0].startswith("warning: after iteration 2 a parameter holds 1e+30")
+    assert "the run has diverged: after iteration 3 " in said[1] and "(rank 1), so the model is not saved" in said[1]
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
+
+
 def test_too_little_space_is_refused_before_writing(tmp_path: Path) -> None:
     done = alone("--steps", 2, "--save", tmp_path, "--save-at", 1, 2, "--fault", "full", "--fault-at", 2)
     assert done.returncode == 2

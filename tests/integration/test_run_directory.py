@@ -452,18 +452,33 @@ def test_what_diverged_is_not_saved_and_no_good_checkpoint_pruned(
 ) -> None:
     wild: dict[str, object] = {"lr": 1e30, "save_interval": 1, "keep_last": 1}
     assert main(pretrain(documents, save=tmp_path / "never", **wild)) == 2
-    error = capsys.readouterr().err
-    assert "the run has diverged: after iteration 1 parameter " in error and "e+30" in error
-    assert "there is no checkpoint to go back to. Lower lr" in error
+    out, error = capsys.readouterr()
+    assert "warning: after iteration 1 a parameter holds 1.03e+30" in out and "not saved; there is no checkpoint" in out
+    assert "the run has diverged" in error and "there is no checkpoint to go back to. Lower lr" in error
     assert not list((tmp_path / "never").glob("iter_*"))
 
     # The warm-up starts at 0: after one step the parameters are those of the start.
     assert main(pretrain(documents, save=tmp_path / "once", lr_warmup_iters=3, **wild)) == 2
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     first = tmp_path / "once/iter_0000001"
-    assert "after iteration 2" in error and f"the last checkpoint is {first}: its parameters were finite" in error
+    assert "warning: after iteration 2 a parameter holds" in out
+    assert "the run has diverged" in error and f"the last checkpoint is {first}: its parameters were finite" in error
     assert store.complete_iterations(tmp_path / "once") == [1]
     assert main(["pretrain", *flags({"load": first, "save": tmp_path / "again", "lr": 1e-3, "exit-interval": 1})]) == 0
+
+
+def test_parameters_that_are_finite_and_too_large_end_a_run(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With experts losses and gradients stay finite for a step, whatever the rate; the warm-up's first step is none."""
+    small = {"num-layers": 2, "hidden-size": 32, "ffn-hidden-size": 48, "kv-channels": 8, "seq-length": 24}
+    small |= {"moe-ffn-hidden-size": 16, "micro-batch-size": 4, "global-batch-size": 4}
+    wild = {"preset": "tiny-moe", "lr": 1e30, "norm-scheme": "pre", "train-iters": 12, "eval-iters": 0}
+    places = {"data-path": documents, "device": "cpu", "save": tmp_path / "save"}
+    assert main(["pretrain", *flags({**small, **wild, **places, "save-interval": 1, "exit-interval": 2})]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"the run has diverged: after iteration 2 parameter \S+ holds \S+e\+\d+, and no parameter", error)
+    assert store.complete_iterations(tmp_path / "save") == [1]
 
 
 @pytest.mark.parametrize("saved", [False, True])
