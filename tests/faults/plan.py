@@ -111,7 +111,8 @@ def plan(seed: int, kills: int, others: int, layouts: list[Layout], chains: int)
         generator = random.Random(f"{seed}/{chain}")
         mine = [draw_kill(generator, layout) for _ in range(kills // length + (chain < kills % length))]
         for number in range(chain, others, length):
-            mine.append(draw_other(generator, layout, OTHERS[number % len(OTHERS)]))
+            # One kind further each time round, so that no layout meets the same kind again and again.
+            mine.append(draw_other(generator, layout, OTHERS[(number + number // length) % len(OTHERS)]))
         generator.shuffle(mine)
         drawn.append((layout, mine))
     return drawn
