@@ -168,13 +168,13 @@ HUGGING_FACE = [
     Row("export --checkpoint '' --output x", ("--checkpoint", "is empty", "give a value")),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt", "cannot be read", "move it away"),
+        ("r/latest_checkpointed_iteration.txt", "move it away"),
         files={"r/latest_checkpointed_iteration.txt": DIRECTORY},
         name="tracker that is a directory",
     ),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt", "cannot be read", "move it away"),
+        ("r/latest_checkpointed_iteration.txt", "move it away"),
         files={"r/latest_checkpointed_iteration.txt": FIFO},
         name="tracker that is a pipe",
     ),
