@@ -306,7 +306,7 @@ OTHERS = [
         name="a metrics file that is not UTF-8",
     ),
     Row("compare a=f @metrics", ("f:1", "no line"), files={"f": "[" * 100_000}, name="brackets for a metrics file"),
-    Row("compare a=@metrics b=@metrics --output f", ("f exists and is a file", "choose another"), files={"f": ""}),
+    Row("compare a=@metrics b=@metrics --output f", ("cannot make --output f", "choose another"), files={"f": ""}),
     Row("compare a=@metrics b=@metrics --output ''", ("--output", "is empty", "leave --output out")),
     Row("bench attention --seq-length 0", ("--seq-length=0", "use 1 or more")),
     Row("bench attention --heads 3 --kv-heads 2", ("--heads=3", "--kv-heads=2", "change one of them")),

@@ -141,7 +141,11 @@ HUGGING_FACE = [
         for kind, text in _BAD_JSON.items()
     ),
     Row("generate --prompt x --checkpoint m", ("m", "complete checkpoint"), files={"m/config.json": FIFO}),
-    Row("import --output out --hf-dir m", ("config.json", "pipe"), files={"m/config.json": FIFO}),
+    Row(
+        "import --output out --hf-dir m",
+        ("m/config.json is no regular file", "copy the directory again"),
+        files={"m/config.json": FIFO},
+    ),
     Row("import --output out --hf-dir m", ("config.json is missing", "give a directory"), {"m": DIRECTORY}, name="m"),
     Row("import --output out --hf-dir none", ("none", "config.json is missing", "give a directory")),
     Row("import --output out --hf-dir f", ("f", "config.json"), files={"f": ""}),
@@ -164,13 +168,13 @@ HUGGING_FACE = [
     Row("export --checkpoint '' --output x", ("--checkpoint", "is empty", "give a value")),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt", "is "),
+        ("r/latest_checkpointed_iteration.txt", "move it away"),
         files={"r/latest_checkpointed_iteration.txt": DIRECTORY},
         name="tracker that is a directory",
     ),
     Row(
         "export --checkpoint r --output x",
-        ("r/latest_checkpointed_iteration.txt", "is "),
+        ("r/latest_checkpointed_iteration.txt", "move it away"),
         files={"r/latest_checkpointed_iteration.txt": FIFO},
         name="tracker that is a pipe",
     ),
