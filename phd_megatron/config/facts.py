@@ -66,10 +66,12 @@ SCHEDULE, PIPELINE_CUT = Belongs
 
 Size = Annotated[int, Ge(1), Le(2**20)]  #: of one dimension, and of groups of ranks
 Depth = Annotated[int, Ge(1), Le(10_000)]  #: layers
+Copies = Annotated[int, Ge(1), Le(1024)]
 Length = Annotated[int, Ge(1), Le(2**26)]  #: tokens of a sample, entries of a vocabulary
 Rank = Annotated[int, Ge(0), Lt(2**20)]
 Steps = Annotated[int, Ge(1), Le(10**9)]
 Samples = Annotated[int, Ge(1), Le(10**12)]
+Batch = Annotated[int, Ge(1), Le(2**24)]  #: samples of one step
 StepsOrNone = Annotated[int, Ge(0), Le(10**9)]  #: 0 is none
 SamplesOrNone = Annotated[int, Ge(0), Le(10**12)]
 TokensOrNone = Annotated[int, Ge(0), Le(10**17)]

@@ -27,7 +27,9 @@ from phd_megatron.config.facts import (
     SCHEDULE,
     SHAPE,
     START,
+    Batch,
     BelowOne,
+    Copies,
     Depth,
     Length,
     Minutes,
@@ -102,7 +104,7 @@ class ModelConfig:
     #: padding of the vocabulary; a property of the model, never times TP
     make_vocab_size_divisible_by: Annotated[Size, SHAPE] = 128
     #: K, how often a token is repeated (PHD); 1 is the vanilla model
-    phd_repeat: Annotated[Size, FORM] = 1
+    phd_repeat: Annotated[Copies, FORM] = 1
     #: W, token positions of hidden keys a query sees, its own included; 1 is plain PHD
     phd_window: Annotated[Length | None, FORM] = None
     #: C, the window stays inside chunks of C positions; null is PHD-SWA
@@ -220,7 +222,7 @@ class TrainingConfig:
     #: samples per rank and forward pass
     micro_batch_size: Annotated[Size, LAYOUT] = 1
     #: samples per step; default micro_batch_size * data-parallel size
-    global_batch_size: Annotated[Samples | None, RECIPE] = None
+    global_batch_size: Annotated[Batch | None, RECIPE] = None
     #: START INCREMENT SAMPLES
     rampup_batch_size: Annotated[list[Samples] | None, RECIPE] = None
     #: steps; or use train_samples

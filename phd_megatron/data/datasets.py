@@ -27,6 +27,8 @@ from phd_megatron.errors import UserError
 logger = logging.getLogger(__name__)
 
 _MAX_BLOCKS = 256
+#: More samples than this, in more passes than that, are a mistake and no run.
+_MANY_SAMPLES, _MANY_PASSES = 10**7, 10**4
 
 
 class BlockedDataset(Dataset[dict[str, Any]]):
@@ -109,8 +111,20 @@ def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int
                 _check_sidecar(infos[prefix], tokenizer)
                 if _is_alone():
                     verify(infos[prefix], tokenizer.vocab_size)
-        check_split(plan, infos, model.seq_length, index)
+        tokens = sum(check_split(plan, infos, model.seq_length, index))
+        if index == 0:
+            _refuse_endless_passes(count, tokens // model.seq_length)
     return infos
+
+
+def _refuse_endless_passes(samples: int, available: int) -> None:
+    """The order of all samples of a block is drawn before the first step, which would take hours and all memory."""
+    passes = samples / max(1, available)
+    if samples > _MANY_SAMPLES and passes > _MANY_PASSES:
+        raise UserError(
+            f"the run takes {samples:,} training samples and the data has {available:,}, which are {passes:,.0f} passes "
+            "over it; ask for a shorter run (train_iters, train_samples) or give more data"
+        )
 
 
 def _is_alone() -> bool:
