@@ -74,7 +74,7 @@ PRETRAIN = [
     Row(f"pretrain {RUN} --lr-warmup-fraction 2", ("lr_warmup_fraction=2.0", "is out of range; use")),
     Row(f"pretrain {RUN} --phd-repeat 0", ("phd_repeat", "0")),
     Row(f"pretrain {RUN} --phd-repeat 1000000", ("phd_repeat", "1000000")),
-    Row(f"pretrain {RUN} --train-iters 100000000", ("train_iters=100000000", "out of range")),
+    Row(f"pretrain {RUN} --train-iters 100000000", ("training samples", "passes over it", "train_iters")),
     Row(f"pretrain {RUN} --train-iters 9000000000000000000", ("train_iters=9000000000000000000", "out of range")),
     Row(f"pretrain {RUN} --seed 9223372036854775807", ("seed=9223372036854775807", "out of range")),
     Row(f"pretrain {RUN} --seed 9223372036854775808", ("seed='9223372036854775808'", "64 bits")),

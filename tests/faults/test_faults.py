@@ -1,4 +1,4 @@
-"""A sample of what ``python tests/faults`` draws: eight kills, a damaged file and a full disk, in two layouts."""
+"""A sample of what ``python tests/faults`` draws: eight kills, a damaged file and a full disk in two layouts."""
 
 from __future__ import annotations
 
