@@ -122,7 +122,7 @@ def _refuse_endless_passes(samples: int, available: int) -> None:
     passes = samples / max(1, available)
     if samples > _MANY_SAMPLES and passes > _MANY_PASSES:
         raise UserError(
-            f"the run takes {samples:,} training samples and the data has {available:,}, which are {passes:,.0f} passes "
+            f"the run takes {samples:,} training samples and the data has {available:,}: {passes:,.0f} passes "
             "over it; ask for a shorter run (train_iters, train_samples) or give more data"
         )
 

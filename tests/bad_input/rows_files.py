@@ -44,7 +44,9 @@ INPUTS = [
     prepare("--input in.txt --workers 0", "workers", "0", "1 or more", files=TEXT),
     prepare("--input in.txt --workers -3", "workers", "-3", "1 or more", files=TEXT),
     prepare("--input in.txt --workers 100000", "workers", "100000", "at most", files=TEXT),
-    prepare("--input in.txt --workers two", "--workers 'two' is not an integer", "correct it", files=TEXT),
+    prepare(
+        "--input in.txt --workers two", "--workers 'two' is no number of processes", "give for example", files=TEXT
+    ),
     prepare("--input in.txt --json-key ''", "--json-key", "is empty", "leave --json-key out", files=TEXT),
     prepare("--input in.txt --on-decode-error drop", "--on-decode-error 'drop'", "use one of", "skip", files=TEXT),
     prepare("--imput in.txt", "unknown flag --imput", "did you mean --input?", files=TEXT),
