@@ -143,7 +143,8 @@ def _position(config: RunConfig) -> Position:
 def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
-    from phd_megatron.training.pretrain import Trainer, open_reporter
+    from phd_megatron.training.metrics import open_reporter
+    from phd_megatron.training.pretrain import Trainer
     from phd_megatron.training.run_data import agree_on_data, compare_data
     from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController, record_stop
@@ -179,7 +180,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
         trainer = Trainer(config, runtime, tokenizer, resume_from, place, data)
         stack.callback(trainer.close)
         # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
-        reporter = agreement.everywhere(lambda: open_reporter(config, runtime, trainer.total_iterations))
+        reporter = agreement.everywhere(lambda: open_reporter(config, runtime.is_main, trainer.total_iterations))
         stack.callback(reporter.close)
         exits = stack.enter_context(
             ExitController(

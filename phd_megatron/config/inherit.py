@@ -12,7 +12,7 @@ from typing import Any
 from phd_megatron.config.catalog import fields, role
 from phd_megatron.config.facts import PIPELINE_CUT, PLACE, SCHEDULE
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import assign, lookup
+from phd_megatron.config.serialize import assign, from_dict, lookup, to_dict
 from phd_megatron.config.validate import is_met
 from phd_megatron.errors import shown
 
@@ -47,16 +47,33 @@ def schedule_of(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 def drop_what_is_lost(config: RunConfig, origins: dict[str, str], source: str) -> None:
     """Forget inherited values that mean nothing without what was not inherited, such as save_interval without save."""
     for _ in fields():  # one may need another that is dropped
-        lost = [
-            name
-            for name, info in fields().items()
-            if info.needs is not None and origins[name] == source and not is_met(info.needs, config)
-        ]
+        lost = [name for name in _without_their_needs(config) if origins[name] == source]
         if not lost:
             return
         for name in lost:
             assign(config, name, fields()[name].default)
             origins[name] = "default"
+
+
+def for_reading(saved: RunConfig) -> RunConfig:
+    """What a command takes over from a checkpoint that it only reads: nothing that names a place or is of one start."""
+    config = from_dict(to_dict(saved))
+    for name in fields():
+        if not role(name).is_inherited:
+            assign(config, name, fields()[name].default)
+    config.model.transformer = {n: v for n, v in config.model.transformer.items() if role(n).is_inherited}
+    while lost := _without_their_needs(config):
+        for name in lost:
+            assign(config, name, fields()[name].default)
+    return config
+
+
+def _without_their_needs(config: RunConfig) -> list[str]:
+    return [
+        name
+        for name, info in fields().items()
+        if info.needs is not None and lookup(config, name) != info.default and not is_met(info.needs, config)
+    ]
 
 
 def not_taken_over(saved: Mapping[str, Any], config: RunConfig, load: str) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from phd_megatron.config.cuda_graph import drop_graph
+from phd_megatron.config.inherit import for_reading
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
-from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
+from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLITS
 from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
 from phd_megatron.data.tokenizers import Tokenizer
@@ -38,7 +39,7 @@ def for_evaluation(
     Raises:
         UserError: when the layout does not fit the ranks or the model.
     """
-    run, notes = layout.apply(saved), []
+    run, notes = layout.apply(for_reading(saved)), []
     run.parallel.device = device
     extra = run.model.transformer
     for name in [name for name in extra if name.startswith("recompute_")]:
@@ -48,7 +49,6 @@ def for_evaluation(
     drop_graph(run.model)
     if device == "cpu":
         notes += for_cpu(run.model)
-    run.checkpoint, run.logging = CheckpointConfig(), LoggingConfig()  # what asks for a place to save would be refused
     run.training.rampup_batch_size = None
     dims = ParallelDims.from_config(run.parallel, world_size)
     run.parallel.sequence_parallel = dims.sp

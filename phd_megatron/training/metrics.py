@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.config.schema import LoggingConfig
+from phd_megatron.config.schema import LoggingConfig, RunConfig
+from phd_megatron.config.serialize import to_dict
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.terminal import say
 
@@ -190,6 +191,18 @@ def make_directory(name: str, directory: str) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{name}={directory!r} cannot be written ({error}); choose another") from error
+
+
+def open_reporter(run: RunConfig, is_main: bool, total_iterations: int) -> Reporter:
+    """The run's reporter; it writes on the main rank only."""
+    default_dir = Path(run.checkpoint.save) / "tensorboard" if run.checkpoint.save else None
+    for name, directory in (
+        ("dump_gradients_dir", run.logging.dump_gradients_dir),
+        ("profile_dir", run.logging.profile_dir if run.logging.profile else None),
+    ):
+        if directory is not None and is_main:
+            make_directory(name, directory)
+    return Reporter(run.logging, is_main, total_iterations, to_dict(run), default_dir)
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

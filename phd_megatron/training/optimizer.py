@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -152,6 +153,12 @@ def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Sche
         wsd_decay_steps=schedule.wsd_decay,
         lr_wsd_decay_style=options.lr_wsd_decay_style,
     )
+
+
+def learning_rate(optimizer: MegatronOptimizer, run: RunConfig) -> float:
+    """Of the next step, of the parameters that have no rate of their own."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return float(next((group for group in groups if group["max_lr"] == run.optimizer.lr), groups[0])["lr"])
 
 
 def let_go(models: Sequence[DistributedDataParallel]) -> None:

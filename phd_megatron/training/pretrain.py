@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import to_dict
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import Tokenizer, inherit_generation
@@ -32,14 +31,16 @@ from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
 from phd_megatron.training.gradient_dump import check_places, dump_gradients, iteration_place
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
-from phd_megatron.training.metrics import Reporter, StepMetrics, make_directory
+from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
+    learning_rate,
     let_go,
     wrap_data_parallel,
 )
 from phd_megatron.training.profiler import StepProfiler
+from phd_megatron.training.progress import Interval, Progress
 from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.run_data import Record
 from phd_megatron.training.run_directory import RunDirectory
@@ -48,29 +49,6 @@ from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream
 from phd_megatron.training.validation import Validation
-
-
-@dataclass
-class Progress:
-    """Where a run is. Saved with every checkpoint; data order follows from ``consumed_samples`` alone."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    skipped_iterations: int = 0
-    schedule_step: int | None = None  #: :class:`~phd_megatron.training.schedule.Position`'s
-
-
-@dataclass
-class Interval:
-    """Sums since the last log line; nothing here waits for the device."""
-
-    started: float
-    losses: list[Any] = field(default_factory=list)
-    samples: int = 0
-    steps: int = 0
-    microbatches: int = 0  #: of each data-parallel rank
-    skipped: int = 0
-    layer_statistics: dict[str, dict[int, float]] = field(default_factory=dict)  #: of the step that ends the interval
 
 
 class Trainer:
@@ -124,7 +102,6 @@ class Trainer:
         self.models: list[DistributedDataParallel] = wrap_data_parallel(models, run)
         self.optimizer: MegatronOptimizer = build_optimizer(self.models, run)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
-        self.updates = 0  # steps of this start that changed the parameters
         self.progress = Progress(schedule_step=self.schedule.step)
         if resume_from is not None:
             runtime.watch.at("loading the checkpoint")
@@ -221,13 +198,15 @@ class Trainer:
             elif self.saver is not None:
                 self.saver.poll()
             interval.started += time.perf_counter() - started  # not the time of a training step
-        self._refuse_to_have_done_nothing(progress.iteration + 1 - first_iteration)
+        if reason == FINISHED:
+            self._refuse_to_have_done_nothing()
         self.save()
         return reason
 
-    def _refuse_to_have_done_nothing(self, steps: int) -> None:
+    def _refuse_to_have_done_nothing(self) -> None:
         """A run in fp16 whose every step overflowed is no run."""
-        if steps and not self.updates:
+        steps = self.progress.iteration
+        if steps and self.progress.skipped_iterations == steps:
             raise UserError(
                 f"none of {steps} steps changed the model: with the loss scale, now "
                 f"{float(self.optimizer.get_loss_scale()):g} on the sum over tokens, a gradient overflowed each time; "
@@ -278,7 +257,6 @@ class Trainer:
         interval.microbatches += count
         if result.updated:
             self.scheduler.step(samples if self.schedule.step is None else self.schedule.step)
-            self.updates += 1
         else:
             progress.skipped_iterations += 1
             interval.skipped += 1
@@ -305,21 +283,16 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluation and reports
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the next step, of the parameters that have no rate of their own."""
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return float(next((g for g in groups if g["max_lr"] == self.run.optimizer.lr), groups[0])["lr"])
-
     def plan(self) -> str:
         """What this start will do, in words."""
+        run = self.run
         return describe_plan(
-            self.run,
+            run,
             self.schedule,
             self.position,
             self.total_iterations,
-            now=self.learning_rate,
-            peak=self.run.optimizer.lr,
+            now=learning_rate(self.optimizer, run),
+            peak=run.optimizer.lr,
         )
 
     def _evaluate(self, validation: Validation, interval: Interval) -> float:
@@ -357,7 +330,7 @@ class Trainer:
                 consumed_flops=float(progress.consumed_samples * flops),
                 lm_loss=sum(losses) / len(losses),
                 grad_norm=grad_norm,
-                learning_rate=self.learning_rate,
+                learning_rate=learning_rate(self.optimizer, run),
                 global_batch_size=interval.samples // interval.steps,
                 iteration_seconds=seconds / interval.steps,
                 tokens_per_second=tokens_per_second,
@@ -421,15 +394,3 @@ class Trainer:
             self.validation.close()
         microbatches.destroy_num_microbatches_calculator()
         let_go(self.models)
-
-
-def open_reporter(run: RunConfig, runtime: Runtime, total_iterations: int) -> Reporter:
-    """The run's reporter; it writes on the main rank only."""
-    default_dir = Path(run.checkpoint.save) / "tensorboard" if run.checkpoint.save else None
-    for name, directory in (
-        ("dump_gradients_dir", run.logging.dump_gradients_dir),
-        ("profile_dir", run.logging.profile_dir if run.logging.profile else None),
-    ):
-        if directory is not None and runtime.is_main:
-            make_directory(name, directory)
-    return Reporter(run.logging, runtime.is_main, total_iterations, to_dict(run), default_dir)

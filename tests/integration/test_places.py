@@ -90,6 +90,7 @@ def test_nothing_is_written_beside_what_was_named(first: Path, tmp_path: Path, d
     for config in copy.glob("iter_*/run_config.yaml"):
         config.write_text(config.read_text("utf-8").replace(str(first), str(elsewhere)), "utf-8")
     assert start("--load", copy, "--no-verify-checkpoint", "--train-iters", 6, "--data-path", documents) == 0
+    assert main(["evaluate", "--checkpoint", str(copy), "--data-path", str(documents), "--no-verify-checkpoint"]) == 0
     assert not elsewhere.exists()
 
 

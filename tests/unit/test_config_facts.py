@@ -13,6 +13,7 @@ import pytest
 
 from phd_megatron.config.catalog import PASSTHROUGH, fields, role
 from phd_megatron.config.facts import FORM, PLACE, START, Ge, Gt, Le, Lt, Role, role_of
+from phd_megatron.config.inherit import for_reading
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.resume import check_resume
@@ -178,3 +179,28 @@ def test_sections_hold_nothing_but_fields() -> None:
     for section in dataclasses.fields(RunConfig):
         names = {field.name for field in dataclasses.fields(section.default_factory)}  # type: ignore[arg-type]
         assert names - {PASSTHROUGH} <= fields().keys()
+
+
+@pytest.mark.parametrize("name", [name for name, info in fields().items() if not info.role.is_inherited])
+def test_reading_a_checkpoint_takes_no_place_and_no_start_from_it(name: str) -> None:
+    saved = RunConfig()
+    assign(saved, name, _other(name))
+    assign(saved, "lr", 0.5)
+    saved.model.transformer = {"config_logger_dir": "/elsewhere", "recompute_granularity": "full"}
+    read = for_reading(saved)
+    assert lookup(read, name) == fields()[name].default
+    assert (read.optimizer.lr, read.model.transformer) == (0.5, {"recompute_granularity": "full"})
+    assert lookup(saved, name) == _other(name), "what was read stays as it is"
+
+
+def test_reading_drops_what_needs_a_place() -> None:
+    saved = RunConfig()
+    for name, value in {"save": "A", "save_interval": 3, "async_save": True, "log_layer_statistics": 2}.items():
+        assign(saved, name, value)
+    saved.logging.metrics_file = "A/metrics.jsonl"
+    read = for_reading(saved)
+    assert (read.checkpoint.save_interval, read.checkpoint.async_save, read.logging.log_layer_statistics) == (
+        None,
+        False,
+        0,
+    )
