@@ -330,7 +330,7 @@ class CheckpointConfig:
     #: steps between saves; a final save is always made
     save_interval: Annotated[Steps | None, REPORT, _TO_SAVE] = None
     #: keep only the newest so many checkpoints; default all
-    keep_last: Annotated[Steps | None, PLACE, _TO_SAVE] = None
+    keep_last: Annotated[Steps | None, PLACE] = None
     #: go on training while a checkpoint is written; one copy of the state in host memory
     async_save: Annotated[bool, LAYOUT, _TO_SAVE_OFTEN] = False
     #: compare every file with its checksum before loading

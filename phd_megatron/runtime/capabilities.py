@@ -25,24 +25,24 @@ class Capabilities:
         device_name: what a CUDA device calls itself.
         compute_capability: of the CUDA device: 8.0 Ampere, 8.9 Ada, 9.0 Hopper, 10.0 Blackwell.
         cuda: version of CUDA that torch was built with.
-        memory: bytes of the device, or of the machine for a model on its CPU.
         transformer_engine: version of Transformer Engine, None where it cannot be used.
         transformer_engine_problem: why it cannot.
         triton_problem: why our Triton kernels cannot run, None where they can.
         apex_adam: apex has its fused Adam.
         apex_weight_gradient: apex can add a weight's gradient to the gradient buffer inside the GEMM.
+        memory: bytes of the device, or of the machine for a model on its CPU.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     device_name: str = "cpu"
     compute_capability: Version | None = None
     cuda: Version | None = None
-    memory: int | None = None
     transformer_engine: Version | None = None
     transformer_engine_problem: str = "there is no CUDA device"
     triton_problem: str | None = "there is no CUDA device"
     apex_adam: bool = False
     apex_weight_gradient: bool = False
+    memory: int | None = None
 
     @property
     def on_cuda(self) -> bool:

@@ -156,7 +156,7 @@ def open_store(directory: str | Path) -> Store:
     path = directory / PLAN_FILE
     if not os.path.lexists(path):
         raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep")
-    cure = "start the sweep again, it goes on where it was"
+    cure = "it is no plan of a sweep, or a damaged one: delete that and start the sweep again, it goes on where it was"
     data = read_json(path, cure)
     try:
         entries = tuple(Entry(**entry) for entry in data.pop("entries"))

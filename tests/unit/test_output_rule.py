@@ -73,7 +73,7 @@ def test_reports_of_evaluate_and_parity_are_refused_before_anything_is_read(tmp_
     refused(capsys, ["evaluate", "--checkpoint", tmp_path / "none", "--json", place], "evaluate", "choose another")
     for option in ("--json", "--markdown"):
         refused(capsys, ["parity", option, place], "parity", f"choose another {option}")
-    for name, said in (("", "names no file"), (tmp_path / "no" / "x.json", "is no directory")):
+    for name, said in (("", "is empty"), (tmp_path / "no" / "x.json", "is no directory")):
         refused(capsys, ["evaluate", "--checkpoint", tmp_path / "none", "--json", name], said)
     assert place.read_text() == '{"model_type": "llama"}'
 
@@ -319,5 +319,5 @@ def test_metrics_are_not_put_into_a_file_of_others(tmp_path):
             Reporter(LoggingConfig(metrics_file=str(path)), True, 1, {}, None)
         assert path.read_text() == content
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="holds no metrics"):
+    with pytest.raises(UserError, match="it is a pipe.* choose another"):
         Reporter(LoggingConfig(metrics_file=str(tmp_path / "pipe")), True, 1, {}, None)
