@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phd_megatron.config.help import format_config
 from phd_megatron.config.load import LoadedConfig, load_run_config
 from phd_megatron.config.resolve import resolve
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import CheckpointConfig, RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
@@ -34,6 +34,7 @@ def run(argv: list[str]) -> int:
     install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)
     config = loaded.config
+    loaded.notes += _as_a_restart(config.checkpoint)
     require_for_pretraining(config)
     tokenizer, derived = complete(config, environment.world_size)
     notes = [*_nothing_is_saved(config), *loaded.notes, *derived]
@@ -61,7 +62,29 @@ def run(argv: list[str]) -> int:
 
 
 def _nothing_is_saved(config: RunConfig) -> list[str]:
-    return [] if config.checkpoint.save else ["without save nothing of this run is kept; give --save DIRECTORY"]
+    checkpoint = config.checkpoint
+    if checkpoint.save:
+        return []
+    kept = f", keep_last={checkpoint.keep_last} or not" if checkpoint.keep_last else ""
+    return [f"without save nothing of this run is kept{kept}; give --save DIRECTORY"]
+
+
+def _as_a_restart(checkpoint: CheckpointConfig) -> list[str]:
+    """The same command again goes on with the run that it began, which may have begun elsewhere or further back."""
+    from phd_megatron.training.run_directory import is_restart
+
+    load, save = checkpoint.load, checkpoint.save
+    if load is None or save is None:
+        return []
+    if not is_restart(save, load, finetune=checkpoint.finetune, rewind=checkpoint.rewind):
+        return []
+    checkpoint.load, checkpoint.finetune, checkpoint.rewind = save, False, False
+    return [f"the run in {save} began with this very start from {load}, so it goes on from its own newest checkpoint"]
+
+
+def _needs_a_checkpoint(checkpoint: CheckpointConfig) -> str | None:
+    names = ("exit_on_missing_checkpoint", "finetune", "rewind")  # without one the others are those of a first start
+    return next((name for name in names if getattr(checkpoint, name)), None)
 
 
 def load_config(argv: list[str]) -> LoadedConfig:
@@ -160,9 +183,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             stack.callback(lock.release)
         resume_from = None
         if checkpoint.load is not None:
-            resume_from = find_checkpoint(
-                checkpoint.load, log=runtime.log, exit_on_missing_checkpoint=checkpoint.exit_on_missing_checkpoint
-            )
+            resume_from = find_checkpoint(checkpoint.load, log=runtime.log, needed_by=_needs_a_checkpoint(checkpoint))
         if resume_from is not None:
             found = resume_from
             for note in agreement.from_rank_zero(lambda: compare_data(found, data, config)):
@@ -175,6 +196,7 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 resume_from=resume_from,
                 finetune=checkpoint.finetune,
                 rewind=checkpoint.rewind,
+                load=checkpoint.load,
                 log=runtime.log,
             )
         trainer = Trainer(config, runtime, tokenizer, resume_from, place, data)

@@ -178,7 +178,7 @@ class ParallelConfig:
     #: parameters per gradient bucket
     ddp_bucket_size: Annotated[Samples | None, LAYOUT] = None
     #: auto is cuda where there is one
-    device: Annotated[Literal["auto", "cpu", "cuda"], LAYOUT] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], START] = "auto"
     #: timeout of collectives
     distributed_timeout_minutes: Annotated[Minutes, LAYOUT] = 10.0
 

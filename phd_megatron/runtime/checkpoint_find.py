@@ -129,9 +129,16 @@ class Survey:
         """Whether there is anything here that a run of another directory must not save over."""
         return bool(self.complete or self.damaged) or is_complete(self.root / RELEASE)
 
+    @property
+    def has_own(self) -> bool:
+        """Whether a checkpoint, be it damaged, carries the id of ``run.json``."""
+        return self.file is not None and any(
+            self._run_of(iteration) == self.file.run for iteration in (*self.complete, *self.damaged)
+        )
+
     def older_than(self, iteration: int) -> int | None:
-        """The newest complete one before an iteration."""
-        before = [other for other in self.complete if other < iteration]
+        """The newest complete one of the run before an iteration."""
+        before = [other for other in self.complete if other < iteration and self.is_of_the_run(other, by_tracker=False)]
         return before[-1] if before else None
 
     def refuse_damage(self) -> None:
@@ -236,6 +243,10 @@ def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Pat
         return aside(root)
     if root.is_dir() and (iteration_of(root) is not None or looks_like_one(root)):
         raise CheckpointError(_incomplete_message(root))
+    if iteration_of(root) is not None:
+        there = complete_iterations(root.parent)
+        cure = f"load one of {', '.join(map(str, there[-8:]))}, or {root.parent}" if there else "correct the path"
+        raise CheckpointError(f"there is no checkpoint {root}; {cure}")
     return Survey(root).choose(warn)
 
 

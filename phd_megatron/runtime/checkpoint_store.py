@@ -151,23 +151,22 @@ def tidy(root: str | os.PathLike[str]) -> None:
             (path / UNFINISHED).unlink(missing_ok=True)
 
 
-def prune(root: str | os.PathLike[str], keep_last: int, *, current: int, protect: tuple[Path, ...] = ()) -> list[Path]:
+def prune(root: str | os.PathLike[str], keep_last: int, *, current: int) -> list[Path]:
     """Delete the oldest complete checkpoints after the commit of ``current``, keeping the newest ``keep_last``.
 
-    Checkpoints of later iterations (from before a roll-back), unfinished and damaged ones and those in ``protect`` are
-    left alone.
+    Checkpoints of later iterations and of a branch that a rewind has left, unfinished and damaged ones are left alone.
 
     Returns:
         The deleted directories.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last = {keep_last}: at least the checkpoint just written stays; use 1 or more")
-    protected = {path.resolve() for path in protect}
-    past = [iteration for iteration in complete_iterations(root) if iteration <= current]
+    survey = Survey(root)
+    past = [i for i in survey.complete if i <= current and survey.is_of_the_run(i, by_tracker=False)]
     deleted = []
     for iteration in past[:-keep_last]:
         path = iteration_dir(root, iteration)
-        if path.resolve() in protected or not path.exists():
+        if not path.exists():
             continue
         remove_checkpoint(path)
         deleted.append(path)

@@ -2,11 +2,11 @@
 
 ::
 
-    {"run": "32 hex digits", "began": 100, "start": "32 hex digits"}
+    {"run": "32 hex digits", "began": 100, "start": "32 hex digits", "origin": ["/A/iter_0000100", false, true]}
 
 Every checkpoint carries the ``run`` that saved it. A run that goes back to an older checkpoint of its own directory
 gets a new id and ``began``: the checkpoints after that iteration that carry another id are the ones it left. ``start``
-is of one start of the program.
+is of one start of the program, and ``origin`` says how the run began: :func:`origin_of`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+def origin_of(load: str | os.PathLike[str] | None, finetune: bool, rewind: bool) -> list[str | bool] | None:
+    """What a start was told to begin with: the same command again is a restart of the run that it began."""
+    return None if load is None else [os.path.realpath(load), finetune, rewind]
+
+
 @dataclass(frozen=True)
 class RunFile:
     """Content of ``run.json``."""
@@ -34,6 +39,7 @@ class RunFile:
     run: str
     began: int = 0
     start: str = field(default_factory=new_id)
+    origin: list[str | bool] | None = None
 
 
 def read_run(root: str | os.PathLike[str]) -> RunFile | None:
@@ -41,10 +47,11 @@ def read_run(root: str | os.PathLike[str]) -> RunFile | None:
     try:
         content = json.loads(read_small(Path(root) / RUN_FILE))
         run, began, start = content["run"], content["began"], content["start"]
+        origin = content.get("origin")
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     if isinstance(run, str) and isinstance(began, int) and isinstance(start, str):
-        return RunFile(run, began, start)
+        return RunFile(run, began, start, origin if isinstance(origin, list) else None)
     return None
 
 

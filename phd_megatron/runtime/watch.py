@@ -129,7 +129,7 @@ class Watch:
         if said is None:
             said = {"text": f"the ranks have lost one another ({_first_line(error)})"}
         time.sleep(0.5)  # torchrun looks every 0.1 s, and takes the first rank that has ended for the cause
-        return f"{said['text']}; the newest complete checkpoint is good: start the run again to go on from it"
+        return f"{said['text']}; a run that saves goes on from its newest complete checkpoint when it is started again"
 
     def _first_words(self, error: BaseException) -> dict[str, Any]:
         entries = self._near()

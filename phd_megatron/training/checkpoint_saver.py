@@ -203,7 +203,12 @@ class CheckpointSaver:
     @property
     def standing(self) -> str:
         """What is known about the last checkpoint, for a message that ends the run; the same on all ranks."""
-        return health.standing(self._last, self._largest)
+        return health.standing(self._last_there, self._largest)
+
+    @property
+    def _last_there(self) -> Path | None:
+        """The last checkpoint, unless somebody has removed it since."""
+        return self._last if self._last is not None and store.is_complete(self._last) else None
 
     @property
     def _is_writing(self) -> bool:
@@ -277,7 +282,7 @@ class CheckpointSaver:
                 newest = store.Survey(self._root).newest
                 if newest is not None:
                     return store.complete_dir(self._root, newest)
-            return self._last
+            return self._last_there
 
         last = agreement.from_rank_zero(abandon)
         rest = f"; the last complete checkpoint is {last}" if last else "; there is no complete checkpoint yet"

@@ -44,6 +44,10 @@ _FROM_ZERO = frozenset({COPY_EMBEDDING})
 _CONFIGURED = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
 
 
+#: numbers in ``training_state.json``, and those that checkpoints of earlier releases may lack
+_ALWAYS, _LATER = ("iteration", "consumed_samples"), ("skipped_iterations", "first_batch_size", "schedule_total")
+
+
 def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
     """Make the save directory and claim it for this run; collective. Keep the result as long as the run lasts.
 
@@ -67,23 +71,26 @@ def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
 
 
 def find_checkpoint(
-    load_dir: str | os.PathLike[str], *, log: Callable[[str], Any], exit_on_missing_checkpoint: bool = False
+    load_dir: str | os.PathLike[str], *, log: Callable[[str], Any], needed_by: str | None = None
 ) -> Path | None:
     """The checkpoint to resume from, chosen by rank 0 for all; collective.
+
+    Args:
+        needed_by: a field that is set and has no meaning without a checkpoint.
 
     Returns:
         Its directory, or None (with a warning) when ``load_dir`` is missing or empty.
 
     Raises:
-        UserError: there is none and ``exit_on_missing_checkpoint`` is set, or an incomplete one was named.
+        UserError: there is none and it is needed, or one was named that is not there or incomplete.
     """
 
     def choose() -> Path | None:
         path = store.latest_complete(load_dir, warn=log)
         if path is None:
-            if exit_on_missing_checkpoint:
+            if needed_by is not None:
                 raise UserError(
-                    f"--load {load_dir} holds no complete checkpoint and --exit-on-missing-checkpoint is set; "
+                    f"--load {load_dir} holds no complete checkpoint and --{needed_by.replace('_', '-')} is set; "
                     "correct the path, or drop the flag to start from scratch"
                 )
             log(f"warning: --load {load_dir} holds no complete checkpoint; starting from scratch")
@@ -227,10 +234,10 @@ def read_training_state(path: Path) -> dict[str, Any]:
             "alone with --finetune"
         )
     content = _read_json(file)
-    for name in ("iteration", "consumed_samples", "skipped_iterations", "schedule_step"):
-        value = content.get(name, None if name in ("iteration", "consumed_samples") else 0)
-        if value is None and name == "schedule_step":
-            continue  # of a run in samples
+    for name in (*_ALWAYS, *_LATER):
+        value = content.get(name)
+        if value is None and name in _LATER:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CheckpointError(
                 f"{file} is damaged: {name} is {repr(value)[:80]}, not a number of steps or samples; load another "

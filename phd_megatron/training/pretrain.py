@@ -43,7 +43,7 @@ from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.progress import Interval, Progress
 from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.run_data import Record
-from phd_megatron.training.run_directory import RunDirectory
+from phd_megatron.training.run_directory import RunDirectory, lies_in
 from phd_megatron.training.schedule import Position, Schedule, describe_plan, plan_schedule
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper
@@ -72,7 +72,7 @@ class Trainer:
         place: RunDirectory | None = None,
         data: Record | None = None,
     ) -> None:
-        self.data = data
+        self.data, self.loaded = data, resume_from
         self.run, self.runtime, self.tokenizer = run, runtime, tokenizer
         if run.logging.dump_gradients_dir:
             check_places(run.logging.dump_gradients_dir, run.logging.dump_gradients_iterations, runtime.world_size)
@@ -102,7 +102,10 @@ class Trainer:
         self.models: list[DistributedDataParallel] = wrap_data_parallel(models, run)
         self.optimizer: MegatronOptimizer = build_optimizer(self.models, run)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, self.schedule)
-        self.progress = Progress(schedule_step=self.schedule.step)
+        schedule = self.schedule
+        self.progress = Progress(
+            first_batch_size=schedule.iteration, counted_in=schedule.counted_in, schedule_total=schedule.total
+        )
         if resume_from is not None:
             runtime.watch.at("loading the checkpoint")
             self._resume(resume_from)
@@ -139,10 +142,8 @@ class Trainer:
             return
         self.progress.iteration, self.progress.consumed_samples = state["iteration"], state["consumed_samples"]
         self.progress.skipped_iterations = state.get("skipped_iterations", 0)
-        if run.checkpoint.no_load_optim:
-            done = self.progress
-            step = self.schedule.step
-            self.scheduler.num_steps = done.consumed_samples if step is None else done.iteration * step
+        if run.checkpoint.no_load_optim or self.position.counted_in not in (None, self.schedule.counted_in):
+            self.scheduler.num_steps = self.schedule.at(self.progress.iteration, self.progress.consumed_samples)
             self.scheduler.step(0)
 
     def _open_data(self) -> None:
@@ -153,7 +154,8 @@ class Trainer:
         self.train_stream = open_stream(run, self.runtime, train)
         self.validation: Validation | None = None
         if valid is not None:
-            self.validation = Validation(run, self.runtime, valid, samples)
+            steps = None if self.schedule.step is None else self.total_iterations
+            self.validation = Validation(run, self.runtime, valid, samples, steps)
 
     # ---------------------------------------------------------------- the loop
 
@@ -200,7 +202,9 @@ class Trainer:
             interval.started += time.perf_counter() - started  # not the time of a training step
         if reason == FINISHED:
             self._refuse_to_have_done_nothing()
-        self.save()
+        # A checkpoint may hold more than was loaded of it, so it is not saved over as it is.
+        if progress.iteration >= first_iteration or not lies_in(self.loaded, run.checkpoint.save):
+            self.save()
         return reason
 
     def _refuse_to_have_done_nothing(self) -> None:

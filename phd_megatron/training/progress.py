@@ -13,7 +13,10 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
-    schedule_step: int | None = None  #: :class:`~phd_megatron.training.schedule.Position`'s
+    # what :class:`~phd_megatron.training.schedule.Position` reads
+    first_batch_size: int | None = None
+    counted_in: str | None = None
+    schedule_total: int | None = None
 
 
 @dataclass

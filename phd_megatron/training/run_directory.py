@@ -14,7 +14,7 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime.run_file import RUN_FILE, RunFile, new_id, read_run, write_run
+from phd_megatron.runtime.run_file import RUN_FILE, RunFile, new_id, origin_of, read_run, write_run
 from phd_megatron.training import agreement
 from phd_megatron.training.run_lock import RunLock
 
@@ -54,6 +54,18 @@ class RunDirectory:
             )
 
 
+def is_restart(save_dir: str | os.PathLike[str], load: str, *, finetune: bool, rewind: bool) -> bool:
+    """Whether the run that saves there began with this very start, and has a checkpoint of its own since.
+
+    A job that is killed is started again with the same words, by torchrun, Slurm or Kubernetes: it goes on then, and
+    does not fine-tune or go back once more.
+    """
+    survey = store.Survey(save_dir)
+    origin = origin_of(load, finetune, rewind)
+    is_another_place = os.path.realpath(load) != os.path.realpath(save_dir)
+    return is_another_place and survey.file is not None and survey.file.origin == origin and survey.has_own
+
+
 def claim(
     save_dir: str | os.PathLike[str],
     lock: RunLock | None,
@@ -61,6 +73,7 @@ def claim(
     resume_from: Path | None,
     finetune: bool = False,
     rewind: bool = False,
+    load: str | None = None,
     log: Log = print,
 ) -> RunDirectory:
     """Make the directory this run's, if it may be; collective, while ``lock`` is held (on rank 0).
@@ -69,6 +82,7 @@ def claim(
         resume_from: the checkpoint that the run goes on from.
         finetune: only its parameters are taken: the run is another one.
         rewind: it may be older than the newest one of the run; those after it are then left, and replaced one by one.
+        load: where the checkpoint was looked for, to know the same start again.
 
     Raises:
         UserError: on all ranks, when checkpoints there would be overwritten or deleted that nobody named.
@@ -77,6 +91,8 @@ def claim(
 
     def decide() -> RunFile:
         content = _decide(root, None if finetune else resume_from, rewind, log)
+        if content.origin is None:
+            content = replace(content, origin=origin_of(load, finetune, rewind))
         try:
             write_run(root, content)
         except OSError as error:
@@ -86,6 +102,13 @@ def claim(
 
     content = agreement.from_rank_zero(decide)
     return RunDirectory(root, content.run, content, lock)
+
+
+def lies_in(checkpoint: Path | None, save_dir: str | None) -> bool:
+    """Whether a checkpoint is one of a directory; collective."""
+    if checkpoint is None or save_dir is None:
+        return False
+    return agreement.from_rank_zero(lambda: checkpoint.parent.samefile(save_dir))
 
 
 def _decide(root: Path, resume_from: Path | None, rewind: bool, log: Log) -> RunFile:

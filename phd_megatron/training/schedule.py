@@ -3,8 +3,8 @@
 A run that is given in iterations is counted in iterations: what remains is ``train_iters`` less those done, and its
 schedule moves by one iteration a step, whatever the batch. A run that is given in samples is counted in samples.
 Megatron-Core's scheduler counts samples, so an iteration is for it always the batch that the run began with
-(``Position.schedule_step``): another ``global_batch_size`` on resume neither skips nor repeats a part of the run, and
-no learning rate jumps.
+(``Position.first_batch_size``): another ``global_batch_size`` on resume neither skips nor repeats a part of the run,
+and no learning rate jumps.
 """
 
 from __future__ import annotations
@@ -26,21 +26,27 @@ class Position:
     """Where a run stands when it starts, as its checkpoint says.
 
     Attributes:
-        schedule_step: samples by which the schedule moves with a step of a run that is given in iterations.
+        first_batch_size: ``global_batch_size`` of the run's first start; None before that.
+        counted_in: what the run was counted in: ``iterations`` or ``samples``.
+        schedule_total: how long it was to be, as the schedule counts.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
-    schedule_step: int | None = None
+    first_batch_size: int | None = None
+    counted_in: str | None = None
+    schedule_total: int | None = None
 
     @classmethod
     def of_checkpoint(cls, path: Path) -> Position:
         """Read a complete checkpoint's. Raises UserError for a file that is damaged."""
         state = read_training_state(path)
-        step = state.get("schedule_step")
-        if step is None and (path / RUN_CONFIG).is_file():
-            step = load_yaml(path / RUN_CONFIG).training.global_batch_size  # older checkpoints
-        return cls(state["iteration"], state["consumed_samples"], step)
+        first, counted, total = (state.get(n) for n in ("first_batch_size", "counted_in", "schedule_total"))
+        if first is None and (path / RUN_CONFIG).is_file():  # of an earlier release
+            training = load_yaml(path / RUN_CONFIG).training
+            first = training.global_batch_size
+            counted = "samples" if training.train_samples is not None else "iterations"
+        return cls(state["iteration"], state["consumed_samples"], first, counted, total)
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,27 @@ class Schedule:
     Attributes:
         samples: training samples that are read by the end of the run, those before it started included.
         step: by how much the schedule moves with a step; None where it is the samples of that step.
-        total: the run's length as the schedule counts; so are ``warmup``, ``decay`` and ``wsd_decay``.
+        iteration: samples that an iteration is for the schedule.
+        total: the run's length as the schedule counts, as are ``warmup``, ``decay`` and ``wsd_decay``; of a schedule
+            that is kept the length that it had.
     """
 
     samples: int
     step: int | None
+    iteration: int
     total: int
     decay: int
     warmup: int
     wsd_decay: int | None
+
+    @property
+    def counted_in(self) -> str:
+        """What the run is counted in."""
+        return "samples" if self.step is None else "iterations"
+
+    def at(self, iteration: int, consumed_samples: int) -> int:
+        """Where the schedule stands there, if no step was skipped."""
+        return consumed_samples if self.step is None else iteration * self.step
 
 
 def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | None = None) -> Schedule:
@@ -70,24 +88,28 @@ def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | N
     """
     training, optimizer, position = run.training, run.optimizer, position or Position()
     first_batch = _check_ramp_up(training.rampup_batch_size, global_batch_size)
+    of_iteration = position.first_batch_size or global_batch_size
     step: int | None = None
     if training.train_samples is not None:
         total = samples_at_end = training.train_samples
     elif training.train_iters is not None:
         if training.rampup_batch_size is not None:
             raise UserError("rampup_batch_size with train_iters: the steps have no fixed size; give train_samples")
-        step = position.schedule_step or global_batch_size
+        step = of_iteration
         total = training.train_iters * step
         left = max(0, training.train_iters - position.iteration)
         samples_at_end = position.consumed_samples + left * global_batch_size
     else:
         raise UserError("train_iters and train_samples are both missing: set one of them")
-    if samples_at_end < first_batch:
+    if samples_at_end < first_batch and not position.iteration:
         raise UserError(
             f"train_samples={samples_at_end} is less than one batch of {first_batch} samples; raise it to "
             f"{first_batch} or more"
         )
-    of_iteration = step or position.schedule_step or global_batch_size
+    if run.checkpoint.use_checkpoint_opt_param_scheduler and position.schedule_total is not None:
+        kept = position.schedule_total
+    else:
+        kept = total
 
     def length(iters: int | None, samples: int | None, default: int) -> int:
         return samples if samples is not None else iters * of_iteration if iters is not None else default
@@ -109,7 +131,7 @@ def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | N
     wsd = None
     if optimizer.lr_decay_style == "WSD":
         wsd = length(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
-    return Schedule(samples_at_end, step, total, decay, warmup, wsd)
+    return Schedule(samples_at_end, step, of_iteration, kept, decay, warmup, wsd)
 
 
 def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
@@ -137,13 +159,17 @@ def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_i
     left = schedule.samples - position.consumed_samples
     tokens = left * run.model.seq_length
     if last_iteration <= position.iteration:
-        return f"plan: nothing is left to train: iteration {position.iteration} of {last_iteration} is done"
+        asked = f"train_iters={training.train_iters}"
+        if training.train_samples is not None:
+            asked = f"train_samples={training.train_samples}"
+        done = f"{position.iteration} iterations and {position.consumed_samples} samples are done"
+        return f"plan: nothing is left to train: {done}, and {asked} asks for no more"
     batch = f"{training.global_batch_size} samples a step"
     if training.rampup_batch_size is not None:
         batch = f"up to {batch} (rampup_batch_size={training.rampup_batch_size})"
-    unit = 1 if schedule.step is None else schedule.step
-    name = "samples" if schedule.step is None else "iterations"
-    lengths = f"warm-up {schedule.warmup / unit:g}, {optimizer.lr_decay_style} until {schedule.decay / unit:g} {name}"
+    unit = schedule.step or 1
+    until = f"{optimizer.lr_decay_style} until {schedule.decay / unit:g} {schedule.counted_in}"
+    lengths = f"warm-up {schedule.warmup / unit:g}, {until}"
     told = ", ".join(f"{when} {rate:.3g}" for when, rate in rates.items())
     return (
         f"plan: iterations {position.iteration + 1} to {last_iteration}, {batch}: {left} samples, {tokens} tokens; "

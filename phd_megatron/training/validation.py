@@ -13,10 +13,10 @@ from phd_megatron.training.streams import open_stream
 
 
 def crosses(before: int, after: int, total: int, parts: int) -> bool:
-    """Whether one of the places ``k * total / parts``, k = 1, 2, ..., lies in ``(before, after]``, all in samples.
+    """Whether one of the places ``k * total / parts``, k = 1, 2, ..., lies in ``(before, after]``, all in one unit.
 
-    It depends on the run's samples alone: runs of one length are validated at the same places whatever their batch
-    size, and a resumed run neither repeats a validation nor misses one.
+    In samples, runs of one length are validated at the same places whatever their batch size. A resumed run neither
+    repeats a validation nor misses one.
     """
     return before * parts // total < after * parts // total
 
@@ -27,16 +27,17 @@ class Validation:
     Args:
         dataset: the pass.
         total: training samples that the steps of the run take.
+        steps: of a run that is counted in iterations; its validations are spread over those then.
 
     Raises:
         UserError: when a step would reach two of the places of ``evals_per_run``.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, total: int) -> None:
+    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, total: int, steps: int | None = None) -> None:
         training = run.training
         assert training.global_batch_size is not None
-        self._training, self._total = training, total
-        most = total // training.global_batch_size
+        self._training, self._total, self._steps = training, total, steps
+        most = total // training.global_batch_size if steps is None else steps
         if training.evals_per_run is not None and training.evals_per_run > most:
             raise UserError(
                 f"evals_per_run={training.evals_per_run}: a step of {training.global_batch_size} of the run's {total} "
@@ -57,6 +58,8 @@ class Validation:
     def is_due(self, iteration: int, before: int, after: int) -> bool:
         """After the step ``iteration``, which brought the consumed samples from ``before`` to ``after``."""
         parts = self._training.evals_per_run
+        if parts is not None and self._steps is not None:
+            return crosses(iteration - 1, iteration, self._steps, parts)
         if parts is not None:
             return crosses(before, after, self._total, parts)
         assert self._training.eval_interval is not None  # derived by resolve

@@ -151,6 +151,85 @@ def test_samples_and_ramp_up_go_on_in_samples(documents: Path, tmp_path: Path) -
             assert after["learning_rate"] <= before["learning_rate"] * (1 + 1e-12), "no rate jumps up"
 
 
+def test_a_start_that_trains_nothing_saves_over_nothing(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(first / "A", tmp_path / "A")
+    iteration = tmp_path / "A" / "iter_0000004"
+    before = contents(iteration)
+    assert start("--load", tmp_path / "A", "--save", tmp_path / "A", "--no-load-optim", "--train-iters", 3) == 0
+    assert contents(iteration) == before
+    said = capsys.readouterr().out
+    assert "nothing is left to train: 4 iterations and 16 samples are done, and train_iters=3 asks for no more" in said
+    assert start("--load", tmp_path / "A", "--save", tmp_path / "C", "--train-iters", 3) == 0
+    assert (tmp_path / "C" / "iter_0000004").is_dir(), "elsewhere it is a copy that was asked for"
+
+
+@pytest.mark.parametrize("words", [("--finetune", "--train-iters", "6"), ("--train-iters", "9")])
+def test_the_same_words_again_go_on_with_what_they_began(
+    first: Path, tmp_path: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun, Slurm and Kubernetes start a job again."""
+    before = contents(first)
+    command = ("--load", first / "A", "--save", tmp_path / "F", *words, "--exit-interval", 2)
+    done = 0 if "--finetune" in words else 4
+    for _ in range(2):
+        assert start(*command) == 0
+        done += 2
+        said = capsys.readouterr().out
+        assert f"stopped at iteration {done}" in said
+    assert "began with this very start" in said and contents(first) == before
+    assert start("--load", first / "A" / "iter_0000002", "--save", tmp_path / "F", *words) == 2, "another start"
+
+
+def test_a_rewind_is_not_repeated_by_a_restart(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "A"
+    shutil.copytree(first / "A", run)
+    command = ("--load", run / "iter_0000002", "--save", run, "--rewind", "--train-iters", 8, "--exit-interval", 1)
+    for done in (3, 4, 5):
+        assert start(*command) == 0
+        assert f"stopped at iteration {done}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("load", "words", "said"),
+    [
+        ("A/iter_0000099", (), "there is no checkpoint"),
+        ("misspelt", ("--finetune",), "--finetune is set"),
+        ("misspelt", ("--rewind",), "--rewind is set"),
+    ],
+)
+def test_a_checkpoint_that_was_named_and_is_not_there_is_an_error(
+    first: Path,
+    tmp_path: Path,
+    documents: Path,
+    load: str,
+    words: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {**TINY_MODEL, "data-path": documents, "train-iters": 1, "eval-iters": 0, "device": "cpu"}
+    assert start("--load", first / load, "--save", tmp_path / "N", *flags(options), *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_change_of_unit_moves_the_schedule_to_where_the_run_is(first: Path, tmp_path: Path) -> None:
+    for words in (("--train-samples", 64), ("--train-iters", 12)):
+        metrics = tmp_path / f"{words[0]}.jsonl"
+        more = ("--load", first / "A", "--global-batch-size", 8, "--metrics-file", metrics)
+        assert start(*more, *words) == 0
+        assert read_metrics(metrics)[-1]["learning_rate"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_validations_are_spread_over_iterations_whatever_the_batch(first: Path, tmp_path: Path, batch: int) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    words = ("--load", first / "A", "--global-batch-size", batch, "--micro-batch-size", 1, "--train-iters", 8)
+    assert start(*words, "--evals-per-run", 4, "--eval-iters", 1, "--metrics-file", metrics) == 0
+    lines = read_metrics(metrics)
+    assert [line["iteration"] for line in lines if line["validation_loss"] is not None] == [6, 8]
+
+
 @pytest.mark.parametrize("name", ["save", "load", "data-path", "metrics-file", "tokenizer", "tensorboard-dir"])
 def test_an_empty_word_is_no_place(
     first: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

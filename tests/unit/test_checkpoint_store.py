@@ -222,9 +222,9 @@ def test_keep_last_prunes_the_oldest_complete_ones(tmp_path: Path) -> None:
     for iteration in (100, 200, 300, 400):
         save(tmp_path, iteration)
     unfinished = store.prepare_iteration(tmp_path, 250)
-    deleted = store.prune(tmp_path, 2, current=400, protect=(tmp_path / "iter_0000100",))
-    assert [path.name for path in deleted] == ["iter_0000200"]
-    assert store.complete_iterations(tmp_path) == [100, 300, 400]
+    deleted = store.prune(tmp_path, 2, current=400)
+    assert [path.name for path in deleted] == ["iter_0000100", "iter_0000200"]
+    assert store.complete_iterations(tmp_path) == [300, 400]
     assert unfinished.exists()
     store.prune(tmp_path, 1, current=400)
     assert store.complete_iterations(tmp_path) == [400]

@@ -319,5 +319,5 @@ def test_metrics_are_not_put_into_a_file_of_others(tmp_path):
             Reporter(LoggingConfig(metrics_file=str(path)), True, 1, {}, None)
         assert path.read_text() == content
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="it is a pipe.* choose another"):
+    with pytest.raises(UserError, match=r"it is a pipe.* choose another"):
         Reporter(LoggingConfig(metrics_file=str(tmp_path / "pipe")), True, 1, {}, None)

@@ -48,7 +48,7 @@ def rates(config: RunConfig, batch: int, position: Position, steps: int, done: i
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 32])
 def test_a_run_in_iterations_ends_with_its_iterations_whatever_the_batch(batch: int) -> None:
-    position = Position(iteration=4, consumed_samples=16, schedule_step=4)
+    position = Position(iteration=4, consumed_samples=16, first_batch_size=4)
     schedule = plan_schedule(run(train_iters=8), batch, position)
     assert (schedule.samples - 16) / batch == 4
     assert (schedule.total, schedule.decay, schedule.step) == (32, 32, 4)
@@ -134,12 +134,15 @@ def test_the_weight_decay_at_five_steps(style: dict[str, Any], expected: list[fl
 
 def test_a_position_is_read_from_checkpoints_new_and_old(tmp_path: Path) -> None:
     state = {"iteration": 4, "consumed_samples": 16}
-    (tmp_path / "training_state.json").write_text(json.dumps(state | {"schedule_step": 4}))
-    assert Position.of_checkpoint(tmp_path) == Position(4, 16, 4)
+    (tmp_path / "training_state.json").write_text(
+        json.dumps(state | {"first_batch_size": 4, "counted_in": "iterations", "schedule_total": 32})
+    )
+    assert Position.of_checkpoint(tmp_path) == Position(4, 16, 4, "iterations", 32)
     (tmp_path / "training_state.json").write_text(json.dumps(state))
-    dump_yaml(run(train_iters=8, global_batch_size=4), tmp_path / "run_config.yaml")
-    assert Position.of_checkpoint(tmp_path) == Position(4, 16, 4)
-    odd = '{"iteration": 1, "consumed_samples": 1, "schedule_step": "x"}'
+    for unit, length in (("iterations", {"train_iters": 8}), ("samples", {"train_samples": 64})):
+        dump_yaml(run(**length, global_batch_size=4), tmp_path / "run_config.yaml")
+        assert Position.of_checkpoint(tmp_path) == Position(4, 16, 4, unit, None)
+    odd = '{"iteration": 1, "consumed_samples": 1, "first_batch_size": "x"}'
     for text in ("", "[]", '{"iteration": "x"}', '{"iteration": null, "consumed_samples": 1}', odd):
         (tmp_path / "training_state.json").write_text(text)
         with pytest.raises(UserError, match=r"training_state\.json is damaged"):
@@ -154,6 +157,27 @@ def test_the_plan_is_told() -> None:
     assert "iterations 5 to 8, 2 samples a step: 8 samples, 8192 tokens; 16 samples are done" in text
     assert "now 0.005, peak 0.01; warm-up 2, cosine until 8 iterations" in text
     assert "nothing is left" in describe_plan(config, schedule, Position(8, 32, 4), 8)
+    assert "train_iters=8 asks for no more" in describe_plan(config, schedule, Position(9, 32, 4), 9)
+
+
+def test_lengths_in_iterations_stay_those_of_the_first_batch_in_a_run_of_samples() -> None:
+    config = run(train_samples=64, lr_decay_iters=16, lr_warmup_iters=2)
+    first = plan_schedule(config, 4)
+    assert (first.decay, first.warmup, first.iteration) == (64, 8, 4)
+    for batch in (2, 8):
+        later = plan_schedule(config, batch, Position(4, 16, first.iteration, "samples"))
+        assert (later.decay, later.warmup, later.iteration) == (64, 8, 4)
+
+
+def test_a_kept_schedule_keeps_the_length_that_decay_of_weights_goes_by() -> None:
+    config = run(train_iters=20, use_checkpoint_opt_param_scheduler=True, lr_decay_iters=8)
+    assert plan_schedule(config, 4, Position(4, 16, 4, "iterations", 32)).total == 32
+    config.checkpoint.use_checkpoint_opt_param_scheduler = False
+    assert plan_schedule(config, 4, Position(4, 16, 4, "iterations", 32)).total == 80
+
+
+def test_a_finished_run_with_a_larger_batch_is_no_error() -> None:
+    assert plan_schedule(run(train_iters=1), 8, Position(1, 4, 4, "iterations")).samples == 4
 
 
 def test_loss_scales_are_of_the_mean_over_tokens() -> None:
