@@ -75,6 +75,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+_UNREADABLE = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
+"""What PyYAML's own constructors raise on values that are none: a date such as 2026-99-99, ``!!bool maybe``."""
+
+
 def _refused(problem: str, mark: Any) -> _Refused:
     return _Refused(problem=problem, problem_mark=mark)
 
@@ -116,7 +120,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def _construct(loader: _Loader, node: yaml.Node) -> Any:
     try:
         return loader.construct_document(node)
-    except (ValueError, OverflowError) as error:  # a date such as 2026-99-99
+    except _UNREADABLE as error:
         raise _refused_value(node, error) from None
 
 
@@ -132,6 +136,6 @@ def _refused_value(node: yaml.Node, error: Exception) -> yaml.MarkedYAMLError:
         else:
             try:
                 yaml.SafeLoader("").construct_object(item)
-            except (ValueError, OverflowError):
+            except _UNREADABLE:
                 return yaml.MarkedYAMLError(problem=f"{shown(item.value)}: {error}", problem_mark=item.start_mark)
     return yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark)

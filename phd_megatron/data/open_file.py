@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import resource
+import stat
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -187,6 +188,8 @@ def open_npy(path: str | Path) -> FileArray:
         ValueError: for a file of another kind, of objects, or of another size than its header says.
         FileNotFoundError: where there is none.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("no regular file")
     with open(path, "rb") as stream:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):

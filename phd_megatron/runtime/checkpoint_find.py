@@ -8,10 +8,13 @@ of earlier releases and of Megatron-LM.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from phd_megatron.config.files import kind_of
 from phd_megatron.runtime.checkpoint_status import (
     ASIDE,
     METADATA,
@@ -230,9 +233,26 @@ def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Pat
 
     Raises:
         CheckpointError: ``load_dir`` is itself a checkpoint's directory and not complete, the newest checkpoint in it
-            is damaged, or it is a file.
+            is damaged or holds something that is no file, or it is a file.
     """
-    root = Path(load_dir)
+    found = _latest(Path(load_dir), warn)
+    if found is not None:
+        _refuse_what_is_no_file(found)
+    return found
+
+
+def _refuse_what_is_no_file(directory: Path) -> None:
+    """A pipe among the files would be waited for when it is read."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = Path(parent) / name
+            with suppress(FileNotFoundError):  # a link that leads nowhere is told by who reads it
+                mode = path.stat().st_mode
+                if not stat.S_ISREG(mode):
+                    raise CheckpointError(f"{path} is no file but {kind_of(mode)}; load another checkpoint")
+
+
+def _latest(root: Path, warn: Warn) -> Path | None:
     if root.exists() and not root.is_dir():
         raise CheckpointError(
             f"{root} is a file; give the directory that was saved into, or one iter_... directory of it"

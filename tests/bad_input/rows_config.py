@@ -72,6 +72,10 @@ CONFIGS = [
     config("data: {data_path: !!set {a, b}}", "data_path=", "a set to YAML", "in quotes", name="set"),
     config("data: {tokenizer: 2026-11-29}", "tokenizer=datetime", "a date to YAML", "in quotes", name="date"),
     config("data: {tokenizer: 2026-99-99}", "line 1", "2026-99-99", "month must be", "correct it", name="no date"),
+    *(
+        config(f"training: {{seed: !!{tag} {text}}}", "line 1", "is not YAML", "correct it", name=f"no {tag} {text}")
+        for tag, text in (("int", '""'), ("float", '""'), ("bool", '"maybe"'), ("timestamp", '"soon"'), ("int", "[]"))
+    ),
     config("? [model]\n: 1\n", "line 1", "is not YAML", "unhashable", name="a list as a key"),
     config("- a\n", "holds list, not sections", "`model:`", name="a list"),
     config("hello", "holds str, not sections", "`model:`", name="a word"),

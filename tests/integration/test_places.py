@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -228,6 +229,21 @@ def test_validations_are_spread_over_iterations_whatever_the_batch(first: Path, 
     assert start(*words, "--evals-per-run", 4, "--eval-iters", 1, "--metrics-file", metrics) == 0
     lines = read_metrics(metrics)
     assert [line["iteration"] for line in lines if line["validation_loss"] is not None] == [6, 8]
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "training_state.json", "run_config.yaml", "checksums.json"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(
+    first: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(first / "A", tmp_path / "A")
+    path = tmp_path / "A" / "iter_0000004" / name
+    path.unlink()
+    os.mkfifo(path)
+    for words in (["evaluate", "--checkpoint"], ["export", "--output", str(tmp_path / "hf"), "--checkpoint"]):
+        assert main([*words, str(path.parent)]) == 2
+        assert name in capsys.readouterr().err
+    assert start("--load", path.parent, "--no-verify-checkpoint", "--train-iters", 6) == 2
+    assert f"{path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["save", "load", "data-path", "metrics-file", "tokenizer", "tensorboard-dir"])
