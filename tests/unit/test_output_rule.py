@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,29 @@ def test_output_into_a_device_is_written_through(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "hi", done.stderr
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_file_below_dev_is_no_device(capsys):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        notes = Path(folder) / "n.txt"
+        notes.write_text("of somebody")
+        refused(capsys, ["evaluate", "--checkpoint", folder, "--json", notes], str(notes), "is not a report", "--json")
+        assert notes.read_text() == "of somebody"
+        os.mkfifo(Path(folder) / "pipe")
+        refused(capsys, ["evaluate", "--checkpoint", folder, "--json", f"{folder}/pipe"], "it is a named pipe")
+    refused(capsys, ["evaluate", "--checkpoint", "no", "--json", "/dev/fd/99"], "no file is open there")
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_a_redirected_standard_output_is_not_emptied(tmp_path, mode):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    words = "print('text'); from phd_megatron.runtime import output as o; "
+    words += "o.write_file('/dev/stdout', '--json', o.json_report('x', 'k'), 'hi\\n'); print('after')"
+    with open(log, mode) as stream:
+        subprocess.run([sys.executable, "-c", words], stdout=stream, cwd=ROOT, timeout=60, check=True)
+    assert log.read_text() == "before\n" * (mode == "a") + "text\nhi\nafter\n"
 
 
 # ---------------------------------------------------------------- compare, sweep
