@@ -16,6 +16,7 @@ from phd_megatron.cli.main import main
 from phd_megatron.data.preprocess import prepare
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import output as outputs
+from phd_megatron.sweep.document import document_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ["bench", "attention", "--seq-length", "16", "--heads", "2", "--head-dim", "16", "--rounds", "1"]
@@ -147,6 +148,21 @@ def test_compare_replaces_its_own_files_alone(tmp_path, capsys):
     refused(capsys, [*words[:3], "--output", tmp_path / "file"], "choose another")
 
 
+def test_a_folder_named_report_beside_a_foreign_plan_is_nobodys_to_replace(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{"format_version": "1.2", "planned_values": {}}')
+    out = tmp_path / "report"
+    words = ["compare", f"a={metrics(tmp_path / 'a.jsonl', 4.0)}", f"b={metrics(tmp_path / 'b.jsonl', 3.0)}"]
+    for name in ("compare.md", "compare.png", "report.md"):
+        out.mkdir()
+        (out / name).write_text("of somebody")
+        if name != "report.md":
+            refused(capsys, [*words, "--output", out], name, "choose another --output")
+        with pytest.raises(UserError, match="is not replaced"):
+            outputs.write_file(out / name, "--output", document_kind(out / name), "new")
+        assert [path.read_text() for path in out.iterdir()] == ["of somebody"]
+        shutil.rmtree(out)
+
+
 SWEEP = """
 name: {name}
 title: Micro
@@ -196,6 +212,9 @@ def test_a_sweep_replaces_no_plan_of_others(tmp_path, capsys, text):
     (out / "report" / "report.md").write_text("# a report of an earlier release, unsigned\n")
     for _ in range(2):
         assert main(["sweep", "report", str(out)]) == 0
+    (out / "report" / "compare.md").write_text("of somebody")
+    words = [f"{name}={home / 'metrics.jsonl'}" for name, home in zip("ab", (out / "members").iterdir(), strict=True)]
+    refused(capsys, ["compare", *words, "--output", out / "report"], "compare.md", "choose another --output")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "report.md").write_text("of somebody")
     refused(capsys, ["sweep", "report", out, "--output", tmp_path / "docs"], "report.md", "choose another --output")
