@@ -45,8 +45,8 @@ class Kind(NamedTuple):
     is_ours: Callable[[Path], bool]
 
 
-def json_report(what: str, *keys: str) -> Kind:
-    """A JSON file that holds a mapping with these keys, or a list of such."""
+def json_report(what: str, *keys: str, others: Sequence[Sequence[str]] = ()) -> Kind:
+    """A JSON file that holds a mapping with these keys, or with all of one of the ``others``, or a list of such."""
 
     def is_ours(path: Path) -> bool:
         if path.stat().st_size > _LARGEST_REPORT:
@@ -56,7 +56,7 @@ def json_report(what: str, *keys: str) -> Kind:
         except (ValueError, RecursionError):
             return False
         rows = content if isinstance(content, list) and content else [content]
-        return all(isinstance(row, dict) and all(key in row for key in keys) for row in rows)
+        return all(isinstance(row, dict) and any(row.keys() >= {*wanted} for wanted in (keys, *others)) for row in rows)
 
     return Kind(what, is_ours)
 

@@ -97,6 +97,34 @@ def test_reports_of_earlier_releases_are_recognised(tmp_path):
         assert (tmp_path / "old").read_text() == "new"
 
 
+def test_what_only_begins_like_a_bench_is_not_one(tmp_path):
+    from phd_megatron.cli import bench_measure
+
+    kinds = {
+        '{"where": "my house"}': bench_measure.REPORT,
+        '{"where": "here", "settings": {}}': bench_measure.REPORT,
+        '[{"where": 1, "results": 2}]': bench_measure.REPORT,
+        "model,price\nT,5000\n": bench_measure.TABLE,
+        "machine,device,dtype,torch,mine\n": bench_measure.TABLE,
+    }
+    for text, kind in kinds.items():
+        (tmp_path / "mine").write_text(text)
+        with pytest.raises(UserError, match="is not replaced; choose another --json"):
+            outputs.write_file(tmp_path / "mine", "--json", kind, "new")
+        assert (tmp_path / "mine").read_text() == text
+    written = (
+        {"settings": {}, "where": "", "torch": "", "worst_error": 0, "rows": []},
+        {"settings": {}, "where": "", "peak_tflops": None, "members": []},
+        {
+            **{"size": "", "precision": "", "where": "", "peak_tflops": None},
+            **{"tokens": 1, "seconds": {}, "time_ratio": {}, "tflops": {}},
+        },
+    )
+    for content in written:
+        (tmp_path / "ours").write_text(json.dumps(content))
+        outputs.check_file(tmp_path / "ours", "--json", bench_measure.REPORT)
+
+
 def test_output_into_a_device_is_written_through(tmp_path):
     kind = outputs.json_report("a report")
     outputs.write_file("/dev/null", "--json", kind, "text")
