@@ -50,9 +50,17 @@ class Contender:
         return statistics.median((self.cpu_times if cpu else self.times)[step])
 
 
-#: what the benches write; ``where`` is in every report, and a table of the kernel benches begins with it
-REPORT = json_report("a report of `phd-megatron bench`", "where")
-TABLE = text_report("a table of `phd-megatron bench`", "machine,device,dtype,torch,", "model,")
+#: what the benches write: those of kernels, ``generate``, ``members`` and ``train``
+REPORT = json_report(
+    "a report of `phd-megatron bench`",
+    *("settings", "where", "results"),
+    others=(
+        ("settings", "where", "torch", "worst_error", "rows"),
+        ("settings", "where", "peak_tflops", "members"),
+        ("size", "precision", "where", "peak_tflops", "tokens", "seconds", "time_ratio", "tflops"),
+    ),
+)
+TABLE = text_report("a table of `phd-megatron bench`", "machine,device,dtype,torch,threads,date,", "model,prefill ms")
 
 
 def check_reports(args: argparse.Namespace) -> None:

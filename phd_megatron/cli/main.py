@@ -10,9 +10,11 @@ import os
 import select
 import signal
 import sys
+from contextlib import nullcontext
 
 from phd_megatron import __version__
 from phd_megatron.cli.say_once import say_once
+from phd_megatron.cli.stop import CLEAN_UP, clean_stop
 from phd_megatron.errors import UserError, for_terminal, shown
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
@@ -93,7 +95,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
         raise UserError(f"unknown command {shown(name)}; {hint}")
     raise_limit()
-    code: int = importlib.import_module(_module(name)).run(rest)
+    with clean_stop() if name in CLEAN_UP else nullcontext():
+        code: int = importlib.import_module(_module(name)).run(rest)
     return code
 
 

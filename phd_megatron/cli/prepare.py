@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from types import FrameType
 
 from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
@@ -53,16 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)  # unwinds through the clean-up of partial output
-
-
 def run(argv: list[str]) -> int:
     """Entry of the command; exit code 0, or UserError."""
     arguments = parse_strictly(build_parser(), argv)
     from phd_megatron.data.preprocess import prepare
 
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
         result = prepare(
             arguments.input,
@@ -77,8 +70,6 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     for item in result.skipped:
         lines = f"{item['lines']} lines of " if "lines" in item else ""
         print(f"skipped {lines}{item['file']}: {item['reason']}", file=sys.stderr)

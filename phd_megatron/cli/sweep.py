@@ -187,15 +187,16 @@ def _member(argv: list[str]) -> int:
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("name", metavar="NAME")
     args = parse_strictly(parser, argv)
-    from phd_megatron.sweep.options import Launcher
+    from phd_megatron.sweep.options import Launcher, read_options
     from phd_megatron.sweep.process import MemberProcess
-    from phd_megatron.sweep.store import open_store
+    from phd_megatron.sweep.store import PLAN_FILE, open_store
 
     store = open_store(args.directory)
+    launcher = read_options(Launcher, store.launcher, f"{store.directory / PLAN_FILE}, launcher").check()
     if store.status(store.entry(args.name).name).state == "finished":
         print(f"{args.name} is finished")
         return 0
-    process = MemberProcess(store, args.name, Launcher(**store.launcher))
+    process = MemberProcess(store, args.name, launcher)
 
     def stop(number: int, frame: FrameType | None) -> None:
         process.stop()

@@ -167,26 +167,25 @@ def _check_sidecar(info: IndexedInfo, tokenizer: Tokenizer) -> None:
             f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have "
             f"{info.bin_file.size} and {info.idx_file.size}; they are not of one prepare, so prepare the data again"
         )
-    made_id, largest = sidecar.get("tokenizer"), sidecar.get("max_token_id", 0)
-    if isinstance(largest, int) and largest >= tokenizer.vocab_size:
-        hint = f" (it was prepared with {made_id['spec']})" if isinstance(made_id, dict) and "spec" in made_id else ""
+    made_id, largest = sidecar["tokenizer"], sidecar.get("max_token_id", 0)
+    if largest >= tokenizer.vocab_size:
+        hint = f" (it was prepared with {made_id['spec']})" if "spec" in made_id else ""
         raise UserError(
             f"data {info.prefix!r} holds token id {largest}{hint}, but the tokenizer has only {tokenizer.vocab_size} "
             f"tokens; use the tokenizer the data was made with"
         )
-    if isinstance(made_id, dict):
-        ours = tokenizer.unique_identifiers
-        if any(made_id.get(key) != value for key, value in ours.items() if key in ("class", "vocab_size", "eod")):
-            raise UserError(
-                f"data {info.prefix!r} was made with another tokenizer ({_describe(made_id)}) than this run uses "
-                f"({_describe(ours)}); leave --tokenizer out to use the data's own, or prepare the data again"
-            )
-        if made_id.get("sha256") != ours.get("sha256"):  # may be the same ids written by another version
-            logger.warning(
-                "data %r was made with tokenizer files of other content than this run's, although size and end of "
-                "document agree; if the ids differ too, leave --tokenizer out to use the data's own",
-                info.prefix,
-            )
+    ours = tokenizer.unique_identifiers
+    if any(made_id.get(key) != value for key, value in ours.items() if key in ("class", "vocab_size", "eod")):
+        raise UserError(
+            f"data {info.prefix!r} was made with another tokenizer ({_describe(made_id)}) than this run uses "
+            f"({_describe(ours)}); leave --tokenizer out to use the data's own, or prepare the data again"
+        )
+    if made_id.get("sha256") != ours.get("sha256"):  # may be the same ids written by another version
+        logger.warning(
+            "data %r was made with tokenizer files of other content than this run's, although size and end of "
+            "document agree; if the ids differ too, leave --tokenizer out to use the data's own",
+            info.prefix,
+        )
 
 
 def _describe(identifiers: dict[str, Any]) -> str:

@@ -149,23 +149,32 @@ class _Workers:
         try:
             self._connections[number % len(self._connections)].send(batch)
         except OSError as error:
-            raise self._lost() from error
+            raise self._lost(number) from error
 
     def receive(self, number: int) -> EncodedBatch:
         try:
             answer = self._connections[number % len(self._connections)].recv()
         except (EOFError, OSError) as error:
-            raise self._lost() from error
+            raise self._lost(number) from error
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, EncodedBatch)
         return answer
 
-    def _lost(self) -> UserError:
-        return UserError(
-            f"one of {len(self._processes)} worker processes ended abruptly, most likely for lack of memory; use fewer "
-            f"--workers"
-        )
+    def _lost(self, number: int) -> UserError:
+        process = self._processes[number % len(self._processes)]
+        process.join(5)
+        code, cure = process.exitcode, "start prepare again"
+        if code is None:
+            how = "it no longer answers"
+        elif code >= 0:
+            how, cure = f"exit code {code}", "what it said itself is above"
+        else:
+            how = f"signal {signal.Signals(-code).name if -code in set(signal.Signals) else -code}"
+        if code == -signal.SIGKILL:
+            how += ", which somebody sent or, when memory is short, the system"
+            cure = "start prepare again, with fewer --workers if memory was short (the system's log says so)"
+        return UserError(f"one of {len(self._processes)} worker processes ended abruptly ({how}); {cure}")
 
     def close(self) -> None:
         for connection in self._connections:
@@ -190,7 +199,7 @@ def encode_all(
 ) -> Iterator[EncodedBatch]:
     """Encoded batches in order. At most one batch a worker is on its way, so memory is bounded.
 
-    Raises UserError when a worker dies, which is nearly always a lack of memory.
+    Raises UserError when a worker dies, with what is known of it.
     """
     if workers == 1:
         for batch in batches:

@@ -13,12 +13,14 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
+from phd_megatron.config.files import read_json
 from phd_megatron.data.tokenizers import SAVED_FILES
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 
 SIDECAR_FORMAT = 1
+_LARGEST_SIDECAR = 1 << 31  # bytes; it names every file of the input
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 #: all that a prepare ever has in ``PREFIX.partial/``
 _PARTIAL = frozenset({"lock", "data.bin", "data.idx", "tokenizer", "meta.json", "lengths", "marks"})
@@ -36,15 +38,43 @@ def sync_path(path: Path) -> None:
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """What ``prepare`` noted about the data; None for data from elsewhere. Raises UserError when it is damaged."""
     path = Path(f"{prefix}.meta.json")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); prepare the data again") from error
-    if not isinstance(value, dict) or not isinstance(value.get("format"), int) or value["format"] > SIDECAR_FORMAT:
+    value = read_json(path, "prepare the data again", _LARGEST_SIDECAR)
+    number = value.get("format") if isinstance(value, dict) else None
+    if not _is_count(number) or not 1 <= number <= SIDECAR_FORMAT:
         raise UserError(f"{path} is not a sidecar this version reads; prepare the data again, or delete the file")
-    return value
+    for key in ("bin_bytes", "idx_bytes", "max_token_id"):
+        if key in value and not _is_count(value[key]):
+            raise UserError(f"{path} is damaged: {key}={shown(value[key])} is no number; prepare the data again")
+    if not isinstance(value.get("tokenizer"), dict):
+        raise UserError(
+            f"{path} is damaged: tokenizer={shown(value.get('tokenizer'))} describes none; prepare the data again"
+        )
+    return dict(value)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _noted_size(sidecar: Path) -> int | None:
+    """Bytes of the .bin that a sidecar is of; None where it is missing or damaged."""
+    if not sidecar.is_file():
+        return None
+    try:
+        content = read_json(sidecar, "prepare the data again", _LARGEST_SIDECAR)
+    except UserError:
+        return None
+    size = content.get("bin_bytes") if isinstance(content, dict) else None
+    return size if _is_count(size) else None
 
 
 #: of ``PREFIX.``: what a prepared data set is made of
@@ -64,7 +94,7 @@ class Output:
         self.directory = Path(f"{prefix}.partial")
         self._overwrite = overwrite
         self._lock: int | None = None
-        self._interrupted = False
+        self._own_bin: tuple[int, ...] | None = None
 
     def _target(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}")
@@ -73,8 +103,8 @@ class Output:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._check_partial()
-            interrupted = self.directory.exists() and not self._target("idx").exists()
-            self._interrupted = interrupted
+            if self._publishing_was_interrupted():
+                self._own_bin = _identity(self._target("bin"))
             self._check_targets()
             self._acquire()
             for leftover in self.directory.iterdir():
@@ -95,6 +125,16 @@ class Output:
             raise UserError(
                 f"{path} {what}, and that is where prepare works; move it away, or choose another --output-prefix"
             )
+
+    def _publishing_was_interrupted(self) -> bool:
+        """Whether ``PREFIX.bin`` without its .idx is what a killed :meth:`publish` left there, old or new."""
+        if self._target("idx").exists() or not self._target("bin").is_file():
+            return False
+        begun = (self.directory / "data.idx").exists() and (
+            (self.directory / "meta.json").exists() or not (self.directory / "data.bin").exists()
+        )
+        size = self._target("bin").stat().st_size
+        return begun and size in {_noted_size(p) for p in (self.directory / "meta.json", self._target("meta.json"))}
 
     def _check_targets(self) -> None:
         """Refuse what stands where the data goes, unless it is data, and --overwrite or an interrupted prepare."""
@@ -117,7 +157,7 @@ class Output:
         existing = [str(path) for suffix, path in found.items() if suffix in ("bin", "idx")]
         if "tokenizer" in found and "meta.json" not in found:
             existing.append(str(found["tokenizer"]))
-        if not existing or self._interrupted:
+        if not existing or (self._own_bin is not None and self._own_bin == _identity(self._target("bin"))):
             return
         if "bin" in found and "idx" not in found and "meta.json" not in found:
             raise UserError(f"{found['bin']} has no .idx beside it, so it is not known to be data; {cure}")

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +45,8 @@ class Kind(NamedTuple):
     is_ours: Callable[[Path], bool]
 
 
-def json_report(what: str, *keys: str) -> Kind:
-    """A JSON file that holds a mapping with these keys, or a list of such."""
+def json_report(what: str, *keys: str, others: Sequence[Sequence[str]] = ()) -> Kind:
+    """A JSON file that holds a mapping with these keys, or with all of one of the ``others``, or a list of such."""
 
     def is_ours(path: Path) -> bool:
         if path.stat().st_size > _LARGEST_REPORT:
@@ -54,7 +56,7 @@ def json_report(what: str, *keys: str) -> Kind:
         except (ValueError, RecursionError):
             return False
         rows = content if isinstance(content, list) and content else [content]
-        return all(isinstance(row, dict) and all(key in row for key in keys) for row in rows)
+        return all(isinstance(row, dict) and any(row.keys() >= {*wanted} for wanted in (keys, *others)) for row in rows)
 
     return Kind(what, is_ours)
 
@@ -95,9 +97,9 @@ def check_file(path: str | os.PathLike[str], option: str, kind: Kind) -> Path:
     given = Path(path)
     if not str(path) or not given.name:
         raise UserError(f"{option} {str(path)!r} names no file; give one, or leave the option out")
-    if _is_device(given):
-        return given
     try:
+        if _is_written_through(given, option):
+            return given
         target = given.resolve()
         parent = target.parent
         if not parent.is_dir():
@@ -154,29 +156,62 @@ def save_figure(
 
 def _publish(path: str | os.PathLike[str], option: str, kind: Kind, write: Callable[[Path], Any]) -> None:
     target = check_file(path, option, kind)
-    # A device, such as /dev/stdout, is written through.
-    temporary = target if _is_device(target) else target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        if temporary is not target:
+        if _is_written_through(target, option):
+            _write_through(target, write)
+            return
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            write(temporary)
             os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         words = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {words}; choose another {option}") from error
-    finally:
-        if temporary is not target:
-            temporary.unlink(missing_ok=True)
 
 
 PLOT = signed("a plot of phd-megatron")
 
 
-def _is_device(path: Path) -> bool:
-    return path.parts[:2] == ("/", "dev") and not path.is_dir() and path.exists()
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that a path like ``/dev/stdout`` names, which the user's shell has opened."""
+    names = {"/dev/stdout": 1, "/dev/stderr": 2}
+    if str(path) in names:
+        return names[str(path)]
+    known = str(path.parent) in ("/dev/fd", "/proc/self/fd") and path.name.isascii() and path.name.isdigit()
+    return int(path.name) if known and len(path.name) < 6 else None
+
+
+def _is_written_through(path: Path, option: str) -> bool:
+    """Whether nothing is kept there that a write could replace: a terminal, /dev/null, an open file of ours."""
+    number = _descriptor(path)
+    if number is None:
+        return path.exists() and stat.S_ISCHR(path.stat().st_mode)
+    try:
+        readable_only = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+    except OSError:
+        raise UserError(f"cannot write {path}: no file is open there; choose another {option}") from None
+    if readable_only:
+        raise UserError(f"cannot write {path}: it is open for reading only; choose another {option}")
+    return True
+
+
+def _write_through(path: Path, write: Callable[[Path], Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix="phd-megatron-") as place:
+        write(Path(place) / "content")
+        content = (Path(place) / "content").read_bytes()
+    number = _descriptor(path)
+    if number is not None:
+        sys.stdout.flush()
+    # An open file goes on where it is; opening it by its path would empty the file that the shell appends to.
+    with open(path if number is None else os.dup(number), "wb") as stream:
+        stream.write(content)
 
 
 def _name_of(mode: int) -> str:
     names = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFLNK: "a link", stat.S_IFREG: "a file"}
+    names |= {stat.S_IFBLK: "a disk", stat.S_IFSOCK: "a socket"}
     return names.get(stat.S_IFMT(mode), "no regular file")
 
 

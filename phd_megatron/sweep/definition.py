@@ -100,6 +100,8 @@ def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[st
         raise UserError(f"{path} has no members; write axes below `grid:` or runs below `members:`")
     _check_unique(path, members)
     name = str(data.get("name") or path.stem)
+    if not name.isprintable():  # it becomes a line of a script for SLURM
+        raise UserError(f"{path}: name holds {shown(name)}; use one line of text")
     axes = list(dict.fromkeys(axis for member in members for axis in member.axes))
     size_axis = data.get("size_axis")
     if size_axis is not None and size_axis not in axes:
@@ -259,10 +261,15 @@ def _mapping(data: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]
     return value
 
 
+def is_member_name(name: str) -> bool:
+    """Whether a member of this name has a directory of its own among the others', and nowhere else."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _check_unique(path: Path, members: tuple[Member, ...]) -> None:
     seen: set[str] = set()
     for member in members:
-        if not _NAME.fullmatch(member.name):
+        if not is_member_name(member.name):
             raise UserError(
                 f"{path}: {shown(member.name)} cannot name a directory; use letters, digits and . _ + * = , -"
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.output import SIGNED_TEXT, Kind, check_file, signed, write_file
+from phd_megatron.sweep.store import open_store
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Figure:
 Block = Heading | Text | Table | Figure
 
 _SIGNED = signed("a file that `phd-megatron` wrote")
-# Earlier releases signed nothing; what is in a sweep's own directory is its report.
+# Earlier releases signed nothing; what has such a name in a sweep's own directory is of its report.
 _OF_A_SWEEP = Kind("a file", lambda path: True)
+_OF_A_REPORT = re.compile(r"report\.(md|html)|(losses|finals|scaling|experts|router|layers_[a-z0-9_]+)\.(svg|png)")
 
 _STYLE = """\
 :root { color-scheme: light dark; }
@@ -57,10 +60,16 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; background: white; } figcaption { opacity: .75; }"""
 
 
-def document_kind(directory: Path) -> Kind:
-    """What may be replaced where documents and their figures are written."""
-    is_own = directory.name == "report" and (directory.parent / "plan.json").is_file()
-    return _OF_A_SWEEP if is_own else _SIGNED
+def document_kind(path: Path) -> Kind:
+    """What may be replaced where this document or figure is written."""
+    directory = path.parent
+    if directory.name != "report" or not _OF_A_REPORT.fullmatch(path.name):
+        return _SIGNED
+    try:
+        open_store(directory.parent)
+    except (UserError, OSError):
+        return _SIGNED
+    return _OF_A_SWEEP
 
 
 def check_documents(directory: Path, *names: str) -> None:
@@ -74,12 +83,12 @@ def check_documents(directory: Path, *names: str) -> None:
     except OSError as error:
         raise UserError(f"cannot make --output {directory}: {error.strerror}; choose another directory") from error
     for name in names:
-        check_file(directory / name, "--output", document_kind(directory))
+        check_file(directory / name, "--output", document_kind(directory / name))
 
 
 def write_document(path: Path, text: str) -> None:
     """Write one of our Markdown or HTML files, signed."""
-    write_file(path, "--output", document_kind(path.parent), text + SIGNED_TEXT)
+    write_file(path, "--output", document_kind(path), text + SIGNED_TEXT)
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:

@@ -42,9 +42,8 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, directory: Path, stem: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    kind = document_kind(directory)
-    save_figure(figure, directory / f"{stem}.svg", "--output", kind, metadata={"Date": None})
-    save_figure(figure, directory / f"{stem}.png", "--output", kind, dpi=110)
+    for name, options in ((f"{stem}.svg", {"metadata": {"Date": None}}), (f"{stem}.png", {"dpi": 110})):
+        save_figure(figure, directory / name, "--output", document_kind(directory / name), **options)
     _pyplot().close(figure)
 
 

@@ -16,6 +16,8 @@ from phd_megatron.sweep.store import Status, Store
 COLUMNS = ("member", "state", "iteration", "loss", "tokens/s", "time", "left")
 _TAIL = 65_536
 _QUIET_SECONDS = 60.0
+_NUMBERS = ("iteration", "tokens_per_second", "consumed_samples")
+_LARGEST = 1e30
 _FRAME = 7  #: lines of the table that are no members
 
 
@@ -34,8 +36,12 @@ def last_step(store: Store, name: str) -> dict[str, Any]:
         except ValueError:
             continue  # being written, or cut at the front
         if isinstance(step, dict):
-            return step
+            return {name: value for name, value in step.items() if name not in _NUMBERS or _is_number(value)}
     return {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def row(store: Store, name: str, status: Status) -> list[str]:
@@ -44,8 +50,9 @@ def row(store: Store, name: str, status: Status) -> list[str]:
     done, speed = step.get("iteration", 0), step.get("tokens_per_second")
     left = ""
     if status.state == "running" and speed:
-        left = clock((entry.samples - step["consumed_samples"]) * entry.seq_length / speed)
+        left = clock((entry.samples - step.get("consumed_samples", 0)) * entry.seq_length / max(speed, 1e-9))
     loss = step.get("lm_loss")
+    loss = loss if isinstance(loss, (int, float)) and not isinstance(loss, bool) else None
     return [
         name,
         status.state,

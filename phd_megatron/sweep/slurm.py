@@ -74,7 +74,7 @@ def submit(store: Store, names: Sequence[str], launcher: Launcher, uses_gpus: bo
 def _refuse_queued(directory: Path) -> None:
     try:
         job = json.loads((directory / JOB_FILE).read_text("utf-8"))["job"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     if shutil.which("squeue") is None:
         return

@@ -6,24 +6,29 @@ replaced in one step, so a reader never sees half of one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.files import read_json
 from phd_megatron.config.serialize import changed, read_yaml
-from phd_megatron.errors import UserError
-from phd_megatron.sweep.definition import Sweep
+from phd_megatron.errors import UserError, shown
+from phd_megatron.sweep.definition import Sweep, is_member_name
 from phd_megatron.sweep.members import MEMBERS, METRICS_FILE, RUN_FILE, STATUS_FILE, PlannedMember
 
 PLAN_FILE = "plan.json"
+_LARGEST = 1e30  # no number of ours is larger; it is below what a float or a clock can show
+Record = TypeVar("Record")
 _MEMBER = "# Member"  # start of a member's configuration
 State = Literal["waiting", "running", "finished", "stopped", "failed", "diverged"]
 
@@ -85,10 +90,7 @@ class Store:
         if not os.path.lexists(path):
             return Status()
         cure = "delete it to start the member again"
-        try:
-            return Status(**read_json(path, cure))
-        except TypeError as error:
-            raise UserError(f"{path} cannot be read ({error}); {cure}") from None
+        return _record(Status, read_json(path, cure), path, cure)
 
     def write_status(self, name: str, status: Status) -> None:
         """Replace the member's status."""
@@ -150,19 +152,67 @@ def open_store(directory: str | Path) -> Store:
     """Read a sweep's directory.
 
     Raises:
-        UserError: when it is none.
+        UserError: when it is none, or a name or value in its plan is none that a sweep writes.
     """
     directory = Path(directory)
     path = directory / PLAN_FILE
     if not os.path.lexists(path):
         raise UserError(f"{directory} is no sweep: it has no {PLAN_FILE}; give the --output of a sweep")
     cure = "it is no plan of a sweep, or a damaged one: delete that and start the sweep again, it goes on where it was"
-    data = read_json(path, cure)
-    try:
-        entries = tuple(Entry(**entry) for entry in data.pop("entries"))
-        return Store(directory=directory, entries=entries, **data)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); {cure}") from None
+    data = _mapping(read_json(path, cure), path, cure)
+    entries = data.pop("entries", None)
+    if not isinstance(entries, list):
+        raise UserError(f"{path} cannot be read (it has no list of entries); {cure}")
+    members = tuple(_record(Entry, entry, path, cure) for entry in entries)
+    names = [member.name for member in members]
+    for number, name in enumerate(names):
+        if not is_member_name(name) or name in names[:number]:
+            raise UserError(f"{path} cannot be read ({shown(name)} cannot name a member's directory); {cure}")
+        for key in ("parameters", "non_embedding_parameters"):
+            if not _fits(members[number].plan.get(key), float):
+                raise UserError(f"{path} cannot be read (member {name} has no number of {key}); {cure}")
+    return _record(Store, {**data, "directory": directory, "entries": members}, path, cure)
+
+
+def _mapping(value: Any, path: Path, cure: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read ({shown(value)} is no mapping); {cure}")
+    return dict(value)
+
+
+def _record(cls: type[Record], value: Any, path: Path, cure: str) -> Record:
+    """A record of JSON, whose names and types are those of the class."""
+    data = _mapping(value, path, cure)
+    annotations = typing.get_type_hints(cls)
+    known = dataclasses.fields(cls)  # type: ignore[arg-type]
+    unknown = sorted(data.keys() - annotations.keys())
+    missing = [f.name for f in known if f.name not in data and f.default is dataclasses.MISSING]
+    if unknown or missing:
+        words = f"unknown key {shown(unknown[0])}" if unknown else f"{missing[0]} is missing"
+        raise UserError(f"{path} cannot be read ({words}); {cure}")
+    for name, field_value in data.items():
+        if not _fits(field_value, annotations[name]):
+            raise UserError(f"{path} cannot be read ({name}={shown(field_value)} cannot be); {cure}")
+    return cls(**data)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; NaN and infinities are no numbers here."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin in (UnionType, typing.Union):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if kind in (int, float):
+        number = isinstance(value, (int, float)) if kind is float else isinstance(value, int)
+        return number and not isinstance(value, bool) and 0 <= abs(value) < _LARGEST
+    return isinstance(value, kind)
 
 
 def _entry(member: PlannedMember) -> Entry:

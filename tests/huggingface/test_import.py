@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +26,7 @@ from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import read_fields
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     **{"vocab_size": 261, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3},
     **{"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2},
@@ -309,3 +316,40 @@ def test_an_export_of_before_copies_were_told_apart_comes_back(make_checkpoint, 
     assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 0
     model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
     assert (model.phd_copy_positions, model.phd_copy_embedding) == ("token", "none")
+
+
+def stopped_while(words, place, pattern, number, tmp_path):
+    """Run a command, send it a signal once ``pattern`` is found in ``place``; its exit code and what is left."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    before = sorted(path.name for path in place.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phd_megatron", *map(str, words)], env=environment, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(place.glob(pattern)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
+        process.wait()
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert [path for path in temporary.iterdir() if path.name.startswith("phd-megatron")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_of_an_import(make_source, tmp_path, number):
+    words = ["import", "--hf-dir", make_source("llama"), "--output", tmp_path / "start"]
+    stopped_while(words, tmp_path, ".start.*.tmp", number, tmp_path)
+
+
+def test_sigterm_leaves_nothing_of_an_export_and_of_a_temporary_one(make_checkpoint, tmp_path):
+    checkpoint = make_checkpoint()
+    words = ["export", "--checkpoint", checkpoint, "--output", tmp_path / "hf"]
+    stopped_while(words, tmp_path, ".hf.*.tmp", signal.SIGTERM, tmp_path)
+    words = ["generate", "--checkpoint", checkpoint, "--prompt", "a", "--max-new-tokens", "60", "--device", "cpu"]
+    stopped_while(words, tmp_path / "temporary", "phd-megatron-*", signal.SIGTERM, tmp_path)

@@ -1,5 +1,6 @@
 """Datasets of a run: contents, blends, the horizon of the order, the index cache, refusals."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -232,6 +233,33 @@ def test_damaged_data_is_refused(data, name):
     damage(data)
     with pytest.raises(UserError, match=message):
         build_datasets(make_run(data / "a"), ByteTokenizer(), WANTED)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("max_token_id", "x"), ("max_token_id", True), ("max_token_id", -5), ("max_token_id", None)),
+        *(("tokenizer", [1]), ("tokenizer", None), ("tokenizer", "byte"), ("bin_bytes", "x"), ("idx_bytes", [1])),
+        *(("format", True), ("format", -1), ("format", 0), ("format", 2), ("format", 1.0), ("format", "1")),
+    ],
+)
+def test_a_sidecar_of_other_types_is_refused(data, key, value):
+    path = data / "a.meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    said = "not a sidecar this version reads" if key == "format" else f"is damaged: {key}="
+    with pytest.raises(UserError, match=rf"a\.meta\.json.*{said}.*prepare the data again"):
+        check_data(make_run(data / "a"), ByteTokenizer(), WANTED)
+
+
+def test_a_sidecar_that_is_no_readable_file_is_refused(data):
+    path = data / "a.meta.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"a\.meta\.json cannot be read .*prepare the data again"):
+        check_data(make_run(data / "a"), ByteTokenizer(), WANTED)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"a\.meta\.json: it is a pipe.*prepare the data again"):
+        check_data(make_run(data / "a"), ByteTokenizer(), WANTED)
 
 
 def test_prefix_with_suffix_is_explained(data):

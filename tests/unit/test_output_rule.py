@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from phd_megatron.cli.main import main
 from phd_megatron.data.preprocess import prepare
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import output as outputs
+from phd_megatron.sweep.document import document_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = ["bench", "attention", "--seq-length", "16", "--heads", "2", "--head-dim", "16", "--rounds", "1"]
@@ -95,6 +97,34 @@ def test_reports_of_earlier_releases_are_recognised(tmp_path):
         assert (tmp_path / "old").read_text() == "new"
 
 
+def test_what_only_begins_like_a_bench_is_not_one(tmp_path):
+    from phd_megatron.cli import bench_measure
+
+    kinds = {
+        '{"where": "my house"}': bench_measure.REPORT,
+        '{"where": "here", "settings": {}}': bench_measure.REPORT,
+        '[{"where": 1, "results": 2}]': bench_measure.REPORT,
+        "model,price\nT,5000\n": bench_measure.TABLE,
+        "machine,device,dtype,torch,mine\n": bench_measure.TABLE,
+    }
+    for text, kind in kinds.items():
+        (tmp_path / "mine").write_text(text)
+        with pytest.raises(UserError, match="is not replaced; choose another --json"):
+            outputs.write_file(tmp_path / "mine", "--json", kind, "new")
+        assert (tmp_path / "mine").read_text() == text
+    written = (
+        {"settings": {}, "where": "", "torch": "", "worst_error": 0, "rows": []},
+        {"settings": {}, "where": "", "peak_tflops": None, "members": []},
+        {
+            **{"size": "", "precision": "", "where": "", "peak_tflops": None},
+            **{"tokens": 1, "seconds": {}, "time_ratio": {}, "tflops": {}},
+        },
+    )
+    for content in written:
+        (tmp_path / "ours").write_text(json.dumps(content))
+        outputs.check_file(tmp_path / "ours", "--json", bench_measure.REPORT)
+
+
 def test_output_into_a_device_is_written_through(tmp_path):
     kind = outputs.json_report("a report")
     outputs.write_file("/dev/null", "--json", kind, "text")
@@ -103,6 +133,29 @@ def test_output_into_a_device_is_written_through(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "hi", done.stderr
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_file_below_dev_is_no_device(capsys):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        notes = Path(folder) / "n.txt"
+        notes.write_text("of somebody")
+        refused(capsys, ["evaluate", "--checkpoint", folder, "--json", notes], str(notes), "is not a report", "--json")
+        assert notes.read_text() == "of somebody"
+        os.mkfifo(Path(folder) / "pipe")
+        refused(capsys, ["evaluate", "--checkpoint", folder, "--json", f"{folder}/pipe"], "it is a named pipe")
+    refused(capsys, ["evaluate", "--checkpoint", "no", "--json", "/dev/fd/99"], "no file is open there")
+
+
+@pytest.mark.parametrize("mode", ["a", "w"])
+def test_a_redirected_standard_output_is_not_emptied(tmp_path, mode):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    words = "print('text'); from phd_megatron.runtime import output as o; "
+    words += "o.write_file('/dev/stdout', '--json', o.json_report('x', 'k'), 'hi\\n'); print('after')"
+    with open(log, mode) as stream:
+        subprocess.run([sys.executable, "-c", words], stdout=stream, cwd=ROOT, timeout=60, check=True)
+    assert log.read_text() == "before\n" * (mode == "a") + "text\nhi\nafter\n"
 
 
 # ---------------------------------------------------------------- compare, sweep
@@ -121,6 +174,21 @@ def test_compare_replaces_its_own_files_alone(tmp_path, capsys):
         assert main(words) == 0
     (tmp_path / "file").write_text("of somebody")
     refused(capsys, [*words[:3], "--output", tmp_path / "file"], "choose another")
+
+
+def test_a_folder_named_report_beside_a_foreign_plan_is_nobodys_to_replace(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{"format_version": "1.2", "planned_values": {}}')
+    out = tmp_path / "report"
+    words = ["compare", f"a={metrics(tmp_path / 'a.jsonl', 4.0)}", f"b={metrics(tmp_path / 'b.jsonl', 3.0)}"]
+    for name in ("compare.md", "compare.png", "report.md"):
+        out.mkdir()
+        (out / name).write_text("of somebody")
+        if name != "report.md":
+            refused(capsys, [*words, "--output", out], name, "choose another --output")
+        with pytest.raises(UserError, match="is not replaced"):
+            outputs.write_file(out / name, "--output", document_kind(out / name), "new")
+        assert [path.read_text() for path in out.iterdir()] == ["of somebody"]
+        shutil.rmtree(out)
 
 
 SWEEP = """
@@ -172,6 +240,9 @@ def test_a_sweep_replaces_no_plan_of_others(tmp_path, capsys, text):
     (out / "report" / "report.md").write_text("# a report of an earlier release, unsigned\n")
     for _ in range(2):
         assert main(["sweep", "report", str(out)]) == 0
+    (out / "report" / "compare.md").write_text("of somebody")
+    words = [f"{name}={home / 'metrics.jsonl'}" for name, home in zip("ab", (out / "members").iterdir(), strict=True)]
+    refused(capsys, ["compare", *words, "--output", out / "report"], "compare.md", "choose another --output")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "report.md").write_text("of somebody")
     refused(capsys, ["sweep", "report", out, "--output", tmp_path / "docs"], "report.md", "choose another --output")

@@ -164,17 +164,24 @@ def test_two_prepares_at_once_are_refused(corpus, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("characters", [100, 300_000])
-def test_dead_worker_is_an_error_not_a_hang(corpus, tmp_path, monkeypatch, characters):
+@pytest.mark.parametrize(
+    ("characters", "sent", "said"),
+    [
+        (100, signal.SIGKILL, r"SIGKILL, which somebody sent or, when memory is short, .* fewer --workers if"),
+        (300_000, signal.SIGKILL, "SIGKILL"),
+        (100, signal.SIGSEGV, r"\(signal SIGSEGV\); start prepare again$"),
+    ],
+)
+def test_dead_worker_is_an_error_not_a_hang(corpus, tmp_path, monkeypatch, characters, sent, said):
     def killing(pieces):
         for number in range(20):
             yield [Piece("x" * characters, True, True)]
             if number == 5:
                 for child in multiprocessing.active_children():
-                    child.kill()
+                    os.kill(child.pid, sent)
 
     monkeypatch.setattr("phd_megatron.data.preprocess.batches_of", killing)
-    with pytest.raises(UserError, match="ended abruptly"):
+    with pytest.raises(UserError, match=f"ended abruptly.*{said}"):
         prepare([corpus], tmp_path / "d", workers=2, progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -245,6 +252,18 @@ preprocess.prepare(["in.txt"], "d", overwrite=True, progress=False)
         check_indexed(str(tmp_path / "d"))
     prepare([tmp_path / "in.txt"], tmp_path / "d", progress=False)
     assert read_documents(tmp_path / "d") == [[*b"new text", 256]]
+
+
+@pytest.mark.parametrize("parts", [[], ["data.bin"], ["data.bin", "data.idx"], ["data.idx"], ["data.idx", "meta.json"]])
+def test_what_a_killed_prepare_left_opens_no_foreign_bin(tmp_path, parts):
+    (tmp_path / "in.txt").write_text("new text")
+    (tmp_path / "d.partial").mkdir()
+    for name in parts:
+        (tmp_path / "d.partial" / name).write_text('{"format": 1, "bin_bytes": 3}')
+    (tmp_path / "d.bin").write_text("of somebody")
+    with pytest.raises(UserError, match=r"d\.bin has no \.idx beside it.*move it away"):
+        prepare([tmp_path / "in.txt"], tmp_path / "d", progress=False)
+    assert (tmp_path / "d.bin").read_text() == "of somebody"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
 from phd_megatron.sweep import local
 from phd_megatron.sweep.definition import Sweep, check_fields, read_sweep
@@ -15,7 +18,7 @@ from phd_megatron.sweep.members import plan_members
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.process import member_command, member_environment
 from phd_megatron.sweep.slurm import script
-from phd_megatron.sweep.store import Status, create, open_store
+from phd_megatron.sweep.store import Status, Store, create, open_store
 
 TRANSFORMER_FIELDS: dict[str, Any] = {"num_moe_experts": int, "moe_router_topk": int}
 
@@ -191,6 +194,69 @@ def test_store_round_trip_and_what_is_left(tmp_path: Path) -> None:
         store.entry("x")
     with pytest.raises(UserError, match="is no sweep"):
         open_store(tmp_path)
+
+
+def a_store(tmp_path: Path) -> Store:
+    sweep = read(tmp_path, GRID)
+    return create(tmp_path / "out", sweep, plan_members(sweep, tmp_path / "out", check=False)[0])
+
+
+def refused(capsys: pytest.CaptureFixture[str], words: list[str], *said: str) -> None:
+    assert main(words) == 2, words
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and all(text in error for text in said), error
+
+
+@pytest.mark.parametrize("name", ["../../outside", "..", ".", "", "/tmp/x", "a/b", "a\nb", "a\0b", 5, None, ["a"]])
+def test_a_plan_names_no_place_outside_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: Any) -> None:
+    store = a_store(tmp_path)
+    path = tmp_path / "out" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["entries"][0]["name"] = name
+    path.write_text(json.dumps(plan))
+    before = sorted(tmp_path.rglob("*"))
+    for words in (["member", str(tmp_path / "out"), str(name) or "x"], ["status", str(tmp_path / "out")]):
+        refused(capsys, ["sweep", *words], str(path), repr(name)[:20], "delete that")
+    assert sorted(tmp_path.rglob("*")) == before
+    plan["entries"][0]["name"] = store.entries[1].name
+    path.write_text(json.dumps(plan))
+    refused(capsys, ["sweep", "status", str(tmp_path / "out")], store.entries[1].name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("entries", {}), ("entries", [5]), ("title", 5), ("baseline", []), ("launcher", 1), ("size_axis", {}), ("x", 1)],
+)
+def test_a_plan_of_other_types_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    a_store(tmp_path)
+    path = tmp_path / "out" / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    refused(capsys, ["sweep", "status", str(tmp_path / "out")], str(path), key if key != "entries" else "", "delete")
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        *({"state": 5}, {"state": [1]}, {"state": "asleep"}, {"seconds": "x"}, {"seconds": math.nan}, {"starts": None}),
+        *({"message": 5}, {"exit_code": "0"}, {"starts": True}, [1], 5, {"other": 1}),
+    ],
+)
+def test_a_status_of_other_types_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], status: Any) -> None:
+    store = a_store(tmp_path)
+    path = store.home(store.entries[0].name) / "status.json"
+    path.write_text(json.dumps(status))
+    refused(capsys, ["sweep", "status", str(tmp_path / "out")], str(path), "delete it to start the member again")
+
+
+def test_a_metrics_file_of_other_types_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = a_store(tmp_path)
+    name = store.entries[0].name
+    line = {"iteration": [1], "lm_loss": "x", "tokens_per_second": math.nan, "consumed_samples": {}}
+    (store.home(name) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["sweep", "status", str(tmp_path / "out")]) == 0
+    assert name in capsys.readouterr().out
 
 
 def test_slurm_script_names_members_and_gpus(tmp_path: Path) -> None:

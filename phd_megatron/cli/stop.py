@@ -1,0 +1,37 @@
+"""A signal that asks a command to end lets it clean up first: what it was writing into vanishes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+#: commands that write into temporary places; pretrain and sweep save what they have, and so do it themselves
+CLEAN_UP = frozenset({"prepare", "export", "import", "generate", "evaluate", "parity", "bench"})
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def clean_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind through the clean-up, and end with 128 + their number.
+
+    Not under torchrun, whose ranks wait for each other in calls that no handler can leave, and which asks before it
+    kills; nor for a signal that is ignored already (nohup).
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1":
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
