@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from phd_megatron.data.tokenizers import SAVED_FILES
+from phd_megatron.data.tokenizer_files import SAVED_FILES
 from phd_megatron.errors import UserError
 
 SIDECAR_FORMAT = 1

@@ -144,8 +144,6 @@ def _check_described(
     import torch
     from transformers import AutoModelForCausalLM
 
-    if "quantization_config" in content:
-        return
     config = load_config(directory)
     try:
         with torch.device("meta"):
