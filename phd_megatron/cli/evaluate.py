@@ -186,7 +186,11 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
 
     model = load_model(path, path, device, args.trust_remote_code)
     config.model.vocab_size = model.config.vocab_size
-    config.model.max_position_embeddings = longest = model.config.max_position_embeddings
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None and args.seq_length is None and record is None:
+        raise UserError(f"{path} does not say how many positions its model was trained on; say --seq-length N")
+    longest = longest or args.seq_length or config.model.seq_length
+    config.model.max_position_embeddings = longest
     if record is None:
         config.model.seq_length = longest
     elif config.model.seq_length > longest:

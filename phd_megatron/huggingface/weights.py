@@ -30,7 +30,7 @@ _COUNTS = re.compile(r".*(_heads?|_experts)|num_experts_per_tok")
 #: sides of a tensor
 _SIZES = re.compile(r".*(_size|_dim|_embd|_inner|_model|_rank)|n_positions")
 _FEW, _HARMLESS = 512, 1 << 20  # a field that a class does not read may have a default above the files'
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 _AT_LEAST_ONE = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "max_position_embeddings"),
@@ -42,8 +42,8 @@ _REFUSED = {
     "transformers_weights": "it names weights in another file than those that are checked: remove it",
     **dict.fromkeys(
         ("quantization_config", "compression_config"),
-        "quantised models are computed by kernels that would be fetched: save the model unquantised, or, where you trust "
-        "it, give --trust-remote-code (generate and evaluate have it)",
+        "kernels that would be fetched compute quantised models: save the model unquantised, or, where you trust it, "
+        "give --trust-remote-code (generate and evaluate have it)",
     ),
 }
 
@@ -220,7 +220,7 @@ def _check_heads(path: Path, content: Mapping[str, Any]) -> None:
 
 def _check_embedding(path: Path, content: Mapping[str, Any], places: Mapping[str, Place]) -> None:
     rows = content.get("vocab_size")
-    for name in _EMBEDDINGS:
+    for name in EMBEDDINGS:
         if name in places and type(rows) is int and len(places[name].shape) == 2 and rows != places[name].shape[0]:
             raise UserError(
                 f"{path} says vocab_size={_short(rows)}: the rows of {name}, {places[name].shape} in "

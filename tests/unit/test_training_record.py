@@ -135,5 +135,5 @@ def test_a_directory_in_its_place_is_refused(tmp_path):
 
 def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / RECORD)
-    with pytest.raises(UserError, match="is no record of training data.*a pipe"):
+    with pytest.raises(UserError, match=r"is no record of training data.*a pipe"):
         TrainingData.read(tmp_path)
