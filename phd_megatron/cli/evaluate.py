@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,7 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
             f"{path} was trained on samples of {config.model.seq_length} tokens by its {RECORD}, and on {longest} "
             "positions by its config.json; export it again"
         )
-    if (path / "tokenizer.json").is_file():
+    if os.path.lexists(path / "tokenizer.json"):
         config.data.tokenizer = str(path)
     subset = _choose_data(path, config, args)
     if record is not None and not args.data_path:

@@ -53,7 +53,7 @@ def check_tokenizer_files(directory: Path) -> None:
     """
     parent = directory.absolute().parent
     if iteration_of(parent) is not None or (parent / ".metadata").exists():
-        for path in (directory, *sorted(directory.iterdir())):
+        for path in (directory, *sorted(directory.glob("*"))):
             if path.is_symlink() and not _is_its_own(path):
                 raise UserError(
                     f"{path} is a link to {os.readlink(path)}, outside the checkpoint, which would bring another file "

@@ -372,7 +372,7 @@ def test_a_size_for_each_layer_is_looked_at_one_by_one(tmp_path):
     places = {"w": Place(tmp_path / "w", (2048, 2048), "F32")}
     check_config(tmp_path / "config.json", {"text_config": {"intermediate_size": [64, 128]}}, places)
     for bad in ([64, 0], [64, 10**9], ["64"], []):
-        with pytest.raises(UserError, match="intermediate_size=.*correct it"):
+        with pytest.raises(UserError, match=r"intermediate_size=.*correct it"):
             check_config(tmp_path / "config.json", {"intermediate_size": bad}, places)
 
 
