@@ -186,11 +186,14 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
     from phd_megatron.huggingface.generation import load_model
 
     model = load_model(path, path, device, args.trust_remote_code)
-    config.model.vocab_size = model.config.vocab_size
+    rows = model.get_input_embeddings().num_embeddings
+    config.model.vocab_size = (
+        getattr(model.config, "vocab_size", None) or rows
+    )  # a model of several parts says it deeper
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None and args.seq_length is None and record is None:
         raise UserError(f"{path} does not say how many positions its model was trained on; say --seq-length N")
-    longest = longest or args.seq_length or config.model.seq_length
+    longest = longest or (args.seq_length if record is None else config.model.seq_length)
     config.model.max_position_embeddings = longest
     if record is None:
         config.model.seq_length = longest
