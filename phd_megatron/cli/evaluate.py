@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,15 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
     from phd_megatron.huggingface.generation import load_model
 
     model = load_model(path, path, device, args.trust_remote_code)
-    config.model.vocab_size = model.config.vocab_size
-    config.model.max_position_embeddings = longest = model.config.max_position_embeddings
+    rows = model.get_input_embeddings().num_embeddings
+    config.model.vocab_size = (
+        getattr(model.config, "vocab_size", None) or rows
+    )  # a model of several parts says it deeper
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None and args.seq_length is None and record is None:
+        raise UserError(f"{path} does not say how many positions its model was trained on; say --seq-length N")
+    longest = longest or (args.seq_length if record is None else config.model.seq_length)
+    config.model.max_position_embeddings = longest
     if record is None:
         config.model.seq_length = longest
     elif config.model.seq_length > longest:
@@ -194,7 +202,7 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
             f"{path} was trained on samples of {config.model.seq_length} tokens by its {RECORD}, and on {longest} "
             "positions by its config.json; export it again"
         )
-    if (path / "tokenizer.json").is_file():
+    if os.path.lexists(path / "tokenizer.json"):
         config.data.tokenizer = str(path)
     subset = _choose_data(path, config, args)
     if record is not None and not args.data_path:

@@ -95,6 +95,8 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
         raise UserError(f"unknown command {shown(name)}; {hint}")
     raise_limit()
+    # transformers fetches kernels for some families, and where flash-attn is missing; huggingface_hub reads this once.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with clean_stop() if name in CLEAN_UP else nullcontext():
         code: int = importlib.import_module(_module(name)).run(rest)
     return code

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TypeGuard
 
 from phd_megatron.config.files import read_json
-from phd_megatron.data.tokenizers import SAVED_FILES
+from phd_megatron.data.tokenizer_files import SAVED_FILES
 from phd_megatron.errors import UserError, shown
 
 SIDECAR_FORMAT = 1

@@ -6,11 +6,13 @@ A checkpoint says the same in its ``run_config.yaml``.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phd_megatron.config.catalog import fields
+from phd_megatron.config.files import read_json
 from phd_megatron.config.schema import DataConfig, RunConfig
 from phd_megatron.config.serialize import assign, lookup
 from phd_megatron.config.values import check_value
@@ -63,14 +65,11 @@ class TrainingData:
             UserError: for a file that is no such record, whoever wrote it.
         """
         path = directory / RECORD
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            if path.stat().st_size > _LARGEST:
-                raise ValueError(f"more than {_LARGEST} bytes")
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls._checked(content)
-        except (OSError, ValueError, RecursionError, UserError) as error:
+            return cls._checked(read_json(path, "an export writes it", _LARGEST))
+        except (ValueError, RecursionError, UserError) as error:
             raise UserError(
                 f"{path} is no record of training data ({error}); export the model again, or delete the file and name "
                 "the data with --data-path"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,27 +20,18 @@ import numpy as np
 from phd_megatron.data.cut_rules import rules_of
 from phd_megatron.data.cuts import Anywhere, Cutter, WordCutter
 from phd_megatron.data.generation import GENERATION_FILE, Values, read_generation, write_generation
+from phd_megatron.data.tokenizer_files import (
+    TOKENIZER_FILES,
+    check_tokenizer_files,
+    copy_tokenizer_files,
+    harmless,
+    read_mapping,
+)
 from phd_megatron.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
 
 logger = logging.getLogger(__name__)
-#: What makes up a tokenizer directory, to be copied into checkpoints and exports.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-)
-#: What a tokenizer directory of ours may hold.
-SAVED_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
 #: Tried in this order when a directory does not say which token ends a document.
 _EOD_CANDIDATES = (EOD_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<|im_end|>")
 
@@ -166,54 +156,11 @@ def write_library_tokenizer(library: Any, directory: str | Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``, or {} when there is no such file. Raises UserError for anything but a JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the tokenizer directory again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object; copy the tokenizer directory again")
-    return value
-
-
 def _token_text(value: Any) -> str | None:
     """A token as Hugging Face files write it: a string, or an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
-
-
-def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy the :data:`TOKENIZER_FILES` that are regular files of ``source``, without the names of code to load.
-
-    A link may point to a file of the same directory, or of the hub's cache that the directory is in; others would bring
-    files of this machine into what is given away, and are left out.
-    """
-    for name in TOKENIZER_FILES:
-        path = source / name
-        if not path.is_file() or not _is_its_own(path):
-            continue
-        settings = _read_json(path) if name == "tokenizer_config.json" else {}
-        if settings != (kept := _harmless(settings)):
-            text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-            (target / name).write_text(text, encoding="utf-8")
-        else:
-            shutil.copyfile(path, target / name)
-
-
-def _harmless(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in ("auto_map", "custom_pipelines")}
-
-
-def _is_its_own(path: Path) -> bool:
-    if not path.is_symlink():
-        return True
-    found, directory = path.resolve(), path.parent.resolve()
-    cache = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
-    return found.parent == directory or (cache is not None and found.parent == cache)
 
 
 class _DirectoryTokenizer(Tokenizer):
@@ -222,21 +169,21 @@ class _DirectoryTokenizer(Tokenizer):
     def __init__(self, directory: Path, vocabulary: dict[str, int]) -> None:
         super().__init__()
         self.directory = directory
-        self.settings = _read_json(directory / "tokenizer_config.json")
+        self.settings = read_mapping(directory / "tokenizer_config.json")
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._eod_text, self.eod = self._find_eod(vocabulary)
         pad = _token_text(self.settings.get("pad_token"))
         self.pad = vocabulary.get(pad, self.eod) if pad is not None else self.eod
 
     def _find_eod(self, vocabulary: dict[str, int]) -> tuple[str, int]:
-        special = _read_json(self.directory / "special_tokens_map.json")
+        special = read_mapping(self.directory / "special_tokens_map.json")
         for source in (self.settings, special):
             text = _token_text(source.get("eos_token"))
             if text is not None and text in vocabulary:
                 return text, vocabulary[text]
         by_id = {index: text for text, index in vocabulary.items()}
         for name in ("generation_config.json", "config.json"):
-            ids = _read_json(self.directory / name).get("eos_token_id")
+            ids = read_mapping(self.directory / name).get("eos_token_id")
             first = ids[0] if isinstance(ids, list) and ids else ids
             if isinstance(first, int) and first in by_id:
                 return by_id[first], first
@@ -268,7 +215,7 @@ class _DirectoryTokenizer(Tokenizer):
         copy_tokenizer_files(self.directory, directory)
         if _token_text(self.settings.get("eos_token")) != self._eod_text:
             # It was found in a file that is not copied, so say it where every reader looks first.
-            settings = {**_harmless(self.settings), "eos_token": self._eod_text}
+            settings = {**harmless(self.settings), "eos_token": self._eod_text}
             text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
             (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
@@ -336,19 +283,20 @@ class TransformersTokenizer(_DirectoryTokenizer):
 
 def _is_byte_directory(directory: Path) -> bool:
     """Whether ``directory`` is what ``ByteTokenizer.save`` writes, judged by content so that copies count too."""
-    content = _read_json(directory / "tokenizer.json")
+    content = read_mapping(directory / "tokenizer.json")
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("merges"):
         return False
     vocab = {char: byte for byte, char in enumerate(byte_characters())}
-    pre = content.get("pre_tokenizer") or {}
-    added = [(t.get("id"), t.get("content")) for t in content.get("added_tokens") or []]
+    pre, added = content.get("pre_tokenizer"), content.get("added_tokens")
+    if not isinstance(pre, dict) or not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        return False  # for the library to refuse, where it does
     return (
         model.get("vocab") == vocab
         and content.get("normalizer") is None
         and pre.get("type") == "ByteLevel"
         and not pre.get("add_prefix_space", True)
-        and added == [(256, EOD_TOKEN)]
+        and [(token.get("id"), token.get("content")) for token in added] == [(256, EOD_TOKEN)]
     )
 
 
@@ -367,6 +315,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"tokenizer {str(spec)!r} is neither 'byte' nor an existing directory; models are not downloaded here, so "
             f"fetch one first, for example with `hf download NAME --local-dir DIR`, and give DIR"
         )
+    check_tokenizer_files(directory)
     tokenizer: Tokenizer
     if not (directory / "tokenizer.json").is_file():
         tokenizer = TransformersTokenizer(directory)

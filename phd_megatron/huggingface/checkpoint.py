@@ -5,7 +5,7 @@ No process group, no Megatron-Core, whatever layout saved it.
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from phd_megatron.config.files import read_json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.runtime import checksums
@@ -81,10 +82,10 @@ class MegatronCheckpoint:
     @property
     def training_state(self) -> dict[str, Any]:
         """Iteration, consumed samples and so on; empty when it was not saved."""
-        try:
-            content = json.loads((self.directory / "training_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        path = self.directory / "training_state.json"
+        if not os.path.lexists(path):
             return {}
+        content = read_json(path, "copy the checkpoint again")
         return content if isinstance(content, dict) else {}
 
     def shape(self, key: str) -> tuple[int, ...]:

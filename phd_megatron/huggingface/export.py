@@ -16,7 +16,8 @@ from torch import Tensor
 
 from phd_megatron.data.generation import GENERATION_FILE, outside, read_generation
 from phd_megatron.data.record import TrainingData
-from phd_megatron.data.tokenizers import copy_tokenizer_files, load_tokenizer
+from phd_megatron.data.tokenizer_files import copy_tokenizer_files, read_mapping
+from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import BUNDLED, Architecture, TokenIds
 from phd_megatron.huggingface.bundle_files import write_bundle
@@ -149,14 +150,13 @@ def describe(source: MegatronCheckpoint) -> tuple[Architecture, TokenIds]:
 
 
 def _bos(directory: Path) -> int | None:
-    try:
-        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    except (OSError, ValueError, KeyError):
-        return None
-    text = settings.get("bos_token")
+    text = read_mapping(directory / "tokenizer_config.json").get("bos_token")
     text = text.get("content") if isinstance(text, dict) else text
-    return next((token["id"] for token in added if token["content"] == text), None)
+    added = read_mapping(directory / "tokenizer.json").get("added_tokens")
+    for token in added if isinstance(added, list) and isinstance(text, str) else ():
+        if isinstance(token, dict) and token.get("content") == text and type(token.get("id")) is int:
+            return int(token["id"])
+    return None
 
 
 def check_complete(source: MegatronCheckpoint, rules: list[Rule]) -> None:

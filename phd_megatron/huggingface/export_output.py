@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from phd_megatron.data.record import RECORD
-from phd_megatron.data.tokenizers import TOKENIZER_FILES
+from phd_megatron.data.tokenizer_files import TOKENIZER_FILES
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.runtime import output as outputs
@@ -29,7 +29,7 @@ def not_our_export(directory: Path) -> str | None:
             if path.name == "__pycache__" and not path.is_symlink() and path.is_dir():
                 continue
             return f"{path.name} in it is no file that an export wrote"
-        if path.name not in known and not _WEIGHTS.fullmatch(path.name) and not path.name.endswith("_phd.py"):
+        if path.name not in known and not _WEIGHTS.fullmatch(path.name):
             return f"{path.name} in it is not an export's"
     config, card = directory / CONFIG, directory / CARD
     try:

@@ -15,6 +15,8 @@ from phd_megatron.huggingface.loading import first_words, load_directory
 from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
 
+#: what the size of a cache is made of, in a config.json; a family may lack the last two
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
 _MOST_TOKENS = 1_000_000
 _TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
 #: options of sampling with the values that leave every token its probability
@@ -62,33 +64,37 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A continued prompt, with the size of the KV cache at its end, per sequence."""
+    """A continued prompt, with the size of the KV cache at its end, per sequence; 0 for what is not known."""
 
     text: str
     prompt_tokens: int
     new_tokens: int
     seconds: float
     decode_attention: str
-    cache_tokens: int
-    hidden_entries: int
-    hidden_bound: int
-    cache_bytes: int
-    vanilla_bytes: int
-    trained_positions: int
+    cache_tokens: int = 0
+    hidden_entries: int = 0
+    hidden_bound: int = 0
+    cache_bytes: int = 0
+    vanilla_bytes: int = 0
+    trained_positions: int = 0
 
     def summary(self) -> str:
         """Speed, and the cache beside a vanilla model's."""
         speed = f"{self.new_tokens / self.seconds:.1f} tokens/s, decode attention: {self.decode_attention}"
         lines = [f"{self.new_tokens} tokens in {self.seconds:.2f} s, {speed}"]
+        if self.vanilla_bytes:
+            lines.append(self._cache_line())
+        if 0 < self.trained_positions < self.prompt_tokens + self.new_tokens:
+            lines.append(f"note: the text is longer than the {self.trained_positions} tokens the model was trained on")
+        return "\n".join(lines)
+
+    def _cache_line(self) -> str:
         extra = f" + {self.hidden_entries} hidden entries (at most {self.hidden_bound})" if self.hidden_bound else ""
         share = self.cache_bytes / self.vanilla_bytes - 1
-        lines.append(
+        return (
             f"KV cache per layer: {self.cache_tokens} entries{extra}; {self.cache_bytes / 1024:.1f} KiB in all layers, "
             f"a vanilla model's {self.vanilla_bytes / 1024:.1f} KiB ({share:+.1%})"
         )
-        if self.prompt_tokens + self.new_tokens > self.trained_positions:
-            lines.append(f"note: the text is longer than the {self.trained_positions} tokens the model was trained on")
-        return "\n".join(lines)
 
 
 @contextmanager
@@ -203,7 +209,7 @@ def generate_text(
                 logits_processor=LogitsProcessorList([_nan_is_refused()]),
                 **options,
             )
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
             raise UserError(
                 f"the model cannot continue the prompt: {first_words(error)}; its parameters or its "
                 "generation_config.json are at fault, so look at both, or export it again"
@@ -211,7 +217,8 @@ def generate_text(
     seconds = time.perf_counter() - began
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    cache = result["cache" if "cache" in result else "past_key_values"]  # renamed in transformers 5.24
+    # Renamed in transformers 5.24; a model without attention has neither.
+    cache = next((result[name] for name in ("cache", "past_key_values") if name in result), None)
     attention = "triton" if triton else "torch"
     return Continuation(text, length, len(tokens), seconds, attention, **_cache_size(model, cache))
 
@@ -236,18 +243,23 @@ def _nan_is_refused() -> Any:
 
 
 def _cache_size(model: Any, cache: Any) -> dict[str, int]:
+    """Fields of a continuation, as far as the model's family has what they are made of."""
     config = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    found = {"trained_positions": positions if isinstance(positions, int) else 0}
+    layers, heads, width, groups, head = (getattr(config, name, None) for name in _SIZES)
+    groups = groups or heads
+    if head is None and isinstance(width, int) and isinstance(heads, int):
+        head = width // heads
+    if not isinstance(layers, int) or not isinstance(groups, int) or not isinstance(head, int) or cache is None:
+        return found
     tokens = cache.get_seq_length()
-    item = next(model.parameters()).element_size()
-    vanilla = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item * tokens
-    hidden = cache.hidden_entries() if hasattr(cache, "hidden_entries") else 0
-    bound = cache.policy.max_hidden_entries if hasattr(cache, "policy") else 0
-    held = cache.nbytes() if hasattr(cache, "nbytes") else vanilla
+    vanilla = 2 * layers * groups * head * next(model.parameters()).element_size() * tokens
     return {
+        **found,
         "cache_tokens": tokens,
-        "hidden_entries": hidden,
-        "hidden_bound": bound,
-        "cache_bytes": held,
+        "hidden_entries": cache.hidden_entries() if hasattr(cache, "hidden_entries") else 0,
+        "hidden_bound": cache.policy.max_hidden_entries if hasattr(cache, "policy") else 0,
+        "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else vanilla,
         "vanilla_bytes": vanilla,
-        "trained_positions": config.max_position_embeddings,
     }

@@ -9,6 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
+from annotated_types import Ge, Le
+
+from phd_megatron.config.catalog import fields
+from phd_megatron.config.facts import Bound, violates
 from phd_megatron.data.generation import TOKEN_IDS, checked, read_generation
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import installed
@@ -79,6 +83,13 @@ def _check_types(path: Path, content: Mapping[str, Any]) -> None:
         if type(value) not in allowed:
             what = " or ".join(kinds[option] for option in options if option in kinds)
             raise UserError(f"{path} says {name}={str(value)[:80]}: it must be {what}; correct it")
+        if type(value) is int and (range_ := violates(value, _bounds(name))):
+            raise UserError(f"{path} says {name}={str(value)[:80]}: it must be {range_}; correct it")
+
+
+def _bounds(name: str) -> tuple[Bound, ...]:
+    """A run's own limits where the field has the name it has there."""
+    return (fields()[name].bounds if name in fields() else ()) or (Ge(-1), Le(2**31 - 1))
 
 
 def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:
@@ -144,8 +155,6 @@ def _check_described(
     import torch
     from transformers import AutoModelForCausalLM
 
-    if "quantization_config" in content:
-        return
     config = load_config(directory)
     try:
         with torch.device("meta"):

@@ -30,12 +30,22 @@ _COUNTS = re.compile(r".*(_heads?|_experts)|num_experts_per_tok")
 #: sides of a tensor
 _SIZES = re.compile(r".*(_size|_dim|_embd|_inner|_model|_rank)|n_positions")
 _FEW, _HARMLESS = 512, 1 << 20  # a field that a class does not read may have a default above the files'
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 _AT_LEAST_ONE = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "max_position_embeddings"),
 )
-_KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+#: one for each layer, in some families
+_LISTS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+#: what is refused wherever it stands, and why
+_REFUSED = {
+    "transformers_weights": "it names weights in another file than those that are checked: remove it",
+    **dict.fromkeys(
+        ("quantization_config", "compression_config"),
+        "kernels that would be fetched compute quantised models: save the model unquantised, or, where you trust it, "
+        "give --trust-remote-code (generate and evaluate have it)",
+    ),
+}
 
 
 class Place(NamedTuple):
@@ -147,13 +157,12 @@ def check_config(path: Path, content: Mapping[str, Any], places: Mapping[str, Pl
         (_COUNTS, max(side, _FEW), f"no tensor with a side above {side:,}"),
         (_SIZES, max(elements, _HARMLESS), f"no tensor of more than {elements:,} elements"),
     )
+    _check_named(path, content)
     _check_heads(path, content)
     _check_embedding(path, content, places)
     for name, value in _fields(content):
         if name in ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") and not _is_positive(value):
             raise UserError(f"{path} says {name}={_short(value)}: it must be a finite number above 0; correct it")
-        if name in _KERNELS and isinstance(value, str) and "/" in value:
-            raise UserError(f"{path} says {name}={value!r}, code to be fetched; code of others is not run: remove it")
         if name in _AT_LEAST_ONE and value is not None and (type(value) is not int or not 1 <= value < 2**31):
             raise UserError(f"{path} says {name}={_short(value)}: it must be a whole number from 1 to 2^31; correct it")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -167,11 +176,37 @@ def check_config(path: Path, content: Mapping[str, Any], places: Mapping[str, Pl
 
 
 def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Fields, also of the parts that a model of several has."""
+    """Fields, also of the parts that a model of several has, and of each layer where there is a list."""
     for name, value in content.items():
-        yield name, value
-        if isinstance(value, dict) and name.endswith(("_config", "rope_parameters")) and name != "quantization_config":
-            yield from value.items()
+        yield from _single(name, value)
+        if isinstance(value, dict) and name.endswith(("_config", "rope_parameters")):
+            for inner, part in value.items():
+                yield from _single(inner, part)
+
+
+def _single(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    is_list = name in _LISTS and isinstance(value, list) and value
+    yield from ((name, item) for item in (value if is_list else [value]))
+
+
+def _check_named(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse what makes transformers fetch code or read other files, however deep it stands."""
+    left: list[tuple[str, Any]] = [("", content)]  # with the key that chooses an implementation, if in one
+    while left:
+        chooses, value = left.pop()
+        if isinstance(value, str) and chooses and "/" in value:
+            raise UserError(
+                f"{path} says {chooses}={_short(value)!r}, code to be fetched; code of others is not run: remove it"
+            )
+        if isinstance(value, list):
+            left += [(chooses, item) for item in value]
+        if not isinstance(value, dict):
+            continue
+        for name, item in value.items():
+            if name in _REFUSED and item is not None:
+                raise UserError(f"{path} says {name}={_short(item)}: {_REFUSED[name]}")
+            here = chooses or (name if "_implementation" in name else "")
+            left += [(here, item), *([(here, name)] if chooses else [])]
 
 
 def _check_heads(path: Path, content: Mapping[str, Any]) -> None:
@@ -185,7 +220,7 @@ def _check_heads(path: Path, content: Mapping[str, Any]) -> None:
 
 def _check_embedding(path: Path, content: Mapping[str, Any], places: Mapping[str, Place]) -> None:
     rows = content.get("vocab_size")
-    for name in _EMBEDDINGS:
+    for name in EMBEDDINGS:
         if name in places and type(rows) is int and len(places[name].shape) == 2 and rows != places[name].shape[0]:
             raise UserError(
                 f"{path} says vocab_size={_short(rows)}: the rows of {name}, {places[name].shape} in "

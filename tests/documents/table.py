@@ -56,6 +56,7 @@ class Skip:
 
 
 GPU = Skip("needs a GPU")
+FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
@@ -94,11 +95,13 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         'print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), '
         "max_new_tokens=50)[0]))": Run({"max_new_tokens=50": "max_new_tokens=5"}),
     },
+    "docs/reliability.md": {"bash tests/run.sh --faults 200 --jobs 8 --seed 1": FAULTS},
     "CONTRIBUTING.md": {
         "bash tests/run.sh": WHOLE_SUITE,
         "bash tests/run.sh tests/unit -k norm": WHOLE_SUITE,
         "bash tests/run.sh --no-lint tests/kernels": WHOLE_SUITE,
         "bash tests/run.sh --full": WHOLE_SUITE,
+        "bash tests/run.sh --faults 200 --jobs 8": FAULTS,
         "make format": Skip("rewrites the checkout"),
     },
     "docs/benchmarks.md": {

@@ -108,8 +108,6 @@ def test_an_export_takes_nothing_but_tokenizer_files_from_a_checkpoint(make_chec
         (tokenizer / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
     (tokenizer / "config.json").write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "own.Own"}}))
     (tokenizer / "model.safetensors").write_bytes(b"")
-    (tmp_path / "secret").write_text("of this machine")
-    (tokenizer / "merges.txt").symlink_to(tmp_path / "secret")
     found = export_checkpoint(save, tmp_path / "hf", verify="tensors").output
     assert not marker.exists()
     assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
@@ -148,20 +146,69 @@ def test_a_checkpoints_tokenizer_brings_no_code(make_checkpoint, tmp_path, capsy
         assert "Traceback" not in capsys.readouterr().err and not marker.exists()
 
 
-def test_links_of_a_directory_bring_no_file_of_this_machine(make_checkpoint, tmp_path):
-    """Those of the hub's cache are followed."""
-    (tmp_path / "secret").write_text("of this machine")
-    export_checkpoint(make_checkpoint(), tmp_path / "hf", verify="none")
-    (tmp_path / "hf" / "merges.txt").symlink_to(tmp_path / "secret")
-    words = ["import", "--hf-dir", str(tmp_path / "hf"), "--output", str(tmp_path / "save"), "--verify", "none"]
-    assert main(words) == 0
-    assert not list(tmp_path.glob("save/iter_*/tokenizer/merges.txt"))
+def test_links_of_a_checkpoints_tokenizer_bring_no_file_of_this_machine(make_checkpoint, tmp_path, capsys):
+    """It comes with the checkpoint, so nobody has named it."""
+    save, secret = make_checkpoint(), tmp_path / "secret"
+    secret.write_text("of this machine")
+    (tokenizer,) = save.glob("iter_*/tokenizer")
+    (tmp_path / "text.txt").write_text("some words of a text " * 50)
+    words = ["prepare", "--input", str(tmp_path / "text.txt"), "--output-prefix", str(tmp_path / "data")]
+    assert main([*words, "--workers", "1"]) == 0
+    commands = (
+        ["export", "--checkpoint", str(save), "--output", str(tmp_path / "hf"), "--verify", "none"],
+        ["generate", "--checkpoint", str(save), "--prompt", "x"],
+        ["evaluate", "--checkpoint", str(save), "--data-path", str(tmp_path / "data"), "--device", "cpu"],
+    )
+    for name in ("merges.txt", "tokenizer.json"):
+        kept = (tokenizer / name).rename(tmp_path / "kept") if (tokenizer / name).exists() else None
+        (tokenizer / name).symlink_to(secret)
+        for command in commands:
+            capsys.readouterr()
+            assert main(command) == 2, command
+            said = capsys.readouterr().err
+            assert f"{name} is a link to {secret}, outside the checkpoint" in said and "put a copy" in said, said
+        (tokenizer / name).unlink()
+        if kept:
+            kept.rename(tokenizer / name)
+    shutil.move(tokenizer, tmp_path / "moved")
+    tokenizer.symlink_to(tmp_path / "moved")
+    assert main(commands[0]) == 2 and "tokenizer is a link to" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_links_of_a_directory_that_is_named_are_followed(make_checkpoint, tmp_path, capsys, workers):
+    """As those of the hub's cache are; what is no file is refused by name."""
     (tmp_path / "text.txt").write_text("some words")
     library = write_bpe(tmp_path / "bpe")
-    (library / "merges.txt").symlink_to(tmp_path / "secret")
-    prepare = ["prepare", "--input", str(tmp_path / "text.txt"), "--workers", "1", "--output-prefix"]
-    assert main([*prepare, str(tmp_path / "data"), "--tokenizer", str(library)]) == 0
-    assert not (tmp_path / "data.tokenizer" / "merges.txt").exists()
+    prepare = ["prepare", "--input", str(tmp_path / "text.txt"), "--workers", workers, "--output-prefix"]
+    (tmp_path / "linked").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "linked" / name).symlink_to(library / name)
+    assert main([*prepare, str(tmp_path / "data"), "--tokenizer", str(tmp_path / "linked")]) == 0
+    copied = tmp_path / "data.tokenizer" / "tokenizer.json"
+    assert not copied.is_symlink() and copied.read_bytes() == (library / "tokenizer.json").read_bytes()
+    if workers == "1":
+        export_checkpoint(make_checkpoint(), tmp_path / "hf", verify="none")
+        shutil.move(tmp_path / "hf" / "tokenizer.json", tmp_path / "elsewhere.json")
+        (tmp_path / "hf" / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+        words = ["import", "--hf-dir", str(tmp_path / "hf"), "--output", str(tmp_path / "save"), "--verify", "none"]
+        assert main(words) == 0
+        assert list(tmp_path.glob("save/iter_*/tokenizer/tokenizer.json"))
+    for make, what in (
+        (lambda path: path.symlink_to(tmp_path / "gone"), "a link to"),
+        (lambda path: os.mkfifo(path), "a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+        (lambda path: path.mkdir(), "a directory"),
+    ):
+        directory = shutil.copytree(library, tmp_path / "odd")
+        make(directory / "merges.txt")
+        assert main([*prepare, str(tmp_path / "other"), "--tokenizer", str(directory)]) == 2
+        said = capsys.readouterr().err
+        assert "merges.txt" in said and what in said and "put the file in its place" in said, said
+        shutil.rmtree(directory)
+    if workers == "2":
+        return
 
     hub = tmp_path / "models--some--body"
     (hub / "blobs").mkdir(parents=True)

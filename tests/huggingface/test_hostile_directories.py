@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from phd_megatron.cli.main import main
-from phd_megatron.huggingface.export import export_checkpoint
+from phd_megatron.errors import UserError
+from phd_megatron.huggingface.export import _bos, export_checkpoint
+from phd_megatron.huggingface.weights import Place, check_config
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -126,6 +128,20 @@ BAD = {
     "type of weights": (edited(CONFIG, dtype="float7"), "float7"),
     "kind of model": (edited(CONFIG, model_type=["llama"]), "list|llama"),
     "kernel to fetch": (edited(CONFIG, attn_implementation="somebody/kernel"), "somebody/kernel.*code of others"),
+    "kernel in a mapping": (
+        edited(CONFIG, attn_implementation={"": "somebody/kernel"}),
+        "attn_implementation='somebody/kernel', code",
+    ),
+    "kernel inside": (
+        edited(CONFIG, a_config={"b": [{"c": {"_attn_implementation_internal": "somebody/kernel@v1:x"}}]}),
+        "_attn_implementation_internal='somebody/kernel@v1:x', code",
+    ),
+    "kernel of experts": (edited(CONFIG, _experts_implementation={"a": {"b": ["x/y"]}}), "_experts_.*='x/y', code"),
+    "other weights": (
+        edited(CONFIG, transformers_weights="zero.safetensors"),
+        "transformers_weights=zero.*another",
+    ),
+    "quantised": (edited(CONFIG, quantization_config={"quant_method": "fp8"}), "quantization_config=.*unquantised"),
     "end as text": (edited(CONFIG, eos_token_id="x"), "eos_token_id"),
     # files that are no JSON
     "config list": (replaced(CONFIG, "[1]"), "config.json holds no mapping but a list"),
@@ -187,6 +203,17 @@ NOT_FOR_IMPORT = ("type of weights",)
 CURE = re.compile(r"correct|copy|export|give|leave|remove|where you trust it|nothing is dropped|update")
 
 
+#: of the bundled class alone
+BAD_COPIES = {
+    "copies": (edited(CONFIG, phd_repeat=2**70), "phd_repeat=1180591620717411303424: .* at least 1 and at most 1024"),
+    "many copies": (edited(CONFIG, phd_repeat=10**9), "phd_repeat=1000000000: .* at most 1024"),
+    "window": (edited(CONFIG, phd_window=2**70), "phd_window=1180591620717411303424: .* at most"),
+    "chunk": (edited(CONFIG, phd_chunk=2**70), "phd_chunk=1180591620717411303424: .* at most"),
+    "no chunk": (edited(CONFIG, phd_chunk=0), "phd_chunk=0: .* at least 1"),
+    "groups of experts": (edited(CONFIG, n_group=2**70), "n_group=1180591620717411303424: .* at most 2147483647"),
+}
+
+
 @pytest.mark.parametrize("native", [True, False], ids=["native", "bundled"])
 def test_each_ends_in_one_message(make_checkpoint, tmp_path, capfd, monkeypatch, native):
     """One export for all, since making it takes longer than refusing a copy of it."""
@@ -194,7 +221,7 @@ def test_each_ends_in_one_message(make_checkpoint, tmp_path, capfd, monkeypatch,
     monkeypatch.setattr("logging.raiseExceptions", False)
     export_checkpoint(make_checkpoint(**({} if native else PHD)), tmp_path / "hf", verify="none")
     problems = []
-    for name, (damage, wanted) in BAD.items():
+    for name, (damage, wanted) in {**BAD, **({} if native else BAD_COPIES)}.items():
         directory = shutil.copytree(tmp_path / "hf", tmp_path / "case" / "hf")
         damage(directory)
         commands = {"generate": ["generate", "--checkpoint", str(directory), "--prompt", "x", "--max-new-tokens", "2"]}
@@ -299,3 +326,75 @@ def test_numbers_of_import_and_export(make_checkpoint, tmp_path, capsys):
         words = ["export", "--checkpoint", str(save), "--output", str(tmp_path / "other"), "--max-shard-size", size]
         assert main(words) == 2, size
         assert f"max_shard_size={size!r} is no size; write a number" in capsys.readouterr().err
+
+
+def test_odd_models_are_generated_from_and_evaluated(tmp_path, capsys):
+    """Families without Llama's words: GPT-2, and Mamba, which has no positions."""
+    import transformers
+
+    from phd_megatron.data.tokenizers import load_tokenizer
+
+    (tmp_path / "text.txt").write_text("some words of a text " * 50)
+    words = ["prepare", "--input", str(tmp_path / "text.txt"), "--output-prefix", str(tmp_path / "data")]
+    assert main([*words, "--workers", "1"]) == 0
+    for family, sizes in {
+        "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64},
+        "Mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    }.items():
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=257, bos_token_id=None, eos_token_id=256, pad_token_id=256, **sizes
+        )
+        directory = tmp_path / family
+        (getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"))(
+            config
+        ).save_pretrained(directory)
+        load_tokenizer("byte").save(directory)
+        generate = ["generate", "--checkpoint", str(directory), "--prompt", "x", "--max-new-tokens", "2"]
+        assert main(generate) == 0
+        assert ("KV cache per layer" in capsys.readouterr().out) == (family == "GPT2")
+        evaluate = [
+            "evaluate",
+            "--checkpoint",
+            str(directory),
+            "--data-path",
+            str(tmp_path / "data"),
+            "--device",
+            "cpu",
+        ]
+        if family == "Mamba":
+            assert main(evaluate) == 2
+            assert "how many positions its model was trained on; say --seq-length N" in capsys.readouterr().err
+        assert main([*evaluate, "--seq-length", "16", "--num-samples", "2"]) == 0
+
+
+def test_a_size_for_each_layer_is_looked_at_one_by_one(tmp_path):
+    """As Gemma 3n has them."""
+    places = {"w": Place(tmp_path / "w", (2048, 2048), "F32")}
+    check_config(tmp_path / "config.json", {"text_config": {"intermediate_size": [64, 128]}}, places)
+    for bad in ([64, 0], [64, 10**9], ["64"], []):
+        with pytest.raises(UserError, match=r"intermediate_size=.*correct it"):
+            check_config(tmp_path / "config.json", {"intermediate_size": bad}, places)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("training_state.json", "training_state.json cannot be read"),
+        ("tokenizer/tokenizer_config.json", "tokenizer_config.json cannot be read"),
+    ],
+)
+def test_deep_json_in_a_checkpoint_without_checksums(make_checkpoint, tmp_path, capsys, name, said):
+    save = make_checkpoint()
+    next(save.glob(f"iter_*/{name}")).write_text('{"a": ' * 100_000)
+    assert main(["export", "--checkpoint", str(save), "--output", str(tmp_path / "hf"), "--verify", "none"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "copy the" in error and not (tmp_path / "hf").exists()
+
+
+def test_odd_special_tokens_are_none(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    for added in ([1, {}, {"content": "<s>"}, {"content": "<s>", "id": "x"}], 5, {"content": "<s>"}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+        assert _bos(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "<s>", "id": 7}]}))
+    assert _bos(tmp_path) == 7

@@ -293,6 +293,22 @@ def test_a_tokenizer_that_does_not_fit_and_a_full_directory(make_source, tmp_pat
     assert "no tokenizer" in capsys.readouterr().out
 
 
+def test_a_head_that_is_no_copy_of_a_tied_embedding_is_not_dropped(make_source, tmp_path, capsys):
+    source = make_source("llama, wide heads", tie_word_embeddings=True)
+    file = source / "model.safetensors"
+    held = load_file(file)
+    words = ("--hf-dir", source, "--output", tmp_path / "save", "--verify", "none")
+    for head in (held["model.embed_tokens.weight"] + 1, torch.ones(3, 4)):
+        save_file({**held, "lm_head.weight": head}, file, metadata={"format": "pt"})
+        assert run(*words) == 2
+        said = capsys.readouterr().err
+        assert "lm_head.weight, which is not model.embed_tokens.weight" in said and "set that to false" in said
+        assert not (tmp_path / "save").exists()
+    copy = held["model.embed_tokens.weight"].clone()
+    save_file({**held, "lm_head.weight": copy}, file, metadata={"format": "pt"})
+    assert run(*words) == 0
+
+
 def test_an_unknown_scheme_is_refused_and_foreign_code_does_not_run(make_checkpoint, tmp_path, capsys):
     export_checkpoint(make_checkpoint(phd_repeat=2), tmp_path / "hf", verify="none")
     shutil.copytree(tmp_path / "hf", tmp_path / "foreign")

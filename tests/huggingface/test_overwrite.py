@@ -87,6 +87,7 @@ NOT_REPLACED = {
     "a link": a_link,
     "a link to nothing": a_dangling_link,
     "notes in an export": changed(lambda d: (d / "notes.txt").write_text("x"), "notes.txt in it is not an export's"),
+    "own code in an export": changed(lambda d: (d / "my_phd.py").write_text("x"), "my_phd.py in it is not an export's"),
     "checkpoints in an export": changed(lambda d: (d / "checkpoint-500").mkdir(), "checkpoint-500 in it is no file"),
     "a link in an export": changed(lambda d: (d / "link").symlink_to("/etc"), "link in it is no file"),
     "a repository": changed(lambda d: (d / ".git").mkdir(), ".git in it is no file"),
@@ -94,7 +95,7 @@ NOT_REPLACED = {
     "a card of others": changed(lambda d: (d / "README.md").write_text("# Mine\n"), "do not say that phd-megatron"),
     "no card": changed(lambda d: (d / "README.md").unlink(), "it has no README.md"),
     "damaged configuration": changed(lambda d: (d / "config.json").write_text("{"), "cannot be read"),
-    "nothing named": lambda root: ("", "names no directory"),
+    "nothing named": lambda root: ("", "is empty"),
     "the root": lambda root: ("/", "is the root of the file system|in it is no file|cannot"),
 }
 
@@ -120,18 +121,16 @@ def test_what_is_no_export_stays(make_checkpoint, tmp_path, capsys, monkeypatch)
 
 
 def test_exports_of_ours_are_replaced(make_checkpoint, tmp_path, monkeypatch):
-    """Of every kind, of an earlier release, through a link to its parent, and where two names cannot be swapped."""
+    """Of every kind, through a link to its parent, and where two names cannot be swapped."""
     kinds = {"plain": {}, "phd": {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}}
     saves = {name: make_checkpoint(name, **fields) for name, fields in kinds.items()}
     (tmp_path / "link").symlink_to(tmp_path)
     for before in saves.values():
         for after in saves.values():
             export_checkpoint(before, tmp_path / "hf", verify="none", max_shard_size="8KB", overwrite=True)
-            (tmp_path / "hf" / "rows_of_old_phd.py").write_text("# a file of an earlier release\n")
             report = export_checkpoint(after, tmp_path / "link" / "hf", verify="none", overwrite=True)
             config = json.loads((tmp_path / "hf" / "config.json").read_text())
             assert config["architectures"] == [report.model_class]
-            assert not (tmp_path / "hf" / "rows_of_old_phd.py").exists()
             assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 1
     monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)  # as on a file system that cannot
     export_checkpoint(saves["plain"], tmp_path / "hf", verify="none", overwrite=True)

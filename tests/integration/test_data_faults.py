@@ -336,7 +336,8 @@ def test_changed_data_is_refused(
         assert "allow_changed_data" not in capsys.readouterr().out.replace("allow_changed_data: false", "")
         assert main(go_on(one, two, save, "--allow-changed-data", "--save", str(save))) == 0
         assert "note: the training data is not what the checkpoint was trained with" in capsys.readouterr().out
-        assert main(go_on(one, two, save, "--train-iters", "4")) == 0  # what it was trained on last
+        last = ("--train-iters", "4", "--save", str(save.parent / "last"))
+        assert main(go_on(one, two, save, *last)) == 0  # what it was trained on last
         refused(go_on(two, one, save, "--train-iters", "4"), "the same data sets in another order")
 
 

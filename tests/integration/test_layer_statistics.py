@@ -47,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], Options]] = {
     "recompute": (1, ("k2", "moe-k2"), FULL),
     "core recompute": (1, ("k2",), CORE),
     "bf16": (1, ("k2",), {"bf16": True}),
-    "fp16": (1, ("k2",), {"fp16": True, "train-iters": 40, "log-layer-statistics": 1}),  # the loss scale must fall
+    "fp16": (1, ("k2",), {"fp16": True, "initial-loss-scale": 2**32, "train-iters": 40, "log-layer-statistics": 1}),
     "tp2": (2, ("k2",), TP),
     "tp2+sp": (2, DENSE, SP),
     "tp2+sp off": (2, ("k2",), {**SP, **OFF}),

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "link to nothing": (link("x.txt", "nowhere"), ("x.txt' does not exist, the link points to nothing", "check")),
     "link to itself": (link("x.txt", "x.txt"), ("x.txt' cannot be read", "check the path")),
     "missing": (lambda d: d / "none.txt", ("none.txt' does not exist", "check the path")),
-    "empty name": (lambda d: "", ("--input '' is empty", "variable", "name a file")),
+    "empty name": (lambda d: "", ("--input '' is empty", "variable", "give a value")),
     "name too long": (lambda d: d / ("x" * 300 + ".txt"), ("cannot be read", "too long", "check the path")),
     "name with a NUL": (lambda d: f"{d}/a\0b.txt", ("cannot be read", "null", "check the path")),
     "below a file": (lambda d: file("f.txt", "x")(d) / "a.txt", ("cannot be read", "directory", "check the path")),  # type: ignore[operator]
@@ -159,7 +159,7 @@ def test_input_that_cannot_be_used(name: str, tmp_path: Path, capsys: pytest.Cap
         (["--workers", "two"], ("--workers 'two'", "no number", "for example 4")),
         (["--workers", "1.5"], ("--workers '1.5'", "no number", "for example 4")),
         (["--workers", ""], ("--workers ''", "no number", "for example 4")),
-        (["--tokenizer", ""], ("--tokenizer '' is empty", "variable", "give byte")),
+        (["--tokenizer", ""], ("--tokenizer '' is empty", "variable", "give a value")),
         (["--tokenizer", "bpe:0"], ("'bpe:0'", "at least 257", "bpe:4096")),
         (["--tokenizer", "bpe:99999999999"], ("'bpe:99999999999'", "at most 1000000", "bpe:4096")),
         (["--tokenizer", "bpe:" + "9" * 5000], ("'bpe:9999", "at most 1000000", "bpe:4096")),

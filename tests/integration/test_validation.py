@@ -65,7 +65,8 @@ def root(documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFacto
     )
     # It goes on one step a start. Then steps that change nothing, so that one model is validated by runs of different
     # seeds, batches and workers.
-    resume = ["pretrain", *flags({"load": root / "half", "exit-interval": 1})]
+    half_again = {"load": root / "half", "save": root / "half", "metrics-file": root / "half.jsonl"}
+    resume = ["pretrain", *flags({**half_again, "exit-interval": 1})]
     start = {"load": root / "save", "finetune": True, "lr": 1e-30, "train_samples": 128, "eval_interval": 1000}
     runs = [
         arguments(documents, root, name, **{**start, "save": root / name, "save_interval": 10, **more})

@@ -216,3 +216,12 @@ def test_without_the_launchers_store_everyone_speaks(
             program.say_once("error: the same")
             program.say_once("error: the same")
     assert capsys.readouterr().err == "error: the same\n" * 6
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_commands_keep_the_hub_offline_unless_it_is_said(monkeypatch, capsys, before):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is put back
+    if before is None:
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert main(["plan", "--nonsense"]) == 2
+    assert os.environ["HF_HUB_OFFLINE"] == (before or "1")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from phd_megatron.cli.main import main
 from phd_megatron.data.bpe import parse_bpe, train_bpe
 from phd_megatron.data.tokenizers import EOD_TOKEN, ByteTokenizer, load_tokenizer
 from phd_megatron.errors import UserError
@@ -127,3 +128,24 @@ def test_parse_bpe():
     for wrong in ("bpe:", "bpe:256", "bpe:-1", "bpe:1e4", "bpe:²"):
         with pytest.raises(UserError, match="257"):
             parse_bpe(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer_config.json", '{"a": ' * 100_000, "tokenizer_config.json cannot be read"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json cannot be read"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}, "added_tokens": [1]}', "cannot be read by the tokenizers"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}, "added_tokens": 5}', "cannot be read by the tokenizers"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}, "pre_tokenizer": [1]}', "cannot be read by the tokenizers"),
+    ],
+    ids=["deep settings", "deep", "added number", "added no list", "cuts a list"],
+)
+def test_odd_json_of_a_tokenizer_is_refused(tmp_path, capsys, bpe_directory, name, text, message):
+    load_tokenizer(bpe_directory).save(tmp_path / "odd")
+    (tmp_path / "odd" / name).write_text(text)
+    (tmp_path / "text.txt").write_text("some words")
+    words = ["prepare", "--input", str(tmp_path / "text.txt"), "--output-prefix", str(tmp_path / "data")]
+    assert main([*words, "--workers", "1", "--tokenizer", str(tmp_path / "odd")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "copy" in said and "Traceback" not in said

@@ -1,6 +1,7 @@
 """``training_data.json`` of an export: written, read back, and refused when it is anything else."""
 
 import json
+import os
 
 import pytest
 
@@ -129,4 +130,10 @@ def test_the_good_one_is_read(tmp_path):
 def test_a_directory_in_its_place_is_refused(tmp_path):
     (tmp_path / RECORD).mkdir()
     with pytest.raises(UserError, match="is no record of training data"):
+        TrainingData.read(tmp_path)
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / RECORD)
+    with pytest.raises(UserError, match=r"is no record of training data.*a pipe"):
         TrainingData.read(tmp_path)

@@ -16,10 +16,18 @@ from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
 from phd_megatron.huggingface.loading import load_config
 from phd_megatron.huggingface.mapping import Rule, VocabRows
-from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_config, check_json, read_json, tensor_places
+from phd_megatron.huggingface.weights import (
+    EMBEDDINGS,
+    TOKENIZER_JSON,
+    check_config,
+    check_json,
+    read_json,
+    tensor_places,
+)
 
 #: tensors that old checkpoints hold and no model reads
 _COMPUTED = ("rotary_emb.inv_freq",)
+_HEAD = "lm_head.weight"
 
 
 class HFDirectory:
@@ -100,8 +108,9 @@ class HFDirectory:
         rules = list(rules)
         expected = {name for rule in rules for name in rule.hf}
         found = set(self._places)
-        if tied:
-            found.discard("lm_head.weight")  # a copy of the embedding
+        if tied and _HEAD in found - expected:
+            self._check_copy()
+            found.discard(_HEAD)
         if missing := sorted(expected - found):
             raise UserError(f"{self.path} lacks {_some(missing)}, which its config.json describes; copy it again")
         if left := sorted(found - expected):
@@ -116,6 +125,19 @@ class HFDirectory:
                 raise self._misfit(rule, rule.shape) from error
             if shape != rule.shape:
                 raise self._misfit(rule, rule.shape)
+
+    def _check_copy(self) -> None:
+        """Old files hold the head of a tied model, too; one that is another matrix would be lost."""
+        embedding = next((name for name in EMBEDDINGS if name in self._places), None)
+        if embedding is None:
+            return  # which is missing, and said to be
+        head, table = self.read([_HEAD, embedding]).values()
+        if head.shape != table.shape or not torch.equal(head, table.to(head.dtype)):
+            raise UserError(
+                f"{self.path} holds {_HEAD}, which is not {embedding}, and its config.json says "
+                "tie_word_embeddings=true, which has no place for it; nothing is dropped, so set that to false, or "
+                "copy the directory again"
+            )
 
     def _misfit(self, rule: Rule, wanted: tuple[int, ...]) -> UserError:
         shapes = ", ".join(f"{name} {self._places[name][1]}" for name in rule.hf[:3])
