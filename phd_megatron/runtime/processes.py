@@ -35,7 +35,7 @@ def identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "began": _stat(os.getpid())[1],
         # A container has numbers of its own: a process number means something within one boot and one name space.
-        "place": [_first_line("/proc/sys/kernel/random/boot_id"), _readlink("/proc/self/ns/pid")],
+        "place": [first_line("/proc/sys/kernel/random/boot_id"), readlink("/proc/self/ns/pid")],
     }
 
 
@@ -98,7 +98,8 @@ def _stat(process: int) -> tuple[str | None, str | None]:
         return None, None
 
 
-def _first_line(path: str) -> str | None:
+def first_line(path: str) -> str | None:
+    """The first line of a file of the kernel's, or None where there is none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as stream:
             return stream.readline().strip()
@@ -106,7 +107,8 @@ def _first_line(path: str) -> str | None:
         return None
 
 
-def _readlink(path: str) -> str | None:
+def readlink(path: str) -> str | None:
+    """Where a link of the kernel's leads, or None where there is none."""
     try:
         return os.readlink(path)
     except OSError:

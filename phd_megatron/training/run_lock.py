@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.processes import first_line, readlink
 
 LOCK_NAME = ".lock"
 LEASE_NAME = ".lock.lease"
@@ -253,8 +254,8 @@ def _identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _readlink("/proc/self/ns/pid"),
+        "boot": first_line("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": readlink("/proc/self/ns/pid"),
         "process_start": _process_start(os.getpid()),
     }
 
@@ -282,26 +283,11 @@ def _process_start(pid: int) -> str | None:
         except PermissionError:
             pass
         return "unknown"
-    line = _first_line(f"/proc/{pid}/stat")
+    line = first_line(f"/proc/{pid}/stat")
     if line is None:
         return None
     fields = line.rpartition(")")[2].split()  # the command name before it may hold spaces
     return None if fields[0] in ("Z", "X") else fields[19]
-
-
-def _first_line(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.readline().strip()
-    except OSError:
-        return None
-
-
-def _readlink(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None
 
 
 def _parse(content: bytes) -> dict[str, Any]:
