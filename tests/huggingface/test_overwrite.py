@@ -111,7 +111,7 @@ def test_what_is_no_export_stays(make_checkpoint, tmp_path, capsys, monkeypatch)
             assert main([*words, "--overwrite"]) == 2, name
             error = capsys.readouterr().err
             assert re.search(said, error) and "Traceback" not in error, f"{name}: {error}"
-            assert re.search("choose another|name the directory itself|unset", error), f"{name}: {error}"
+            assert re.search("choose another|name the directory itself|give a value", error), f"{name}: {error}"
             assert main(words) == 2, name
             assert "replace it with --overwrite" not in capsys.readouterr().err, name
             assert snapshot(tmp_path) == before, name
