@@ -102,7 +102,7 @@ def test_a_restart_by_torchrun_goes_on_with_the_same_numbers(documents: Path, tm
         (line,) = re.findall(
             rf"error: rank {rank} \(host \S+, process \d+\) has died; it was at iteration \d+ .*", said
         )
-        assert line.endswith("start the run again to go on from it")
+        assert line.endswith("goes on from its newest complete checkpoint when it is started again")
 
     whole = tmp_path / "whole.jsonl"
     undisturbed = words(documents, tmp_path / "other", train_iters=40, metrics_file=whole)
