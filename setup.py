@@ -81,7 +81,7 @@ setup(
     },
     install_requires=INSTALL,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["phd-megatron = phd_megatron.cli.main:main"]},
+    entry_points={"console_scripts": ["phd-megatron = phd_megatron.__main__:program"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

@@ -10,11 +10,17 @@ import sys  # noqa: E402
 from phd_megatron.cli.main import main  # noqa: E402
 from phd_megatron.errors import RunLost  # noqa: E402
 
-if __name__ == "__main__":
+
+def program() -> int:
+    """The exit code of the command line; a run that has lost a rank does not come back from here."""
     code = main()
     if code == RunLost.exit_code:
         # Others wait for this rank's end, and taking the interpreter down takes seconds. Everything is closed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise SystemExit(code)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(program())

@@ -13,25 +13,35 @@ from types import FrameType
 CLEAN_UP = frozenset({"prepare", "export", "import", "generate", "evaluate", "parity", "bench"})
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
-    raise SystemExit(128 + number)
-
-
 @contextmanager
 def clean_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind through the clean-up, and end with 128 + their number.
+    """SIGTERM and SIGHUP unwind through the clean-up, and end with 128 + their number; Ctrl-C as ever.
 
     Not under torchrun, whose ranks wait for each other in calls that no handler can leave, and which asks before it
     kills; nor for a signal that is ignored already (nohup).
     """
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            came.append(number)
+            signal.default_int_handler(number, frame)
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
+        came.append(number)
+        raise SystemExit(128 + number)
+
     before = {}
     if threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1":
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, _stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
     try:
         yield
+    except Exception:
+        # Libraries catch everything around their own work: torch's checkpoint reader makes an error of its own of it.
+        if not came:
+            raise
+        raise (KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(128 + came[0])) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import logging
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,16 +185,16 @@ def _save(base: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None
     base.parent.mkdir(parents=True, exist_ok=True)
     for part, array in zip(_PARTS, arrays, strict=True):
         # Its own name per process: ranks and runs that build the same index at once write the same bytes.
-        descriptor, temporary = tempfile.mkstemp(dir=base.parent, prefix=".building-", suffix=".npy")
+        temporary = base.parent / f".building-{uuid.uuid4().hex}.npy"
         try:
-            with os.fdopen(descriptor, "wb") as stream:
+            with open(temporary, "xb") as stream:
                 np.save(stream, array, allow_pickle=False)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, f"{base}-{part}.npy")
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 

@@ -249,7 +249,9 @@ class Runtime:
             raise RunLost(self.watch.explain(error)) from error
 
     def _lost_others(self, error: BaseException | None) -> bool:
-        return self.world_size > 1 and not isinstance(error, UserError) and died_together(error)
+        if self.world_size == 1 or error is None or isinstance(error, UserError):
+            return False
+        return died_together(error) or (isinstance(error, Exception) and self.watch.has_ended)
 
     def shutdown(self) -> None:
         """Take the process groups down. Called at exit too; a second call does nothing."""
@@ -257,6 +259,7 @@ class Runtime:
             return
         self._open = False
         atexit.unregister(self.shutdown)
+        lost = self.watch.has_ended
         self.watch.stop()
         import torch.distributed as dist
 
@@ -264,7 +267,7 @@ class Runtime:
         forget_fp8_scales()
         if "megatron.core.parallel_state" in sys.modules:
             sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
-        if dist.is_initialized():
+        if dist.is_initialized() and not lost:  # groups with a rank that is gone wait for it; this process ends anyway
             dist.destroy_process_group()
 
     def __enter__(self) -> Runtime:

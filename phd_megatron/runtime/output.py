@@ -22,6 +22,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +181,7 @@ def _descriptor(path: Path) -> int | None:
     if str(path) in names:
         return names[str(path)]
     known = str(path.parent) in ("/dev/fd", "/proc/self/fd") and path.name.isascii() and path.name.isdigit()
-    return int(path.name) if known and len(path.name) < 6 else None
+    return min(int(path.name[:10]), 2**31 - 1) if known else None  # no number is too long to be refused
 
 
 def _is_written_through(path: Path, option: str) -> bool:
@@ -308,15 +309,17 @@ def new_directory(
         return check_directory(output, option, overwrite=overwrite, not_ours=not_ours, keep=keep)
 
     place = check()
+    # Its name is the final one inside a temporary folder, because transformers names loaded code after it. The folder
+    # is named before it is there: a signal at that very moment leaves nothing behind either.
+    parent = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.tmp")
+    directory = parent / place.name
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Its name is the final one inside a temporary folder, because transformers names loaded code after it.
-        parent = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
-    except OSError as error:
-        raise UserError(f"cannot write into {place.parent}: {error.strerror}; choose another {option}") from error
-    try:
-        directory = parent / place.name
-        directory.mkdir()
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(mode=0o700)
+            directory.mkdir()
+        except OSError as error:
+            raise UserError(f"cannot write into {place.parent}: {error.strerror}; choose another {option}") from error
         yield directory
         _replace(directory, check())
     except OSError as error:

@@ -77,6 +77,7 @@ class Watch:
         self._noticed = -1  # progress at which this rank spoke of a standstill
         self._stack_shown = ""
         self._ending: float | None = None
+        self._speaks = False  # this rank says why the run ends, should its main thread not
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -129,6 +130,7 @@ class Watch:
         if said is None:
             said = {"text": f"the ranks have lost one another ({_first_line(error)})"}
         time.sleep(0.5)  # torchrun looks every 0.1 s, and takes the first rank that has ended for the cause
+        self._speaks = False  # the caller does
         return f"{said['text']}; a run that saves goes on from its newest complete checkpoint when it is started again"
 
     def _first_words(self, error: BaseException) -> dict[str, Any]:
@@ -155,6 +157,13 @@ class Watch:
         found: dict[str, Any] = json.loads(self._store.get(_END))
         self._end(found["ranks"])
         return found
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether some rank has said that the run ends, so that whatever fails now fails because of it."""
+        with suppress(Exception):
+            return self._store is not None and bool(self._store.check([_END]))
+        return False
 
     # ---------------------------------------------------------------- the thread
 
@@ -203,6 +212,8 @@ class Watch:
         self._end(ranks)
         # The main thread of a rank that waits hears of it from its own collective, and ends in order.
         if self._rank in ranks or time.monotonic() - self._ending > _ORDERLY:
+            if self._speaks:
+                _say(f"error: {json.loads(self._store.get(_END))['text']}; the run ends")
             os._exit(_CODE)
 
     def _end(self, ranks: list[int]) -> None:
@@ -229,7 +240,6 @@ class Watch:
             if age >= self.pace.end and self._ending is None:
                 text = f"{self._who(number)} has given no sign of life for {age:.0f} s (distributed_timeout_minutes = "
                 self._post_end(f"{text}{self._timeout / 60:g}); it was {_where(entry)}", [number])
-                _say(f"error: {json.loads(self._store.get(_END))['text']}; the run ends")
 
     def _name_silent(self, number: int, age: float) -> None:
         entry = self._seen[number].entry
@@ -325,6 +335,7 @@ class Watch:
     def _post_end(self, text: str, ranks: list[int]) -> None:
         """Whoever finds out first says it for all."""
         if self._store.add("watch/ends", 1) == 1:
+            self._speaks = True
             self._store.set(_END, json.dumps({"text": text, "ranks": ranks[:1]}))
         else:
             deadline = time.monotonic() + 2.0
@@ -351,7 +362,10 @@ def died_together(error: BaseException | None) -> bool:
     """Whether an error says that another rank has gone or does not answer, and not that this one did wrong."""
     from torch.distributed import DistError
 
-    words = r"gloo/transport|Gloo connectFullMesh|Connection (closed|reset) by|NCCL|ProcessGroup|Broken pipe"
+    words = (
+        r"gloo/transport|Gloo connectFullMesh|Connection (closed|reset) by|Application timeout|Timed out waiting|"
+        r"Wait timeout|Socket closed|NCCL|ProcessGroup|Broken pipe"
+    )
     return isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
     )

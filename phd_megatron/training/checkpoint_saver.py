@@ -208,7 +208,7 @@ class CheckpointSaver:
     @property
     def _last_there(self) -> Path | None:
         """The last checkpoint, unless somebody has removed it since."""
-        return self._last if self._last is not None and store.is_complete(self._last) else None
+        return self._last if self._last is not None and _is_there(self._last) else None
 
     @property
     def _is_writing(self) -> bool:
@@ -282,8 +282,18 @@ class CheckpointSaver:
                 newest = store.Survey(self._root).newest
                 if newest is not None:
                     return store.complete_dir(self._root, newest)
-            return self._last_there
+            return path if _is_there(path) else self._last_there
 
         last = agreement.from_rank_zero(abandon)
         rest = f"; the last complete checkpoint is {last}" if last else "; there is no complete checkpoint yet"
         return CheckpointError(f"saving {path} failed: {error}{last if isinstance(last, str) else rest}")
+
+
+def _is_there(checkpoint: Path) -> bool:
+    """Whether a checkpoint has not been removed. Opens no file: a process that has too many open has lost none."""
+    try:
+        return (checkpoint / store.METADATA).stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # of the disk, which may come back
+        return True

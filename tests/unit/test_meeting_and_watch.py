@@ -115,6 +115,30 @@ def test_survivors_say_the_same_of_a_process_that_is_gone() -> None:
     assert "rank 1 (host" in said.pop()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[a/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1",
+        "Application timeout caused pair closure",
+        "Timed out waiting 18000ms for recv operation to complete",
+        "Socket closed [127.0.0.1]:1",
+        "Wait timeout",
+    ],
+)
+def test_what_gloo_says_of_a_lost_rank_is_known(said: str) -> None:
+    assert died_together(RuntimeError(said))
+    assert not died_together(ValueError(said)), "gloo raises nothing else"
+
+
+def test_whatever_fails_after_the_end_has_been_said_is_its_consequence() -> None:
+    store = HashStore()
+    watches = [Watch(store, rank, 2, timeout=600.0) for rank in range(2)]
+    assert not any(watch.has_ended for watch in watches)
+    watches[0]._post_end("rank 1 has given no sign of life", [])
+    assert all(watch.has_ended for watch in watches)
+    assert not Watch(None, 0, 1, timeout=600.0).has_ended
+
+
 def test_of_processes_above_a_launcher_is_looked_for() -> None:
     above = {
         10: (b"/usr/bin/python3\0-m\0torch.distributed.run\0", 1),

@@ -144,7 +144,9 @@ def test_a_file_below_dev_is_no_device(capsys):
         assert notes.read_text() == "of somebody"
         os.mkfifo(Path(folder) / "pipe")
         refused(capsys, ["evaluate", "--checkpoint", folder, "--json", f"{folder}/pipe"], "it is a named pipe")
-    refused(capsys, ["evaluate", "--checkpoint", "no", "--json", "/dev/fd/99"], "no file is open there")
+    for number in (987654, 9 * 10**30):
+        words = ["evaluate", "--checkpoint", "no", "--json", f"/dev/fd/{number}"]
+        refused(capsys, words, "no file is open there")
 
 
 @pytest.mark.parametrize("mode", ["a", "w"])

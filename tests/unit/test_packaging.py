@@ -95,7 +95,7 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     assert callable_ == "True"
     assert str(site) not in kernels
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
-    assert "phd-megatron = phd_megatron.cli.main:main" in entry_points.read_text()
+    assert "phd-megatron = phd_megatron.__main__:program" in entry_points.read_text()
 
 
 def test_wheel_holds_every_module(source: Path, tmp_path: Path) -> None:
