@@ -1,0 +1,227 @@
+"""Plant each bug in a copy of the checkout, run its tests there, and count which were seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+
+from .bugs import Bug
+
+CAUGHT, SURVIVED, EQUIVALENT, UNTESTED = "caught", "survived", "equivalent", "untested"
+#: seconds that a bug's test may take beyond five times its own; one that makes it hang is seen
+PATIENCE = 60.0
+_FAILED = (
+    1,
+    2,
+    3,
+    4,
+)  # exit codes of pytest: failures, interrupted, internal, usage (a module that cannot be imported)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one bug."""
+
+    key: str
+    area: str
+    file: str
+    what: str
+    change: str
+    drawn: bool
+    verdict: str
+    seconds: float = 0.0
+    by: str = ""
+
+
+class Copy:
+    """A copy of a checkout's files, tracked or not ignored, in which bugs are planted one after the other."""
+
+    def __init__(self, root: Path, place: Path) -> None:
+        self.root = place
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=root,
+            check=True,
+            capture_output=True,
+        )
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (root / name).is_file():
+                target = place / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
+
+    @contextmanager
+    def with_bug(self, bug: Bug) -> Iterator[None]:
+        path = self.root / bug.file
+        whole = path.read_bytes()
+        path.write_bytes(bug.apply(whole))
+        try:
+            yield
+        finally:
+            path.write_bytes(whole)
+
+    def test(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
+        """Exit code of pytest, None after ``seconds``; and the last lines of what it said."""
+        # Without bytecode files: a changed source of the same size and second would not be read again.
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment.pop("CI", None)
+        place = self.root.parent / f"{self.root.name}.tmp"
+        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--show-capture=no"]
+        words += ["-m", "not gpu", "--no-header", f"--basetemp={place}", *tests]
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=self.root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=seconds)
+            return process.returncode, said
+        except subprocess.TimeoutExpired:
+            return None, ""
+        finally:
+            _end_group(process)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """Ranks that a bug has left behind, too."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Campaign:
+    """All bugs of one call.
+
+    Args:
+        jobs: copies, and so bugs at a time.
+        equivalent: (file, change) -> why it is none.
+        results: a file of JSON lines that grows; what it already says is not run again.
+        slowest: seconds that a test may take without a bug.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        jobs: int = 2,
+        equivalent: dict[tuple[str, str], str] | None = None,
+        results: Path | None = None,
+        slowest: float = 600.0,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        self.root, self._jobs, self._slowest, self._say = root, jobs, slowest, say
+        self._equivalent = equivalent or {}
+        self._results = results
+        self._known: dict[str, Outcome] = {}
+        if results is not None and results.exists():
+            rows = [Outcome(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
+            self._known = {row.key: row for row in rows}
+
+    def run(self, bugs: Sequence[Bug]) -> list[Outcome]:
+        """Outcomes in the order of ``bugs``.
+
+        Raises:
+            RuntimeError: tests fail without any bug.
+        """
+        left = [bug for bug in bugs if bug.key not in self._known and self._verdict_without_a_run(bug) is None]
+        with tempfile.TemporaryDirectory(prefix="mutants-") as place:
+            copies: Queue[Copy] = Queue()
+            for number in range(min(self._jobs, len(left))):
+                copies.put(Copy(self.root, Path(place) / str(number)))
+
+            def one(bug: Bug) -> Outcome:
+                copy = copies.get()
+                try:
+                    return self._keep(self._try(bug, copy, healthy))
+                finally:
+                    copies.put(copy)
+
+            healthy = self._durations(sorted({test for bug in left for test in bug.tests}), copies)
+            with ThreadPoolExecutor(self._jobs) as pool:
+                found = {outcome.key: outcome for outcome in pool.map(one, left)}
+        return [
+            found.get(bug.key) or self._known.get(bug.key) or self._outcome(bug, self._verdict_without_a_run(bug) or "")
+            for bug in bugs
+        ]
+
+    def _verdict_without_a_run(self, bug: Bug) -> str | None:
+        if (bug.file, bug.context(self.root)) in self._equivalent:
+            return EQUIVALENT
+        return None if bug.tests else UNTESTED
+
+    def _durations(self, tests: Sequence[str], copies: Queue[Copy]) -> dict[str, float]:
+        """Seconds of each test without a bug; they must pass."""
+
+        def one(test: str) -> tuple[str, float, int | None, str]:
+            copy = copies.get()
+            try:
+                began = time.monotonic()
+                code, said = copy.test([test], self._slowest)
+                return test, time.monotonic() - began, code, said
+            finally:
+                copies.put(copy)
+
+        with ThreadPoolExecutor(self._jobs) as pool:
+            rows = list(pool.map(one, tests))
+        for test, _, code, said in rows:
+            if code != 0:
+                raise RuntimeError(f"{test} does not pass without a bug (pytest: {code})\n{said[-2000:]}")
+        if rows:
+            self._say(f"{len(rows)} tests pass without a bug, in {sum(row[1] for row in rows):.0f} s")
+        return {test: seconds for test, seconds, _, _ in rows}
+
+    def _try(self, bug: Bug, copy: Copy, healthy: dict[str, float]) -> Outcome:
+        began = time.monotonic()
+        with copy.with_bug(bug):
+            for test in sorted(bug.tests, key=healthy.__getitem__):
+                code, said = copy.test([test], PATIENCE + 5 * healthy[test])
+                if code is None or code in _FAILED:
+                    return self._outcome(bug, CAUGHT, time.monotonic() - began, _first_failure(said) or test)
+        return self._outcome(bug, SURVIVED, time.monotonic() - began)
+
+    def _outcome(self, bug: Bug, verdict: str, seconds: float = 0.0, by: str = "") -> Outcome:
+        change = bug.context(self.root)
+        return Outcome(bug.key, bug.area, bug.file, bug.what, change, bug.drawn, verdict, round(seconds, 1), by)
+
+    def _keep(self, outcome: Outcome) -> Outcome:
+        if self._results is not None:
+            with open(self._results, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(outcome)) + "\n")
+        if outcome.verdict == SURVIVED:
+            self._say(f"survived: {outcome.file}: {outcome.what}: {outcome.change}")
+        return outcome
+
+
+def _first_failure(said: str) -> str:
+    return next((line.split(" - ")[0].split(" ", 1)[1] for line in said.splitlines() if line.startswith("FAILED ")), "")
+
+
+def score(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
+    """Area -> (caught, all that are not equivalent), and ``"all"``."""
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for outcome in outcomes:
+        if outcome.verdict != EQUIVALENT:
+            for area in (outcome.area, "all"):
+                found[area][0] += outcome.verdict == CAUGHT
+                found[area][1] += 1
+    return {area: (caught, total) for area, (caught, total) in sorted(found.items())}
