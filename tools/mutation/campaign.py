@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 
 from .bugs import Bug
 
@@ -133,6 +134,9 @@ class Campaign:
         self._equivalent = equivalent or {}
         self._results = results
         self._known: dict[str, Outcome] = {}
+        self._healthy: dict[str, float] = {}  # test -> seconds without a bug
+        self._locks: dict[str, Lock] = {}
+        self._lock = Lock()
         if results is not None and results.exists():
             rows = [Outcome(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
             self._known = {row.key: row for row in rows}
@@ -152,13 +156,16 @@ class Campaign:
             def one(bug: Bug) -> Outcome:
                 copy = copies.get()
                 try:
-                    return self._keep(self._try(bug, copy, healthy))
+                    return self._keep(self._try(bug, copy))
                 finally:
                     copies.put(copy)
 
-            healthy = self._durations(sorted({test for bug in left for test in bug.tests}), copies)
             with ThreadPoolExecutor(self._jobs) as pool:
-                found = {outcome.key: outcome for outcome in pool.map(one, left)}
+                tries = [pool.submit(one, bug) for bug in left]
+                try:
+                    found = {outcome.key: outcome for outcome in (future.result() for future in tries)}
+                finally:
+                    pool.shutdown(cancel_futures=True)
         return [
             found.get(bug.key) or self._known.get(bug.key) or self._outcome(bug, self._verdict_without_a_run(bug) or "")
             for bug in bugs
@@ -169,35 +176,30 @@ class Campaign:
             return EQUIVALENT
         return None if bug.tests else UNTESTED
 
-    def _durations(self, tests: Sequence[str], copies: Queue[Copy]) -> dict[str, float]:
-        """Seconds of each test without a bug; they must pass."""
-
-        def one(test: str) -> tuple[str, float, int | None, str]:
-            copy = copies.get()
-            try:
+    def _seconds(self, test: str, copy: Copy) -> float:
+        """What a test takes without a bug, as measured before its first use; it must pass."""
+        with self._lock:
+            mine = self._locks.setdefault(test, Lock())
+        with mine:
+            if test not in self._healthy:
                 began = time.monotonic()
                 code, said = copy.test([test], self._slowest)
-                return test, time.monotonic() - began, code, said
-            finally:
-                copies.put(copy)
+                if code != 0:
+                    raise RuntimeError(f"{test} does not pass without a bug (pytest: {code})\n{said[-2000:]}")
+                self._healthy[test] = time.monotonic() - began
+            return self._healthy[test]
 
-        with ThreadPoolExecutor(self._jobs) as pool:
-            rows = list(pool.map(one, tests))
-        for test, _, code, said in rows:
-            if code != 0:
-                raise RuntimeError(f"{test} does not pass without a bug (pytest: {code})\n{said[-2000:]}")
-        if rows:
-            self._say(f"{len(rows)} tests pass without a bug, in {sum(row[1] for row in rows):.0f} s")
-        return {test: seconds for test, seconds, _, _ in rows}
-
-    def _try(self, bug: Bug, copy: Copy, healthy: dict[str, float]) -> Outcome:
-        began = time.monotonic()
-        with copy.with_bug(bug):
-            for test in sorted(bug.tests, key=healthy.__getitem__):
-                code, said = copy.test([test], PATIENCE + 5 * healthy[test])
-                if code is None or code in _FAILED:
-                    return self._outcome(bug, CAUGHT, time.monotonic() - began, _first_failure(said) or test)
-        return self._outcome(bug, SURVIVED, time.monotonic() - began)
+    def _try(self, bug: Bug, copy: Copy) -> Outcome:
+        spent = 0.0
+        for test in bug.tests:
+            seconds = self._seconds(test, copy)
+            began = time.monotonic()
+            with copy.with_bug(bug):
+                code, said = copy.test([test], PATIENCE + 5 * seconds)
+            spent += time.monotonic() - began
+            if code is None or code in _FAILED:
+                return self._outcome(bug, CAUGHT, spent, _first_failure(said) or test)
+        return self._outcome(bug, SURVIVED, spent)
 
     def _outcome(self, bug: Bug, verdict: str, seconds: float = 0.0, by: str = "") -> Outcome:
         change = bug.context(self.root)
