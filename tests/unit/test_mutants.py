@@ -184,7 +184,7 @@ def test_tests_that_fail_without_a_bug_prove_nothing(project):
     table = project / "tests/mutants/planted/sums.yaml"
     table.write_text(table.read_text().replace("test_sums.py::test_double", "test_red.py"))
     with pytest.raises(RuntimeError, match=r"tests/test_red\.py does not pass without a bug"):
-        Campaign(project).run(planted(project / "tests/mutants", project))
+        Campaign(project).run(planted(project / "tests/mutants", project)[:1])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import random
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,12 +56,13 @@ class Change(NamedTuple):
     what: str
 
 
-def changes(source: bytes) -> list[Change]:
+@lru_cache(maxsize=1024)
+def changes(source: bytes) -> tuple[Change, ...]:
     """Every change of one operator, constant, condition, argument or statement of a source, by position.
 
     A few of them do not parse; :func:`draw` leaves them out.
     """
-    return sorted(_Finder(source).found)
+    return tuple(sorted(_Finder(source).found))
 
 
 def draw(root: Path, count: int, seed: int, near: Near, areas: Iterable[str] = ()) -> list[Bug]:
