@@ -31,11 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the drawn ones")
     parser.add_argument("--jobs", type=int, default=2, help="bugs at a time, each in its copy")
     parser.add_argument("--results", type=Path, help="JSON lines that grow; bugs that stand there are not tried again")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder of the tables")
     parser.add_argument("--list", action="store_true", help="print the bugs and run nothing")
     arguments = parser.parse_args(argv)
     try:
-        near = Near(TABLES)
-        by_hand = [bug for bug in planted(TABLES, ROOT) if not arguments.area or bug.area in arguments.area]
+        near = Near(arguments.tables)
+        by_hand = [bug for bug in planted(arguments.tables, ROOT) if not arguments.area or bug.area in arguments.area]
     except TableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     campaign = Campaign(
         ROOT,
         jobs=arguments.jobs,
-        equivalent=equivalent(TABLES),
+        equivalent=equivalent(arguments.tables),
         results=arguments.results,
         say=lambda text: print(text, flush=True),
     )

@@ -36,11 +36,6 @@ class Bug:
     tests: tuple[str, ...] = field(default=(), compare=False)
     drawn: bool = False
 
-    @property
-    def key(self) -> str:
-        """The same bug of the same text, also after other lines of the file have moved."""
-        return f"{self.file}:{self.line}:{self.old!r}->{self.new!r}" if self.drawn else f"{self.file}:{self.what}"
-
     def apply(self, source: bytes) -> bytes:
         begin, end = self.span
         if source[begin:end] != self.old.encode():

@@ -36,7 +36,6 @@ _FAILED = (
 class Outcome:
     """What became of one bug."""
 
-    key: str
     area: str
     file: str
     what: str
@@ -45,6 +44,11 @@ class Outcome:
     verdict: str
     seconds: float = 0.0
     by: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The same bug, also after other lines of the file have moved."""
+        return self.file, self.what, self.change
 
 
 class Copy:
@@ -133,7 +137,7 @@ class Campaign:
         self.root, self._jobs, self._slowest, self._say = root, jobs, slowest, say
         self._equivalent = equivalent or {}
         self._results = results
-        self._known: dict[str, Outcome] = {}
+        self._known: dict[tuple[str, str, str], Outcome] = {}
         self._healthy: dict[str, float] = {}  # test -> seconds without a bug
         self._locks: dict[str, Lock] = {}
         self._lock = Lock()
@@ -147,7 +151,7 @@ class Campaign:
         Raises:
             RuntimeError: tests fail without any bug.
         """
-        left = [bug for bug in bugs if bug.key not in self._known and self._verdict_without_a_run(bug) is None]
+        left = [bug for bug in bugs if self._known_of(bug) is None]
         with tempfile.TemporaryDirectory(prefix="mutants-") as place:
             copies: Queue[Copy] = Queue()
             for number in range(min(self._jobs, len(left))):
@@ -163,18 +167,17 @@ class Campaign:
             with ThreadPoolExecutor(self._jobs) as pool:
                 tries = [pool.submit(one, bug) for bug in left]
                 try:
-                    found = {outcome.key: outcome for outcome in (future.result() for future in tries)}
+                    found = {bug: future.result() for bug, future in zip(left, tries, strict=True)}
                 finally:
                     pool.shutdown(cancel_futures=True)
-        return [
-            found.get(bug.key) or self._known.get(bug.key) or self._outcome(bug, self._verdict_without_a_run(bug) or "")
-            for bug in bugs
-        ]
+        return [self._known_of(bug) or found[bug] for bug in bugs]
 
-    def _verdict_without_a_run(self, bug: Bug) -> str | None:
-        if (bug.file, bug.context(self.root)) in self._equivalent:
-            return EQUIVALENT
-        return None if bug.tests else UNTESTED
+    def _known_of(self, bug: Bug) -> Outcome | None:
+        """What is known before any test has run."""
+        same = (bug.file, bug.context(self.root)) in self._equivalent
+        if same or not bug.tests:
+            return self._outcome(bug, EQUIVALENT if same else UNTESTED)
+        return self._known.get(self._outcome(bug, "").key)
 
     def _seconds(self, test: str, copy: Copy) -> float:
         """What a test takes without a bug, as measured before its first use; it must pass."""
@@ -203,7 +206,7 @@ class Campaign:
 
     def _outcome(self, bug: Bug, verdict: str, seconds: float = 0.0, by: str = "") -> Outcome:
         change = bug.context(self.root)
-        return Outcome(bug.key, bug.area, bug.file, bug.what, change, bug.drawn, verdict, round(seconds, 1), by)
+        return Outcome(bug.area, bug.file, bug.what, change, bug.drawn, verdict, round(seconds, 1), by)
 
     def _keep(self, outcome: Outcome) -> Outcome:
         if self._results is not None:

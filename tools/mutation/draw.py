@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import random
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,27 +69,43 @@ def changes(source: bytes) -> tuple[Change, ...]:
 def draw(root: Path, count: int, seed: int, near: Near, areas: Iterable[str] = ()) -> list[Bug]:
     """``count`` bugs, no two on one line: every line of the product that can be changed is as likely as any other.
 
+    A line's turn follows from its own text, so what changes elsewhere leaves the draw as it is.
+
     Args:
         areas: only of files that belong to these; empty: all.
     """
+    wanted = set(areas)
     places: dict[tuple[str, int], list[Change]] = defaultdict(list)
     sources = {path.relative_to(root).as_posix(): path.read_bytes() for path in product_files(root)}
-    wanted = set(areas)
+    turns = {}
     for file, source in sources.items():
-        if not wanted or near.of(file)[0] in wanted:
-            for change in changes(source):
-                places[file, change.line].append(change)
-    chance = random.Random(seed)
-    bugs = []
-    for file, line in chance.sample(sorted(places), min(count, len(places))):
-        choices = places[file, line]
-        chosen = next((c for c in chance.sample(choices, len(choices)) if _parses(sources[file], c)), None)
-        if chosen is not None:
-            old = sources[file][chosen.begin : chosen.end].decode()
-            area, tests = near.of(file)
-            span = (chosen.begin, chosen.end)
-            bugs.append(Bug(area or "?", file, chosen.what, span, old, chosen.new, line, tests, drawn=True))
+        if wanted and near.of(file)[0] not in wanted:
+            continue
+        lines, before = source.splitlines(), Counter[bytes]()
+        for change in changes(source):
+            places[file, change.line].append(change)
+        for number in sorted(number for name, number in places if name == file):
+            text = lines[number - 1].strip()
+            before[text] += 1
+            turns[file, number] = _number(seed, file, text, before[text])
+    bugs: list[Bug] = []
+    for file, line in sorted(turns, key=turns.__getitem__):
+        if len(bugs) == count:
+            break
+        source = sources[file]
+        chance = random.Random(turns[file, line])
+        for change in chance.sample(places[file, line], len(places[file, line])):
+            if _parses(source, change):
+                area, tests = near.of(file)
+                old = source[change.begin : change.end].decode()
+                span = (change.begin, change.end)
+                bugs.append(Bug(area or "?", file, change.what, span, old, change.new, line, tests, drawn=True))
+                break
     return bugs
+
+
+def _number(*parts: object) -> int:
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 def _parses(source: bytes, change: Change) -> bool:
