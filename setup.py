@@ -39,6 +39,7 @@ TEST = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
+    "coverage>=7.6",  # tools/mutate.py: which tests run a line
     "ruff>=0.17,<0.18",
     "mypy>=1.15",
     "types-PyYAML>=6",

@@ -10,8 +10,9 @@ from pathlib import Path
 import mutate
 import pytest
 from mutation.bugs import Near, TableError, equivalent, planted
-from mutation.campaign import CAUGHT, EQUIVALENT, SURVIVED, UNTESTED, Campaign, Outcome, score
+from mutation.campaign import CAUGHT, EQUIVALENT, SURVIVED, UNTESTED, Campaign, Copy, Outcome, score
 from mutation.draw import changes, draw, product_files
+from mutation.reach import statement_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "tests/mutants"
@@ -188,6 +189,25 @@ def test_a_campaign_tells_what_the_tests_see(project, monkeypatch, tmp_path, cap
     again = Campaign(project, results=results, equivalent=same)
     monkeypatch.setattr(again, "_try", lambda *arguments: pytest.fail("what is known is not tried again"))
     assert again.run(bugs) == outcomes
+
+
+def test_the_statement_at_a_line():
+    source = b"def f(\n    a,\n):\n    if (\n        a\n    ):\n        g(\n            a,\n            b,\n        )\n"
+    assert [statement_lines(source, line) for line in (1, 3, 5, 8)] == [
+        *(range(1, 4), range(1, 4), range(4, 7), range(7, 11))
+    ]
+
+
+def test_what_a_test_runs(project, tmp_path):
+    copy = Copy(project, tmp_path / "copy")
+    code, _, reach = copy.trace("tests/test_sums.py::test_half", 60)
+    assert code == 0
+    assert reach.runs("phd_megatron/sums.py", range(6, 7)) and not reach.runs("phd_megatron/sums.py", range(2, 3))
+    assert not reach.runs("phd_megatron/other.py", range(1, 9)) and reach.runs("kernels/other.py", range(1, 9))
+    text = "import subprocess, sys\n\n\ndef test_child():\n    subprocess.run([sys.executable, '-c', ''], check=True)\n"
+    (copy.root / "tests/test_child.py").write_text(text)
+    code, _, reach = copy.trace("tests/test_child.py", 60)
+    assert code == 0 and reach.runs("phd_megatron/sums.py", range(2, 3)), "nobody knows what the process ran"
 
 
 def test_tests_that_fail_without_a_bug_prove_nothing(project):

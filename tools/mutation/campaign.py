@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,6 +20,8 @@ from queue import Queue
 from threading import Lock
 
 from .bugs import Bug
+from .draw import PRODUCT
+from .reach import CHILDREN, SITECUSTOMIZE, Reach, read, statement_lines
 
 CAUGHT, SURVIVED, EQUIVALENT, UNTESTED = "caught", "survived", "equivalent", "untested"
 #: seconds that a bug's test may take beyond five times its own; one that makes it hang is seen
@@ -78,17 +80,35 @@ class Copy:
         finally:
             path.write_bytes(whole)
 
-    def test(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
-        """Exit code of pytest, None after ``seconds``; and the last lines of what it said."""
+    def trace(self, test: str, seconds: float) -> tuple[int | None, str, Reach]:
+        """The same of one test without a bug, and what it runs."""
+        with tempfile.TemporaryDirectory(prefix="reach-", dir=self.root.parent) as name:
+            place = Path(name)
+            (place / "children").mkdir()
+            (place / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+            data = place / "lines"
+            tracer = ["-m", "coverage", "run", f"--data-file={data}", f"--source={','.join(self._product())}"]
+            more = {"PYTHONPATH": f"{place}{os.pathsep}{self.root}", CHILDREN: str(place / "children")}
+            code, said = self.test([test], seconds, tracer, more)
+            return code, said, read(data, self.root, place / "children")
+
+    def _product(self) -> list[str]:
+        return [str(self.root / folder) for folder in PRODUCT if (self.root / folder).is_dir()]
+
+    def test(
+        self, tests: Sequence[str], seconds: float, tracer: Sequence[str] = (), more: Mapping[str, str] | None = None
+    ) -> tuple[int | None, str]:
+        """Exit code of pytest, None after ``seconds``; and what it said."""
         # Without bytecode files: a changed source of the same size and second would not be read again.
         environment = {**os.environ, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("CI", None)
+        environment |= more or {}
         place = self.root.parent / f"{self.root.name}.tmp"
         words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--show-capture=no"]
         words += ["-m", "not gpu", "--no-header", f"--basetemp={place}", *tests]
         process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, *tracer, *words],
             cwd=self.root,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -138,7 +158,7 @@ class Campaign:
         self._equivalent = equivalent or {}
         self._results = results
         self._known: dict[tuple[str, str, str], Outcome] = {}
-        self._healthy: dict[str, float] = {}  # test -> seconds without a bug
+        self._healthy: dict[str, tuple[float, Reach]] = {}
         self._locks: dict[str, Lock] = {}
         self._lock = Lock()
         if results is not None and results.exists():
@@ -179,23 +199,26 @@ class Campaign:
             return self._outcome(bug, EQUIVALENT if same else UNTESTED)
         return self._known.get(self._outcome(bug, "").key)
 
-    def _seconds(self, test: str, copy: Copy) -> float:
-        """What a test takes without a bug, as measured before its first use; it must pass."""
+    def _without_a_bug(self, test: str, copy: Copy) -> tuple[float, Reach]:
+        """What a test takes, and runs, as found before its first use; it must pass."""
         with self._lock:
             mine = self._locks.setdefault(test, Lock())
         with mine:
             if test not in self._healthy:
                 began = time.monotonic()
-                code, said = copy.test([test], self._slowest)
+                code, said, reach = copy.trace(test, self._slowest)
                 if code != 0:
                     raise RuntimeError(f"{test} does not pass without a bug (pytest: {code})\n{said[-2000:]}")
-                self._healthy[test] = time.monotonic() - began
+                self._healthy[test] = time.monotonic() - began, reach
             return self._healthy[test]
 
     def _try(self, bug: Bug, copy: Copy) -> Outcome:
         spent = 0.0
+        statement = statement_lines((self.root / bug.file).read_bytes(), bug.line)
         for test in bug.tests:
-            seconds = self._seconds(test, copy)
+            seconds, reach = self._without_a_bug(test, copy)
+            if not reach.runs(bug.file, statement):
+                continue
             began = time.monotonic()
             with copy.with_bug(bug):
                 code, said = copy.test([test], PATIENCE + 5 * seconds)
