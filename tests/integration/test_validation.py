@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from phd_megatron.cli.main import main
+
 from .conftest import TINY_MODEL, flags, read_metrics, run_program
 
 pytestmark = pytest.mark.timeout(600)
@@ -140,7 +142,13 @@ def test_a_validation_sees_the_step_before_it_when_parameters_are_gathered_late(
             arguments(documents, tmp_path, "plain", **each, no_use_distributed_optimizer=True, peak_tflops=1e-3),
         ],
     )
-    found, expected = (validations(tmp_path / f"{name}.jsonl") for name in ("late", "plain"))
+    assert main(arguments(documents, tmp_path, "alone", **each)) == 0
+    names = ("late", "plain", "alone")
+    found, expected, alone = (validations(tmp_path / f"{name}.jsonl") for name in names)
+    trained = [[line["lm_loss"] for line in read_metrics(tmp_path / f"{name}.jsonl")] for name in names]
+    assert expected == pytest.approx(alone, rel=TOLERANCE), "two ranks read other samples each, together those of one"
+    assert trained[0] == pytest.approx(trained[2], rel=TOLERANCE)
+    assert trained[1] == pytest.approx(trained[2], rel=TOLERANCE)
     assert [*found] == [*expected] == [8, 16, 24, 32, 40]
     assert found == pytest.approx(expected, rel=TOLERANCE)
     losses = [*expected.values()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -336,3 +337,34 @@ def test_an_evaluation_has_no_dropout_and_counts_what_carries_loss(runtime: Any)
     assert all(module.training for module in built.models[0].modules()), "training goes on with dropout"
     trained = trainer.train(iter(each), 4)
     assert float(trained.loss[0]) != pytest.approx(float(total), rel=1e-3), "a step does have dropout"
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["distributed", "plain"])
+def test_gradients_that_are_written_or_measured_are_those_of_the_step(
+    runtime: Any, tmp_path: Path, plain: bool
+) -> None:
+    """By the autograd of the bare model; a layer's norm is over its own parameters."""
+    from phd_megatron.training.gradient_dump import dump_gradients, iteration_place, load_gradients
+    from phd_megatron.training.layer_statistics import LayerStatistics
+
+    built = build(make_run(use_distributed_optimizer=not plain, ddp_bucket_size=900))
+    trainer = stepper(built)
+    place = iteration_place(tmp_path, 12)
+    assert place == tmp_path / "iter_0000012"
+    statistics = LayerStatistics(built.models, trainer.groups, LENGTH)
+    look = [lambda: dump_gradients(built.models, place, 0, trainer.groups.dp_cp), statistics.take_gradients]
+    with statistics.watching():
+        trainer.train(iter(batches()), BATCH // MICRO, look)
+    total, tokens = hand_made_loss(built.untouched, batches())
+    (total / tokens).backward()
+    expected = {name: parameter.grad for name, parameter in built.untouched.named_parameters()}
+    found = load_gradients(place)
+    assert len(found) == len(expected) == 14
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
+    squares = dict.fromkeys((1, 2), 0.0)
+    for name, gradient in expected.items():
+        if name.startswith("decoder.layers."):
+            squares[int(name.split(".")[2]) + 1] += float(gradient.double().square().sum())
+    norms = statistics.collect(2, 4.0)["gradient_norm"]
+    assert norms == pytest.approx({number: square**0.5 / 4.0 for number, square in squares.items()}, rel=1e-4)
