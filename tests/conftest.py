@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def launch(
     nproc: int,
     *args: object,
-    timeout: float = 120,
+    timeout: float = 400,
     check: bool = True,
     env: dict[str, str] | None = None,
     threads: int = 1,
@@ -59,5 +59,5 @@ def launch(
 
 @pytest.fixture(scope="session")
 def torchrun() -> Launcher:
-    """``torchrun(nproc, *args, timeout=120, check=True, env=None, threads=1) -> CompletedProcess``."""
+    """``torchrun(nproc, *args, timeout=400, check=True, env=None, threads=1) -> CompletedProcess``."""
     return launch

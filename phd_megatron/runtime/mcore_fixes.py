@@ -144,6 +144,22 @@ def _padded_buckets(module: Any) -> None:
     optimizer.sharded_param_state_fully_reshardable = sharded
 
 
+def _groups_of_one_kind(module: Any) -> None:
+    original = module.MegatronOptimizer._filter_and_reorder_param_groups
+
+    def kinds(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        names = module.param_group_identifier_keys
+        return [tuple(group.get(name, group.get(f"pre_{name}")) for name in names) for group in groups]
+
+    @functools.wraps(original)
+    def reorder(current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if kinds(current_groups) == kinds(state_dict_groups):
+            return state_dict_groups
+        return original(current_groups, state_dict_groups)
+
+    module.MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(reorder)
+
+
 def _checkpoint_without_output(module: Any) -> None:
     original = module.CheckpointWithoutOutput.__init__
 
@@ -205,6 +221,12 @@ REDIRECTS = (
         _padded_buckets,
         "fully_reshardable cuts parameters out of gathered buckets at offsets that count the padding it has dropped: "
         "states of all buckets but the first are saved shifted (ddp_bucket_size; tied embeddings with pipelines)",
+    ),
+    Redirect(
+        "groups-of-one-kind",
+        ("megatron.core.optimizer.optimizer",),
+        _groups_of_one_kind,
+        "a plain optimizer takes two groups for one that differ in their rates alone, and loads neither (decoupled_lr)",
     ),
     Redirect(
         "checkpoint-without-output",

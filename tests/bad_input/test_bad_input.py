@@ -25,7 +25,7 @@ from .rows_fields import FIELDS
 from .rows_files import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 20
+SECONDS = 60  # of the processor's time, which no other program takes from it
 ROWS = [*CONFIGS, *FIELDS, *FILES, *COMMANDS]
 
 
@@ -83,9 +83,9 @@ def test_refused(
     if row.process:
         code, out, err, seconds = as_program(argv)
     else:
-        began = time.monotonic()
+        began = time.process_time()
         code = ended(argv)
-        seconds = time.monotonic() - began
+        seconds = time.process_time() - began
         out, err = capfd.readouterr()
     assert code == 2, f"{code}\n{out}\n{err}"
     assert err.startswith("error: ") and err.count("error: ") == 1, err
@@ -112,7 +112,7 @@ def as_program(argv: list[str]) -> tuple[int, str, str, float]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=400,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -1,7 +1,7 @@
 """A tiny training run under torchrun, for test_checkpointing.py: trains, saves, resumes, and misbehaves on request.
 
 Prints one line ``RESULT {json}`` per rank: losses as hex floats, digests of parameters and of optimizer state, step
-counts, the seconds of the last save.
+counts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save")
     parser.add_argument("--save-at", type=int, nargs="*", default=[])
     parser.add_argument("--load")
-    parser.add_argument("--no-load-optim", action="store_true")
     parser.add_argument("--keep-last", type=int)
     parser.add_argument("--background", action="store_true")
     faults = [
@@ -202,7 +201,7 @@ def install_fault(fault: str | None, step: int) -> None:
         original = checkpoint_writer.ShardWrite.write
 
         def wait(write: Any) -> None:
-            SLOW.wait(30)  # until training has gone on for two steps
+            SLOW.wait(600)  # until training has gone on for two steps
             if fault == "kill-while-writing":
                 (write._directory / "__0_0.distcp").write_bytes(b"half")
                 die()
@@ -259,9 +258,9 @@ def main() -> None:
         found = find_checkpoint(args.load, log=runtime.log)
         if found is not None:
             objects = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "runtime": runtime}
-            state = load_checkpoint(found, load_optimizer=not args.no_load_optim, **objects)
+            state = load_checkpoint(found, **objects)
             start = state["iteration"]
-            assert args.no_load_optim or state["consumed_samples"] == 4 * start
+            assert state["consumed_samples"] == 4 * start
     result["start"] = start
     options = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "background": args.background}
     saver = (
@@ -288,10 +287,8 @@ def main() -> None:
                         list(model.parameters())[-1].data.view(-1)[-1] = float("nan")
                 if args.fault == "large" and step >= args.fault_at and runtime.rank == args.fault_rank:
                     list(model.parameters())[-1].data.view(-1)[-1] = 1e30
-                began = time.perf_counter()
                 state = {"consumed_samples": 4 * step}
                 saver.save(iteration=step, training_state=state, patient=True, **options)
-                result["save_seconds"] = time.perf_counter() - began
             elif saver:
                 saver.poll()
             result["tracker"].append(read_tracker(args.save) if args.save else None)

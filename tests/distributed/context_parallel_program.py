@@ -166,7 +166,7 @@ def overlap() -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     torch.set_num_threads(1)
     for part in sys.argv[1:]:
         {"cases": cases, "halves": halves, "fused": fused, "broken": broken, "overlap": overlap}[part]()

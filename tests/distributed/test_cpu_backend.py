@@ -25,6 +25,7 @@ CASES = (
     "torch-adamw/speed",
     "adam-state-without-step",
     "padded-buckets",
+    "groups-of-one-kind",
     "checkpoint-without-output",
     "te-general-gemm",
     "single-rank",

@@ -295,6 +295,19 @@ def _collectives_of_one_rank():
     return "nothing sent"
 
 
+def _groups_keep_their_parameters():
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    kind = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    other = {**kind, "wd_mult": 0.0}
+    current = [{**kind, "params": ["a"]}, {**kind, "params": ["b", "c"]}, {**other, "params": ["d"]}]
+    saved = [{**group, "params": numbers} for group, numbers in zip(current, ([0], [1, 2], [3]), strict=True)]
+    reorder = MegatronOptimizer._filter_and_reorder_param_groups
+    assert [group["params"] for group in reorder(current, saved)] == [[0], [1, 2], [3]]
+    turned = reorder(current[1:], saved[:0:-1])  # still brought into this order, where they can be told apart
+    assert [(group["wd_mult"], group["params"]) for group in turned] == [(1.0, [3]), (0.0, [1, 2])]
+
+
 def _clips_in_place():
     """The scaled gradients are where they were, right, and never exist twice."""
     import torch
@@ -337,6 +350,7 @@ CASES = {
     "torch-adamw/speed": lambda directory: _is_fused(),
     "adam-state-without-step": lambda directory: _resume(directory),
     "padded-buckets": lambda directory: _resume(directory, overlap=1),
+    "groups-of-one-kind": lambda directory: _groups_keep_their_parameters(),
     "checkpoint-without-output": lambda directory: _train(recompute="layernorm"),
     "te-general-gemm": lambda directory: _train(moe=1),
     "single-rank": lambda directory: _collectives_of_one_rank(),
@@ -373,8 +387,8 @@ def try_redirects(directory):
                 target=_child, args=(theirs, name, without, Path(directory) / f"{index}{without}")
             )
             process.start()
-            results[name].append(ours.recv() if ours.poll(60) else "hangs")
-            process.join(1 if results[name][-1] == "hangs" else 10)
+            results[name].append(ours.recv() if ours.poll(300) else "hangs")
+            process.join(1 if results[name][-1] == "hangs" else 60)
             if process.is_alive():
                 process.kill()
     return results

@@ -230,16 +230,17 @@ def test_each_ends_in_one_message(make_checkpoint, tmp_path, capfd, monkeypatch,
             commands["import"] = ["import", "--hf-dir", str(directory), "--output", str(tmp_path / "case" / "save")]
         for command, words in commands.items():
             capfd.readouterr()
-            began = time.monotonic()
+            began = time.process_time()
             try:
                 code = main(words)
             except Exception as error:  # a traceback for the user
                 problems.append(f"{name}, {command}: {type(error).__name__}: {error}")
                 continue
+            took = time.process_time() - began  # of the processor's time, which no other program takes from it
             said = " ".join(capfd.readouterr().err.split())
             ok = code == 2 and said.count("error: ") >= 1 and re.search(wanted, said) and CURE.search(said)
-            if not ok or "Traceback" in said or time.monotonic() - began > 20:
-                problems.append(f"{name}, {command}: {code} after {time.monotonic() - began:.1f} s: {said[-400:]}")
+            if not ok or "Traceback" in said or took > 60:
+                problems.append(f"{name}, {command}: {code} after {took:.1f} s of the processor: {said[-400:]}")
             if (tmp_path / "case" / "save").exists() or (tmp_path / "case" / "it-ran").exists():
                 problems.append(f"{name}, {command}: left something, or ran it")
         shutil.rmtree(tmp_path / "case")

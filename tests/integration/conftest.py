@@ -41,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("\n".join(f"{i} times {i} is {i * i}; " + "lorem ipsum dolor " * (i % 5) for i in range(800)))
     prefix = directory / "data"
     command = [sys.executable, "-m", "phd_megatron", "prepare", "--input", text, "--output-prefix", prefix]
-    subprocess.run([*map(str, command), "--tokenizer", "byte"], check=True, cwd=ROOT, capture_output=True, timeout=120)
+    subprocess.run([*map(str, command), "--tokenizer", "byte"], check=True, cwd=ROOT, capture_output=True, timeout=400)
     return prefix
 
 
@@ -64,7 +64,7 @@ def program_environment() -> dict[str, str]:
     return {**variables, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
-def run_program(*args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_program(*args: object, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """``python -m phd_megatron args...`` as a process of its own; ``stdout`` holds both streams."""
     return subprocess.run(
         [sys.executable, "-m", "phd_megatron", *map(str, args)],

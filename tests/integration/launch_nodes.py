@@ -20,7 +20,7 @@ import yaml
 from .conftest import ROOT, program_environment
 
 SCRIPTS = ROOT / "launch_scripts"
-PATIENCE = 200.0  # seconds for anything to happen on a busy machine
+PATIENCE = 400.0  # seconds for anything to happen on a busy machine
 UNFINISHED = 75  # exit code of the scripts
 
 #: What SLURM's commands do for the script: two "nodes", signals passed on to the tasks, the highest exit code.

@@ -229,7 +229,7 @@ def test_a_file_that_is_cut_under_a_run_ends_it_with_a_message(suffix: str, work
     size = path.stat().st_size
     os.truncate(path, 40)
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 2, output

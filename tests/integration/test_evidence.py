@@ -89,12 +89,12 @@ def test_a_piece_of_two_commands(home: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "evidence", "run"]
     first = subprocess.Popen(command, env=environment(home), stdout=subprocess.PIPE, text=True)
     metrics = home / "work/runs/mine-anchor/members/pre-seed1/metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)  # as the end of a command's time
-    said = first.communicate(timeout=60)[0]
+    said = first.communicate(timeout=300)[0]
     assert "mine-anchor-pre-seed1: started" in said
 
     evidence(home, "run")

@@ -282,7 +282,7 @@ def test_a_file_that_cannot_grow(workers: int, tmp_path: Path) -> None:
         env=program_environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

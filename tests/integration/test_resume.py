@@ -143,7 +143,9 @@ def is_of_the_same_run(argv: list[str]) -> bool:
 @pytest.fixture(scope="module")
 def two_ranks(runs: Runs, run_cases: Any) -> Runs:
     first: list[list[str]] = []
-    second: list[list[str]] = []
+    # first, since the others save over what it starts from
+    source = "dp2+overlap-bf16-dropout"
+    second = [runs.resume("finetune-dp2-bf16", source, {"finetune": True, "lr": 1e-30, "eval-interval": 1})]
     for case, options in CASES[2].items():
         first += [runs.start(f"{case}-whole", options), runs.interrupted(case, options)]
         # As a job script does that is submitted again as it is.
@@ -219,6 +221,13 @@ def test_finetune_takes_the_parameters_and_starts_over(alone: Runs) -> None:
     assert lines[0]["validation_loss"] < source[1]["validation_loss"], "three steps are better than two"
     # The first batch, seen by parameters that have learnt from it.
     assert lines[0]["lm_loss"] < source[0]["lm_loss"]
+
+
+def test_finetune_takes_the_parameters_into_the_shards_of_the_optimizer(two_ranks: Runs) -> None:
+    """In bf16 each rank has float32 copies of a part, which a step brings back into the model."""
+    lines, source = two_ranks.lines("finetune-dp2-bf16"), two_ranks.lines("dp2+overlap-bf16-dropout-whole")
+    (loss,) = {line["validation_loss"] for line in lines}
+    assert len(lines) == STEPS and loss < source[1]["validation_loss"], "three steps are better than two"
 
 
 def test_finetune_may_add_vectors_which_start_at_zero(alone: Runs) -> None:

@@ -1,10 +1,9 @@
-"""Validation in training: on which samples, where in the run, what it says, and that no step's time holds it."""
+"""Validation in training: on which samples, where in the run, and what it says."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +126,35 @@ def test_more_validations_than_steps_are_refused(documents: Path, tmp_path: Path
     assert done.returncode == 2 and "exclude each other" in done.stdout
 
 
-def test_no_time_of_a_step_holds_a_validation(documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from phd_megatron.training.step import Stepper
+def test_a_validation_sees_the_step_before_it_when_parameters_are_gathered_late(
+    documents: Path, run_cases: Any, tmp_path: Path
+) -> None:
+    """With overlap_param_gather a step leaves new parameters on the rank that updates them, until the next forward.
 
-    evaluate: Callable[..., Any] = Stepper.evaluate
-
-    def slow(*args: Any) -> Any:
-        time.sleep(8)
-        return evaluate(*args)
-
-    monkeypatch.setattr(Stepper, "evaluate", slow)
-    assert main(arguments(documents, tmp_path, "slow", evals_per_run=2, eval_iters=1)) == 0
-    lines = read_metrics(tmp_path / "slow.jsonl")
-    assert len([line for line in lines if line.get("validation_loss") is not None]) == 2
-    for line in lines:
-        assert line["iteration_seconds"] < 8
+    A run of the plain optimizer holds all of them at once.
+    """
+    each = {"eval_interval": 1, "eval_iters": 1}
+    late = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 3000}
+    run_cases(
+        2,
+        [
+            arguments(documents, tmp_path, "late", **each, **late),
+            arguments(documents, tmp_path, "plain", **each, no_use_distributed_optimizer=True, peak_tflops=1e-3),
+        ],
+    )
+    assert main(arguments(documents, tmp_path, "alone", **each)) == 0
+    names = ("late", "plain", "alone")
+    found, expected, alone = (validations(tmp_path / f"{name}.jsonl") for name in names)
+    trained = [[line["lm_loss"] for line in read_metrics(tmp_path / f"{name}.jsonl")] for name in names]
+    assert expected == pytest.approx(alone, rel=TOLERANCE), "two ranks read other samples each, together those of one"
+    assert trained[0] == pytest.approx(trained[2], rel=TOLERANCE)
+    assert trained[1] == pytest.approx(trained[2], rel=TOLERANCE)
+    assert [*found] == [*expected] == [8, 16, 24, 32, 40]
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    losses = [*expected.values()]
+    assert all(abs(after - before) > 1e-2 for before, after in itertools.pairwise(losses)), "a stale one would show"
+    for line in read_metrics(tmp_path / "plain.jsonl"):  # two ranks share the work
+        flops = line["consumed_flops"] / line["consumed_samples"]
+        assert line["tflops_per_gpu"] == pytest.approx(8 * flops / line["iteration_seconds"] / 2 / 1e12)
+        assert line["mfu"] == pytest.approx(line["tflops_per_gpu"] / 1e-3)
         assert line["tokens_per_second"] == pytest.approx(8 * 24 / line["iteration_seconds"])

@@ -408,7 +408,7 @@ p = KVPolicy(2, 3, 4)
 assert torch.allclose(sdpa_attention(q, k, v, p), reference_attention(q, k, v, p), rtol=1e-12)
 assert not [name for name in sys.modules if name.startswith(("phd_megatron", "megatron", "transformers"))]
 """
-    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
 
 

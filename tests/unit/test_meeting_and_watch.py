@@ -16,7 +16,7 @@ from phd_megatron.runtime.meeting import meet
 from phd_megatron.runtime.watch import Pace, Watch, died_together
 
 
-def everybody(store: HashStore, ranks: list[int], world_size: int, seconds: float = 20.0) -> dict[int, str]:
+def everybody(store: HashStore, ranks: list[int], world_size: int, seconds: float = 200.0) -> dict[int, str]:
     """What each rank got; an error by its text."""
     found: dict[int, str] = {}
 
@@ -47,8 +47,8 @@ def test_each_start_in_one_store_gets_a_name_of_its_own(order: list[int]) -> Non
 
 def test_a_start_that_never_met_does_not_disturb_the_next() -> None:
     store = HashStore()
-    assert "rank 2 of 3 did not answer" in everybody(store, [0, 1], 3, seconds=0.5)[0]
-    assert "rank 0 of 3 did not answer" in everybody(store, [1, 2], 3, seconds=0.5)[1]
+    assert "rank 2 of 3 did not answer" in everybody(store, [0, 1], 3, seconds=2.0)[0]
+    assert "rank 0 of 3 did not answer" in everybody(store, [1, 2], 3, seconds=2.0)[1]
     assert len(set(everybody(store, [1, 2, 0], 3).values())) == 1
 
 
@@ -66,32 +66,50 @@ def test_a_short_timeout_shortens_everything() -> None:
 
 def test_a_silent_rank_is_named_once_and_again_when_it_answers(capfd: pytest.CaptureFixture[str]) -> None:
     store = HashStore()
-    watches = [Watch(store, rank, 2, timeout=3.0, slack=60.0) for rank in range(2)]
+    watches = [Watch(store, rank, 2, timeout=3.0) for rank in range(2)]
+    said = ""
+
+    def wait_for(words: str) -> None:
+        nonlocal said
+        deadline = time.monotonic() + 300
+        while words not in said:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+            said += capfd.readouterr().err
+
+    for watch in watches:
+        watch.pace = Pace(beat=0.05, silence=2.0, stuck=3600.0, end=3600.0)  # the end is no matter of this test
     watches[1].at("a step", 7)
     watches[1]._publish()
     watches[0].start()
-    time.sleep(3.0)
+    wait_for("warning: rank 1")
     watches[1].start()
-    time.sleep(1.0)
+    wait_for("answers again")
     for watch in watches:
         watch.stop()
-    said = capfd.readouterr().err
+    said += capfd.readouterr().err
     assert said.count("warning: rank 1 (host") == 1
     assert "at iteration 7 in 'a step'" in said and "after 0.05 minutes" in said
     assert said.count("note: rank 1") == 1 and "answers again" in said
 
 
 def test_ranks_that_end_in_order_are_not_missed(capfd: pytest.CaptureFixture[str]) -> None:
+    """An hour later, as rank 0 sees it; of a rank that did not end in order it would have said so long ago."""
     store = HashStore()
-    watches = [Watch(store, rank, 3, timeout=1.5, slack=60.0) for rank in range(3)]
-    for watch in watches:
+    watches = [Watch(store, rank, 3, timeout=600.0) for rank in range(3)]
+    for watch in watches[1:]:
         watch.start()
-    time.sleep(0.5)
-    watches[1].stop()
-    watches[2].stop()
-    time.sleep(2.0)
-    watches[0].stop()
-    assert capfd.readouterr().err == ""
+        watch.stop()
+    for number in (1, 2):
+        assert watches[0]._read(number)["ended"]
+        watches[0]._seen[number].since -= 3600.0
+    watches[0]._look_ahead()
+    assert capfd.readouterr().err == "" and not watches[0].has_ended
+    watches[1]._publish()
+    watches[0]._read(1)
+    watches[0]._seen[1].since -= 3600.0
+    watches[0]._look_ahead()
+    assert "warning: rank 1 (host" in capfd.readouterr().err and watches[0].has_ended
 
 
 def test_survivors_say_the_same_of_a_process_that_is_gone() -> None:

@@ -105,11 +105,29 @@ def test_the_rate_of_a_run_in_samples_follows_its_samples(batch: int) -> None:
         ({"lr_decay_style": "cosine"}, [1.0, 0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1]),
         ({"lr_decay_style": "linear", "lr_warmup_iters": 2}, [0.0, 0.5, 1.0, 0.55, 0.1]),
         ({"lr_decay_style": "linear", "lr_warmup_iters": 2, "lr_warmup_init": 0.4}, [0.4, 0.7, 1.0, 0.55, 0.1]),
-        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "lr_wsd_decay_style": "linear"}, [1, 1, 1, 0.55, 0.1]),
+        ({"lr_decay_style": "linear", "lr_decay_iters": 2}, [1.0, 0.55, 0.1, 0.1, 0.1]),
+        ({"lr_decay_style": "cosine", "lr_decay_samples": 16, "min_lr": 0.0}, [1.0, 0.5, 0.0, 0.0, 0.0]),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 1}, [0.0, 1.0, 0.5**0.5, 3**-0.5, 0.5]),
+        ({"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 1, "min_lr": 0.6}, [0, 1, 0.5**0.5, 0.6, 0.6]),
+        *(
+            ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, **style}, [1, 1, 1, half_way, 0.1])
+            for style, half_way in (
+                ({}, 0.1 + 0.9 * (2**0.5 - 1)),  # the default is exponential: 2 * 0.5^x - 1
+                ({"lr_wsd_decay_style": "linear"}, 0.55),
+                ({"lr_wsd_decay_style": "cosine"}, 0.55),
+                ({"lr_wsd_decay_style": "minus_sqrt"}, 0.1 + 0.9 * (1 - 0.5**0.5)),
+            )
+        ),
+        # a quarter of the annealing, where a cosine is not a line
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "cosine"},
+            [1.0, 0.1 + 0.9 * (2 + 2**0.5) / 4, 0.55, 0.1 + 0.9 * (2 - 2**0.5) / 4, 0.1],
+        ),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear", "lr_wsd_decay_samples": 8}, [1, 1, 1, 1, 0.1]),
     ],
 )
 def test_the_rate_at_five_steps(style: dict[str, Any], expected: list[float]) -> None:
-    found = [rate for rate, _ in rates(run(train_iters=4, lr=1.0, min_lr=0.1, **style), 8, Position(), 5)]
+    found = [rate for rate, _ in rates(run(**{"train_iters": 4, "lr": 1.0, "min_lr": 0.1, **style}), 8, Position(), 5)]
     assert found == pytest.approx(expected, abs=1e-12)
 
 

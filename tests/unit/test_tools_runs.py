@@ -30,7 +30,7 @@ def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # As in launch scripts: nothing of the checkout is importable because of the working directory.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "COLUMNS": "200"}
     command = [sys.executable, str(ROOT / "tools" / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
 
 
 def test_repeated_steps_count_once_and_the_later_one_wins(tmp_path: Path) -> None:
