@@ -165,7 +165,7 @@ class _Lease:
         self._token = uuid.uuid4().hex
         self._beat = 0
         self._stop = threading.Event()
-        self._owner_pid = os.getpid()
+        self._keeper = threading.Thread(target=self._keep_beating, name="run-lock heartbeat", daemon=True)
 
     def acquire(self) -> None:
         """Take the lease, waiting up to three heartbeats to see whether another host's holder is alive."""
@@ -179,7 +179,7 @@ class _Lease:
             winner = self._read()
             if winner is None or winner.get("token") != self._token:
                 raise UserError(_refusal(self._path.parent, winner))
-        threading.Thread(target=self._keep_beating, name="run-lock heartbeat", daemon=True).start()
+        self._keeper.start()
 
     def check(self) -> None:
         """Make the lease again if it was removed.
@@ -199,6 +199,8 @@ class _Lease:
     def release(self) -> None:
         """Stop beating and delete the lease, when it is still ours."""
         self._stop.set()
+        if self._keeper.is_alive():
+            self._keeper.join()  # a beat under way would make the lease again
         holder = self._read()
         if holder is not None and holder.get("token") == self._token:
             self._path.unlink(missing_ok=True)

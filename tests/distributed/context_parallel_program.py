@@ -2,7 +2,7 @@
 
 Runs under torchrun with the names of what to do: ``cases`` compares outputs, all gradients and bytes sent, ``halves``
 does so in bfloat16, ``fused`` with the Triton kernels, ``broken`` takes parts away, ``overlap`` prints a trace of
-the ring.
+the ring, ``flight`` has every kind of message on its way at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phd_megatron.kernels.phd_attention import COMM_TYPES, ContextParallel, phd_attention
+from phd_megatron.kernels.phd_attention.exchange import HaloGradients, HaloKeys, OriginalGradients, Originals
 from phd_megatron.phd.kv_policy import KVPolicy
 
 BATCH, GROUPS, RATIO, WIDTH = 2, 2, 2, 8
@@ -105,7 +106,79 @@ def halves() -> None:
     """bfloat16: the merges run in float32."""
     for policy, comm_type in itertools.product((KVPolicy(1), KVPolicy(3, 6, 7)), COMM_TYPES):
         case(policy, "sdpa", comm_type, torch.bfloat16, policy.repeat)
+        equal_values(policy, "sdpa", comm_type)
     print("OK bfloat16", flush=True)
+
+
+def equal_values(policy: KVPolicy, backend: str, comm_type: str) -> None:
+    """Attention over equal values is that value, whatever the weights, and its rounding is no excuse.
+
+    1.25 and its like are bfloat16 numbers, and so is every rank's part. Parts that are added up in float32 give them
+    back exactly; in bfloat16 the products with the weights of the parts lose their last bits on the way.
+    """
+    size = dist.get_world_size()
+    length = 2 * size * SLICE
+    query, key, value, _ = draw(policy, length, policy.repeat)
+    numbers = 1 + torch.arange(WIDTH, dtype=torch.float64) / WIDTH
+    value = numbers.expand(value.shape)
+    mine = [n for part in policy.context_parallel_slices(length, size, dist.get_rank()) for n in part]
+    local = [x[:, mine].to(torch.bfloat16) for x in (query, key, value)]
+    found = phd_attention(*local, policy, backend=backend, context=ContextParallel(dist.group.WORLD, comm_type))
+    wrong = int((found != numbers.to(torch.bfloat16)).sum())
+    assert wrong == 0, f"{policy.name} {comm_type}: {wrong} of {found.numel()} numbers are rounded more than once"
+
+
+def flight() -> None:
+    """Halos, their gradients and both rings are on their way at once, begun in another order on every rank.
+
+    What comes must be what was sent for that purpose: gloo gives a receive the next message of its tag.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    policy = KVPolicy(2, 6)
+    length = 2 * size * SLICE
+    halos = policy.halos(length, size)
+    context = ContextParallel(dist.group.WORLD, "p2p")
+    positions = torch.tensor([n for part in policy.context_parallel_slices(length, size, rank) for n in part]).float()
+    widths = {halo.slice: len(halo.positions) for halo in halos}
+    assert widths == {number: 5 for number in range(1, 2 * size)}
+    hidden = positions.expand(2, 1, -1).contiguous()  # each place holds its position in the sequence
+    slices = (rank, 2 * size - 1 - rank)
+    back = [torch.full((2, 1, widths.get(number, 0)), 1000.0 + number) for number in slices]
+    own = torch.full((2, 1, 5), 2000.0 + rank)
+    gradient = torch.full((1, 2, 1, 5), 3000.0 + rank)
+    for turn in range(size):
+        started: dict[str, object] = {}
+        begin = [
+            ("originals", lambda: Originals(own, context)),
+            ("halo", lambda: HaloKeys(hidden, halos, context)),
+            ("gradients", lambda: HaloGradients(back, halos, context)),
+            ("ring", lambda: OriginalGradients(context)),
+        ]
+        for name, start in (begin[(rank + turn) % 4 :] + begin[: (rank + turn) % 4])[:: 1 if rank % 2 else -1]:
+            started[name] = made = start()
+            if isinstance(made, OriginalGradients):
+                made.add(range((rank - 1) % size, (rank - 1) % size + 1), gradient)
+        dist.barrier()
+        near = started["halo"].wait()  # type: ignore[attr-defined]
+        for number, found in zip(slices, near, strict=True):
+            expected = [float(n) for n in range(number * SLICE - 5, number * SLICE)] if number else []
+            assert found.tolist() == [[expected]] * 2, f"slice {number} got {found.tolist()}"
+        total = torch.zeros_like(hidden)
+        started["gradients"].add_to(total)  # type: ignore[attr-defined]
+        for index, number in enumerate(slices):  # the end of a slice is the halo of the next one
+            ends = total[:, :, (index + 1) * SLICE - 5 : (index + 1) * SLICE]
+            following = 1000.0 + number + 1 if number + 1 < 2 * size else 0.0
+            assert torch.equal(ends, torch.full_like(ends, following)), f"slice {number} got {ends.tolist()}"
+        sources = [next(iter(source)) for source, kv in started["originals"] if check_value(kv, 2000.0 + source[0])]  # type: ignore[attr-defined]
+        assert sources == [(rank - step) % size for step in range(1, size)]
+        before = (rank - 1) % size
+        assert check_value(started["ring"].total(torch.zeros_like(own)), 3000.0 + before)  # type: ignore[attr-defined]
+    print("OK flight", flush=True)
+
+
+def check_value(tensor: Tensor, value: float) -> bool:
+    assert torch.equal(tensor, torch.full_like(tensor, value)), f"{tensor.tolist()} is not {value}"
+    return True
 
 
 def fused() -> None:
@@ -169,6 +242,8 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     torch.set_num_threads(1)
     for part in sys.argv[1:]:
-        {"cases": cases, "halves": halves, "fused": fused, "broken": broken, "overlap": overlap}[part]()
+        {"cases": cases, "halves": halves, "fused": fused, "broken": broken, "overlap": overlap, "flight": flight}[
+            part
+        ]()
     dist.barrier()
     dist.destroy_process_group()

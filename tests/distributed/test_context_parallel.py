@@ -15,10 +15,15 @@ Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_outputs_gradients_and_bytes(torchrun: Launcher, ranks: int) -> None:
-    output = torchrun(ranks, PROGRAM, "cases", "halves", timeout=300).stdout
+    output = torchrun(ranks, PROGRAM, "cases", timeout=300).stdout
     lines = re.findall(r"OK rank \d+ (\S+): .*", output)
     assert len(lines) == 11 * ranks and {"vanilla", "PHD-2", "PHD-SWA-2-6-inf", "PHD-CSWA-3-6-7"} <= set(lines)
-    assert output.count("OK bfloat16") == ranks
+
+
+def test_every_message_arrives_where_it_is_meant_and_merges_are_in_float32(torchrun: Launcher) -> None:
+    """Three ranks: a ring with a way of more than one step, and pairs of ranks with messages of every kind."""
+    output = torchrun(3, PROGRAM, "flight", "halves", timeout=300).stdout
+    assert output.count("OK flight") == output.count("OK bfloat16") == 3
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])

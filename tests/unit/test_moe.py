@@ -249,6 +249,25 @@ def test_experts_are_drawn_by_their_number(runtime):
     )
 
 
+def test_experts_alone_are_reduced_over_the_ranks_that_hold_them(runtime):
+    """Megatron-Core reads the mark where it sorts gradients into buffers; on one rank it marks none by itself.
+
+    Router and shared experts see every token of every rank, so their gradients go over all of them.
+    """
+    run = make_run(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True, moe_layer_freq=[0, 1, 1])
+    parameters = dict(build(run).named_parameters())
+    marked = {name for name, parameter in parameters.items() if getattr(parameter, "allreduce", True) is False}
+    experts = {
+        f"decoder.layers.{layer}.mlp.experts.local_experts.{number}.linear_{part}.weight"
+        for layer in (1, 2)
+        for number in range(4)
+        for part in ("fc1", "fc2")
+    }
+    assert marked == experts
+    others = {"decoder.layers.1.mlp.router.weight", "decoder.layers.1.mlp.shared_experts.linear_fc1.weight"}
+    assert others | {"decoder.layers.0.mlp.linear_fc1.weight"} <= set(parameters) - marked
+
+
 def test_defaults_are_megatrons(runtime):
     from phd_megatron.model.transformer_config import PHDTransformerConfig
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,7 +111,8 @@ def test_same_process_cannot_take_it_twice_nor_lose_it_by_trying(tmp_path: Path)
     with lock(tmp_path):
         with pytest.raises(UserError, match="this process already"):
             lock(tmp_path).acquire()
-        code = "import sys; from phd_megatron.training.run_lock import RunLock as R; R(sys.argv[1]).acquire()"
+        code = "import sys; from phd_megatron.training.run_lock import RunLock\n"
+        code += "RunLock(sys.argv[1], grace_seconds=0).acquire()"
         second = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
         assert "another run saves into" in second.stderr, "the failed attempt gave the lock away"
 
@@ -168,38 +167,6 @@ def test_a_lock_that_another_run_has_taken_meanwhile_is_lost(tmp_path: Path, kin
                     held.check()
         finally:
             rival.end()
-
-
-def test_lease_of_a_silent_host_is_taken_over_and_of_a_beating_one_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    elsewhere = {"host": "elsewhere", "pid": 1, "since": "2024-01-01 00:00:00", "token": "x", "beat": 0}
-    (tmp_path / LEASE_NAME).write_text(json.dumps(elsewhere))
-    lock(tmp_path).acquire().release()
-    assert not (tmp_path / LEASE_NAME).exists()
-
-    beat = """
-import json, sys, time, os
-for beat in range(100_000):
-    with open(sys.argv[1] + ".new", "w") as stream:
-        json.dump({"host": "elsewhere", "pid": 1, "since": "then", "token": "x", "beat": beat}, stream)
-    os.replace(sys.argv[1] + ".new", sys.argv[1])
-    time.sleep(0.02)
-"""
-    beating = subprocess.Popen([sys.executable, "-c", beat, str(tmp_path / LEASE_NAME)])
-    try:
-        while not (tmp_path / LEASE_NAME).exists():
-            assert beating.poll() is None
-            time.sleep(0.01)
-        with pytest.raises(UserError, match="process 1 on host elsewhere"):
-            RunLock(tmp_path, heartbeat_seconds=4.0).acquire()  # as soon as it has seen one beat
-    finally:
-        beating.kill()
-        beating.wait()
 
 
 def test_damaged_lease_does_not_lock_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,23 @@ def test_sequences_are_megatrons(prefix: Path) -> None:
     with ours.lengths_in_memory():
         assert ours.sequence_lengths.tolist() == LENGTHS and ours.sequence_lengths.dtype == np.int32
     assert pickle.loads(pickle.dumps(ours)).get(2).tolist() == ours.get(2).tolist()
+
+
+def test_an_index_written_by_hand_is_read_where_it_says(tmp_path: Path) -> None:
+    """Three sequences of int32, in two documents; the layout is Megatron's, byte for byte."""
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 3)
+    index = header + struct.pack("<3i", 2, 4, 1) + struct.pack("<3q", 0, 8, 24) + struct.pack("<3q", 0, 1, 3)
+    (tmp_path / "data.idx").write_bytes(index)
+    (tmp_path / "data.bin").write_bytes(struct.pack("<7i", 10, 11, 20, 21, 22, 23, 30))
+    info = check_indexed(str(tmp_path / "data"))
+    assert (info.documents, info.tokens, info.tokens_of(range(1, 3))) == (2, 7, 5)
+    read = (info.lengths.read().tolist(), info.pointers.read().tolist(), info.marks.read().tolist())
+    assert read == ([2, 4, 1], [0, 8, 24], [0, 1, 3])
+    files = TokenFiles(info, 31)
+    assert [files.get(number).tolist() for number in range(3)] == [[10, 11], [20, 21, 22, 23], [30]]
+    assert files.get(1, 1).tolist() == [21, 22, 23] and files.get(1, 2, 1).tolist() == [22]
+    with pytest.raises(UserError, match="30"):
+        TokenFiles(info, 30).get(2)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

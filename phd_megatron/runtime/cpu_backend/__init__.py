@@ -68,7 +68,6 @@ def _tensor_cuda() -> None:
         return self
 
     torch.Tensor.cuda = cuda  # type: ignore[method-assign]
-    torch.nn.Module.cuda = cuda  # type: ignore[method-assign]
 
 
 def _hide_cuda_packages() -> None:
@@ -181,7 +180,7 @@ def _single_rank(module: Any) -> None:
     module.dist_reduce_scatter_func = alone(module.dist_reduce_scatter_func)
 
 
-#: redirects that change no megatron module: torch's own ``cuda`` methods do nothing, and Transformer Engine and apex
+#: redirects that change no megatron module: a tensor's ``cuda`` method does nothing, and Transformer Engine and apex
 #: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them
 METHODS = ("tensor-cuda", "cuda-packages")
 

@@ -16,7 +16,7 @@ import torch
 CPU = torch.device("cpu")
 
 #: functions that take ``device=`` and to which megatron passes "cuda", some with ``pin_memory=True``
-FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+FACTORIES = ("tensor", "empty", "zeros", "ones", "arange", "empty_like")
 
 
 class Stream:
@@ -97,7 +97,6 @@ def _cuda_names() -> ModuleType:
         stream=_stream_context,
         current_stream=lambda device=None: Stream(),
         default_stream=lambda device=None: Stream(),
-        set_stream=_nothing,
         manual_seed=torch.manual_seed,
         get_rng_state=get_rng_state,
         set_rng_state=set_rng_state,
