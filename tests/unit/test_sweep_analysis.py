@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from phd_megatron.errors import UserError
-from phd_megatron.planning.units import short
 from phd_megatron.sweep import scaling
 from phd_megatron.sweep.compare import reach_rows, read_named, rows_at, write_comparison
 from phd_megatron.sweep.curves import Curve, read_curve, smooth
@@ -342,7 +341,3 @@ def test_comparison_at_equal_costs(tmp_path: Path) -> None:
     assert reach_rows(a, b)[0] == ["original tokens", "60", "40", "0.667"]
     with pytest.raises(UserError, match="both runs are called 'a'"):
         write_comparison(a, a, tmp_path, "nats")
-
-
-def test_short_numbers() -> None:
-    assert [short(n) for n in (12, 1234, 6.92e9, 151.4e6, 1e12)] == ["12", "1.23k", "6.92B", "151M", "1.00T"]
