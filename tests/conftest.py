@@ -1,11 +1,16 @@
-"""``torchrun``: start several processes and see their output when they fail; Triton's interpreter without a GPU."""
+"""``torchrun``: start several processes and see their output when they fail; Triton's interpreter without a GPU.
+
+A share of the kernel tests that are marked ``full`` runs with every commit, another one with another commit.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +20,57 @@ import pytest
 # result. Triton reads the first when it is imported, by whichever test, so it is set here.
 os.environ.setdefault(*(("PHD_TRITON_TUNE", "0") if Path("/dev/nvidiactl").exists() else ("TRITON_INTERPRET", "1")))
 
+SHARES = 7
+"""Of the kernel cases marked ``full`` (about 7 minutes on one core) each commit runs one of so many shares."""
+
 Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _version() -> str:
+    """What decides on the share: the commit, or in a released archive, which is no checkout, its version."""
+    if (ROOT / ".git").exists():
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and re.fullmatch(r"[0-9a-f]{40,64}", done.stdout.strip()):
+            return done.stdout.strip()[:12]
+    found = re.search(r'__version__ = "(.+?)"', (ROOT / "phd_megatron/__init__.py").read_text("utf-8"))
+    return found[1] if found else "0"
+
+
+def share_of(text: str) -> int:
+    """The share of a commit, a version or a test, the same everywhere."""
+    return zlib.crc32(text.encode()) % SHARES
+
+
+def _chosen(config: pytest.Config) -> tuple[int, str] | None:
+    """This run's share and why; None for a run that chooses by marks itself, such as --full."""
+    if config.option.markexpr != "not full":
+        return None
+    if (given := os.environ.get("PHD_TEST_SHARE")) is None:
+        version = _version()
+        return share_of(version), version
+    if not given.isdecimal() or int(given) >= SHARES:
+        raise pytest.UsageError(f"PHD_TEST_SHARE={given} is no share; use 0 to {SHARES - 1}, or leave it out")
+    return int(given), "PHD_TEST_SHARE"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which share it is, so that a failure can be repeated at another commit."""
+    if (chosen := _chosen(config)) is None:
+        return []
+    return [f"full kernel cases: share {chosen[0]} of 0 to {SHARES - 1}, from {chosen[1]}"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take the mark off the share's cases, before pytest leaves out what has it."""
+    if (chosen := _chosen(config)) is None:
+        return
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix() if item.path.is_relative_to(ROOT) else ""
+        # Not by the node's id, whose path begins where pytest was told to.
+        if path.startswith("tests/kernels/") and share_of(f"{path}::{item.name}") == chosen[0]:
+            item.own_markers[:] = [mark for mark in item.own_markers if mark.name != "full"]
 
 
 def launch(

@@ -74,7 +74,6 @@ class MemberProcess:
             _wait_for_checkpoints(home / CHECKPOINTS)
             self._log_path = home / LOG_FILE
             self._log: IO[bytes] = self._log_path.open("ab")
-            self._log_start = self._log_path.stat().st_size
             before = store.status(name)
             self._status = replace(before, state="running", exit_code=None, starts=before.starts + 1, message="")
             store.write_status(name, self._status)
@@ -82,6 +81,7 @@ class MemberProcess:
             command = member_command(home / RUN_FILE, launcher)
             self._log.write(f"$ {shlex.join(command)}\n".encode())
             self._log.flush()
+            self._log_start = self._log_path.stat().st_size
             self._process = subprocess.Popen(
                 command,
                 env=member_environment(launcher, devices),

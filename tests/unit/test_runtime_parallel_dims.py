@@ -34,6 +34,9 @@ def test_data_parallel_size_is_what_remains():
     assert (found.dp, found.model_parallel, found.split.chunks) == (2, 4, 2)
     assert found.describe() == "TP 2, PP 2, DP 2"
     assert dims(4, tp=2, sp=True, ep=2, etp=1).describe() == "TP 2, EP 2, ETP 1, SP, DP 2"
+    many = dims(24, tp=2, pp=2, cp=3)
+    assert (many.dp, many.model_parallel, many.etp) == (2, 12, 2)
+    assert dims(12, pp=2, cp=3, ep=6).dp == 2, "experts are spread over context and data ranks together"
 
 
 def test_valid_layout_passes():
@@ -62,6 +65,15 @@ def test_sequence_parallel_without_tensor_parallel_is_a_note():
         (4, {"pp": 2, "microbatch_group_size_per_vp_stage": 2}, "microbatch_group_size_per_vp_stage is 2 without"),
         (4, {"pp": 2, "vpp": 2, "overlap_p2p_comm": False}, "one and the same neighbour"),
         (4, {"ep": 3}, "expert tensor 1 x expert 3 x pipeline 1 = 3 does not divide world size 4"),
+        # 4 stages of 3 ranks: 2 ranks of experts fit the world of 12, and not the 3 that share a stage
+        (12, {"pp": 4, "ep": 2}, "expert tensor 1 x expert 2 x pipeline 4 = 8 does not divide world size 12"),
+        (12, {"tp": 2, "etp": 4, "pp": 2}, "expert tensor 4 x expert 1 x pipeline 2 = 8 does not divide world size 12"),
+        (12, {"tp": 2, "ep": 4}, "expert tensor 2 x expert 4 x pipeline 1 = 8 does not divide world size 12"),
+        (4, {"cp": 3}, "tensor 1 x pipeline 1 x context 3 = 3 does not divide world size 4"),
+        (4, {"cp": 0}, "context_parallel_size is 0"),
+        (4, {"pp": 0}, "pipeline_model_parallel_size is 0"),
+        (4, {"ep": 0}, "expert_model_parallel_size is 0"),
+        (4, {"etp": 0}, "expert_tensor_parallel_size is 0"),
     ],
 )
 def test_sizes_that_do_not_fit(world_size, parallel, message):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from phd_megatron.errors import UserError
-from phd_megatron.planning.units import short
+from phd_megatron.sweep import scaling
 from phd_megatron.sweep.compare import reach_rows, read_named, rows_at, write_comparison
 from phd_megatron.sweep.curves import Curve, read_curve, smooth
 from phd_megatron.sweep.document import Figure, Heading, Table, Text, markdown, page
@@ -17,7 +19,7 @@ from phd_megatron.sweep.experts import load_entropy
 from phd_megatron.sweep.figures import draw_experts, draw_losses, draw_scaling
 from phd_megatron.sweep.scaling import Fit, fit_law
 from phd_megatron.sweep.statistics import Difference, Result, baseline_of, make_groups, paired, paired_over
-from phd_megatron.sweep.store import Entry
+from phd_megatron.sweep.store import Entry, State
 
 
 def metrics(
@@ -136,6 +138,36 @@ def test_a_family_is_compared_by_its_means_over_sizes(tmp_path: Path) -> None:
     assert (one.pairs, one.interval) == (1, None)
 
 
+def test_final_losses_are_those_of_finished_members(tmp_path: Path) -> None:
+    """Every other state is told of and counted nowhere: the loss of half a schedule is not that of a whole one."""
+    for state in typing.get_args(State):
+        members = [result(tmp_path, 2.5, s="a", seed="1"), result(tmp_path, 1.0, state, s="a", seed="2")]
+        (group,) = make_groups(members)
+        assert [member.final for member in group.results.values()] == [2.5, 1.0]
+        assert group.finals == ([2.5, 1.0] if state == "finished" else [2.5]), state
+        assert group.mean == (1.75 if state == "finished" else 2.5)
+        assert (group.spread is None) == (state != "finished")
+        (other,) = make_groups([result(tmp_path, 3.0, s="b", seed=seed) for seed in ("1", "2")])
+        for pair in (paired(group, other), paired_over([(group, other)]), paired(other, group)):
+            assert pair is not None and pair.pairs == (2 if state == "finished" else 1)
+    (lone,) = make_groups([result(tmp_path, 2.5, "stopped", s="a", seed="1")])
+    assert (lone.finals, lone.mean, lone.spread) == ([], None, None)
+
+
+def test_difference_of_two_seeds_by_hand(tmp_path: Path) -> None:
+    a, b = (
+        make_groups([result(tmp_path, loss, s=name, seed=str(i)) for i, loss in enumerate(losses)])[0]
+        for name, losses in (("a", (2.0, 2.4)), ("b", (2.5, 2.7)))
+    )
+    found = paired(a, b)
+    # -0.5 and -0.3: mean -0.4, standard deviation 0.2/sqrt(2), over sqrt(2) 0.1; t(0.975, 1) = 12.70620
+    assert found is not None and found.interval is not None
+    assert found.mean == pytest.approx(-0.4)
+    assert found.interval == pytest.approx((-0.4 - 1.270620, -0.4 + 1.270620), abs=1e-6)
+    assert found.spread == pytest.approx(0.4 / math.sqrt(2))  # that of a, the larger of the two
+    assert paired(a, b, lambda mine, other: (1.0, 3.0) if mine.seed == "1" else None) == Difference(1, -2.0, None, None)
+
+
 @pytest.mark.parametrize(
     ("difference", "verdict"),
     [
@@ -143,6 +175,10 @@ def test_a_family_is_compared_by_its_means_over_sizes(tmp_path: Path) -> None:
         (Difference(3, -0.1, (-0.2, 0.01), 0.01), "not separated from the seeds' spread"),
         (Difference(3, -0.1, (-0.12, -0.08), 0.2), "not separated from the seeds' spread"),
         (Difference(3, 0.1, (0.08, 0.12), 0.02), "higher"),
+        (Difference(3, -0.1, (-0.12, -0.08), 0.02), "lower"),
+        (Difference(3, 0.1, (-0.01, 0.2), 0.02), "not separated from the seeds' spread"),
+        (Difference(3, 0.1, (0.0, 0.2), 0.02), "not separated from the seeds' spread"),
+        (Difference(3, 0.1, (0.08, 0.12), 0.1), "not separated from the seeds' spread"),
     ],
 )
 def test_an_ordering_needs_more_than_the_seeds_spread(difference: Difference, verdict: str) -> None:
@@ -187,6 +223,63 @@ def test_intervals_hold_the_truth_and_grow_with_noise() -> None:
     assert widths(0.001) < 0.5 * widths(0.005)
 
 
+NOISE = [0.011, -0.007, 0.004, -0.012, 0.006, 0.009, -0.003, -0.008, 0.002, 0.010, -0.005, 0.001]
+
+
+def test_interval_of_a_power_law_is_that_of_a_straight_line() -> None:
+    """log L = log A - alpha log N: numpy's covariance of a line, and the formula of the slope's variance."""
+    sizes = [n for n in (1e6, 1e7, 1e8) for _ in range(4)]
+    losses = [40 * n**-0.2 * math.exp(noise) for n, noise in zip(sizes, NOISE, strict=True)]
+    fit = fit_law(sizes, [1e9] * 12, losses)
+    assert isinstance(fit, Fit)
+    assert (fit.formula, fit.freedom) == ("A N^-alpha", 10)
+    x, y = np.log(sizes), np.log(losses)
+    (slope, _), unscaled = np.polyfit(x, y, 1, cov="unscaled")
+    rest = y - np.polyval(np.polyfit(x, y, 1), x)
+    variance = float(rest @ rest) / (12 - 2)
+    half = 2.228139 * math.sqrt(unscaled[0, 0] * variance)  # t(0.975, 10) = 2.228139
+    # The sizes are four times -1, 0 and 1 decades from their middle: the sum of squares is 8 (ln 10)^2.
+    assert unscaled[0, 0] == pytest.approx(1 / (8 * math.log(10) ** 2))
+    alpha = fit.estimates["alpha"]
+    assert alpha.interval is not None
+    assert alpha.value == pytest.approx(-slope, abs=1e-7)
+    assert (alpha.interval[1] - alpha.interval[0]) / 2 == pytest.approx(half, rel=1e-4)
+    assert sum(alpha.interval) / 2 == pytest.approx(alpha.value)
+    assert fit.estimates["A"].value == pytest.approx(math.exp(y.mean() - slope * x.mean()), rel=1e-5)
+    assert fit.estimates["A"].interval is None
+    assert fit.residuals == pytest.approx(np.exp(rest) - 1, abs=1e-7)
+    assert fit.predict(1e9) == pytest.approx(math.exp(np.polyval(np.polyfit(x, y, 1), math.log(1e9))), rel=1e-5)
+
+
+def test_intervals_of_a_law_with_an_offset_are_those_of_its_linearisation() -> None:
+    """The Jacobian by hand: log(E + A n^-alpha) by log E, log A and alpha, at the fitted values."""
+    sizes = np.array([n for n in (1e6, 3e6, 1e7, 1e8) for _ in range(3)])
+    losses = (1.7 + 40 * sizes**-0.2) * np.exp(np.array(NOISE) / 10)
+    fit = fit_law(sizes.tolist(), [1e9] * 12, losses.tolist())
+    assert isinstance(fit, Fit)
+    e, a, alpha = (fit.estimates[name].value for name in ("E", "A", "alpha"))
+    power = a * sizes**-alpha
+    rest = np.log(losses) - np.log(e + power)
+    jacobian = np.stack([np.full(12, e), power, -power * np.log(sizes)], 1) / (e + power)[:, None]
+    assert abs(jacobian.T @ rest).max() < 1e-5, "these are the least squares"
+    covariance = np.linalg.inv(jacobian.T @ jacobian) * float(rest @ rest) / (12 - 3)
+    half = 2.262157 * np.sqrt(np.diag(covariance))  # t(0.975, 9) = 2.262157
+    interval, offset = fit.estimates["alpha"].interval, fit.estimates["E"].interval
+    assert interval is not None and offset is not None
+    assert interval == pytest.approx((alpha - half[2], alpha + half[2]), rel=1e-3)
+    assert offset == pytest.approx((e * math.exp(-half[0]), e * math.exp(half[0])), rel=1e-3)
+
+
+def test_as_many_points_as_parameters_have_no_interval() -> None:
+    fit = fit_law([1e6, 3e6, 1e7, 3e7], [1e9] * 4, [1.7 + 40 * n**-0.2 for n in (1e6, 3e6, 1e7, 3e7)])
+    assert isinstance(fit, Fit) and fit.freedom == 1
+    three = fit_law([1e6, 1e7, 1e8], [1e9] * 3, [40 * n**-0.2 for n in (1e6, 1e7, 1e8)])
+    assert isinstance(three, Fit) and three.freedom == 1
+    assert three.estimates["alpha"].value == pytest.approx(0.2)
+    assert scaling._half_widths(np.eye(2), 1.0, 0, 12.7) is None
+    assert scaling._half_widths(np.ones((4, 2)), 1.0, 2, 4.3) is None, "two parameters that cannot be told apart"
+
+
 def test_law_in_sizes_and_tokens() -> None:
     points = [(n, d) for n in (1e6, 1e7, 1e8) for d in (1e8, 1e9, 1e10)]
     losses = [1.6 + 30 * n**-0.25 + 90 * d**-0.3 for n, d in points]
@@ -195,6 +288,9 @@ def test_law_in_sizes_and_tokens() -> None:
     assert fit.estimates["alpha"].value == pytest.approx(0.25, rel=0.02)
     assert fit.estimates["beta"].value == pytest.approx(0.3, rel=0.02)
     assert fit.predict(1e7, 1e9) == pytest.approx(losses[4], rel=1e-3)
+    found = {name: estimate.value for name, estimate in fit.estimates.items()}
+    assert found == pytest.approx({"E": 1.6, "A": 30, "alpha": 0.25, "B": 90, "beta": 0.3}, rel=0.02)
+    assert fit.formula == "E + A N^-alpha + B D^-beta" and fit.freedom == 4
 
 
 def test_too_few_points_make_no_law() -> None:
@@ -245,7 +341,3 @@ def test_comparison_at_equal_costs(tmp_path: Path) -> None:
     assert reach_rows(a, b)[0] == ["original tokens", "60", "40", "0.667"]
     with pytest.raises(UserError, match="both runs are called 'a'"):
         write_comparison(a, a, tmp_path, "nats")
-
-
-def test_short_numbers() -> None:
-    assert [short(n) for n in (12, 1234, 6.92e9, 151.4e6, 1e12)] == ["12", "1.23k", "6.92B", "151M", "1.00T"]
