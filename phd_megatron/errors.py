@@ -47,6 +47,15 @@ class _Shortened(reprlib.Repr):
 _REPR = _Shortened()
 
 
+def shell_slip(text: str) -> str | None:
+    """Why a word that stands for a path or a name is none: what a shell did not do to it; None for all others."""
+    if not text.strip():
+        return "is empty, as a shell variable is that was never set; give a value"
+    if re.match(r"~[\w.-]*(/|$)", text):
+        return "begins with ~, which only a shell turns into a home directory, and none did; write the directory out"
+    return None
+
+
 def shown(value: Any) -> str:
     """``repr(value)`` for a message: whole where that is short, else its beginning and end."""
     text = _REPR.repr(value)

@@ -8,8 +8,10 @@ import math
 import re
 from typing import Any, NoReturn
 
-from phd_megatron.errors import UserError, shown
+from phd_megatron.errors import UserError, shell_slip, shown
 
+#: flags whose words are text, which may begin with anything
+_TEXTS = {"--prompt"}
 #: what argparse says, from Python 3.10 to 3.14, and what is said instead
 _SAID = (
     (r"argument (?P<flag>\S+): invalid (?P<kind>\w+) value: (?P<value>.*)", "{flag} {value} is not {what}; correct it"),
@@ -62,10 +64,10 @@ def _check_item(flag: str, item: Any, default: Any) -> None:
         raise UserError(f"{flag} {item}: it is not finite; use a finite number")
     if isinstance(item, int) and abs(item) >= 2**63:
         raise UserError(f"{flag} {shown(item)}: it is beyond {2**63 - 1} (64 bits); use a smaller number")
-    if isinstance(item, str) and not item and item != default:
-        raise UserError(
-            f"{flag} {item!r} is empty, as a shell variable is that was never set; give a value, or leave {flag} out"
-        )
+    if isinstance(item, str) and item != default and (not item or (item.strip() and flag not in _TEXTS)):
+        problem = shell_slip(item)
+        if problem is not None:
+            raise UserError(f"{flag} {item!r} {problem}, or leave {flag} out")
 
 
 def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

@@ -104,6 +104,7 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
         UserError: for everything that can be known before ranks are connected.
     """
     from phd_megatron.data.datasets import check_data, resolve_tokenizer
+    from phd_megatron.data.loader import check_workers
     from phd_megatron.training.schedule import plan_schedule
 
     notes = resolve(config)
@@ -124,6 +125,7 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
     schedule = plan_schedule(config, config.training.global_batch_size, _position(config))
     if config.data.data_horizon_samples is None:
         config.data.data_horizon_samples = schedule.samples
+    check_workers(config.data.num_workers)
     evaluated = config.training.eval_iters * config.training.global_batch_size
     check_data(config, tokenizer, (schedule.samples, evaluated, 0))
     return tokenizer, notes
@@ -183,7 +185,12 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
             stack.callback(lock.release)
         resume_from = None
         if checkpoint.load is not None:
-            resume_from = find_checkpoint(checkpoint.load, log=runtime.log, needed_by=_needs_a_checkpoint(checkpoint))
+            resume_from = find_checkpoint(
+                checkpoint.load,
+                log=runtime.log,
+                needed_by=_needs_a_checkpoint(checkpoint),
+                save_dir=checkpoint.save,
+            )
         if resume_from is not None:
             found = resume_from
             for note in agreement.from_rank_zero(lambda: compare_data(found, data, config)):

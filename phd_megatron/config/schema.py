@@ -31,6 +31,9 @@ from phd_megatron.config.facts import (
     BelowOne,
     Copies,
     Depth,
+    Deviation,
+    Dropout,
+    Epsilon,
     Length,
     Minutes,
     Needs,
@@ -82,7 +85,7 @@ class ModelConfig:
     #: kind of norm
     normalization: Annotated[Literal["RMSNorm", "LayerNorm"], SHAPE] = "RMSNorm"
     #: epsilon of every norm
-    layernorm_epsilon: Annotated[Positive, SHAPE] = 1e-5
+    layernorm_epsilon: Annotated[Epsilon, SHAPE] = 1e-5
     #: SwiGLU FFN (silu gate); false is a plain GELU FFN
     gated_linear_unit: Annotated[bool, SHAPE] = True
     #: biases in linear layers
@@ -90,11 +93,11 @@ class ModelConfig:
     #: bias in the QKV projection only
     add_qkv_bias: Annotated[bool, SHAPE] = False
     #: dropout after each sublayer
-    hidden_dropout: Annotated[BelowOne, RECIPE] = 0.0
+    hidden_dropout: Annotated[Dropout, RECIPE] = 0.0
     #: dropout on attention weights
-    attention_dropout: Annotated[BelowOne, RECIPE] = 0.0
+    attention_dropout: Annotated[Dropout, RECIPE] = 0.0
     #: RoPE theta
-    rotary_base: Annotated[Positive, FORM, Le(1e18)] = 10000.0
+    rotary_base: Annotated[float, FORM, Ge(1), Le(1e18)] = 10000.0
     #: share of the head dimension that RoPE turns
     rotary_percent: Annotated[float, SHAPE, Gt(0), Le(1)] = 1.0
     #: separate LM head
@@ -120,9 +123,9 @@ class ModelConfig:
     #: auto is the norm scheme's own
     init: Annotated[Literal["auto", "normal", "depth_scaled", "megatron", "deepnorm"], INITIAL] = "auto"
     #: std of the truncated normal; default 1/sqrt(2.5 * hidden_size)
-    init_method_std: Annotated[Positive | None, INITIAL] = None
+    init_method_std: Annotated[Deviation | None, INITIAL] = None
     #: that of an untied LM head; default init_method_std
-    head_init_method_std: Annotated[Positive | None, INITIAL] = None
+    head_init_method_std: Annotated[Deviation | None, INITIAL] = None
     #: PHD attention; triton ones fuse norm and RoPE too
     phd_attention_backend: Annotated[Backend, COMPUTING] = "auto"
     #: linear and norm modules
@@ -314,7 +317,7 @@ class OptimizerConfig:
     #: AdamW beta 2
     adam_beta2: Annotated[BelowOne, RECIPE] = 0.95
     #: AdamW epsilon
-    adam_eps: Annotated[Positive, RECIPE] = 1e-8
+    adam_eps: Annotated[Epsilon, RECIPE] = 1e-8
     #: gradient clipping by global norm; 0 is none
     clip_grad: Annotated[NotNegative, RECIPE] = 1.0
 

@@ -12,7 +12,7 @@ import yaml
 from phd_megatron.config.aliases import ALIASES, Rename, Set
 from phd_megatron.config.catalog import PASSTHROUGH, fields, nearest, sections
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.values import check_value, refuse_empty
+from phd_megatron.config.values import check_value, refuse_shell_slips
 from phd_megatron.config.yaml_text import read_yaml_file
 from phd_megatron.errors import UserError, shown
 
@@ -111,7 +111,7 @@ def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str
             elif name in fields() and fields()[name].section == section:
                 flat[name] = check_value(name, value, fields()[name].annotation, f"{where}, section {section}")
                 if transformer_fields is not None:  # what a checkpoint says was checked when it was written
-                    refuse_empty(name, value, f"{where}, section {section}")
+                    refuse_shell_slips(name, value, f"{where}, section {section}")
             elif section == "model" and name not in fields() and name in (transformer_fields or {}):
                 flat.update(_passthrough({name: value}, where, transformer_fields))
             else:

@@ -61,7 +61,12 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"head dimension) or use hidden_size={(model.hidden_size // heads + 1) * heads}"
         )
     width = channels or (model.hidden_size // heads if heads and model.hidden_size else None)
-    if width and (rotary := int(width * model.rotary_percent)) % 2:
+    if width and (rotary := int(width * model.rotary_percent)) < 2:
+        yield (
+            f"rotary_percent={model.rotary_percent} of kv_channels={width} is below the 2 that RoPE turns together: "
+            f"use at least {2 / width:g}"
+        )
+    elif width and rotary % 2:
         yield (
             f"RoPE turns pairs, but rotary_percent={model.rotary_percent} of kv_channels={width} is {rotary}; make the "
             "head dimension even"

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union
 
 from phd_megatron.config.catalog import nearest
 from phd_megatron.config.yaml_text import parse_yaml
-from phd_megatron.errors import UserError, shown
+from phd_megatron.errors import UserError, shell_slip, shown
 
 MAX_TEXT = 8192  #: characters
 MAX_INTEGER = 2**63 - 1
@@ -140,19 +140,15 @@ def _unwritable(value: Any) -> str | None:
     return f"it is a {type(value).__name__} to YAML; put it in quotes if it is meant as text"
 
 
-def refuse_empty(name: str, value: Any, where: str) -> None:
-    """Refuse text without a character, which would name the working directory, or nothing.
+def refuse_shell_slips(name: str, value: Any, where: str) -> None:
+    """Refuse text without a character, which would name the working directory, or nothing, and an unexpanded home.
 
     Raises:
-        UserError: for an empty text, or a list with one.
+        UserError: for such a text, or a list with one.
     """
-    if any(
-        isinstance(item, str) and not item.strip() for item in (value if isinstance(value, list | tuple) else [value])
-    ):
-        raise UserError(
-            f"{name}={shown(value)} ({where}) is empty, as a shell variable is that was never set; give a value, or "
-            f"leave {name} out"
-        )
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, str) and (problem := shell_slip(item)):
+            raise UserError(f"{name}={shown(value)} ({where}) {problem}, or leave {name} out")
 
 
 def _has_stray_bool(value: Any, annotation: Any) -> bool:
@@ -211,7 +207,7 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
     if simple is None:
         return check_value(name, " ".join(words), annotation, where)
     if str in _leaves(simple):
-        refuse_empty(name, words[0] if len(words) == 1 else words, where)
+        refuse_shell_slips(name, words[0] if len(words) == 1 else words, where)
     if len(words) == 1:
         word = words[0]
         nullish = ("null",) if str in _leaves(simple) else ("null", "none", "None")

@@ -16,8 +16,24 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.context import usable_cores
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_MOST_WORKERS = 64
+
+
+def check_workers(number: int) -> None:
+    """Refuse more reading processes than this machine can start in reasonable time.
+
+    Raises:
+        UserError: with what would do.
+    """
+    cores = usable_cores()
+    if number > (most := max(_MOST_WORKERS, 4 * cores)):
+        raise UserError(
+            f"num_workers={number}: each rank starts that many processes to read ahead, and {cores} cores can be "
+            f"used here; a few are enough, and at most {most} are taken"
+        )
 
 
 class _Answers(Dataset[Any]):

@@ -19,6 +19,7 @@ from phd_megatron.runtime.checkpoint_status import (
     ASIDE,
     METADATA,
     SAME_IN_ALL,
+    TRAINING_STATE,
     CheckpointError,
     is_complete,
     iteration_dir,
@@ -26,6 +27,7 @@ from phd_megatron.runtime.checkpoint_status import (
     looks_like_one,
     run_of,
     status,
+    training_state,
 )
 from phd_megatron.runtime.durable import read_small
 from phd_megatron.runtime.run_file import RunFile, read_run
@@ -87,6 +89,8 @@ class Survey:
         run: whose directory this is, by ``run.json`` or else by the checkpoint that the tracker names; None: not known.
         complete: iterations that have one, ascending.
         damaged: iteration -> what is wrong, of those that had one. They are never deleted.
+        misnamed: iteration of the name -> iteration of the state inside, where somebody renamed or copied a directory.
+            They are neither loaded nor deleted.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -100,9 +104,15 @@ class Survey:
         self.run = self.file or self._run_of_the_tracked()
         self.complete: list[int] = []
         self.damaged: dict[int, str] = {}
+        self.misnamed: dict[int, int] = {}
         for iteration in sorted({iteration for iteration, _ in _candidates(self.root)}):
-            if complete_dir(root, iteration) is not None:
-                self.complete.append(iteration)
+            found_dir = complete_dir(root, iteration)
+            if found_dir is not None:
+                inside = saved_iteration(found_dir)
+                if inside in (None, iteration):
+                    self.complete.append(iteration)
+                else:
+                    self.misnamed[iteration] = inside
                 continue
             for path in (iteration_dir(root, iteration), aside(iteration_dir(root, iteration))):
                 found = status(path, tracked=iteration == self.iteration)
@@ -130,7 +140,7 @@ class Survey:
     @property
     def is_in_use(self) -> bool:
         """Whether there is anything here that a run of another directory must not save over."""
-        return bool(self.complete or self.damaged) or is_complete(self.root / RELEASE)
+        return bool(self.complete or self.damaged or self.misnamed) or is_complete(self.root / RELEASE)
 
     @property
     def has_own(self) -> bool:
@@ -151,6 +161,9 @@ class Survey:
             CheckpointError: naming the file.
         """
         newest = self.newest
+        for iteration, inside in sorted(self.misnamed.items(), reverse=True):
+            if newest is None or iteration > newest or iteration == self.iteration:
+                raise CheckpointError(misnamed_message(iteration_dir(self.root, iteration), inside))
         for iteration in sorted(self.damaged, reverse=True):
             if (newest is None or iteration > newest) and self.is_of_the_run(iteration):
                 raise CheckpointError(
@@ -238,6 +251,9 @@ def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Pat
     found = _latest(Path(load_dir), warn)
     if found is not None:
         _refuse_what_is_no_file(found)
+        named, inside = iteration_of(found), saved_iteration(found)
+        if None not in (named, inside) and named != inside:
+            raise CheckpointError(misnamed_message(found, inside))
     return found
 
 
@@ -268,6 +284,20 @@ def _latest(root: Path, warn: Warn) -> Path | None:
         cure = f"load one of {', '.join(map(str, there[-8:]))}, or {root.parent}" if there else "correct the path"
         raise CheckpointError(f"there is no checkpoint {root}; {cure}")
     return Survey(root).choose(warn)
+
+
+def saved_iteration(checkpoint: Path) -> int | None:
+    """The iteration that a checkpoint's own state says; None where it does not, as in those of Megatron-LM."""
+    found = training_state(checkpoint).get("iteration")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def misnamed_message(checkpoint: Path, inside: int | None) -> str:
+    return (
+        f"{checkpoint} holds the state of iteration {inside}, by its {TRAINING_STATE}: somebody renamed or copied it, "
+        f"and a run that goes on from it would replace its own later checkpoints. Call it iter_{inside:07d} again, "
+        "move it away, or load another one by name"
+    )
 
 
 def _candidates(root: Path) -> Iterator[tuple[int, Path]]:

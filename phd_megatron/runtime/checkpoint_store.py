@@ -34,6 +34,7 @@ from phd_megatron.runtime.checkpoint_find import (
     complete_iterations,
     latest_complete,
     read_tracker,
+    saved_iteration,
 )
 from phd_megatron.runtime.checkpoint_status import (
     METADATA,
@@ -94,14 +95,13 @@ def prepare_iteration(root: str | os.PathLike[str], iteration: int, warn: Warn =
     _delete(new)
     new.mkdir(parents=True)
     (new / UNFINISHED).touch()
-    if is_complete(path):
+    if is_complete(path) and saved_iteration(path) in (None, iteration):
         remove_checkpoint(aside(path))
         os.rename(path, aside(path))
     elif path.is_dir() and not path.is_symlink() and is_left_over(path):
         remove_checkpoint(path)
     elif os.path.lexists(path):
-        kept = _free_name(path)
-        os.rename(path, kept)
+        kept = keep(path)
         warn(
             f"warning: {path} is neither complete nor what a killed save leaves, so it is not deleted: it is {kept} now"
         )
@@ -207,6 +207,13 @@ def _delete(path: Path) -> None:
 
 def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
+
+
+def keep(path: Path) -> Path:
+    """Move what is not ours out of the way; where it is then."""
+    kept = _free_name(path)
+    os.rename(path, kept)
+    return kept
 
 
 def _free_name(path: Path) -> Path:

@@ -55,6 +55,12 @@ def read_run(root: str | os.PathLike[str]) -> RunFile | None:
     return None
 
 
+def is_foreign(root: str | os.PathLike[str]) -> bool:
+    """Whether a ``run.json`` is there that is not a run's, be it damaged: something that is not to be replaced."""
+    path = Path(root) / RUN_FILE
+    return os.path.lexists(path) and read_run(root) is None and not (path.is_file() and not path.stat().st_size)
+
+
 def write_run(root: str | os.PathLike[str], content: RunFile) -> None:
     """Make ``root`` the directory of a run.
 

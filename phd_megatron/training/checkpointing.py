@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, shown
 from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
@@ -71,15 +71,20 @@ def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
 
 
 def find_checkpoint(
-    load_dir: str | os.PathLike[str], *, log: Callable[[str], Any], needed_by: str | None = None
+    load_dir: str | os.PathLike[str],
+    *,
+    log: Callable[[str], Any],
+    needed_by: str | None = None,
+    save_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
     """The checkpoint to resume from, chosen by rank 0 for all; collective.
 
     Args:
         needed_by: a field that is set and has no meaning without a checkpoint.
+        save_dir: where the run saves: a first start may name it before it holds a checkpoint.
 
     Returns:
-        Its directory, or None (with a warning) when ``load_dir`` is missing or empty.
+        Its directory, or None (with a warning) when ``load_dir`` is missing, empty, or the run's own.
 
     Raises:
         UserError: there is none and it is needed, or one was named that is not there or incomplete.
@@ -93,10 +98,26 @@ def find_checkpoint(
                     f"--load {load_dir} holds no complete checkpoint and --{needed_by.replace('_', '-')} is set; "
                     "correct the path, or drop the flag to start from scratch"
                 )
+            _refuse_something_else(Path(load_dir), save_dir)
             log(f"warning: --load {load_dir} holds no complete checkpoint; starting from scratch")
         return path
 
     return agreement.from_rank_zero(choose)
+
+
+def _refuse_something_else(load_dir: Path, save_dir: str | os.PathLike[str] | None) -> None:
+    """What is full of something else was meant to be loaded, and must not be started without."""
+    if (load_dir / "config.json").is_file():
+        raise UserError(
+            f"--load {load_dir} is a Hugging Face directory; make a checkpoint of it (phd-megatron import --hf-dir "
+            f"{load_dir} --output DIRECTORY), and load that with --finetune"
+        )
+    own = save_dir is not None and os.path.realpath(save_dir) == os.path.realpath(load_dir)
+    if not own and load_dir.is_dir() and any(load_dir.iterdir()):
+        raise UserError(
+            f"--load {load_dir} holds no complete checkpoint, but {shown(min(os.listdir(load_dir)))} and the like; "
+            "correct the path, or leave --load out to start from scratch"
+        )
 
 
 @torch.no_grad()

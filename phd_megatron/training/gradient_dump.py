@@ -44,6 +44,30 @@ def check_places(directory: str | Path, iterations: Sequence[int], world_size: i
                 )
 
 
+def check_steps(iterations: Sequence[int], first: int, last: int) -> str | None:
+    """Refuse a dump that would hold nothing.
+
+    Args:
+        first, last: the steps that this start goes through.
+
+    Returns:
+        What is said of steps that are past already, as in a run that was started again.
+
+    Raises:
+        UserError: for a step that the run does not have.
+    """
+    beyond = [iteration for iteration in iterations if iteration > last]
+    if beyond:
+        raise UserError(
+            f"dump_gradients_iterations={list(iterations)}: the run ends with step {last}, so {beyond[0]} is never "
+            f"reached; name steps up to {last}"
+        )
+    past = [iteration for iteration in iterations if iteration < first]
+    if not past:
+        return None
+    return f"note: dump_gradients_iterations: {past} are past, since this start begins with step {first}"
+
+
 def _is_dump(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:

@@ -29,7 +29,7 @@ from phd_megatron.training.checkpoint_format import TOKENIZER
 from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
-from phd_megatron.training.gradient_dump import check_places, dump_gradients, iteration_place
+from phd_megatron.training.gradient_dump import check_places, check_steps, dump_gradients, iteration_place
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
@@ -121,6 +121,10 @@ class Trainer:
         self.saver = self._open_saver(place, resume_from)
         runtime.watch.at("opening the data", self.progress.iteration)
         self._open_data()
+        if run.logging.dump_gradients_dir:
+            steps = run.logging.dump_gradients_iterations
+            if note := check_steps(steps, self.progress.iteration + 1, self.total_iterations):
+                runtime.log(note)
         self.profiler: StepProfiler | None = None
         if run.logging.profile:
             self.profiler = StepProfiler.of_run(run, runtime, self.progress.iteration, self.total_iterations)

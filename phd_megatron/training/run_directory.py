@@ -14,7 +14,7 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime.run_file import RUN_FILE, RunFile, new_id, origin_of, read_run, write_run
+from phd_megatron.runtime.run_file import RUN_FILE, RunFile, is_foreign, new_id, origin_of, read_run, write_run
 from phd_megatron.training import agreement
 from phd_megatron.training.run_lock import RunLock
 
@@ -94,6 +94,8 @@ def claim(
         if content.origin is None:
             content = replace(content, origin=origin_of(load, finetune, rewind))
         try:
+            if is_foreign(root):
+                log(f"note: {root / RUN_FILE} is no run's; it is kept as {store.keep(root / RUN_FILE).name}")
             write_run(root, content)
         except OSError as error:
             raise UserError(f"cannot save into {root}: {error.strerror}; choose a writable --save directory") from error
@@ -115,6 +117,11 @@ def _decide(root: Path, resume_from: Path | None, rewind: bool, log: Log) -> Run
     if store.iteration_of(root) is not None or (root / store.METADATA).exists():
         raise UserError(f"--save {root} is itself a checkpoint; give the directory above it, or another one")
     survey = store.Survey(root)
+    if is_foreign(root) and not survey.is_in_use:
+        raise UserError(
+            f"{root / RUN_FILE} is not what a run of phd-megatron wrote, so it is not replaced; move it away, or "
+            "choose another --save directory"
+        )
     own = resume_from is not None and resume_from.parent.samefile(root)
     if not own:
         if rewind:

@@ -92,6 +92,12 @@ class RunLock:
                     os.close(descriptor)
                     raise UserError(_refusal(self.save_dir, holder)) from None
                 time.sleep(0.05)
+        if not _is_ours(os.pread(descriptor, 4096, 0)):
+            os.close(descriptor)
+            raise UserError(
+                f"{self.save_dir / LOCK_NAME} is not what a run of phd-megatron wrote, so it is not replaced; move it "
+                "away, or choose another --save directory"
+            )
         self._descriptor, self._inode, self._claimed = descriptor, inode, True
         _held_here.add(inode)
         os.ftruncate(descriptor, 0)
@@ -290,6 +296,11 @@ def _process_start(pid: int) -> str | None:
         return None
     fields = line.rpartition(")")[2].split()  # the command name before it may hold spaces
     return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _is_ours(content: bytes) -> bool:
+    """Whether the content of a lock file is one of ours, or none; zeros are what a power cut may leave of it."""
+    return not content.strip(b"\0") or "pid" in _parse(content)
 
 
 def _parse(content: bytes) -> dict[str, Any]:

@@ -32,6 +32,7 @@ FIELDS = [
     *(flag(name, "1" + "0" * 30, "'1000000", "64 bits", "a smaller number", name=f"{name}=1e30") for name in _of(int)),
     *(flag(name, "ten", "'ten'", "an integer", "correct the value") for name in _of(int)),
     *(flag(name, "", "=''", "is empty", f"leave {name} out") for name in _of(str)),
+    *(flag(name, "~/x", "='~/x'", "begins with ~", "write the directory out") for name in _of(str)),
     *(
         flag(name, "x" * 9000, "xxx", "9000 characters", "shorten it", name=f"{name}, 9,000 characters")
         for name in _of(str)

@@ -181,7 +181,7 @@ def test_resolve_is_idempotent(values: dict[str, Any]) -> None:
         ({"lr": 0.0}, ["lr=0.0", "above 0"]),
         ({"lr": 1e-4, "min_lr": 1e-3}, ["min_lr=0.001", "lr=0.0001"]),
         ({"clip_grad": -1.0}, ["clip_grad=-1.0", "at least 0"]),
-        ({"hidden_dropout": 1.0}, ["hidden_dropout=1.0", "below 1"]),
+        ({"hidden_dropout": 1.0}, ["hidden_dropout=1.0", "at most 0.99"]),
         ({"rotary_percent": 0.0}, ["rotary_percent=0.0"]),
         ({"lr_warmup_fraction": 1.5}, ["lr_warmup_fraction=1.5"]),
         ({"phd_repeat": 0}, ["phd_repeat=0", "at least 1"]),

@@ -50,13 +50,13 @@ kv_channels                              null      shape [1,1048576]
 seq_length                               1024      form  [1,67108864]
 max_position_embeddings                  null      form  [1,67108864]
 normalization                            RMSNorm   shape RMSNorm|LayerNorm
-layernorm_epsilon                        1.0e-5    shape (0,inf)
+layernorm_epsilon                        1.0e-5    shape [1e-30,1]
 gated_linear_unit                        true      shape -
 add_bias_linear                          false     shape -
 add_qkv_bias                             false     shape -
-hidden_dropout                           0.0       free  [0,1)
-attention_dropout                        0.0       free  [0,1)
-rotary_base                              10000.0   form  (0,1000000000000000000]
+hidden_dropout                           0.0       free  [0,0.99]
+attention_dropout                        0.0       free  [0,0.99]
+rotary_base                              10000.0   form  [1,1e18]
 rotary_percent                           1.0       shape (0,1]
 untie_embeddings_and_output_weights      false     shape -
 vocab_size                               null      shape [1,67108864]
@@ -69,8 +69,8 @@ phd_copy_embedding                       none      shape none|vector
 phd_last_layer_pruning                   true      free  -
 norm_scheme                              pre       shape -
 init                                     auto      free  auto|normal|depth_scaled|megatron|deepnorm
-init_method_std                          null      free  (0,inf)
-head_init_method_std                     null      free  (0,inf)
+init_method_std                          null      free  [1e-10,1000]
+head_init_method_std                     null      free  [1e-10,1000]
 phd_attention_backend                    auto      free  auto|reference|sdpa|flex|triton|sdpa_triton
 transformer_impl                         auto      free  auto|local|transformer_engine
 tensor_model_parallel_size               1         free  [1,1048576]
@@ -151,7 +151,7 @@ decay_norms                              false     free  -
 decay_embeddings                         true      free  -
 adam_beta1                               0.9       free  [0,1)
 adam_beta2                               0.95      free  [0,1)
-adam_eps                                 1.0e-8    free  (0,inf)
+adam_eps                                 1.0e-8    free  [1e-30,1]
 clip_grad                                1.0       free  [0,inf)
 save                                     null      place -
 load                                     null      start -
@@ -224,7 +224,8 @@ class Row:
 
 BLENDS = ("train_data_path", "valid_data_path", "test_data_path")
 FRACTIONS = shlex.split(
-    "hidden_dropout attention_dropout rotary_percent lr_warmup_fraction adam_beta1 adam_beta2 lr min_lr"
+    "hidden_dropout attention_dropout rotary_percent lr_warmup_fraction adam_beta1 adam_beta2 lr min_lr "
+    "layernorm_epsilon adam_eps"
 )
 ROWS = [Row(line) for line in TABLE.strip().splitlines()]
 BY_NAME = {row.name: row for row in ROWS}
@@ -255,11 +256,13 @@ def test_its_values(row: Row) -> None:
     if row.values == "-":
         assert not fields()[row.name].bounds
         return
-    low, high = (math.inf if end == "inf" else int(end) for end in row.values[1:-1].split(","))
-    is_float = (row.values[0], row.values[-1]) != ("[", "]") or row.name in ("lr_warmup_fraction",)
+    ends = row.values[1:-1].split(",")
+    is_float = (row.values[0], row.values[-1]) != ("[", "]") or any(c in row.values for c in ".e")
+    is_float = is_float or row.name == "lr_warmup_fraction"
+    low, high = (float(end) if is_float else int(end) for end in ends)
     whole = not is_float or row.name == "profile_ranks"
     below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -1), math.nextafter(high, math.inf))
-    inside_low, inside_high = (low + 1, high - 1) if whole else (math.nextafter(low, 1), math.nextafter(high, 0))
+    inside_low, inside_high = (low + 1, high - 1) if whole else (math.nextafter(low, math.inf), math.nextafter(high, 0))
     taken, refused = [], [below]
     (taken if row.values[0] == "[" else refused).append(low)
     taken.append(inside_low)

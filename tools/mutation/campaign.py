@@ -106,7 +106,7 @@ class Copy:
         environment |= more or {}
         place = self.root.parent / f"{self.root.name}.tmp"
         words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--show-capture=no"]
-        words += ["-m", "not gpu", "--no-header", f"--basetemp={place}", *tests]
+        words += ["-m", "not gpu and not full", "--no-header", f"--basetemp={place}", *tests]
         process = subprocess.Popen(
             [sys.executable, *tracer, *words],
             cwd=self.root,
