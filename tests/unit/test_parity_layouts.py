@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from phd_megatron.cli.parity_runs import layout_dependent
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.training.gradient_dump import check_places, load_gradients
 from phd_megatron.training.parity_compare import (
     FLOAT32,
     GRADIENTS,
@@ -177,3 +178,26 @@ def test_the_tolerance_is_that_of_the_types() -> None:
         half = RunConfig()
         setattr(half.training, name, True)
         assert tolerance_of(half, False) == tolerance_of(half, True) == HALF
+
+
+def test_gradients_of_which_a_part_is_missing_are_refused(tmp_path: Path) -> None:
+    """Two ranks have a half each; their files together are the whole."""
+    for rank in range(2):
+        place = {"key": "k", "shape": [4], "offset": [2 * rank]}
+        part = {f"k|{2 * rank}": torch.tensor([1.0, 2.0]) + 2 * rank}
+        if rank == 1:
+            with pytest.raises(ValueError, match="2 elements of k are missing"):
+                load_gradients(tmp_path)
+        save_file(
+            part, tmp_path / f"rank_{rank:05d}.safetensors", metadata={"places": json.dumps(dict.fromkeys(part, place))}
+        )
+    assert load_gradients(tmp_path)["k"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    check_places(tmp_path / "none", [1], 2)
+    (tmp_path / "d" / "iter_0000001").mkdir(parents=True)
+    (tmp_path / "rank_00001.safetensors").rename(tmp_path / "d/iter_0000001/rank_00001.safetensors")
+    check_places(tmp_path / "d", [1], 2)
+    with pytest.raises(UserError, match=r"is not of a dump of 1 rank"):
+        check_places(tmp_path / "d", [2, 1], 1)
+    (tmp_path / "d/iter_0000001/rank_00001.safetensors").write_text("notes")
+    with pytest.raises(UserError, match=r"is not of a dump of 2 rank"):
+        check_places(tmp_path / "d", [1], 2)
