@@ -63,14 +63,16 @@ def saved(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The trainer of each run, and its groups as they were when its first step began."""
+    """The trainer of each run, and its groups and moments as they were when its first step began."""
     from phd_megatron.training import pretrain
 
     found: list[Any] = []
     train = pretrain.Trainer.train
 
     def look(trainer: Any, *args: Any) -> Any:
-        found.append((trainer, [{**group} for group in trainer.optimizer.param_groups]))
+        states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+        moments = {(float(state["step"]), bool(state["exp_avg_sq"].any())) for state in states}
+        found.append((trainer, [{**group} for group in trainer.optimizer.param_groups], moments))
         return train(trainer, *args)
 
     monkeypatch.setattr(pretrain.Trainer, "train", look)
@@ -94,7 +96,9 @@ def test_whose_hyper_parameters_hold(saved: Path, tmp_path: Path, at_the_first_s
     metrics = tmp_path / "metrics.jsonl"
     places = {"load": saved, "metrics_file": metrics}
     assert main(["pretrain", *flags(dashed({**places, **words}))]) == 0
-    ((trainer, groups),) = at_the_first_step
+    ((trainer, groups, moments),) = at_the_first_step
+    assert moments <= ({(0.0, False)} if "no_load_optim" in words else {(float(STOPPED), True)})
+    assert moments or "no_load_optim" in words
     rates, others = SAID[schedule], SAID[rest]
     assert {(group["max_lr"], group["min_lr"]) for group in groups} == rates["rates"]
     for group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.metrics import Reporter, StepMetrics, flat, log_line
+from phd_megatron.training.metrics import Reporter, StepMetrics, flat, log_line, make_directory
 
 
 def step(**more: Any) -> StepMetrics:
@@ -105,6 +106,25 @@ def test_a_file_that_is_empty_or_was_cut_is_gone_on_with(tmp_path: Path, text: s
     opened.report(step())
     opened.close()
     assert path.read_text().startswith(text) and path.read_text().endswith("}\n")
+
+
+@pytest.mark.timeout(60)
+def test_places_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("x")
+    for place, said in (("pipe", "it is a pipe"), ("file/m", "cannot be written"), (".", "cannot be written")):
+        with pytest.raises(UserError, match=said):
+            reporter(metrics_file=str(tmp_path / place))
+    with pytest.raises(UserError, match=r"profile_dir=.*cannot be written"):
+        make_directory("profile_dir", str(tmp_path / "file" / "p"))
+    make_directory("profile_dir", str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a/b").is_dir()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tensorboard is not installed"):
+        reporter(tensorboard_dir=str(tmp_path / "t"))
+    with pytest.raises(UserError, match="wandb is not installed"):
+        reporter(wandb_project="p")
+    Reporter(LoggingConfig(progress="off"), True, 90, {}, tmp_path / "t").close()  # nobody asked for it
 
 
 def test_a_table_by_layer_is_a_value_for_each() -> None:

@@ -13,7 +13,18 @@ from safetensors.torch import save_file
 from phd_megatron.cli.parity_runs import layout_dependent
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
-from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, METRICS, compare
+from phd_megatron.training.gradient_dump import check_places, load_gradients
+from phd_megatron.training.parity_compare import (
+    FLOAT32,
+    GRADIENTS,
+    HALF,
+    METRICS,
+    TF32,
+    Comparison,
+    compare,
+    relative,
+    tolerance_of,
+)
 from phd_megatron.training.parity_layouts import (
     COVERING,
     SIZES,
@@ -146,3 +157,47 @@ def test_comparison_takes_the_largest_error_of_each_kind(tmp_path: Path) -> None
     short = write_run(tmp_path / "short", [1.0, 2.0], {"large": large, "small": small})
     with pytest.raises(ValueError, match="has 2 steps"):
         compare(one, short, FLOAT32)
+
+
+@pytest.mark.parametrize("which", [None, "loss", "grad_norm", "gradient"])
+def test_every_kind_of_error_counts(which: str | None) -> None:
+    errors = {"loss": 1e-6, "grad_norm": 2e-6, "gradient": 1e-5, **({which: 1.1e-5} if which else {})}
+    assert Comparison(**errors, parameter="x").within(FLOAT32) is (which is None)
+
+
+def test_an_error_is_relative_and_never_hidden_by_infinity() -> None:
+    inf = float("inf")
+    assert relative(-4.0, -5.0) == 0.25 and relative(0.0, 0.0) == 0.0 == relative(inf, inf)
+    assert relative(inf, 1.0) == relative(1.0, inf) == relative(float("nan"), 1.0) == inf
+
+
+def test_the_tolerance_is_that_of_the_types() -> None:
+    run = RunConfig()
+    assert (tolerance_of(run, False), tolerance_of(run, True)) == (FLOAT32, TF32)
+    for name in ("bf16", "fp16"):
+        half = RunConfig()
+        setattr(half.training, name, True)
+        assert tolerance_of(half, False) == tolerance_of(half, True) == HALF
+
+
+def test_gradients_of_which_a_part_is_missing_are_refused(tmp_path: Path) -> None:
+    """Two ranks have a half each; their files together are the whole."""
+    for rank in range(2):
+        place = {"key": "k", "shape": [4], "offset": [2 * rank]}
+        part = {f"k|{2 * rank}": torch.tensor([1.0, 2.0]) + 2 * rank}
+        if rank == 1:
+            with pytest.raises(ValueError, match="2 elements of k are missing"):
+                load_gradients(tmp_path)
+        save_file(
+            part, tmp_path / f"rank_{rank:05d}.safetensors", metadata={"places": json.dumps(dict.fromkeys(part, place))}
+        )
+    assert load_gradients(tmp_path)["k"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    check_places(tmp_path / "none", [1], 2)
+    (tmp_path / "d" / "iter_0000001").mkdir(parents=True)
+    (tmp_path / "rank_00001.safetensors").rename(tmp_path / "d/iter_0000001/rank_00001.safetensors")
+    check_places(tmp_path / "d", [1], 2)
+    with pytest.raises(UserError, match=r"is not of a dump of 1 rank"):
+        check_places(tmp_path / "d", [2, 1], 1)
+    (tmp_path / "d/iter_0000001/rank_00001.safetensors").write_text("notes")
+    with pytest.raises(UserError, match=r"is not of a dump of 2 rank"):
+        check_places(tmp_path / "d", [1], 2)

@@ -39,7 +39,8 @@ def test_repeated_steps_count_once_and_the_later_one_wins(tmp_path: Path) -> Non
     run = read_run("a", path)
     assert run.curve("lm_loss") == ([4, 8, 12, 16], [4.0, 2.9, 2.4, 2.0])
     assert run.last("validation_loss") == 2.5
-    assert run.last("absent") is None
+    assert run.median("lm_loss") == 2.9, "of 2.0, 2.4, 2.9 and 4.0, the upper one of the middle"
+    assert run.last("absent") is None and run.median("absent") is None
 
 
 @pytest.mark.parametrize(("text", "part"), [("", "empty"), ("{}\n", ":1 is no line"), ('{"iteration"\n', ":1 is no")])
