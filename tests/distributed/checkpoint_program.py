@@ -290,6 +290,8 @@ def main() -> None:
                 state = {"consumed_samples": 4 * step}
                 saver.save(iteration=step, training_state=state, patient=True, **options)
             elif saver:
+                if args.fault == "slow" and runtime.rank != args.fault_rank:
+                    saver.close()  # this rank has surely written, and the other has surely not
                 saver.poll()
             result["tracker"].append(read_tracker(args.save) if args.save else None)
             if result["exit"]:
