@@ -64,6 +64,15 @@ def test_curve_axes_and_interpolation(tmp_path: Path) -> None:
     assert curve(tmp_path, [4.0, 3.0], validation=3.5).final() == (3.5, "validation")
 
 
+def test_a_validation_before_the_end_is_not_the_final_loss(tmp_path: Path) -> None:
+    path = metrics(tmp_path / "a.jsonl", [4.0, 3.0, 2.5])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["validation_loss"] = 1.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_curve("a", path)
+    assert (found.validation, found.final()) == ([(1, 1.5)], (2.5, "training (EMA)"))
+
+
 def test_smoothing_keeps_short_curves_and_constants() -> None:
     assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
     assert smooth([2.0] * 500) == pytest.approx([2.0] * 500)
