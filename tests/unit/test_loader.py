@@ -80,6 +80,13 @@ def test_resume_anywhere(start, workers):
     assert indices(stream.microbatches(start, 2)) == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_last_sample_is_read(workers):
+    stream = SampleStream(Numbered(12), 2, 1, 2, num_workers=workers)
+    assert indices(stream.microbatches(0, 3)) == [[2, 3], [6, 7], [10, 11]]
+    stream.close()
+
+
 def test_the_end_is_an_error_before_the_step():
     stream = SampleStream(Numbered(10), 2, 0, 2)
     assert indices(stream.microbatches(4, 1)) == [[4, 5]]
