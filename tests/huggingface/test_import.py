@@ -232,6 +232,21 @@ def test_what_cannot_be_represented_is_refused_by_name(kind, fields, message):
     assert message in lines[1] and len(lines) == 3, "nothing else is refused with it"
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+def test_words_about_experts(kind):
+    import transformers
+
+    family = FAMILIES[kind]
+    config = getattr(transformers, family.model_class.replace("ForCausalLM", "Config"))
+    more = {"mlp_only_layers": [1]} if kind == "qwen3_moe" else {}
+    for normed in (True, False):
+        words = {"num_hidden_layers": 3, "num_experts": 12, "num_experts_per_tok": 5, "norm_topk_prob": normed}
+        found = read_fields(config(**words, **more).to_dict(), family).transformer
+        assert (found["num_moe_experts"], found["moe_router_topk"]) == (12, 5)
+        assert found["moe_router_pre_softmax"] is not normed  # softmax over the chosen experts gives 1 by itself
+        assert found.get("moe_layer_freq") == ([1, 0, 1] if more else None)
+
+
 def test_rope_in_the_words_of_transformers_4(make_source, tmp_path, capsys):
     """``rope_theta`` and ``rope_scaling`` beside each other, and no ``rope_parameters``."""
     source = make_source("llama, wide heads", rms_norm_eps=1e-3)
