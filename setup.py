@@ -45,6 +45,7 @@ TEST = [
     "types-PyYAML>=6",
     "types-psutil>=5.9",
     "accelerate>=1.1,<2",  # transformers' Trainer and device_map
+    "lm-eval[hf]>=0.4.9,<0.5",  # as the extra `eval`; with what it needs about 320 MB and up to a minute
     "pyarrow>=17",
     "tensorboard>=2.16",
     # The program itself; other platforms than these may get a wheel that fetches it.

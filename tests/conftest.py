@@ -1,17 +1,19 @@
 """``torchrun``: start several processes and see their output when they fail; Triton's interpreter without a GPU.
 
 A share of the kernel tests that are marked ``full`` runs with every commit, another one with another commit.
+And one rule for continuous integration (``CI=true``): what is missing there fails instead of being skipped.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,68 @@ def launch(
 def torchrun() -> Launcher:
     """``torchrun(nproc, *args, timeout=400, check=True, env=None, threads=1) -> CompletedProcess``."""
     return launch
+
+
+# ---------------------------------------------------------------- continuous integration
+
+LINUX = sys.platform.startswith("linux")
+#: (start of a reason to skip, what it is that cannot be installed); everything else fails under CI
+ALLOWED_SKIPS: list[tuple[str, str]] = [
+    ("needs a CUDA device", "hardware: the GPU tests have runs of their own"),
+    ("needs two CUDA devices", "hardware"),
+    ("needs FP8", "hardware: GPUs before Hopper have no such products"),
+    ("a small file system cannot be mounted here", "a right: only root mounts, and containers may forbid it to root"),
+    ("only root can mount a small file system", "a right"),
+    ("no file system can be mounted here", "a right"),
+    ("permissions do not stop this user", "a right: root that may not give up its own"),
+]
+if Path("/dev/nvidiactl").exists():
+    ALLOWED_SKIPS += [
+        ("over gloo, on the CPU", "on a machine with a GPU the same test runs over NCCL"),
+        ("device functions are called one by one in the interpreter only", "on a GPU there is no interpreter"),
+    ]
+if not (LINUX and platform.machine() == "x86_64"):
+    ALLOWED_SKIPS += [
+        ("Triton is ", "another platform: there are no wheels for it"),
+        ("shellcheck is not installed", "another platform: there are no wheels for it"),
+    ]
+if not LINUX:
+    ALLOWED_SKIPS += [
+        ("audit of another process and /proc are Linux's", "another platform"),
+        ("/proc and the parent-death signal are Linux's", "another platform"),
+        ("limits of another process and /proc are Linux's", "another platform"),
+        ("a child that follows its parent is Linux's", "another platform"),
+        ("there is no /dev/full here", "another platform"),
+        ("no /dev/shm", "another platform"),
+    ]
+
+
+def _failed_under_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Make a skip a failure where ``CI`` is set, unless the list above has its reason."""
+    if os.environ.get("CI", "").lower() in ("", "0", "false") or report.outcome != "skipped":
+        return
+    if hasattr(report, "wasxfail") or not isinstance(report.longrepr, tuple):
+        return
+    path, line, said = report.longrepr
+    reason = re.sub(r"^Skipped: ", "", said)
+    if any(reason.startswith(start) for start, _ in ALLOWED_SKIPS):
+        return
+    report.outcome = "failed"
+    report.longrepr = (
+        f"{path}:{line}: skipped under CI: {reason}\ninstall what is missing (the extra `test` has all that the tests "
+        "need), or add the reason to ALLOWED_SKIPS of tests/conftest.py with what cannot be installed"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    _failed_under_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    _failed_under_ci(report)
+    return report

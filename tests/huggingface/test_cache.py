@@ -226,6 +226,43 @@ def test_crop_is_exact_or_refused(make_model):
         cache.crop(3)
 
 
+@pytest.mark.parametrize(("policy", "cached"), [((2, 4, 8), 19), ((3, 4, 8), 18), ((2, 6, 4), 15), ((1, 1, None), 9)])
+@torch.no_grad()
+def test_other_tokens_after_a_crop(make_model, policy, cached):
+    """What stood behind the new end is forgotten, hidden entries too: in a chunk that is cut, some are cached there."""
+    model = make_model(norm_scheme="hybrid_star", **policy_fields(policy))
+    first, others = torch.randint(61, (1, cached)), torch.randint(61, (1, 12))
+    start = cached - cached % (policy[2] or cached)
+    for length in range(start, cached):
+        cache = model.make_cache()
+        model(first, past_key_values=cache)
+        cache.crop(length - cached)
+        assert cache.get_seq_length() == length
+        assert cache.positions.tolist() == [list(range(length))] and cache.lengths.tolist() == [length]
+        held = [position for position in cache.hidden_positions[0].tolist() if position >= 0]
+        # In its chunk a token sees the window's positions before it and its own.
+        assert held == ([] if policy[0] == 1 else [p for p in range(start, length) if p > cached - policy[1]])
+        found = [model(others[:, :1], past_key_values=cache).logits, model(others[:, 1:], past_key_values=cache).logits]
+        expected = model(torch.cat([first[:, :length], others], 1), use_cache=False).logits[:, length:]
+        assert (torch.cat(found, 1) - expected).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_a_crop_of_rows_of_several_lengths(make_model):
+    """Rows end at 3, 12 and 9 tokens of 12 slots; after a crop of 3 slots at 3, 9 and 9."""
+    model = make_model(norm_scheme="pre", phd_repeat=2, phd_window=1)
+    tokens, more = torch.randint(61, (3, 12)), torch.randint(61, (3, 4))
+    mask = torch.tensor([[slot < length for slot in range(12)] for length in (3, 12, 9)]).long()
+    cache = model.make_cache()
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9 and cache.lengths.tolist() == [3, 9, 9]
+    found = model(more, past_key_values=cache).logits
+    for row, length in enumerate((3, 9, 9)):
+        whole = torch.cat([tokens[row, :length], more[row]])[None]
+        assert (found[row] - model(whole, use_cache=False).logits[0, length:]).abs().max() < 1e-9
+
+
 @torch.no_grad()
 def test_foreign_caches_are_refused(make_model):
     from transformers import DynamicCache

@@ -232,6 +232,39 @@ def test_what_cannot_be_represented_is_refused_by_name(kind, fields, message):
     assert message in lines[1] and len(lines) == 3, "nothing else is refused with it"
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+def test_words_about_experts(kind):
+    import transformers
+
+    family = FAMILIES[kind]
+    config = getattr(transformers, family.model_class.replace("ForCausalLM", "Config"))
+    more = {"mlp_only_layers": [1]} if kind == "qwen3_moe" else {}
+    for normed in (True, False):
+        words = {"num_hidden_layers": 3, "num_experts": 12, "num_experts_per_tok": 5, "norm_topk_prob": normed}
+        found = read_fields(config(**words, **more).to_dict(), family).transformer
+        assert (found["num_moe_experts"], found["moe_router_topk"]) == (12, 5)
+        assert found["moe_router_pre_softmax"] is not normed  # softmax over the chosen experts gives 1 by itself
+        assert found.get("moe_layer_freq") == ([1, 0, 1] if more else None)
+
+
+def test_rope_in_the_words_of_transformers_4(make_source, tmp_path, capsys):
+    """``rope_theta`` and ``rope_scaling`` beside each other, and no ``rope_parameters``."""
+    source = make_source("llama, wide heads", rms_norm_eps=1e-3)
+    path = source / "config.json"
+    content = json.loads(path.read_text())
+    del content["rope_parameters"]
+    words = ("--hf-dir", source, "--verify", "none", "--output")
+    path.write_text(json.dumps({**content, "rope_theta": 3e5, "rope_scaling": None}))
+    assert run(*words, tmp_path / "save") == 0
+    model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
+    assert (model.rotary_base, model.rotary_percent, model.layernorm_epsilon) == (3e5, 1.0, 1e-3)
+    assert (model.kv_channels, model.num_query_groups, model.init_method_std) == (16, 2, 0.2)
+    for scaling in ({"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}):
+        path.write_text(json.dumps({**content, "rope_theta": 3e5, "rope_scaling": scaling}))
+        assert run(*words, tmp_path / "other") == 2
+        assert "changes its frequencies" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def damage(directory, what):
     config = json.loads((directory / "config.json").read_text())
     shards = sorted(directory.glob("model-*.safetensors"))

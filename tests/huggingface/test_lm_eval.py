@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs on exports, at any batch size alike; skipped where it is not installed (extra `eval`)."""
+"""lm-evaluation-harness on exports gives the scores that transformers gives; skipped without the extra `eval`."""
 
 from __future__ import annotations
 
@@ -21,28 +21,45 @@ TASKS = ROOT / "examples" / "lm_eval"
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install -e '.[eval]'")
 @pytest.mark.timeout(600)
-def test_offline_task_at_two_batch_sizes(make_checkpoint, tmp_path):
+def test_an_offline_task_scores_as_one_text_at_a_time(make_checkpoint, tmp_path):
+    """The harness pads a batch on the left; here every text is computed alone, with transformers and no padding."""
     source = make_checkpoint(norm_scheme="hybrid_star", phd_repeat=2, phd_window=16, phd_chunk=32, seq_length=256)
     export_checkpoint(source, tmp_path / "hf", verify="tensors")
-    scores = []
-    for size in (1, 8):
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--include_path", str(TASKS)),
-                *("--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"),
-                *("--tasks", "copy_word", "--batch_size", str(size), "--device", "cpu", "--log_samples"),
-                *("--output_path", str(tmp_path / f"batch{size}")),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-            check=True,
-            timeout=280,
-        )
-        (path,) = (tmp_path / f"batch{size}").glob("*/samples_copy_word_*.jsonl")
-        rows = sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda row: row["doc_id"])
-        scores.append(torch.tensor([[float(score) for score, _ in row["filtered_resps"]] for row in rows]))
-    assert scores[0].shape == (48, 4)
-    torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-4)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--include_path", str(TASKS)),
+            *("--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"),
+            *("--tasks", "copy_word", "--batch_size", "8", "--device", "cpu", "--log_samples"),
+            *("--output_path", str(tmp_path / "out")),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = (tmp_path / "out").glob("*/samples_copy_word_*.jsonl")
+    rows = sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda row: row["doc_id"])
+    found = torch.tensor([[float(score) for score, _ in row["filtered_resps"]] for row in rows])
+    documents = [json.loads(line) for line in (TASKS / "copy_word.jsonl").read_text().splitlines()]
+    assert found.shape == (48, 4) and [row["doc"] for row in rows] == documents
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    expected = torch.zeros(48, 4)
+    for number, document in enumerate(documents):
+        text = list(document["text"].encode())  # the tokenizer's ids are bytes
+        for place, choice in enumerate(document["choices"]):
+            answer = torch.tensor(list(choice.encode()))  # with the one space that it begins with
+            with torch.no_grad():
+                logits = model(torch.tensor([[*text, *answer]]), use_cache=False).logits[0, len(text) - 1 : -1]
+            expected[number, place] = logits.log_softmax(-1).gather(1, answer[:, None]).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    results = json.loads(next((tmp_path / "out").glob("*/results_*.json")).read_text())["results"]["copy_word"]
+    right = expected.argmax(1) == torch.tensor([document["answer"] for document in documents])
+    assert results["acc,none"] == pytest.approx(right.float().mean().item())
 
 
 def test_task_files_name_their_data_and_the_papers_tasks():

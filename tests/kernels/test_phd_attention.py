@@ -326,6 +326,23 @@ def test_scale_and_partial_gradients(backend: str) -> None:
     assert key.grad is not None and query.grad is None
 
 
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("policy", [KVPolicy(1), KVPolicy(2, 1), KVPolicy(3, 4, 8)], ids=lambda p: p.name)
+def test_a_scale_is_a_factor_on_the_query(policy: KVPolicy, dtype: torch.dtype, backend: str) -> None:
+    """``scale`` and the default ``d ** -0.5`` with a query longer by as much: the same values and gradients."""
+    query, key, value, grad = make(policy, 37, dtype=dtype)
+    factor = 0.31 * WIDTH**0.5
+    found = run(
+        lambda q, k, v, p: phd_attention(q, k, v, p, scale=0.31, backend=backend), (query, key, value), grad, policy
+    )
+    expected = run(
+        lambda q, k, v, p: phd_attention(q * factor, k, v, p, backend="reference"), (query, key, value), grad, policy
+    )
+    for one, two in zip(found, expected, strict=True):
+        assert (one - two).norm() <= TOLERANCE[dtype] * two.norm()
+
+
 def test_large_scores_do_not_overflow() -> None:
     for policy in (KVPolicy(2, 1), KVPolicy(3, 4, 8)):
         *inputs, grad = make(policy, 33)

@@ -309,7 +309,9 @@ def test_a_slip_in_a_flag_of_ours_is_no_flag_of_megatrons(typo: str, meant: str)
 def test_no_flag_that_is_taken_is_refused_by_a_pattern_first() -> None:
     for name in ("ddp_bucket_size", "train_data_path", "ckpt_format", "dataloader_type"):
         value = {"ckpt_format": "torch_dist", "dataloader_type": "single"}.get(name, "5")
-        parse_flags([f"--{name.replace('_', '-')}", value], {})
+        parsed = parse_flags([f"--{name.replace('_', '-')}", value], {})
+        taken = {"ddp_bucket_size": {"ddp_bucket_size": 5}, "train_data_path": {"train_data_path": ["5"]}}.get(name, {})
+        assert parsed.values == taken  # the others ask for what is done anyway
 
 
 @pytest.mark.parametrize(

@@ -270,8 +270,9 @@ def test_bad_values(values: dict[str, Any], words: list[str]) -> None:
         {"profile_step_start": 12, "profile_ranks": []},  # nothing is traced, so nothing is asked of them
     ],
 )
-def test_good_values(values: dict[str, Any]) -> None:
-    resolved(**values)
+def test_good_values_are_taken_as_they_are(values: dict[str, Any]) -> None:
+    run = resolved(**values)
+    assert {name: lookup(run, name) for name in values} == values
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -486,7 +487,14 @@ def test_examples_are_valid(path: Path) -> None:
     from phd_megatron.model.transformer_config import transformer_field_types
 
     argv = ["--config", str(path), "--save", "x"]
-    resolve(load_run_config(argv, transformer_fields=transformer_field_types()).config)
+    run = load_run_config(argv, transformer_fields=transformer_field_types()).config
+    resolve(run)
+    sections = yaml.safe_load(path.read_text())
+    written = {name: value for section in sections.values() for name, value in section.items() if name != "transformer"}
+    extra = sections["model"].get("transformer") or {}
+    assert len(written) > 5
+    assert {name: lookup(run, name) for name in written} == written
+    assert {name: run.model.transformer[name] for name in extra} == extra
 
 
 def test_the_examples_are_found() -> None:

@@ -137,7 +137,10 @@ def test_what_cannot_be_in_a_graph(values: dict[str, Any], found: str, reason: s
 )
 def test_what_can(values: dict[str, Any]) -> None:
     run = resolved(**GRAPH, **values)
-    require(run, ParallelDims.from_config(run.parallel, 1), HOPPER)
+    dims = ParallelDims.from_config(run.parallel, 1)
+    require(run, dims, HOPPER)
+    assert list(graph_machine_problems(run, dims, HOPPER)) == []
+    assert {name: run.model.transformer[name] for name in GRAPH} == GRAPH, "it is not switched off"
 
 
 def machine(run: RunConfig, ranks: int, capabilities: Capabilities) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.data.blend import parse_blend, parse_split
+from phd_megatron.data.blend import SplitPlan, check_split, parse_blend, parse_split
 from phd_megatron.data.datasets import build_datasets, check_data, resolve_tokenizer
+from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.preprocess import prepare
 from phd_megatron.data.tokenizers import ByteTokenizer
 from phd_megatron.errors import UserError
@@ -189,6 +190,33 @@ def test_replaced_data_does_not_meet_the_old_cache(data):
     assert all({*row} == {ord("z"), 256} for row in after)
 
 
+def test_data_of_the_same_size_does_not_meet_the_old_cache(data):
+    """Its documents in the other order: as many bytes of both files, and documents begin elsewhere."""
+    run = make_run(data / "a")
+    build_datasets(run, ByteTokenizer(), (20, 0, 0))
+    sizes = [(data / f"a.{kind}").stat().st_size for kind in ("bin", "idx")]
+    lines = (data / "a.jsonl").read_text().splitlines()
+    (data / "a.jsonl").write_text("\n".join(reversed(lines)))
+    prepare([data / "a.jsonl"], data / "a", overwrite=True, progress=False)
+    assert [(data / f"a.{kind}").stat().st_size for kind in ("bin", "idx")] == sizes
+    found = rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0])
+    assert len(cache_files(data)) == 6, "an index of its own"
+    shutil.rmtree(data / "a.cache")
+    assert found == rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0])
+
+
+def test_cached_arrays_of_other_lengths_do_not_belong_together(data, caplog):
+    run = make_run(data / "a")
+    first = rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0])
+    for part, cut in (("shuffle", 1), ("sample", 1), ("document", 100)):
+        (path,) = data.glob(f"a.cache/*{part}.npy")
+        whole = np.load(path)
+        np.save(path, whole[:-cut])
+        caplog.clear()
+        assert rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]) == first
+        assert "do not belong together" in caplog.text and np.array_equal(np.load(path), whole)
+
+
 def test_unwritable_cache(data, caplog):
     expected = rows(build_datasets(make_run(data / "a"), ByteTokenizer(), (20, 0, 0))[0])
     shutil.rmtree(data / "a.cache")
@@ -286,6 +314,28 @@ def test_tokenizer_must_fit_model_and_data(data):
     prepare([data / "a.jsonl"], data / "c", "bpe:300", progress=False)
     with pytest.raises(UserError, match=r"token id|another tokenizer"):
         check_data(make_run(data / "c"), ByteTokenizer(), WANTED)
+
+
+def test_borders_of_lengths_and_vocabularies(data):
+    """A sample needs one token more than its length, ids are below the vocabulary, samples below the number of them."""
+    info = check_indexed(str(data / "b"))
+    plan, tokens = SplitPlan([str(data / "b")], None, (0.0, 1.0)), sum(9 + i % 9 for i in range(60))
+    assert info.tokens == tokens, "5 to 13 letters, three digits and an end each"
+    assert check_split(plan, {info.prefix: info}, tokens - 1, 0) == [tokens]
+    with pytest.raises(UserError, match=f"holds {tokens} tokens of its {tokens} .* one sample needs {tokens + 1}"):
+        check_split(plan, {info.prefix: info}, tokens, 0)
+    exact = ByteTokenizer()
+    exact.vocab_size = 256  # and the end of a document is 256
+    for sidecar in (True, False):
+        if not sidecar:
+            (data / "a.meta.json").unlink()
+        with pytest.raises(UserError, match=r"token id 256.*only 256 tokens"):
+            check_data(make_run(data / "a"), exact, WANTED)
+    train = build_datasets(make_run(data / "a"), ByteTokenizer(), (20, 0, 0))[0]
+    assert train[19]["tokens"].shape == (SEQ,)
+    for outside in (20, -1):
+        with pytest.raises(IndexError, match=f"sample {outside} of 20"):
+            train[outside]
 
 
 def test_tokenizer_files_of_other_content_are_noted(data, caplog):

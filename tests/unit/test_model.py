@@ -116,6 +116,25 @@ def test_k1_is_stock_megatron_bit_for_bit_with_our_attention_and_norm(runtime):
             assert torch.equal(gradient, stock_gradients[name]), name
 
 
+def test_the_core_attention_takes_megatrons_softmax_scale(runtime):
+    """Layers hand it over as ``softmax_scale``; half of it on twice the query gives the same."""
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state
+
+    from phd_megatron.model.attention import PHDCoreAttention
+    from phd_megatron.model.transformer_config import build_transformer_config
+
+    config = build_transformer_config(make_run(norm_scheme="hybrid", phd_repeat=2, phd_window=3, phd_chunk=5))
+    groups = SimpleNamespace(tp=parallel_state.get_tensor_model_parallel_group())
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2 * 16, 2, heads, 8, generator=generator) for heads in (4, 2, 2))
+    default = PHDCoreAttention(config, 1, pg_collection=groups)(query, key, value)
+    scaled = PHDCoreAttention(config, 1, softmax_scale=0.5 * 8**-0.5, pg_collection=groups)
+    assert torch.allclose(scaled(2 * query, key, value), default, atol=1e-6)
+    assert not torch.allclose(scaled(query, key, value), default, atol=1e-2)
+
+
 def test_k1_matches_stock_megatron_with_its_own_attention_and_norm(runtime):
     from phd_megatron.model.build import build_model
 

@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.data.blend import documents_of, parse_split
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.evaluation import evaluation_dataset, select_samples
 from phd_megatron.data.one_pass import interleave
@@ -75,6 +77,22 @@ def test_samples_are_those_of_a_plain_loop_in_one_fixed_order(data, subset, seq_
     assert len(found) > 8 and found != expected
 
 
+@pytest.mark.parametrize(
+    ("documents", "split", "borders"),
+    [
+        (40, "69,14,17", [(0, 28), (28, 33), (33, 40)]),  # 27.6 and 33.2
+        (7, "1,1", [(0, 4), (4, 7)]),  # 3.5: to the even number, as Megatron does
+        (9, "1,1", [(0, 4), (4, 9)]),  # 4.5
+        (10, "0.5,0.25,0.25", [(0, 5), (5, 8), (8, 10)]),  # 7.5
+        (3, "97,2,1", [(0, 3), (3, 3), (3, 3)]),
+    ],
+)
+def test_borders_are_rounded_to_documents(documents, split, borders):
+    info = SimpleNamespace(lengths=range(documents))
+    shares = parse_split(split)[: len(borders)]
+    assert [documents_of(info, share) for share in shares] == [range(*border) for border in borders]
+
+
 def test_the_order_is_pinned():
     from phd_megatron.data.gpt_index import permutation
 
@@ -116,7 +134,7 @@ def test_an_index_of_the_shuffled_order_is_not_met(data):
     """What releases before wrote for one epoch of the validation split, under any of their keys."""
     from megatron.core.datasets.utils import Split
 
-    from phd_megatron.data.blend import documents_of, plan_splits
+    from phd_megatron.data.blend import plan_splits
     from phd_megatron.data.gpt_index import IndexedGPTDataset, index_config
     from phd_megatron.data.indexed import check_indexed
 

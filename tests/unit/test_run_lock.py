@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -101,10 +102,13 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, kind: s
 
 
 def test_released_lock_is_free_and_can_be_taken_again(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / (LEASE_NAME if kind == "lease" else LOCK_NAME)
     for _ in range(2):
         held = lock(tmp_path).acquire()
-        held.release()
-        held.release()
+        assert json.loads(place.read_text())["pid"] == os.getpid()
+        for _ in range(2):  # the second time there is nothing left to do
+            held.release()
+            assert not place.exists() or place.read_text() == ""
 
 
 def test_same_process_cannot_take_it_twice_nor_lose_it_by_trying(tmp_path: Path) -> None:

@@ -39,12 +39,25 @@ def test_data_parallel_size_is_what_remains():
     assert dims(12, pp=2, cp=3, ep=6).dp == 2, "experts are spread over context and data ranks together"
 
 
-def test_valid_layout_passes():
-    dims(8, tp=2, pp=2, sp=True).validate(model(), TrainingConfig(micro_batch_size=2, global_batch_size=8))
+def fits(layout, model_config, training):
+    try:
+        layout.validate(model_config, training)
+    except UserError:
+        return False
+    return True
+
+
+def test_a_valid_layout_passes_and_its_neighbours_do_not():
+    layout, training = dims(8, tp=2, pp=2, sp=True), TrainingConfig(micro_batch_size=2, global_batch_size=8)
+    assert fits(layout, model(), training)
+    assert not fits(layout, model(num_layers=7), training)
+    assert not fits(layout, model(), TrainingConfig(micro_batch_size=2, global_batch_size=6))
 
 
 def test_groups_may_be_fewer_than_tensor_ranks():
-    dims(8, tp=8).validate(model(num_query_groups=2), TrainingConfig())
+    """Then ranks share a group, so the ranks are a multiple of the groups."""
+    assert fits(dims(8, tp=8), model(num_query_groups=2), TrainingConfig())
+    assert not fits(dims(8, tp=4), model(num_attention_heads=12, num_query_groups=3), TrainingConfig())
 
 
 def test_sequence_parallel_without_tensor_parallel_is_a_note():
