@@ -21,7 +21,7 @@ from phd_megatron.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input", required=True, help="a .jsonl, .jsonl.gz or .json.gz file")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to take, one data set each")

@@ -34,7 +34,10 @@ _WHAT = {"int": "an integer", "float": "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises :class:`UserError` for what argparse would print with a page of usage."""
+    """Raises :class:`UserError` for what argparse would print with a page of usage. Flags are never abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in the words of this program."""

@@ -39,7 +39,7 @@ FLOPS = {FORWARD: 4, BOTH: 14}  # per visible pair and column of a head
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench attention", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench attention", description=__doc__)
     parser.add_argument("--seq-length", type=int, nargs="+", default=[2048], help="original tokens (default 2048)")
     parser.add_argument("--repeat", type=int, nargs="+", default=[2], help="K, copies of a token (default 2)")
     parser.add_argument("--window", type=int, default=16, help="W, hidden positions seen (default %(default)s)")

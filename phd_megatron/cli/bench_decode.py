@@ -32,7 +32,7 @@ VANILLA = "vanilla"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench decode", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench decode", description=__doc__)
     parser.add_argument("--kv-length", type=int, nargs="+", default=[4096], help="cached originals (default 4096)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default 1)")
     parser.add_argument("--repeat", type=int, nargs="+", default=[4], help="K, copies of a token (default 4)")

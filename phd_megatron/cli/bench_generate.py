@@ -68,7 +68,7 @@ class Contender:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench generate", description=__doc__)
     parser.add_argument("--repeats", type=int, nargs="+", default=[2, 3, 4, 8], metavar="K", help="beside K = 1")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:2] + VARIANTS[3:]))
     parser.add_argument("--window", type=int, default=16, help="W of cswa and swa (default %(default)s)")

@@ -90,7 +90,7 @@ class Measured:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench train --preset NAME", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench train --preset NAME", description=__doc__)
     parser.add_argument("--preset", required=True, help="the model (docs/presets.md)")
     parser.add_argument(
         "--members",

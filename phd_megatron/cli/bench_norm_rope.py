@@ -34,7 +34,7 @@ EPS = 1e-5
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench norm-rope", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench norm-rope", description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[4096], help="K * s rows (default 4096)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="query heads (default %(default)s)")

@@ -72,7 +72,7 @@ Step = Callable[[Any], tuple[float, float]]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench train", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron bench train", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="quickstart", help="model and batch (default %(default)s)")
     parser.add_argument("--seq-length", type=int, default=None, help="instead of the size's own")
     parser.add_argument("--micro-batch-size", type=int, default=None, help="instead of the size's own")

@@ -15,7 +15,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="phd-megatron compare",
         description="Compare two runs by their metrics files, at equal tokens, FLOPs and training time.",
-        allow_abbrev=False,
     )
     for name in ("first", "second"):
         parser.add_argument(

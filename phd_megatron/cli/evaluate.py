@@ -34,7 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
         "another causal model of transformers, runs in transformers on one process. Both give the same number.",
         epilog="Without data flags a checkpoint, and its export, is evaluated on the validation split of the data it "
         "was trained on.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"

@@ -12,7 +12,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="phd-megatron export",
         description="Write a checkpoint, saved by any layout, as a self-contained Hugging Face directory. CPU only.",
-        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR[/iter_N]", help="directory of pretrain's --save")
     parser.add_argument("--output", required=True, metavar="HF_DIR", help="directory to make")

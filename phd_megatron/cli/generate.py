@@ -13,7 +13,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="phd-megatron generate",
         description="Continue a prompt through the KV cache. Greedy unless a sampling flag is given.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"

@@ -26,7 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make a Megatron checkpoint of a Llama, Qwen3, OLMo 2, Mixtral, Qwen3-MoE or OLMoE directory, or "
         "of an export of ours. pretrain --load DIR --finetune goes on from it under any layout. CPU only; needs memory "
         "for the model in its own type, and to verify it in float32.",
-        allow_abbrev=False,
     )
     parser.add_argument("--hf-dir", required=True, metavar="HF_DIR", help="config.json, safetensors, tokenizer")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to make")

@@ -39,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
         "the micro-batch is the same everywhere and the global batch fits every layout. Exit code: 0 all equal, 1 a "
         "tolerance is exceeded or a run failed, 2 bad input.",
         epilog=f"Words of a layout, joined by +: {words}. All flags of pretrain are accepted: pretrain --help.",
-        allow_abbrev=False,
     )
     parser.add_argument("--layouts", metavar="LIST", help="such as tp2,tp2+sp,pp2 (default: a covering set that fits)")
     parser.add_argument(

@@ -15,7 +15,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="phd-megatron plan",
         usage="phd-megatron plan [--ranks N] [--mfu X] [--preset NAME] [--config FILE] [--any-field-of-a-run VALUE]",
         description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula. Nothing is started.",
-        allow_abbrev=False,
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak that is reached; an assumption (0.4)")

@@ -20,7 +20,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="phd-megatron prepare",
         description="Turn text into Megatron .bin/.idx data. Each document ends with the end-of-document token.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--input",

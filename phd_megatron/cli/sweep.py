@@ -26,7 +26,7 @@ phd-megatron sweep --config FILE --output DIR [--dry-run] [OPTIONS] [--any-field
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the command itself; what is left are fields of a run, for all members."""
-    parser = Parser(prog="phd-megatron sweep", usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep", usage=_USAGE, description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="the sweep file (docs/sweeps.md)")
     parser.add_argument("--output", metavar="DIR", help="the sweep's directory; the same one continues it")
     parser.add_argument("--dry-run", action="store_true", help="print members, costs and memory, and start nothing")
@@ -166,7 +166,7 @@ def _print_plan(sweep: Any, members: list[Any]) -> None:
 
 
 def _status(argv: list[str]) -> int:
-    parser = Parser(prog="phd-megatron sweep status", allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep status")
     parser.add_argument("directory", metavar="DIR")
     args = parse_strictly(parser, argv)
     from phd_megatron.sweep.process import present_status
@@ -183,7 +183,7 @@ def _status(argv: list[str]) -> int:
 
 
 def _member(argv: list[str]) -> int:
-    parser = Parser(prog="phd-megatron sweep member", allow_abbrev=False)
+    parser = Parser(prog="phd-megatron sweep member")
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("name", metavar="NAME")
     args = parse_strictly(parser, argv)
@@ -215,7 +215,6 @@ def _report(argv: list[str]) -> int:
     parser = Parser(
         prog="phd-megatron sweep report",
         description="Compare the members of a sweep by their metrics files: report.md, report.html, figures.",
-        allow_abbrev=False,
     )
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("--output", metavar="DIR", help="where to write; default DIR/report")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phd_megatron.cli.arguments import Parser, parse_strictly
-from phd_megatron.cli.main import main
+from phd_megatron.cli.main import COMMANDS, main
 from phd_megatron.cli.stop import CLEAN_UP
 from phd_megatron.cli.sweep import _verdict
 from phd_megatron.cli.tables import print_table
@@ -17,7 +17,7 @@ from phd_megatron.sweep.store import Status
 
 
 def parser() -> Parser:
-    made = Parser(prog="phd-megatron test", allow_abbrev=False)
+    made = Parser(prog="phd-megatron test")
     made.add_argument("--output", required=True)
     made.add_argument("--count", type=int, default=3)
     made.add_argument("--share", type=float)
@@ -163,3 +163,17 @@ def test_a_comparison_with_a_run_that_diverged_fails(tmp_path: Path, capsys: pyt
 def test_commands_that_clean_up_after_a_signal() -> None:
     """Those that write into temporary places; pretrain and sweep save what they have instead."""
     assert {"prepare", "export", "import", "generate", "evaluate", "parity", "bench"} == CLEAN_UP
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "bench train", "bench attention", "sweep status"])
+def test_no_command_takes_a_part_of_a_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next release may have another flag that begins so."""
+    assert main([*command.split(), "--hel"]) == 2
+    assert "usage" not in capsys.readouterr().out
+
+
+def test_a_parser_takes_no_part_of_a_flag() -> None:
+    made = Parser(prog="phd-megatron test")
+    made.add_argument("--number", type=int)
+    with pytest.raises(UserError, match="--num"):
+        made.parse_args(["--num", "3"])

@@ -93,6 +93,14 @@ def test_tensors_for_the_device_are_made_on_the_host(names, device: object) -> N
     assert names.zeros(1, device="meta").device == torch.device("meta"), "any other device is as asked"
 
 
+def test_a_name_that_torch_gets_later_is_found(names, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Submodules of torch are set when they are first imported."""
+    monkeypatch.setattr(torch, "imported_later", 7, raising=False)
+    assert names.imported_later == 7
+    with pytest.raises(AttributeError):
+        names.never_there  # noqa: B018
+
+
 def test_torch_itself_is_as_it_was(names) -> None:  # type: ignore[no-untyped-def]
     assert names.zeros is not torch.zeros and names.cuda is not torch.cuda
     assert torch.zeros.__name__ == names.zeros.__name__ == "zeros"

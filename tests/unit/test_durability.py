@@ -49,6 +49,14 @@ def test_of_a_tree_every_file_and_every_folder_is_synced(tmp_path: Path, monkeyp
     assert len(disk.events) == len(places) + 3
 
 
+def test_syncing_a_tree_leaves_no_file_open(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / str(number)).touch()
+    before = len(os.listdir("/proc/self/fd"))
+    fsync_tree(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_checkpoint_stops_counting_before_its_data_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a power cut leaves metadata.json, which says complete, beside tensors that are gone."""
     root = tmp_path.resolve()
