@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phd_megatron.errors import UserError
@@ -255,3 +256,44 @@ def test_without_a_finished_member_there_is_no_final_loss(store: Store) -> None:
     text = write_report(open_store(store.directory).directory)[0].read_text()
     assert "No member has finished." in text and "No member has finished together with its baseline" in text
     assert {row[1] for row in table(text, "Members")} == {"waiting"}
+
+
+SIZES = """
+base:
+  preset: tiny-dense
+  model: {vocab_size: 257}
+  data: {data_path: [DATA]}
+  training: {eval_iters: 0, global_batch_size: 8, micro_batch_size: 4}
+  checkpoint: {CHECKPOINT}
+  tokens: 1.0e+5
+grid:
+  ffn_hidden_size: [64, 256, 1024]
+  seed: [1, 2]
+size_axis: ffn_hidden_size
+"""
+
+
+def test_a_report_fits_a_law_and_shows_what_it_leaves(tmp_path: Path) -> None:
+    """Final losses about 40 N^-0.3; the law is a line in logarithms, which numpy fits by itself."""
+    members = planned(tmp_path, text=SIZES)
+    store = create(tmp_path / "out", read_sweep(tmp_path / "sweep.yaml", {}), members)
+    sizes = [float(entry.plan["non_embedding_parameters"]) for entry in store.entries]
+    assert len(set(sizes)) == 3 and len(sizes) == 6
+    losses = [40 * n**-0.3 * noise for n, noise in zip(sizes, (1.01, 0.99, 1.004, 0.998, 1.0, 1.003), strict=True)]
+    for entry, loss in zip(store.entries, losses, strict=True):
+        logged(store, entry.name, [9.0, loss], loss)
+        store.write_status(entry.name, Status(state="finished", exit_code=0, starts=1))
+    text = write_report(store.directory)[0].read_text()
+    slope, offset = np.polyfit(np.log(sizes), np.log(losses), 1)
+    section = text.partition("## Scaling laws\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    law, left = rows[2], [row for row in rows[3:] if row[0].startswith("ffn")]
+    assert law[1] == "A N^-alpha" and law[-2:] == ["6", "4"] and law[2] == law[5] == law[6] == ""
+    assert float(law[3].split(" [")[0]) == pytest.approx(np.exp(offset), rel=1e-3)
+    assert float(law[4].split(" [")[0]) == pytest.approx(-slope, rel=1e-3)
+    fitted = np.exp(offset) * np.asarray(sizes) ** slope
+    assert left == [
+        [entry.name, f"{loss:.4f}", f"{fit:.4f}", f"{loss / fit - 1:+.2%}"]
+        for entry, loss, fit in zip(store.entries, losses, fitted, strict=True)
+    ]
+    assert (store.directory / "report" / "scaling.png").stat().st_size > 0
