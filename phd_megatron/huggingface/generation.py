@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, naming
 from phd_megatron.huggingface.loading import first_words, load_directory
 from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
@@ -109,7 +109,8 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
     with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
         output = Path(parent) / "model"
         export_checkpoint(path, output, verify="none", verify_checkpoint=verify_checkpoint)
-        yield output
+        with naming(output, path):
+            yield output
 
 
 def load(

@@ -193,6 +193,15 @@ def test_upcycled_experts_compute_what_the_ffn_computed(make_source, tmp_path):
     export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="tensors")
 
 
+def test_what_is_told_is_where_the_checkpoint_is_found(make_source, tmp_path, capsys):
+    """The save's line named the temporary directory, which is gone when the line is read."""
+    assert run("--hf-dir", make_source("llama"), "--output", tmp_path / "save", "--verify", "none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(".tmp" in line for line in lines)
+    saved = [line for line in lines if line.startswith(f"saved checkpoint {tmp_path / 'save' / 'iter_0000000'} (")]
+    assert len(saved) == 1 and (tmp_path / "save" / "iter_0000000" / "metadata.json").is_file()
+
+
 def test_a_difference_is_noticed_and_nothing_stays(make_source, tmp_path, monkeypatch):
     source = make_source("llama")
     monkeypatch.setattr(verify, "TOLERANCE", 1e-12)
