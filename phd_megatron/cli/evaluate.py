@@ -18,6 +18,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, write_file
+from phd_megatron.runtime.terminal import say
 
 if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
@@ -214,8 +215,8 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
     _choose_data(path, config, args)
     tokenizer = resolve_tokenizer(config)
     selection = select_samples(config, tokenizer, subset, args.num_samples)
-    print(f"evaluating {path} on {selection}", flush=True)
-    result = evaluate_model(model, config, tokenizer, subset, selection.samples, lambda line: print(line, flush=True))
+    say(f"evaluating {path} on {selection}")
+    result = evaluate_model(model, config, tokenizer, subset, selection.samples, say)
     return result, selection, True
 
 

@@ -89,9 +89,12 @@ class Reporter:
         if not self.enabled:
             return
         if self._progress is not None:
-            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            say(message)
+            try:
+                self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+                return
+            except OSError:  # no room, or the terminal is lost
+                self._progress = None
+        say(message)
 
     def advance(self, iteration: int) -> None:
         """Move the live display."""
