@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 DIVERGED = "the run has diverged"
@@ -24,6 +27,16 @@ class RunLost(UserError):
     """A run that ended for no fault of its input: starting it again helps."""
 
     exit_code = 1
+
+
+@contextmanager
+def naming(temporary: str | os.PathLike[str], final: str | os.PathLike[str]) -> Iterator[None]:
+    """A refusal from within says ``final`` where it means ``temporary``, a place that is gone when it is read."""
+    try:
+        yield
+    except UserError as error:
+        error.args = tuple(str(part).replace(str(temporary), str(final)) for part in error.args)
+        raise
 
 
 class _Shortened(reprlib.Repr):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, write_file
+from phd_megatron.runtime.terminal import say
 
 if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
@@ -180,10 +182,16 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
     install_backend(device)  # Megatron's datasets read the data
 
     from phd_megatron.data.datasets import resolve_tokenizer
-    from phd_megatron.data.evaluation import select_samples
+    from phd_megatron.data.evaluation import check_selection, select_samples
     from phd_megatron.huggingface.evaluation import evaluate_model
     from phd_megatron.huggingface.generation import load_model
 
+    # What needs no model is refused before one is loaded; the model's positions are known after that alone.
+    trial = copy.deepcopy(config)
+    subset = _choose_data(path, trial, argparse.Namespace(**{**vars(args), "seq_length": None}))
+    if record is not None and not args.data_path:
+        record.check_unchanged(trial, subset)
+    check_selection(trial.data, subset, args.num_samples)
     model = load_model(path, path, device, args.trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     config.model.vocab_size = (
@@ -203,13 +211,11 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
         )
     if os.path.lexists(path / "tokenizer.json"):
         config.data.tokenizer = str(path)
-    subset = _choose_data(path, config, args)
-    if record is not None and not args.data_path:
-        record.check_unchanged(config, subset)
+    _choose_data(path, config, args)
     tokenizer = resolve_tokenizer(config)
     selection = select_samples(config, tokenizer, subset, args.num_samples)
-    print(f"evaluating {path} on {selection}", flush=True)
-    result = evaluate_model(model, config, tokenizer, subset, selection.samples, lambda line: print(line, flush=True))
+    say(f"evaluating {path} on {selection}")
+    result = evaluate_model(model, config, tokenizer, subset, selection.samples, say)
     return result, selection, True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from phd_megatron.cli.arguments import Parser, parse_strictly
+from phd_megatron.runtime.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def run(argv: list[str]) -> int:
         verify=args.verify,
         native=args.native,
         verify_checkpoint=args.verify_checkpoint,
-        log=lambda message: print(message, flush=True),
+        log=say,
     )
     print(report)
     return 0

@@ -44,10 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Print the prompt's continuation, then speed and cache size."""
     args = parse_strictly(build_parser(), argv)
-    from phd_megatron.huggingface.generation import Sampling, check_amount, generate_text, load
+    from phd_megatron.huggingface.generation import Sampling, check_amount, check_prompt, generate_text, load
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     check_amount(args.max_new_tokens)
+    check_prompt(args.prompt)
     if sampling.options()["do_sample"] and args.greedy:
         raise UserError("--greedy and a sampling flag (--temperature, --top-k, --top-p) exclude each other; keep one")
     model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code, args.verify_checkpoint)

@@ -10,6 +10,7 @@ from phd_megatron.config.schema import CopyPositions
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.environment import Environment
+from phd_megatron.runtime.terminal import say
 
 _MOST_EXPERTS = 4096
 
@@ -93,9 +94,7 @@ def run(argv: list[str]) -> int:
             print(f"loss of a text at step 0: {losses.here:.4f} with copies, {losses.source:.4f} of {args.hf_dir}")
 
     check = verify if args.verify == "full" else lambda imported: None
-    done = import_directory(
-        args.hf_dir, args.output, changes, log=lambda message: print(message, flush=True), check=check
-    )
+    done = import_directory(args.hf_dir, args.output, changes, log=say, check=check)
     verified = "verified" if args.verify == "full" else "not verified"
     print(
         f"imported {args.hf_dir} to {done.directory}: {done.architecture.name}, {done.tensors} tensors read, "

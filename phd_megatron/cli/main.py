@@ -18,6 +18,7 @@ from phd_megatron.cli.stop import CLEAN_UP, clean_stop
 from phd_megatron.errors import UserError, for_terminal, shown
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
+from phd_megatron.runtime.terminal import has_no_room, unwritable, warn
 
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",
@@ -44,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 for success, 1 for a run that lost one of its ranks, 2 for a refusal that the message explains, 130 after
-        Ctrl-C, 141 when the reader of the output is gone (``| head``). Anything unexpected is raised, with its
+        0 for success, 1 for a run that lost one of its ranks, 2 for a refusal that the message explains or output for
+        which there is no room (a run goes on to its end without the lines of its log, and has the code of that), 130
+        after Ctrl-C, 141 when the reader of the output is gone (``| head``). Anything unexpected is raised, with its
         traceback.
     """
     die_with_launcher()  # again, for whoever starts the console script under torchrun
@@ -68,17 +70,30 @@ def _guarded(argv: list[str]) -> int:
         say_once(f"error: {for_terminal(str(error))}")
         end = error.exit_code
     except Exception as error:
-        if not is_lack_of_files(error):
+        if has_no_room(error) and (lost := unwritable(failed=True)) is not None:
+            end = _output_is_lost(lost)
+        elif is_lack_of_files(error):
+            say_once(f"error: {lack_of_files(error)}")
+            end = 2
+        else:
             raise
-        say_once(f"error: {lack_of_files(error)}")
-        end = 2
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        warn("error: interrupted")
         end = 128 + signal.SIGINT
-    sys.stdout.flush()  # here, where a broken pipe is handled, and not at the interpreter's end
+    # Here, where a broken pipe and a full disk are handled, and not at the interpreter's end.
+    if (lost := unwritable()) is not None and not (end.code if isinstance(end, SystemExit) else end):
+        end = _output_is_lost(lost)
     if isinstance(end, SystemExit):
         raise end
     return end
+
+
+def _output_is_lost(error: OSError) -> int:
+    warn(
+        f"error: the output of this command cannot be written ({error.strerror}), and what is missing of it is lost; "
+        "free some space, or send it elsewhere, and start it again"
+    )
+    return 2
 
 
 def _run(argv: list[str]) -> int:

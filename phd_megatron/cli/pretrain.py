@@ -166,9 +166,11 @@ def _position(config: RunConfig) -> Position:
 
 
 def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
+    from phd_megatron.runtime.checkpoint_store import iteration_of
+    from phd_megatron.runtime.run_file import new_id
     from phd_megatron.training import agreement
     from phd_megatron.training.checkpointing import find_checkpoint, lock_save_dir
-    from phd_megatron.training.metrics import open_reporter
+    from phd_megatron.training.metrics import open_reporter, run_of_rows
     from phd_megatron.training.pretrain import Trainer
     from phd_megatron.training.run_data import agree_on_data, compare_data
     from phd_megatron.training.run_directory import claim
@@ -206,10 +208,16 @@ def _train(config: RunConfig, runtime: Runtime, tokenizer: Any) -> None:
                 load=checkpoint.load,
                 log=runtime.log,
             )
+        rows, run_id = config.logging.metrics_file, place.run if place is not None else new_id()
+        if rows is not None:
+            begins = checkpoint.finetune or resume_from is None or iteration_of(resume_from) == 0
+            run_id = agreement.from_rank_zero(lambda: run_of_rows(rows, run_id, begins=begins))
         trainer = Trainer(config, runtime, tokenizer, resume_from, place, data)
         stack.callback(trainer.close)
         # Rank 0 opens files; when it cannot, every rank says so instead of waiting for it.
-        reporter = agreement.everywhere(lambda: open_reporter(config, runtime.is_main, trainer.total_iterations))
+        reporter = agreement.everywhere(
+            lambda: open_reporter(config, runtime.is_main, trainer.total_iterations, run_id)
+        )
         stack.callback(reporter.close)
         exits = stack.enter_context(
             ExitController(

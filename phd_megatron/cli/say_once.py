@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from datetime import timedelta
 from typing import Any
+
+from phd_megatron.runtime.terminal import warn
 
 _WAIT = timedelta(seconds=5)
 
@@ -23,8 +24,7 @@ def say_once(message: str) -> None:
     if store is not None and _is_said_by_another(store, key):
         return
     # One write: under torchrun's -u print makes two, and what another rank says gets between a line and its end.
-    sys.stderr.write(message + "\n")
-    sys.stderr.flush()
+    warn(message)
     if store is not None:
         try:
             store.set(f"{key}/done", "1")

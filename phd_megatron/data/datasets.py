@@ -8,7 +8,6 @@ for, so a run that is extended, or a member of a sweep with another budget, woul
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLIT_NAMES, SplitPlan, check_split, plan_splits
+from phd_megatron.data.index_cache import is_alone
 from phd_megatron.data.indexed import IndexedInfo, check_indexed
 from phd_megatron.data.one_pass import build_pass
 from phd_megatron.data.output import read_sidecar
@@ -109,7 +109,7 @@ def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int
                 infos[prefix] = check_indexed(prefix)
                 verify_end(infos[prefix])
                 _check_sidecar(infos[prefix], tokenizer)
-                if _is_alone():
+                if is_alone():
                     verify(infos[prefix], tokenizer.vocab_size)
         tokens = sum(check_split(plan, infos, model.seq_length, index))
         if index == 0:
@@ -125,10 +125,6 @@ def _refuse_endless_passes(samples: int, available: int) -> None:
             f"the run takes {samples:,} training samples and the data has {available:,}: {passes:,.0f} passes "
             "over it; ask for a shorter run (train_iters, train_samples) or give more data"
         )
-
-
-def _is_alone() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def verify_data(

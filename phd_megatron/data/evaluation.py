@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from phd_megatron.config.schema import RunConfig
-from phd_megatron.data.blend import SPLIT_NAMES, SPLITS, check_split, plan_splits
+from phd_megatron.config.schema import DataConfig, RunConfig
+from phd_megatron.data.blend import SPLIT_NAMES, SPLITS, SplitPlan, check_split, plan_splits
 from phd_megatron.data.datasets import check_data
+from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.one_pass import build_pass, interleave
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
@@ -119,6 +120,26 @@ class Selection:
         )
 
 
+def check_selection(data: DataConfig, split: str, asked: int | None) -> SplitPlan:
+    """The part of :func:`select_samples` that needs neither a model nor a tokenizer, for before either is loaded.
+
+    Raises:
+        UserError: when the split is empty, a file of it is missing or no data, or no sample is asked for.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--num-samples {asked}: give at least 1, or leave it out for all")
+    index = SPLITS.index(split)
+    plan = plan_splits(data)[index]
+    if plan is None:
+        raise UserError(
+            f"the data gives the {SPLIT_NAMES[index]} split nothing; choose another --subset or --split, or name data "
+            "with --data-path"
+        )
+    for prefix in plan.prefixes:
+        check_indexed(prefix)
+    return plan
+
+
 def select_samples(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int | None) -> Selection:
     """One pass over ``split`` (``train``, ``valid``, ``test``), or as many samples as asked for; checks the data.
 
@@ -127,15 +148,8 @@ def select_samples(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int 
     Raises:
         UserError: when the split is empty or too small, or more samples are asked for than a pass has.
     """
-    if asked is not None and asked < 1:
-        raise UserError(f"--num-samples {asked}: give at least 1, or leave it out for all")
     index, length = SPLITS.index(split), run.model.seq_length
-    plan = plan_splits(run.data)[index]
-    if plan is None:
-        raise UserError(
-            f"the data gives the {SPLIT_NAMES[index]} split nothing; choose another --subset or --split, or name data "
-            "with --data-path"
-        )
+    plan = check_selection(run.data, split, asked)
     wanted = tuple(1 if number == index else 0 for number in range(3))
     tokens = check_split(plan, check_data(run, tokenizer, wanted), length, index)  # type: ignore[arg-type]
     available = len(interleave([(count - 1) // length for count in tokens], plan.weights)[0])

@@ -2,8 +2,8 @@
 
 Megatron writes the three arrays of an index in place, loads them with ``allow_pickle=True``, keys them by path only and
 lets rank 0 alone build them. Here they are one ``.npz``-free set of ``.npy`` files that appear by rename, are loaded
-with ``allow_pickle=False``, are keyed by the data's sizes and time too, are rebuilt when damaged, and are built by any
-rank that does not see them (file systems need not be shared between nodes).
+with ``allow_pickle=False``, are keyed by the data's sizes and time too, are rebuilt when damaged (`index_cache.py`),
+and are built by any rank that does not see them (file systems need not be shared between nodes).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
-import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SplitPlan
+from phd_megatron.data.index_cache import forget_index, is_alone, is_as_written, load_index, save_index
 from phd_megatron.data.indexed import IndexedInfo
-from phd_megatron.data.open_file import FileArray, open_npy
+from phd_megatron.data.open_file import FileArray
 from phd_megatron.data.token_files import TokenFiles
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
@@ -87,14 +87,14 @@ class IndexedGPTDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         base = self._cache_path()
-        loaded = _load(base)
+        loaded = load_index(base, read_all=is_alone())
         if loaded is not None:
             return loaded
         with self.dataset.lengths_in_memory():
             built = self._build_in_memory()
         try:
-            _save(base, built)
-            return _load(base) or built  # the files' pages are shared by the ranks of a node
+            save_index(base, built)
+            return load_index(base, read_all=False) or built  # the files' pages are shared by the ranks of a node
         except OSError as error:
             if self.config.index_cache is not None:
                 raise UserError(
@@ -108,6 +108,14 @@ class IndexedGPTDataset(GPTDataset):
                 error,
             )
         return built
+
+    def forget_damaged_cache(self) -> bool:
+        """Read the whole index, if it is in files, and have it built again if it is damaged; whether it is."""
+        files = self.document_index, self.sample_index, self.shuffle_index
+        if not all(isinstance(file, FileArray) for file in files) or is_as_written(self._cache_path(), files):
+            return False
+        forget_index(self._cache_path())
+        return True
 
     def _build_in_memory(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config = self.config
@@ -155,47 +163,18 @@ def permutation(samples: int) -> np.ndarray:
     return np.random.RandomState(_PERMUTATION_SEED).permutation(samples)
 
 
-_PARTS = ("document", "sample", "shuffle")
-
-
-def _load(base: Path) -> tuple[FileArray, FileArray, FileArray] | None:
-    """The three arrays, in their files; None when one is missing, truncated or not what it should be."""
-    arrays = []
-    for part, dimensions in zip(_PARTS, (1, 2, 1), strict=True):
-        path = Path(f"{base}-{part}.npy")
-        try:
-            array = open_npy(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, EOFError, UserError) as error:
-            logger.warning("index cache file %s is damaged (%s); it is built again", path, error)
-            return None
-        if array.ndim != dimensions or array.dtype.kind not in "iu":
-            logger.warning("index cache file %s holds something else; it is built again", path)
-            return None
-        arrays.append(array)
-    document, sample, shuffle = arrays
-    if sample.shape != (len(shuffle) + 1, 2) or int(sample[-1][0]) >= len(document) + 1:
-        logger.warning("index cache files %s-*.npy do not belong together; they are built again", base)
-        return None
-    return document, sample, shuffle
-
-
-def _save(base: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    base.parent.mkdir(parents=True, exist_ok=True)
-    for part, array in zip(_PARTS, arrays, strict=True):
-        # Its own name per process: ranks and runs that build the same index at once write the same bytes.
-        temporary = base.parent / f".building-{uuid.uuid4().hex}.npy"
-        try:
-            with open(temporary, "xb") as stream:
-                np.save(stream, array, allow_pickle=False)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, f"{base}-{part}.npy")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+def forget_damaged_caches(datasets: Iterable[Any]) -> int:
+    """Of all index caches that these datasets read; how many were damaged."""
+    count = 0
+    for dataset in datasets:
+        if isinstance(dataset, IndexedGPTDataset):
+            count += dataset.forget_damaged_cache()
+        elif hasattr(dataset, "dataset"):  # around another
+            count += forget_damaged_caches([dataset.dataset])
+        else:  # made of blocks, of a blend's parts, of a pass's
+            inner = (getattr(dataset, name, ()) for name in ("blocks", "datasets", "parts"))
+            count += forget_damaged_caches(part for parts in inner for part in parts)
+    return count
 
 
 def index_config(

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from phd_megatron.runtime.terminal import warn
+
 _LINE_SECONDS = 10.0
 
 
@@ -53,7 +55,7 @@ class Progress:
             self._last = now
             rate = done_bytes / 1e6 / (now - self._started)
             share = min(1.0, done_bytes / self._total)
-            print(f"prepare: {share:.0%} read, {rate:.1f} MB/s, {counts}", file=sys.stderr, flush=True)
+            warn(f"prepare: {share:.0%} read, {rate:.1f} MB/s, {counts}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

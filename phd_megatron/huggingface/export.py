@@ -87,6 +87,8 @@ def export_checkpoint(
         UserError: for a checkpoint that cannot be exported exactly, with nothing left behind in ``output``.
     """
     limit = parse_size(max_shard_size)
+    if dtype not in ("auto", *DTYPES):  # before every file of the checkpoint is read
+        raise UserError(f"dtype={dtype!r} is not known; choose auto, {', '.join(DTYPES)}")
     check_output(output, overwrite)
     source = MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log)
     architecture, tokens = describe(source)
@@ -183,8 +185,6 @@ def _some(names: list[str]) -> str:
 
 def _target_dtype(source: MegatronCheckpoint, rules: list[Rule], dtype: str) -> torch.dtype:
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is not known; choose auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     target = source.dtype(rules[0].mcore)
     for rule in rules:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, naming
 from phd_megatron.huggingface.loading import first_words, load_directory
 from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
@@ -109,7 +109,8 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
     with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
         output = Path(parent) / "model"
         export_checkpoint(path, output, verify="none", verify_checkpoint=verify_checkpoint)
-        yield output
+        with naming(output, path):
+            yield output
 
 
 def load(
@@ -161,6 +162,18 @@ def check_amount(max_new_tokens: int) -> None:
         raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1 and at most {_MOST_TOKENS:,}")
 
 
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is no text; a terminal's bytes that are no UTF-8 reach Python as lone surrogates.
+
+    Raises:
+        UserError: with the prompt.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt {prompt!r} is no valid UTF-8; give it as text") from error
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -181,10 +194,7 @@ def generate_text(
 
     options = (sampling or Sampling()).options()
     check_amount(max_new_tokens)
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt {prompt!r} is no valid UTF-8; give it as text") from error
+    check_prompt(prompt)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].size(1)
     if length == 0:

@@ -31,6 +31,7 @@ from phd_megatron.runtime.checkpoint_status import (
 )
 from phd_megatron.runtime.durable import read_small
 from phd_megatron.runtime.run_file import RunFile, read_run
+from phd_megatron.runtime.terminal import say
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron-LM's tracker says of converted weights
@@ -236,7 +237,7 @@ class Survey:
         return f"put the file back ({SAME_IN_ALL}){other}, or move the directory away to do without it"
 
 
-def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = print) -> Path | None:
+def latest_complete(load_dir: str | os.PathLike[str], warn: Warn = say) -> Path | None:
     """The checkpoint to load from ``load_dir``: a root directory, or one iteration's directory.
 
     Of a root directory the newest complete one of its run; ``warn`` says so where the tracker says something else.

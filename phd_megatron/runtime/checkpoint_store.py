@@ -51,6 +51,7 @@ from phd_megatron.runtime.checkpoint_status import (
     training_state,
 )
 from phd_megatron.runtime.durable import fsync_dir, fsync_tree, write_atomically
+from phd_megatron.runtime.terminal import say
 
 __all__ = [
     "METADATA",
@@ -81,7 +82,7 @@ def write_tracker(root: str | os.PathLike[str], iteration: int) -> None:
     write_atomically(Path(root) / TRACKER, f"{iteration}\n")
 
 
-def prepare_iteration(root: str | os.PathLike[str], iteration: int, warn: Warn = print) -> Path:
+def prepare_iteration(root: str | os.PathLike[str], iteration: int, warn: Warn = say) -> Path:
     """Make the directory that a save of ``iteration`` writes into; it holds the mark of an unfinished one alone.
 
     What a killed save left there is deleted. A complete checkpoint of the same iteration is set aside until

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, naming
 
 #: what plots say about their origin, in the metadata that their format has
 SIGNATURE = "phd-megatron"
@@ -320,10 +320,12 @@ def new_directory(
             directory.mkdir()
         except OSError as error:
             raise UserError(f"cannot write into {place.parent}: {error.strerror}; choose another {option}") from error
-        yield directory
+        with naming(directory, output):
+            yield directory
         _replace(directory, check())
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error}; free some space or choose another {option}") from error
+        words = str(error).replace(str(directory), str(output))
+        raise UserError(f"cannot write {output}: {words}; free some space or choose another {option}") from error
     finally:
         shutil.rmtree(parent, ignore_errors=True)
 

@@ -1,10 +1,19 @@
-"""Output that nobody can see any more: a run that loses its terminal goes on to its checkpoint."""
+"""Output that nobody can see any more: a run that loses its terminal, or its log's disk, goes on to its checkpoint.
+
+Commands whose output is their work are told so instead: ``cli/main.py`` ends them with a message and exit code 2.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from contextlib import suppress
+from typing import TextIO
+
+#: there is no room for what is written: of the disk, a quota, a limit on file sizes; or the disk does not answer
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_told = False
 
 
 def lose_terminal() -> None:
@@ -18,15 +27,78 @@ def lose_terminal() -> None:
 
 
 def say(message: str) -> None:
-    """Print a line; where the terminal was lost a moment ago, that is no reason to end."""
+    """Print a line. Where the terminal was lost a moment ago, or its disk is full, that is no reason to end.
+
+    Without room the line is lost, which stderr is told once, and later lines appear when there is room again.
+    """
+    global _told
     try:
         print(message, flush=True)
-    except OSError:
-        if not _is_terminal(1):
+    except OSError as error:
+        if _is_terminal(1):
+            lose_terminal()
+            with suppress(OSError):
+                sys.stdout.flush()  # what is left of the line
+        elif has_no_room(error):
+            drop_unwritten(sys.stdout)
+            if not _told:
+                _told = True
+                warn(f"warning: standard output cannot be written ({error.strerror}); lines are lost, the work goes on")
+        else:
             raise
-        lose_terminal()
-        with suppress(OSError):
-            sys.stdout.flush()  # what is left of the line
+
+
+def warn(message: str) -> None:
+    """Print a line on stderr, if it can be written."""
+    try:
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        drop_unwritten(sys.stderr)
+
+
+def has_no_room(error: BaseException) -> bool:
+    """Whether an error is that nothing more can be written there."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def unwritable(failed: bool = False) -> OSError | None:
+    """Why there is no room for standard output; what it and standard error still hold is written, or let go.
+
+    Args:
+        failed: a write of one of them did, so either is an answer; an empty line is tried, since where they have no
+            buffer nothing is left of what failed.
+
+    Raises:
+        OSError: output cannot be written for another reason, such as a reader that is gone.
+    """
+    found = None
+    for stream in filter(None, (sys.stderr, sys.stdout)):
+        try:
+            if failed:
+                stream.write("\n")
+            stream.flush()
+        except OSError as error:
+            if stream is sys.stdout and not has_no_room(error):
+                raise
+            drop_unwritten(stream)
+            if failed or stream is sys.stdout:
+                found = error
+    return found
+
+
+def drop_unwritten(stream: TextIO) -> None:
+    """Let go of what a stream still holds, or it would fail again with each line and at the interpreter's end."""
+    with suppress(OSError, ValueError):
+        number = stream.fileno()
+        kept, null = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, number)
+            stream.flush()
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
+            os.close(null)
 
 
 def _is_terminal(descriptor: int) -> bool:

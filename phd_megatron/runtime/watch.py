@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.runtime import processes
+from phd_megatron.runtime.terminal import warn
 
 _END, _NOTICE = "watch/end", "watch/notice"
 _CODE = 1
@@ -353,9 +353,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+    warn(text)
 
 
 def died_together(error: BaseException | None) -> bool:

@@ -12,6 +12,7 @@ from types import FrameType
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import choose_device
+from phd_megatron.runtime.terminal import say
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.process import MemberProcess
 from phd_megatron.sweep.progress import Display
@@ -120,7 +121,7 @@ class LocalRun:
             for process, _ in self._running.values():
                 process.stop() if self._passed_on == 0 else process.kill()
             if self._passed_on == 0:
-                print("stopping: members save what they have; once more ends them at once", flush=True)
+                say("stopping: members save what they have; once more ends them at once")
             self._passed_on = len(self._signals)
 
     def _end_all(self) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from phd_megatron.runtime.terminal import say
 from phd_megatron.sweep.members import METRICS_FILE, STATUS_FILE
 from phd_megatron.sweep.store import Status, Store
 
@@ -110,7 +111,7 @@ class Display:
                 words = zip(COLUMNS[1:], row(self._store, name, status)[1:], strict=True)
                 facts = ", ".join(f"{column} {word}" for column, word in words if word and column != "state")
                 why = f": {status.message}" if changed and status.message else ""
-                print(f"{name}: {status.state} ({facts}){why}", flush=True)
+                say(f"{name}: {status.state} ({facts}){why}")
                 self._seen[name], self._spoke = status.state, time.monotonic()
 
     def _table(self, statuses: Mapping[str, Status]) -> Any:

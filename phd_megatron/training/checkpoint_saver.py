@@ -31,6 +31,7 @@ from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.checkpoint_store import CheckpointError
 from phd_megatron.runtime.checksums import FileSum
+from phd_megatron.runtime.terminal import say
 from phd_megatron.training import agreement, checkpoint_format, checkpoint_state, checkpoint_writer, health, rng_state
 from phd_megatron.training.checkpoint_format import RUN_CONFIG, TOKENIZER
 from phd_megatron.training.run_directory import RunDirectory
@@ -262,7 +263,7 @@ class CheckpointSaver:
         try:
             return store.prune(self._root, self._keep_last, current=iteration)
         except (OSError, CheckpointError) as error:
-            print(f"warning: keep_last = {self._keep_last} could not delete an old checkpoint: {error}", flush=True)
+            say(f"warning: keep_last = {self._keep_last} could not delete an old checkpoint: {error}")
             return []
 
     def _failure(self, iteration: int, path: Path, error: Exception) -> CheckpointError:

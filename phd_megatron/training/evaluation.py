@@ -21,6 +21,7 @@ from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.training import agreement
 from phd_megatron.training.checkpointing import load_checkpoint
+from phd_megatron.training.index_check import with_whole_indices
 from phd_megatron.training.optimizer import in_run_precision
 from phd_megatron.training.parity_layouts import Layout
 from phd_megatron.training.run_data import agree_on_data, check_own_data
@@ -90,7 +91,10 @@ def evaluate_checkpoint(
     data = agree_on_data(run, tokenizer, (one, two, three), runtime.local_rank)
     if own_data:
         agreement.from_rank_zero(lambda: check_own_data(path, data, run))
-    dataset = evaluation_dataset(run, tokenizer, split, samples, _batch(run, runtime.dims))
+    multiple = _batch(run, runtime.dims)
+    (dataset,) = with_whole_indices(
+        lambda: (evaluation_dataset(run, tokenizer, split, samples, multiple),), runtime.local_rank
+    )
     models = in_run_precision(build_model(run, run.model.vocab_size, runtime.device, keep_copies=copies), run)
     load_checkpoint(path, models=models, optimizer=None, scheduler=None, runtime=runtime, load_rng=False, verify=verify)
     model = run.model

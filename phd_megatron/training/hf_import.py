@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,8 @@ def import_directory(
         with Runtime.start(run.parallel, verbose=False) as runtime:
             model = build_model(run, architecture.vocab_size, runtime.device)[0]
             tensors = _fill(model, source, rules)
-            saver = CheckpointSaver(place, run_config=run, tokenizer=tokenizer, runtime=runtime)
+            told = _ToldLater(runtime.device)
+            saver = CheckpointSaver(place, run_config=run, tokenizer=tokenizer, runtime=told)
             facts = {"consumed_samples": 0, "imported_from": source.path.name}
             directory = saver.save(iteration=0, models=[model], optimizer=None, scheduler=None, training_state=facts)
             assert directory is not None  # what was not trained is not judged
@@ -164,7 +165,21 @@ def import_directory(
         del model
         imported = Imported(directory, architecture, source, tensors, parameters)
         check(imported)
+    for line in told.lines:
+        log(line.replace(str(place), str(output)))
     return replace(imported, directory=Path(output) / directory.name)
+
+
+@dataclass
+class _ToldLater:
+    """Keeps what a save says until the checkpoint has the name under which it is found."""
+
+    device: torch.device
+    lines: list[str] = field(default_factory=list)
+
+    def log(self, message: str) -> None:
+        """Keep a line."""
+        self.lines.append(message)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import re
 import sys
 import threading
 import time
@@ -50,6 +52,7 @@ class Reporter:
         enabled: true on one rank.
         total_iterations: for the log line and the progress bar.
         default_tensorboard_dir: used when the options name none.
+        run_id: whose rows those of the metrics file are (:func:`run_of_rows`); None leaves it out.
         write: prints a line (a live display moves aside for it).
     """
 
@@ -60,7 +63,9 @@ class Reporter:
         total_iterations: int,
         run_values: dict[str, Any],
         default_tensorboard_dir: Path | None,
+        run_id: str | None = None,
     ) -> None:
+        self._run_id = run_id
         self.enabled = enabled
         self.total_iterations = total_iterations
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
@@ -84,9 +89,12 @@ class Reporter:
         if not self.enabled:
             return
         if self._progress is not None:
-            self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
-        else:
-            say(message)
+            try:
+                self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+                return
+            except OSError:  # no room, or the terminal is lost
+                self._progress = None
+        say(message)
 
     def advance(self, iteration: int) -> None:
         """Move the live display."""
@@ -121,17 +129,12 @@ class Reporter:
     def _open_metrics_file(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_fifo():
-                raise OSError("it is a pipe, and a run does not wait for its reader")
-            if path.exists() and not path.is_dir() and not _may_go_on(path):
-                raise UserError(
-                    f"metrics_file={str(path)!r} exists and holds no metrics of a run, so none are put into it; choose "
-                    "another"
-                )
+            _first_row(path)
             stream = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(f"metrics_file={str(path)!r} cannot be written ({error}); choose another") from error
-        self._sinks.append(lambda values: _write_json(stream, values))
+        own = {} if self._run_id is None else {"run": self._run_id}
+        self._sinks.append(lambda values: _write_json(stream, {"iteration": values["iteration"], **own, **values}))
         self._closers.append(stream.close)
 
     def _open_tensorboard(self, directory: str, asked_for: bool) -> None:
@@ -193,7 +196,7 @@ def make_directory(name: str, directory: str) -> None:
         raise UserError(f"{name}={directory!r} cannot be written ({error}); choose another") from error
 
 
-def open_reporter(run: RunConfig, is_main: bool, total_iterations: int) -> Reporter:
+def open_reporter(run: RunConfig, is_main: bool, total_iterations: int, run_id: str | None = None) -> Reporter:
     """The run's reporter; it writes on the main rank only."""
     default_dir = Path(run.checkpoint.save) / "tensorboard" if run.checkpoint.save else None
     for name, directory in (
@@ -202,7 +205,7 @@ def open_reporter(run: RunConfig, is_main: bool, total_iterations: int) -> Repor
     ):
         if directory is not None and is_main:
             make_directory(name, directory)
-    return Reporter(run.logging, is_main, total_iterations, to_dict(run), default_dir)
+    return Reporter(run.logging, is_main, total_iterations, to_dict(run), default_dir, run_id)
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -232,18 +235,54 @@ def _without_tracebacks_of(package: str) -> Callable[[], None]:
     return undo
 
 
-def _may_go_on(path: Path) -> bool:
-    """Whether a file is empty, a device, or begins with a line of metrics, so that more lines are lost on nobody."""
-    if path.is_char_device():
-        return True
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
+def run_of_rows(path: str | Path, own: str, *, begins: bool) -> str:
+    """The run that the rows of this start are of: the file's, where it goes on with one, else its ``own``.
+
+    A start from a checkpoint goes on with any file, also of the run that it branched off from. One that begins goes on
+    with a file that the same run began, such as a job that was killed before its first checkpoint: it has the id of its
+    ``--save`` directory, and without one nobody knows, so the file is refused.
+
+    Raises:
+        UserError: the rows there are another run's, or it holds something else.
+    """
+    try:
+        first = _first_row(Path(path))
+    except OSError as error:
+        raise UserError(f"metrics_file={str(path)!r} cannot be written ({error}); choose another") from error
+    if not first:
+        return own
+    found = re.match(rb'\{"iteration": \d+, "run": "([0-9a-f]+)"', first)  # also in a row that was cut
+    known = found[1].decode() if found is not None else None
+    if begins and known != own:
+        raise UserError(
+            f"metrics_file={str(path)!r} holds the metrics of another run, and this one begins at iteration 0; choose "
+            "another --metrics-file, or move it away"
+        )
+    return known or own
+
+
+def _first_row(path: Path) -> bytes:
+    """The row of metrics that a file begins with, so that more rows are lost on nobody; empty where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it begins with something else.
+    """
+    if path.is_fifo():
+        raise OSError("it is a pipe, and a run does not wait for its reader")
+    if path.is_char_device() or path.is_dir() or not path.exists():
+        return b""
+    with path.open("rb") if path.is_file() else io.BytesIO(b"no file") as stream:
         first = stream.readline(1 << 20).strip()
     try:
-        return not first or "iteration" in json.loads(first)
+        is_row = not first or "iteration" in json.loads(first)
     except (ValueError, TypeError, RecursionError):
-        return first.startswith(b'{"iteration": ')  # cut by a full disk
+        is_row = first.startswith(b'{"iteration": ')  # cut by a full disk
+    if not is_row:
+        raise UserError(
+            f"metrics_file={str(path)!r} exists and holds no metrics of a run, so none are put into it; choose another"
+        )
+    return first
 
 
 def _write_json(stream: Any, values: dict[str, Any]) -> None:

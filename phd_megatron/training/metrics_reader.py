@@ -36,9 +36,11 @@ def read_run(name: str, path: Path) -> Run:
     """Read one file. A step logged twice (a run that was killed and repeated it) counts once, the later one.
 
     Raises:
-        ValueError: if a line is no JSON object with ``iteration`` and ``consumed_samples``, or there is none.
+        ValueError: if a line is no JSON object with ``iteration`` and ``consumed_samples``, or there is none; or if
+            another run begins in between. All rows of a run have one id; files of releases before have none.
     """
     steps: dict[int, dict[str, Any]] = {}
+    last: tuple[int, Any] = (0, None)
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -49,6 +51,13 @@ def read_run(name: str, path: Path) -> Run:
                 step["consumed_samples"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number} is no line of a metrics file ({error}): {line[:80]!r}") from error
+            iteration, run = step["iteration"], step.get("run")
+            if iteration <= last[0] and None not in (run, last[1]) and run != last[1]:
+                raise ValueError(
+                    f"{path}:{number} goes back from iteration {last[0]} to {iteration}, and is of another run: the "
+                    "file holds two; cut it there"
+                )
+            last = iteration, run
     if not steps:
         raise ValueError(f"{path} is empty: the run has not logged a step yet")
     return Run(name, [steps[iteration] for iteration in sorted(steps)])

@@ -30,6 +30,7 @@ from phd_megatron.training.checkpoint_saver import CheckpointSaver
 from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
 from phd_megatron.training.gradient_dump import check_places, check_steps, dump_gradients, iteration_place
+from phd_megatron.training.index_check import with_whole_indices
 from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
 from phd_megatron.training.optimizer import (
@@ -154,7 +155,10 @@ class Trainer:
         run = self.run
         self.total_iterations, samples = self._run_length()
         eval_samples = run.training.eval_iters * self.global_batch_size
-        train, valid, _ = build_datasets(run, self.tokenizer, (self.schedule.samples, eval_samples, 0))
+        wanted = (self.schedule.samples, eval_samples, 0)
+        train, valid, _ = with_whole_indices(
+            lambda: build_datasets(run, self.tokenizer, wanted), self.runtime.local_rank
+        )
         self.train_stream = open_stream(run, self.runtime, train)
         self.validation: Validation | None = None
         if valid is not None:

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.runtime.terminal import say
 
 _LOGGED = 15  #: operations in the log; the JSON file holds all
 
@@ -97,7 +98,7 @@ class StepProfiler:
             try:
                 self._write(traced)
             except (OSError, RuntimeError) as error:
-                print(f"warning: the trace of rank {self.rank} is not written ({error})", flush=True)
+                say(f"warning: the trace of rank {self.rank} is not written ({error})")
         self._spent += time.perf_counter() - began
 
     def _write(self, traced: Any) -> None:
@@ -108,8 +109,8 @@ class StepProfiler:
         text = json.dumps({"rank": self.rank, "steps": [self._first, self._last], "operations": rows}, indent=1)
         Path(f"{name}.operations.json").write_text(text + "\n", encoding="utf-8")
         if self._log:
-            print(f"traced steps {self._first} to {self._last} of rank {self.rank}: {name}.pt.trace.json.gz")
-            print(table(rows, self._on_cuda), flush=True)
+            say(f"traced steps {self._first} to {self._last} of rank {self.rank}: {name}.pt.trace.json.gz")
+            say(table(rows, self._on_cuda))
 
 
 def operations(traced: Any, on_cuda: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime.run_file import RUN_FILE, RunFile, is_foreign, new_id, origin_of, read_run, write_run
+from phd_megatron.runtime.terminal import say
 from phd_megatron.training import agreement
 from phd_megatron.training.run_lock import RunLock
 
@@ -34,7 +35,7 @@ class RunDirectory:
     _content: RunFile
     _lock: RunLock | None
 
-    def check(self, log: Log = print) -> None:
+    def check(self, log: Log = say) -> None:
         """Make sure that nobody else has begun to save here; on rank 0, before something is written.
 
         Raises:
@@ -74,7 +75,7 @@ def claim(
     finetune: bool = False,
     rewind: bool = False,
     load: str | None = None,
-    log: Log = print,
+    log: Log = say,
 ) -> RunDirectory:
     """Make the directory this run's, if it may be; collective, while ``lock`` is held (on rank 0).
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.processes import first_line, readlink
+from phd_megatron.runtime.terminal import say
 
 LOCK_NAME = ".lock"
 LEASE_NAME = ".lock.lease"
@@ -104,7 +105,7 @@ class RunLock:
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
         return self
 
-    def check(self, log: Callable[[str], Any] = print) -> None:
+    def check(self, log: Callable[[str], Any] = say) -> None:
         """Make sure that the lock still keeps others out, before something is written.
 
         Whoever deletes ``.lock``, or the whole directory, leaves this process with a lock on a file that nobody else

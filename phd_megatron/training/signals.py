@@ -127,4 +127,7 @@ def record_stop(reason: str, local_rank: int) -> None:
     """
     path = os.environ.get("PHD_STOP_FILE")
     if path and local_rank == 0:
-        Path(path).write_text(f"{reason}\n", encoding="utf-8")
+        try:
+            Path(path).write_text(f"{reason}\n", encoding="utf-8")
+        except OSError as error:  # all is saved
+            _say(f"warning: {path} cannot be written ({error.strerror}): the launch script does not learn the reason\n")

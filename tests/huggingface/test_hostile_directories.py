@@ -18,6 +18,7 @@ from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.export import _bos, export_checkpoint
 from phd_megatron.huggingface.weights import Place, check_config
+from phd_megatron.runtime import checksums
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -280,6 +281,37 @@ def test_options_that_cannot_be(make_checkpoint, tmp_path, capsys):
         assert re.search(message, said), (name, said)
     fine = ["--temperature", "1e-6", "--top-k", "1000", "--top-p", "1e-300", "--seed", "-1", "--max-new-tokens", "2"]
     assert main(["generate", "--checkpoint", str(tmp_path / "hf"), "--prompt", "x", *fine]) == 0
+
+
+def test_what_needs_no_model_is_refused_before_one_is_loaded(make_checkpoint, tmp_path, capsys):
+    """The weights are gone, so a message about anything else was there before they were looked for."""
+    save = make_checkpoint()
+    export_checkpoint(save, tmp_path / "hf", verify="none")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    file = next(save.glob("iter_*/*.distcp"))
+    checksums.write_manifest(file.parent, {}, {})
+    file.unlink()
+    (tmp_path / "text.txt").write_text("some words " * 200)
+    data = str(tmp_path / "data")
+    assert main(["prepare", "--input", str(tmp_path / "text.txt"), "--output-prefix", data, "--no-progress"]) == 0
+    generate = ["generate", "--checkpoint", str(tmp_path / "hf")]
+    evaluate = ["evaluate", "--checkpoint", str(tmp_path / "hf"), "--device", "cpu", "--data-path", data]
+    export = ["export", "--checkpoint", str(save), "--output", str(tmp_path / "other")]
+    for words, message in (
+        ([*generate, "--prompt", "x"], "model.safetensors"),
+        ([*generate, "--prompt", "\udcff"], "is no valid UTF-8"),
+        (evaluate, "model.safetensors"),
+        ([*evaluate, "--num-samples", "0"], "--num-samples 0: give at least 1"),
+        ([*evaluate, "--split", "a"], "--split 'a' is not up to three shares"),
+        ([*evaluate, "--split", "1,0,0", "--subset", "test"], "gives the test split nothing"),
+        ([*evaluate[:-1], f"{data}-none"], f"{data}-none"),
+        (export, ".distcp is missing"),
+        ([*export, "--dtype", "int8"], "dtype='int8' is not known"),
+    ):
+        capsys.readouterr()
+        assert main(words) == 2, words
+        said = capsys.readouterr().err
+        assert message in said, (words, said)
 
 
 def test_a_model_of_nan_does_not_continue(make_checkpoint, tmp_path, capsys):

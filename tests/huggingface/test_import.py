@@ -25,6 +25,7 @@ from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import read_fields
+from phd_megatron.huggingface.importing.spellings import check_spellings
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -193,6 +194,15 @@ def test_upcycled_experts_compute_what_the_ffn_computed(make_source, tmp_path):
     export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="tensors")
 
 
+def test_what_is_told_is_where_the_checkpoint_is_found(make_source, tmp_path, capsys):
+    """The save's line named the temporary directory, which is gone when the line is read."""
+    assert run("--hf-dir", make_source("llama"), "--output", tmp_path / "save", "--verify", "none") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(".tmp" in line for line in lines)
+    saved = [line for line in lines if line.startswith(f"saved checkpoint {tmp_path / 'save' / 'iter_0000000'} (")]
+    assert len(saved) == 1 and (tmp_path / "save" / "iter_0000000" / "metadata.json").is_file()
+
+
 def test_a_difference_is_noticed_and_nothing_stays(make_source, tmp_path, monkeypatch):
     source = make_source("llama")
     monkeypatch.setattr(verify, "TOLERANCE", 1e-12)
@@ -265,6 +275,41 @@ def test_rope_in_the_words_of_transformers_4(make_source, tmp_path, capsys):
         assert "changes its frequencies" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+DEFAULT = {"rope_type": "default"}
+SPELT_TWICE = [
+    ({"rope_theta": 500.0, "rope_parameters": {**DEFAULT, "rope_theta": 1e4}}, "rope_theta=500.0", "10000.0"),
+    ({"rope_theta": 500, "rope_parameters": {**DEFAULT, "rope_theta": 500.0}}, None, None),
+    ({"rope_theta": 5e5, "rope_scaling": {**DEFAULT, "rope_theta": 8.0}}, "500000.0", "rope_scaling.rope_theta=8.0"),
+    ({"rope_theta": 5e5, "rope_scaling": None}, None, None),
+    ({"rope_parameters": {**DEFAULT, "rope_theta": 8.0}, "rope_scaling": {"rope_theta": 9.0}}, "=8.0", "=9.0"),
+    ({"partial_rotary_factor": 0.5, "rope_parameters": {**DEFAULT, "partial_rotary_factor": 1.0}}, "=0.5", "=1.0"),
+    ({"rope_parameters": {"rope_type": "default", "type": "linear"}}, "rope_type='default'", "type='linear'"),
+    ({"dtype": "bfloat16", "torch_dtype": "float16"}, "dtype='bfloat16'", "torch_dtype='float16'"),
+    ({"dtype": "torch.float16", "torch_dtype": "float16"}, None, None),
+    ({"dtype": None, "torch_dtype": "float16"}, None, None),
+    ({"num_experts": 4, "num_local_experts": 8}, "num_experts=4", "num_local_experts=8"),
+    ({"mlp_bias": True, "attention_output_bias": False}, "mlp_bias=True", "attention_output_bias=False"),
+    ({"norm_scheme": "hybrid"}, "norm_scheme='hybrid'", "has 'pre'"),
+    ({"norm_scheme": "pre"}, None, None),
+    ({}, None, None),
+]
+
+
+def test_what_is_said_twice_is_said_alike():
+    """transformers takes one of the two without a word, another one in another release."""
+    for content, *both in SPELT_TWICE:
+        try:
+            check_spellings(Path("x/config.json"), {"model_type": "llama", **content}, "pre")
+            said = None
+        except UserError as error:
+            said = str(error)
+        if both[0] is None:
+            assert said is None, (content, said)
+        else:
+            assert said and said.startswith("x/config.json says ") and all(word in said for word in both), content
+    check_spellings(Path("x/config.json"), {"norm_scheme": "hybrid"}, None)
+
+
 def damage(directory, what):
     config = json.loads((directory / "config.json").read_text())
     shards = sorted(directory.glob("model-*.safetensors"))
@@ -272,6 +317,8 @@ def damage(directory, what):
         config["hidden_size"] = 96
     elif what == "layers":
         config["num_hidden_layers"] = 2
+    elif what == "theta":
+        config["rope_theta"], config["rope_parameters"] = 500.0, {"rope_type": "default", "rope_theta": 10000.0}
     elif what == "family":
         config["model_type"] = "gpt2"
     elif what == "missing shard":
@@ -296,6 +343,7 @@ def damage(directory, what):
         ("hidden size", "do not fit config.json"),
         ("layers", "holds model.layers.2."),
         ("family", "'gpt2'; llama, qwen3"),
+        ("theta", "says rope_theta=500.0 and rope_parameters.rope_theta=10000.0, which are one thing"),
         ("missing shard", "is missing; copy the whole directory again"),
         ("truncated", "is damaged"),
         ("missing tensor", "which its config.json describes"),

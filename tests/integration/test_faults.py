@@ -395,3 +395,21 @@ def test_full_disk_under_the_metrics_does_not_end_a_run(
     out = capsys.readouterr().out
     assert out.count("warning: metrics cannot be written any more") == 1 and "No space left on device" in out
     assert last_complete(tmp_path / "save").name == "iter_0000003"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_full_disk_under_the_log_does_not_end_a_run(documents: Path, tmp_path: Path) -> None:
+    """The steps are worth more than their lines: saved, exit code 0, and stderr says once that lines are missing."""
+    save = tmp_path / "save"
+    argv = [sys.executable, "-W", "ignore", "-m", "phd_megatron", *pretrain(documents, save, exit_interval=2)]
+    with open("/dev/full", "w") as full:
+        for end, errors in ((2, subprocess.PIPE), (4, full)):
+            done = subprocess.run(
+                argv, cwd=ROOT, env=program_environment(), stdout=full, stderr=errors, text=True, timeout=PATIENCE
+            )
+            assert done.returncode == 0, done.stderr
+            assert last_complete(save) == store.iteration_dir(save, end)
+            if errors is subprocess.PIPE:
+                said = "warning: standard output cannot be written (No space left on device)"
+                assert done.stderr.count(said) == 1 and "Traceback" not in done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4

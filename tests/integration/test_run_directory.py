@@ -18,7 +18,7 @@ from phd_megatron.cli.main import main
 from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime import checksums
 from phd_megatron.runtime.run_file import RUN_FILE, read_run
-from phd_megatron.training import rng_state
+from phd_megatron.training import metrics_reader, rng_state
 
 from .conftest import TINY_MODEL, flags
 
@@ -147,6 +147,35 @@ def test_a_killed_run_that_saved_nothing_does_not_lock_its_directory(
     (store.prepare_iteration(save, 2) / "__0_0.distcp").write_bytes(b"half")
     out = accepted(pretrain(documents, save=save, load=save))
     assert start_of(out) == 0 and store.complete_iterations(save) == [2, 4]
+
+
+def test_metrics_of_two_runs_do_not_mix(
+    documents: Path, tmp_path: Path, accepted: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """A start at iteration 0 appended to whatever run's file it was given."""
+    save, rows = tmp_path / "save", tmp_path / "metrics.jsonl"
+    run = pretrain(documents, save=save, load=save, metrics_file=rows)
+    accepted(run)
+    written = rows.read_bytes()
+    for changes in (
+        {"seed": 7, "save": tmp_path / "other"},
+        {"save": None, "save_interval": None},
+        {"load": save, "finetune": True},
+    ):
+        changes = {"save": tmp_path / "third", **changes}
+        assert "holds the metrics of another run" in refused(pretrain(documents, metrics_file=rows, **changes))
+        assert rows.read_bytes() == written
+    accepted([*run, "--train-iters", "6"])  # from the checkpoint
+    for path in save.iterdir():  # as of a job that is killed before its first checkpoint
+        if path.name != "run.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert start_of(accepted(run)) == 0
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4]
+    assert {line["run"] for line in lines} == {json.loads((save / "run.json").read_text())["run"]}
+    branch = pretrain(documents, load=save, save=tmp_path / "branch", metrics_file=rows, train_iters=5)
+    accepted(branch)  # goes on with the run that it comes from, in its file
+    assert [step["iteration"] for step in metrics_reader.read_run("x", rows).steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_going_back_is_asked_for_by_name(

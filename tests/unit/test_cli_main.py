@@ -195,7 +195,7 @@ def test_a_message_whose_speaker_died_is_not_lost(
             raise SystemExit
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.sys, "stderr", Killed())
+        patched.setattr(sys, "stderr", Killed())
         with pytest.raises(SystemExit):
             program.say_once("error: the same")
     program.say_once("error: the same")

@@ -159,23 +159,56 @@ def test_cache_is_used_and_rebuilt_when_damaged(data, caplog):
     for path, damage in zip(files, (whole[:-5], b"", b"\x80\x04 not an array"), strict=True):
         path.write_bytes(damage)
         assert rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]) == first
-        assert f"{path} is damaged" in caplog.text
+        assert "are damaged" in caplog.text and str(path).removesuffix("-document.npy")[:-20] in caplog.text
+        caplog.clear()
     np.save(files[0], np.array([{"a": 1}], dtype=object), allow_pickle=True)  # a pickle is never opened
     assert rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]) == first
+
+
+def flipped(path, place, bit=1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= bit
+    path.write_bytes(content)
+
+
+def test_other_numbers_in_the_cache_are_not_trained_on(data, caplog):
+    """An index of the right size with wrong numbers, such as one sample for every step, passed for the true one."""
+    run = make_run(data / "a")
+    first = rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0])
+    assert len({*map(tuple, first)}) > 10
+    whole = {path: path.read_bytes() for path in (data / "a.cache").iterdir()}
+    document, sample, shuffle = cache_files(data)
+    (sums,) = data.glob("a.cache/*-sums.json")
+    for damage, said in (
+        (lambda: np.save(shuffle, np.zeros_like(np.load(shuffle))), f"{shuffle} is damaged (its checksum)"),
+        (lambda: np.save(shuffle, np.sort(np.load(shuffle))), f"{shuffle} is damaged (its checksum)"),
+        (lambda: flipped(shuffle, 130), f"{shuffle} is damaged (its checksum)"),
+        (lambda: flipped(document, -4), f"{document} is damaged (its checksum)"),
+        (lambda: flipped(sample, 140, 2), f"{sample} is damaged (its checksum)"),
+        (lambda: np.save(document, np.load(document).astype(np.uint32)), "do not belong together"),
+        (lambda: flipped(sums, 0), "do not belong together"),
+        (lambda: flipped(sums, -6), "damaged (its checksum)"),  # the last digit of the last sum
+        (lambda: sums.write_bytes(b"\xff"), "are damaged"),
+        (sums.unlink, None),  # as of a release before
+    ):
+        caplog.clear()
+        damage()
+        assert {path: path.read_bytes() for path in whole if path.exists()} != whole
+        assert rows(build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]) == first
+        assert said in caplog.text if said else not caplog.text
+        assert {path: path.read_bytes() for path in (data / "a.cache").iterdir()} == whole, "built again"
 
 
 @pytest.mark.parametrize(
     ("part", "value"), [("shuffle", 10**6), ("sample", 10**6), ("sample", -(10**6)), ("sample", 0)]
 )
-def test_damaged_numbers_in_the_cache_are_no_samples(data, part, value):
+def test_numbers_that_are_damaged_under_a_run_are_no_samples(data, part, value):
     run = make_run(data / "a")
-    build_datasets(run, ByteTokenizer(), (20, 0, 0))
+    train = build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]
     (path,) = data.glob(f"a.cache/*{part}.npy")
     array = np.load(path)
     array[...] = value
-    array[-1] = 0  # the end is looked at when it is opened
     np.save(path, array)
-    train = build_datasets(run, ByteTokenizer(), (20, 0, 0))[0]
     with pytest.raises(UserError, match=r"a\.cache.*damaged; delete"):
         rows(train)
 
@@ -383,31 +416,39 @@ def test_parse_split_and_blend():
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 import torch.distributed as dist
+os.environ["WORLD_SIZE"] = "2"
 sys.path.insert(0, {root!r})
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import ByteTokenizer
+from phd_megatron.training.index_check import with_whole_indices
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
 run = RunConfig()
 run.model.seq_length = 16
 run.data.data_path = ["1", {a!r}, "1", {b!r}]
 run.data.split = "80,10,10"
-train, valid, _ = build_datasets(run, ByteTokenizer(), (50, 5, 0))
+train, valid, _ = with_whole_indices(lambda: build_datasets(run, ByteTokenizer(), (50, 5, 0)), rank)
 print([train[i]["tokens"].tolist() for i in range(50)] + [valid[i]["tokens"].tolist() for i in range(5)])
 dist.destroy_process_group()
 """
 
 
 def test_two_ranks_build_the_same(data):
+    """One data set has no cache, and one whose order is wrong: one rank sees it, and both build again."""
+    train, valid, _ = build_datasets(make_run("1", data / "a", "1", data / "b"), ByteTokenizer(), (50, 5, 0))
+    expected = str(rows(train, 50) + rows(valid, 5))
+    shutil.rmtree(data / "b.cache")
+    for path in data.glob("a.cache/*-shuffle.npy"):
+        np.save(path, np.zeros_like(np.load(path)))
     script = SCRIPT.format(root=str(ROOT), store=data / "store", a=str(data / "a"), b=str(data / "b"))
     command = [sys.executable, "-W", "ignore", "-c", script]
     ranks = [subprocess.Popen([*command, str(r)], stdout=subprocess.PIPE, text=True) for r in range(2)]
     outputs = [rank.communicate(timeout=300)[0].splitlines()[-1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert outputs[0] == outputs[1]
-    train, valid, _ = build_datasets(make_run("1", data / "a", "1", data / "b"), ByteTokenizer(), (50, 5, 0))
-    assert outputs[0] == str(rows(train, 50) + rows(valid, 5))
+    assert outputs[0] == expected
+    assert all(len({*np.load(path).tolist()}) > 1 for path in data.glob("a.cache/*-shuffle.npy"))
     assert not list(data.glob("*.cache/.building-*"))

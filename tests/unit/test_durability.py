@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phd_megatron.data.index_cache import save_index
 from phd_megatron.data.indexed import IndexedWriter
 from phd_megatron.data.output import Output
 from phd_megatron.data.preprocess import prepare
@@ -136,15 +137,15 @@ def test_the_writer_of_token_files_leaves_both_on_the_disk(tmp_path: Path, monke
 def test_a_cached_index_of_samples_gets_its_name_when_it_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phd_megatron.data import gpt_index  # imports Megatron, which takes seconds
-
     root = tmp_path.resolve()
     arrays = (np.arange(3), np.arange(4).reshape(2, 2), np.arange(5))
     with watching(root, monkeypatch) as disk:
-        gpt_index._save(root / "index", arrays)
+        save_index(root / "index", arrays)
     moves = [number for number, event in enumerate(disk.events) if event.what == "replace"]
-    assert len(moves) == 3
-    for number, array in zip(moves, arrays, strict=True):
+    assert len(moves) == 4, "the checksums come last, since files without them are none"
+    assert disk.events[moves[3]].path.name == "index-sums.json"
+    check_synced_at(disk, moves[3], disk.events[moves[3]].source)
+    for number, array in zip(moves[:3], arrays, strict=True):
         source = disk.events[number].source
         assert source is not None
         check_synced_at(disk, number, source)

@@ -15,7 +15,8 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.metrics import Reporter, StepMetrics, flat, log_line, make_directory
+from phd_megatron.training.metrics import Reporter, StepMetrics, flat, log_line, make_directory, run_of_rows
+from phd_megatron.training.metrics_reader import read_run
 
 
 def step(**more: Any) -> StepMetrics:
@@ -72,6 +73,69 @@ def test_the_line_of_the_metrics_file(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     assert second["layer_statistics"] == {"residual_rms": {"1": 0.5}} and second["validation_loss"] is None
     assert capsys.readouterr().out.count("iteration        7/      90") == 4
+
+
+OWN, OTHER = "a" * 32, "b" * 32
+ROW, NO_ID = f'{{"iteration": 1, "run": "{OTHER}", "lm_loss": 2.0}}', '{"iteration": 1, "lm_loss": 2.0}'
+#: what is there -> the id of the next rows, of a start at iteration 0 and of one from a checkpoint; None is a refusal
+THERE = {
+    "": (OWN, OWN),
+    "\n": (OWN, OWN),
+    f"{ROW}\n": (None, OTHER),
+    f"{ROW}\n{ROW.replace(OTHER, OWN)}\n": (None, OTHER),
+    f"{ROW.replace(OTHER, OWN)}\n": (OWN, OWN),
+    ROW.replace(OTHER, OWN)[:60]: (OWN, OWN),  # cut by a full disk
+    ROW[:60]: (None, OTHER),
+    ROW[:40]: (None, OWN),
+    f"{NO_ID}\n": (None, OWN),  # of a release before
+}
+
+
+def test_a_run_that_begins_leaves_the_metrics_of_another_alone(tmp_path: Path) -> None:
+    """Two runs in one file would be drawn as one."""
+    path = tmp_path / "metrics.jsonl"
+    assert run_of_rows(path, OWN, begins=True) == OWN and run_of_rows("/dev/null", OWN, begins=True) == OWN
+    for text, wanted in THERE.items():
+        for begins, run in zip((True, False), wanted, strict=True):
+            path.write_text(text)
+            if run is None:
+                with pytest.raises(UserError, match=r"metrics of another run.*choose another --metrics-file, or move"):
+                    run_of_rows(path, OWN, begins=begins)
+            else:
+                assert run_of_rows(path, OWN, begins=begins) == run, (text, begins)
+            assert path.read_text() == text
+
+
+def test_a_row_says_whose_it_is_where_it_is_looked_for(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    opened = Reporter(LoggingConfig(progress="off", metrics_file=str(path)), True, 90, {}, None, OWN)
+    opened.report(step())
+    opened.close()
+    assert run_of_rows(path, OTHER, begins=False) == OWN
+    assert json.loads(path.read_text())["run"] == OWN
+
+
+def rows_file(path: Path, *rows: tuple[int, str | None]) -> Path:
+    lines = [
+        {"iteration": number, **({} if run is None else {"run": run}), "consumed_samples": number, "place": place}
+        for place, (number, run) in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_two_runs_in_one_file_are_not_read_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for first, second in ((OWN, OTHER), (OTHER, OWN)):
+        rows_file(path, (1, first), (2, first), (1, second), (2, second))
+        with pytest.raises(ValueError, match=r"jsonl:3 goes back from iteration 2 to 1, and is of another run"):
+            read_run("x", path)
+    rows_file(path, (2, OWN), (2, OTHER))
+    with pytest.raises(ValueError, match="from iteration 2 to 2"):
+        read_run("x", path)
+    for first, second in ((OWN, OWN), (None, OWN), (None, None)):  # killed, and the steps repeated
+        run = read_run("x", rows_file(path, (1, first), (2, first), (2, second), (3, second)))
+        assert [(row["iteration"], row["place"]) for row in run.steps] == [(1, 0), (2, 2), (3, 3)]
 
 
 def test_a_full_disk_ends_the_metrics_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -394,3 +394,15 @@ def test_metrics_are_not_put_into_a_file_of_others(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"it is a pipe.* choose another"):
         Reporter(LoggingConfig(metrics_file=str(tmp_path / "pipe")), True, 1, {}, None)
+
+
+@pytest.mark.parametrize(
+    "raised", [lambda path: OSError(28, "No space left on device", path), lambda path: UserError(f"{path} is bad")]
+)
+def test_an_error_names_the_directory_that_was_asked_for(tmp_path, raised):
+    """The temporary one is gone when the message is read."""
+    output = tmp_path / "hf"
+    with pytest.raises(UserError) as error, outputs.new_directory(output) as place:
+        raise raised(str(place / "model.safetensors"))
+    assert f"{output}/model.safetensors" in str(error.value) and ".tmp" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []

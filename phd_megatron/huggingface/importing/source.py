@@ -14,6 +14,7 @@ from phd_megatron.data.generation import GENERATION_FILE, TOKEN_IDS, checked, ou
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.importing.families import FAMILIES
 from phd_megatron.huggingface.importing.fields import Family
+from phd_megatron.huggingface.importing.spellings import check_spellings
 from phd_megatron.huggingface.loading import load_config
 from phd_megatron.huggingface.mapping import Rule, VocabRows
 from phd_megatron.huggingface.weights import (
@@ -51,6 +52,7 @@ class HFDirectory:
             )
         self._found = tensor_places(self.path)
         check_config(self.path / "config.json", raw, self._found)
+        check_spellings(self.path / "config.json", raw, FAMILIES[kind].norm_scheme)
         check_json(self.path, TOKENIZER_JSON)
         config = load_config(self.path)
         return FAMILIES[kind], {**config.to_dict(), **_rope_as_now(raw, config)}
