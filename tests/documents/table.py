@@ -57,6 +57,7 @@ class Skip:
 
 GPU = Skip("needs a GPU")
 FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
+MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
@@ -102,6 +103,9 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "bash tests/run.sh --no-lint tests/kernels": WHOLE_SUITE,
         "bash tests/run.sh --full": WHOLE_SUITE,
         "bash tests/run.sh --faults 200 --jobs 8": FAULTS,
+        "python tools/mutate.py planted --area sweep": MUTANTS,
+        "python tools/mutate.py drawn --count 80 --seed 3": MUTANTS,
+        "python tools/mutate.py --results /tmp/bugs.jsonl": MUTANTS,
         "make format": Skip("rewrites the checkout"),
     },
     "docs/benchmarks.md": {

@@ -422,7 +422,10 @@ def stopped_while(words, place, pattern, number, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     before = sorted(path.name for path in place.iterdir())
     process = subprocess.Popen(
-        [sys.executable, "-m", "phd_megatron", *map(str, words)], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "phd_megatron", *map(str, words)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup the suite ignores one of them
     )
     try:
         deadline = time.monotonic() + 300

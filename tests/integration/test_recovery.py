@@ -224,7 +224,8 @@ def test_a_lost_terminal_saves(documents: Path, tmp_path: Path) -> None:
 
 #: takes the terminal for its own, as a shell's child has it, and becomes the program
 LEADER = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the suite ignores it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "phd_megatron", "pretrain", *sys.argv[1:]])
 """
