@@ -255,7 +255,7 @@ def main() -> None:
     model, optimizer, scheduler = build(args)
     start, found = 0, None
     if args.load:
-        found = find_checkpoint(args.load, log=runtime.log)
+        found = find_checkpoint(args.load, log=runtime.log, save_dir=args.save)
         if found is not None:
             objects = {"models": [model], "optimizer": optimizer, "scheduler": scheduler, "runtime": runtime}
             state = load_checkpoint(found, **objects)
