@@ -42,7 +42,9 @@ def test_damage_is_named(make_checkpoint, tmp_path, capsys, what):
     error = capsys.readouterr().err
     assert "error: " in error and message in error
     if what != "tokenizer":
-        assert main(["evaluate", "--checkpoint", str(tmp_path / "hf"), "--data-path", str(tmp_path / "none")]) == 2
+        (tmp_path / "text.txt").write_text("some words to evaluate on\n" * 90)
+        assert main(["prepare", "--input", str(tmp_path / "text.txt"), "--output-prefix", str(tmp_path / "data")]) == 0
+        assert main(["evaluate", "--checkpoint", str(tmp_path / "hf"), "--data-path", str(tmp_path / "data")]) == 2
         assert message in capsys.readouterr().err
 
 
