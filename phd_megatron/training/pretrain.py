@@ -94,6 +94,11 @@ class Trainer:
             run.training.micro_batch_size,
             dims.dp,
         )
+        self.total_iterations, self._total_samples = self._run_length()
+        if run.logging.dump_gradients_dir:
+            steps = run.logging.dump_gradients_iterations
+            if note := check_steps(steps, self.position.iteration + 1, self.total_iterations):
+                runtime.log(note)
         models = build_model(run, run.model.vocab_size, runtime.device)
         config = models[0].config
         self.flops_model = replace(run.model, phd_last_layer_pruning=config.phd_last_layer_pruning)
@@ -122,10 +127,6 @@ class Trainer:
         self.saver = self._open_saver(place, resume_from)
         runtime.watch.at("opening the data", self.progress.iteration)
         self._open_data()
-        if run.logging.dump_gradients_dir:
-            steps = run.logging.dump_gradients_iterations
-            if note := check_steps(steps, self.progress.iteration + 1, self.total_iterations):
-                runtime.log(note)
         self.profiler: StepProfiler | None = None
         if run.logging.profile:
             self.profiler = StepProfiler.of_run(run, runtime, self.progress.iteration, self.total_iterations)
@@ -153,7 +154,6 @@ class Trainer:
 
     def _open_data(self) -> None:
         run = self.run
-        self.total_iterations, samples = self._run_length()
         eval_samples = run.training.eval_iters * self.global_batch_size
         wanted = (self.schedule.samples, eval_samples, 0)
         train, valid, _ = with_whole_indices(
@@ -163,7 +163,7 @@ class Trainer:
         self.validation: Validation | None = None
         if valid is not None:
             steps = None if self.schedule.step is None else self.total_iterations
-            self.validation = Validation(run, self.runtime, valid, samples, steps)
+            self.validation = Validation(run, self.runtime, valid, self._total_samples, steps)
 
     # ---------------------------------------------------------------- the loop
 

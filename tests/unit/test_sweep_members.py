@@ -25,7 +25,7 @@ from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.report import write_report
 from phd_megatron.sweep.store import Status, Store, create, open_store
 
-SWEEP = """
+BASE = """
 base:
   preset: tiny-dense
   model: {vocab_size: 257}
@@ -33,11 +33,15 @@ base:
   training: {eval_iters: 0, global_batch_size: 8, micro_batch_size: 4}
   checkpoint: {CHECKPOINT}
   tokens: 1.0e+5
-grid:
+"""
+SWEEP = (
+    BASE
+    + """grid:
   norm_scheme: [pre, hybrid_star]
   seed: [1, 2, 3]
 baseline: {norm_scheme: pre}
 """
+)
 NAMES = [f"{scheme}-seed{seed}" for scheme in ("pre", "hybrid_star") for seed in (1, 2, 3)]
 
 
@@ -258,19 +262,14 @@ def test_without_a_finished_member_there_is_no_final_loss(store: Store) -> None:
     assert {row[1] for row in table(text, "Members")} == {"waiting"}
 
 
-SIZES = """
-base:
-  preset: tiny-dense
-  model: {vocab_size: 257}
-  data: {data_path: [DATA]}
-  training: {eval_iters: 0, global_batch_size: 8, micro_batch_size: 4}
-  checkpoint: {CHECKPOINT}
-  tokens: 1.0e+5
-grid:
+SIZES = (
+    BASE
+    + """grid:
   ffn_hidden_size: [64, 256, 1024]
   seed: [1, 2]
 size_axis: ffn_hidden_size
 """
+)
 
 
 def test_a_report_fits_a_law_and_shows_what_it_leaves(tmp_path: Path) -> None:
