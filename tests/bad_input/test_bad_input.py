@@ -17,7 +17,6 @@ import pytest
 
 from phd_megatron.cli.main import main
 
-from .pending import PENDING
 from .rows import Row
 from .rows_commands import COMMANDS
 from .rows_config import CONFIGS
@@ -50,8 +49,6 @@ def parameters() -> list[object]:
         pytest.param(
             row,
             id=row.title,
-            # not strict: the other change may be here already
-            marks=[pytest.mark.xfail(reason=PENDING[row.title], run=False)] if row.title in PENDING else [],
         )
         for row in ROWS
     ]
@@ -61,7 +58,6 @@ def test_there_are_many_and_each_has_its_own_name() -> None:
     titles = [row.title for row in ROWS]
     assert len(titles) >= 150
     assert len(set(titles)) == len(titles), {title for title in titles if titles.count(title) > 1}
-    assert set(PENDING) <= set(titles), set(PENDING) - set(titles)
     assert all(len(row.said) >= 2 for row in ROWS), "value and cure at least"
 
 
