@@ -45,13 +45,7 @@ def tree(*roots: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def parameters() -> list[object]:
-    return [
-        pytest.param(
-            row,
-            id=row.title,
-        )
-        for row in ROWS
-    ]
+    return [pytest.param(row, id=row.title) for row in ROWS]
 
 
 def test_there_are_many_and_each_has_its_own_name() -> None:
