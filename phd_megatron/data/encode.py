@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -196,7 +196,7 @@ def encode_all(
     workers: int,
     append_eod: bool,
     dtype: type[np.generic],
-) -> Iterator[EncodedBatch]:
+) -> Generator[EncodedBatch, None, None]:
     """Encoded batches in order. At most one batch a worker is on its way, so memory is bounded.
 
     Raises UserError when a worker dies, with what is known of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -152,7 +153,7 @@ def _write(
         on_decode_error=source.on_decode_error,
         cutter=tokenizer.cutter(),
     )
-    encoded = encode_all(
+    encoding = encode_all(
         batches_of(pieces),
         tokenizer,
         str(output.directory / "tokenizer"),
@@ -161,7 +162,13 @@ def _write(
         dtype=dtype,
     )
     text_bytes = empty = max_token = 0
-    with IndexedWriter(output.directory, dtype) as writer, Progress(source.total_bytes, enabled=progress) as display:
+    with (
+        # Whatever ends this ends the workers as well. Left to the garbage collector they may outlive the interpreter's
+        # own wait for them, since a worker leaves SIGTERM to its parent.
+        contextlib.closing(encoding) as encoded,
+        IndexedWriter(output.directory, dtype) as writer,
+        Progress(source.total_bytes, enabled=progress) as display,
+    ):
         for batch in encoded:
             writer.add(batch.tokens, batch.lengths, batch.marks)
             text_bytes += batch.text_bytes

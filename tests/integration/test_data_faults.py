@@ -403,9 +403,10 @@ for other in sys.argv[1:]:  # both ranks are the first of their node, and each h
     run = RunConfig()
     run.data.data_path, run.data.split = ["data"], "90,10,0"
     try:
-        print("agreed on", list(agree_on_data(run, ByteTokenizer(), (1, 1, 0), 0)), flush=True)
+        told = f"agreed on {list(agree_on_data(run, ByteTokenizer(), (1, 1, 0), 0))}"
     except UserError as error:
-        print(f"rank {dist.get_rank()} says: {error}", flush=True)
+        told = f"rank {dist.get_rank()} says: {error}"
+    print(told + "\\n", end="", flush=True)  # in one piece, since the ranks share the pipe
 dist.destroy_process_group()
 """
 

@@ -103,8 +103,8 @@ def test_a_process_keeps_no_model_of_the_run_before(config: Path, tmp_path: Path
 import gc, os
 from phd_megatron.cli import pretrain
 
-for _ in range(2):
-    pretrain.run({[*words, "--metrics-file", str(tmp_path / "metrics.jsonl")]!r})
+for run in ("first", "second"):
+    pretrain.run([*{words!r}, "--metrics-file", {str(tmp_path)!r} + "/" + run])
     gc.collect()
     kept = [type(x).__name__ for x in gc.get_objects() if type(x).__name__ in ("PHDGPTModel", "DistributedOptimizer")]
     print("KEPT", kept)
