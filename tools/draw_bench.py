@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from phd_megatron.cli.bench_measure import draw
+from phd_megatron.bench.measure import draw
 from phd_megatron.errors import UserError
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
+from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
 
 

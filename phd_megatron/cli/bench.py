@@ -1,4 +1,4 @@
-"""``phd-megatron bench``: one table of measurements, each a module ``cli/bench_<name>.py`` with ``run(argv)``."""
+"""``phd-megatron bench``: one table of measurements, each a module ``bench/<name>.py`` with ``run(argv)``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BENCHES = {
 
 
 def _module(name: str) -> str:
-    return f"phd_megatron.cli.bench_{name.replace('-', '_')}"
+    return f"phd_megatron.bench.{name.replace('-', '_')}"
 
 
 def available() -> dict[str, str]:

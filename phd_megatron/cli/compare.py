@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
-from phd_megatron.cli.tables import print_table
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.tables import print_table
 
 
 def build_parser() -> argparse.ArgumentParser:

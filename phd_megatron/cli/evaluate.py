@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
-from phd_megatron.cli.say_once import say_once
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.say_once import say_once
+from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, write_file
-from phd_megatron.runtime.terminal import say
 
 if TYPE_CHECKING:
     from phd_megatron.data.evaluation import Evaluation, Selection
@@ -119,12 +119,12 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selec
     device = choose_device(args.device, environment.local_rank)[0]
     install_backend(device)  # before Megatron is imported
 
+    from phd_megatron.checkpoint.store import CheckpointError, latest_complete
+    from phd_megatron.config.layouts import SINGLE, parse_layout
     from phd_megatron.config.serialize import load_yaml
     from phd_megatron.data.datasets import resolve_tokenizer
     from phd_megatron.data.evaluation import select_samples
-    from phd_megatron.runtime.checkpoint_store import CheckpointError, latest_complete
     from phd_megatron.training.evaluation import evaluate_checkpoint, for_evaluation
-    from phd_megatron.training.parity_layouts import SINGLE, parse_layout
 
     found = latest_complete(path)
     if found is None:

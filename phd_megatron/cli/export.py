@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
-from phd_megatron.runtime.terminal import say
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
+from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.config.schema import CopyPositions
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.environment import Environment
-from phd_megatron.runtime.terminal import say
 
 _MOST_EXPERTS = 4096
 
@@ -77,8 +77,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--upcycle-experts {args.upcycle_experts}: use at most {_MOST_EXPERTS:,}")
     install_backend("cpu")  # before Megatron is imported
 
+    from phd_megatron.huggingface.importing.checkpoint import Changes, Imported, import_directory
     from phd_megatron.huggingface.verify import verify_import
-    from phd_megatron.training.hf_import import Changes, Imported, import_directory
 
     changes = Changes(
         {name: value for name, value in phd.items() if value is not None},

@@ -13,12 +13,12 @@ import sys
 from contextlib import nullcontext
 
 from phd_megatron import __version__
-from phd_megatron.cli.say_once import say_once
 from phd_megatron.cli.stop import CLEAN_UP, clean_stop
+from phd_megatron.console.say_once import say_once
+from phd_megatron.console.terminal import has_no_room, unwritable, warn
 from phd_megatron.errors import UserError, for_terminal, shown
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
-from phd_megatron.runtime.terminal import has_no_room, unwritable, warn
 
 COMMANDS = {
     "prepare": "turn text into Megatron .bin/.idx data",

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser
-from phd_megatron.cli.tables import print_table
+from phd_megatron.console.arguments import Parser
+from phd_megatron.console.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import choose_device, install_backend, usable_cores
@@ -28,7 +28,7 @@ COLUMNS = ("layout", "ranks", "loss", "grad norm", "gradients", "worst parameter
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this command; all others are pretrain's."""
-    from phd_megatron.training.parity_layouts import MEANINGS
+    from phd_megatron.config.layouts import MEANINGS
 
     words = "; ".join(f"{name}: {text}" for name, text in MEANINGS.items())
     parser = Parser(
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Compare, print, and say with the exit code whether all is equal."""
-    from phd_megatron.cli.pretrain import asked_device, load_config
+    from phd_megatron.training.start import asked_device, load_config
 
     options, rest = build_parser().parse_known_args(argv)
     if Environment.read().launched:
@@ -65,10 +65,10 @@ def run(argv: list[str]) -> int:
     device = choose_device(asked_device(rest))[0]
     install_backend(device)  # before Megatron is imported
 
-    from phd_megatron.cli.parity_runs import run_parity
+    from phd_megatron.config.layouts import covering, parse_layouts
+    from phd_megatron.parity.compare import tolerance_of
+    from phd_megatron.parity.runs import run_parity
     from phd_megatron.runtime.implementations import use_transformer_engine
-    from phd_megatron.training.parity_compare import tolerance_of
-    from phd_megatron.training.parity_layouts import covering, parse_layouts
 
     most = _ranks_that_fit(device)
     given = options.layouts is not None
@@ -104,7 +104,7 @@ def _ranks_that_fit(device: str) -> int:
 
 
 def _beyond(layout: Any, most: int) -> Any:
-    from phd_megatron.cli.parity_runs import Row
+    from phd_megatron.parity.runs import Row
 
     return Row(layout.name, layout.ranks, "refused", note=f"{layout.ranks} ranks, and this machine has {most} devices")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from phd_megatron.cli.arguments import Parser
-from phd_megatron.cli.tables import print_table
+from phd_megatron.console.arguments import Parser
+from phd_megatron.console.tables import print_table
 from phd_megatron.errors import UserError
 
 
@@ -27,12 +27,12 @@ def run(argv: list[str]) -> int:
     from phd_megatron.runtime.context import choose_device, install_backend
 
     install_backend(choose_device("auto")[0])  # before Megatron is imported, for its field names
-    from phd_megatron.cli.pretrain import load_config
     from phd_megatron.config.resolve import resolve
     from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
     from phd_megatron.planning.run_plan import plan_run
     from phd_megatron.planning.units import short
     from phd_megatron.sweep.members import fix_size
+    from phd_megatron.training.start import load_config
 
     if args.ranks < 1:
         raise UserError(f"--ranks {args.ranks} is out of range; use a value at least 1")

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
+from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.errors import UserError
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
-from phd_megatron.cli.tables import print_table
 from phd_megatron.config.catalog import nearest
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.tables import print_table
 from phd_megatron.errors import UserError
 from phd_megatron.planning.units import short
 
@@ -58,12 +58,12 @@ def run(argv: list[str]) -> int:
 
 
 def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
+    from phd_megatron.checkpoint.run_lock import RunLock
     from phd_megatron.config.flags import parse_flags
     from phd_megatron.model.transformer_config import transformer_field_types
     from phd_megatron.sweep.definition import check_fields, read_sweep
     from phd_megatron.sweep.members import plan_members
     from phd_megatron.sweep.store import create
-    from phd_megatron.training.run_lock import RunLock
 
     types = transformer_field_types()
     sweep = read_sweep(args.config, types)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron import __version__
+from phd_megatron.console.progress import Progress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
 from phd_megatron.data.inputs import find_files
 from phd_megatron.data.output import Output
-from phd_megatron.data.progress import Progress
 from phd_megatron.data.readers import OnDecodeError, ReadReport, read_pieces
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError

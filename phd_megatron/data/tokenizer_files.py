@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.checkpoint.store import iteration_of
 from phd_megatron.config.files import read_json, require_regular
 from phd_megatron.data.generation import GENERATION_FILE
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.checkpoint_store import iteration_of
 
 #: What makes up a tokenizer directory, to be copied into checkpoints and exports.
 TOKENIZER_FILES = (

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from phd_megatron.checkpoint import checksums
+from phd_megatron.checkpoint.reader import CheckpointReader
+from phd_megatron.checkpoint.store import CheckpointError, iteration_of, latest_complete
 from phd_megatron.config.files import read_json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
-from phd_megatron.runtime import checksums
-from phd_megatron.runtime.checkpoint_store import CheckpointError, iteration_of, latest_complete
-from phd_megatron.runtime.dcp_reader import CheckpointReader
 
 _NOT_THE_MODEL = ("optimizer.",)
 

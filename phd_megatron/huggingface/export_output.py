@@ -6,12 +6,12 @@ import json
 import re
 from pathlib import Path
 
+from phd_megatron.checkpoint.store import iteration_of
 from phd_megatron.data.record import RECORD
 from phd_megatron.data.tokenizer_files import TOKENIZER_FILES
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.runtime import output as outputs
-from phd_megatron.runtime.checkpoint_store import iteration_of
 
 CARD, CONFIG, GENERATION, INDEX = "README.md", "config.json", "generation_config.json", "model.safetensors.index.json"
 #: line of every model card that an export wrote, of this release and the earlier ones

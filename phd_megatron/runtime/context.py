@@ -13,13 +13,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
+from phd_megatron.console.terminal import say
 from phd_megatron.errors import RunLost, UserError
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.flight_recorder import record_flights
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
-from phd_megatron.runtime.terminal import say
 from phd_megatron.runtime.userbuffers import stop_userbuffers
 from phd_megatron.runtime.watch import Watch, died_together
 

@@ -63,7 +63,7 @@ def torch_adamw() -> type:
             saved = super().state_dict()
             if not self.state:
                 # A pipeline stage without experts holds an optimizer without parameters. Megatron asks it for its step
-                # all the same; on loading, training/adam_state.py takes the step of the optimizers beside it.
+                # all the same; on loading, checkpoint/adam_state.py takes the step of the optimizers beside it.
                 saved["state"] = {0: {"step": torch.zeros(())}}
             return saved
 

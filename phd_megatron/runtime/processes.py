@@ -23,7 +23,7 @@ _WAITING = (
     "pipeline_parallel/p2p_communication.py",
     "tensor_parallel/mappings.py",
     "tensor_parallel/layers.py",
-    "phd_megatron/training/agreement.py",
+    "phd_megatron/runtime/agreement.py",
 )
 _INNERMOST = 5  # frames that are looked at
 

@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from phd_megatron.console.terminal import warn
 from phd_megatron.runtime import processes
-from phd_megatron.runtime.terminal import warn
 
 _END, _NOTICE = "watch/end", "watch/notice"
 _CODE = 1

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from types import FrameType
 
+from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import choose_device
-from phd_megatron.runtime.terminal import say
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.process import MemberProcess
 from phd_megatron.sweep.progress import Display

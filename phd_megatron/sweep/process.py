@@ -18,6 +18,7 @@ from typing import IO
 
 import psutil
 
+from phd_megatron.checkpoint.run_lock import RunLock
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime.context import usable_cores
 from phd_megatron.runtime.environment import without_launcher
@@ -25,7 +26,6 @@ from phd_megatron.sweep.members import CHECKPOINTS, LOG_FILE, RUN_FILE
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.progress import last_step
 from phd_megatron.sweep.store import State, Status, Store
-from phd_megatron.training.run_lock import RunLock
 
 _LOG_TAIL = 200_000
 _SAVE_GRACE = 60.0  #: a member whose sweep was killed may still be writing its last checkpoint

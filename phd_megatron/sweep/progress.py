@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from phd_megatron.runtime.terminal import say
+from phd_megatron.console.terminal import say
 from phd_megatron.sweep.members import METRICS_FILE, STATUS_FILE
 from phd_megatron.sweep.store import Status, Store
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 import torch
 
+from phd_megatron.checkpoint.load import load_checkpoint
 from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.inherit import for_reading
+from phd_megatron.config.layouts import Layout
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
@@ -17,13 +19,11 @@ from phd_megatron.data.blend import SPLITS
 from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
+from phd_megatron.runtime import agreement
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
-from phd_megatron.training import agreement
-from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.index_check import with_whole_indices
 from phd_megatron.training.optimizer import in_run_precision
-from phd_megatron.training.parity_layouts import Layout
 from phd_megatron.training.run_data import agree_on_data, check_own_data
 from phd_megatron.training.step import Stepper
 from phd_megatron.training.streams import open_stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phd_megatron.training import agreement
+from phd_megatron.runtime import agreement
 
 T = TypeVar("T", bound=tuple[Any, ...])
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from phd_megatron.config.schema import LoggingConfig, RunConfig
 from phd_megatron.config.serialize import to_dict
+from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.terminal import say
 
 
 @dataclass
@@ -40,7 +40,7 @@ class StepMetrics:
     skipped_iterations: int
     validation_loss: float | None = None
     router: dict[str, Any] = field(default_factory=dict)  #: of models with experts; its entries stand beside the others
-    #: name to layer number to value, of steps that have them (:mod:`phd_megatron.training.layer_statistics`)
+    #: name to layer number to value, of steps that have them (:mod:`phd_megatron.training.observers.layer_statistics`)
     layer_statistics: dict[str, dict[int, float]] = field(default_factory=dict)
 
 

@@ -15,6 +15,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from phd_megatron.checkpoint.format import TOKENIZER
+from phd_megatron.checkpoint.load import load_checkpoint
+from phd_megatron.checkpoint.run_directory import RunDirectory, lies_in
+from phd_megatron.checkpoint.saver import CheckpointSaver
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
@@ -25,14 +29,13 @@ from phd_megatron.model.build import build_model
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.checkpoint_format import TOKENIZER
-from phd_megatron.training.checkpoint_saver import CheckpointSaver
-from phd_megatron.training.checkpointing import load_checkpoint
 from phd_megatron.training.cuda_graph import StepGraph
-from phd_megatron.training.gradient_dump import check_places, check_steps, dump_gradients, iteration_place
 from phd_megatron.training.index_check import with_whole_indices
-from phd_megatron.training.layer_statistics import LayerStatistics, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
+from phd_megatron.training.observers.gradient_dump import check_places, check_steps, dump_gradients, iteration_place
+from phd_megatron.training.observers.layer_statistics import LayerStatistics, is_due
+from phd_megatron.training.observers.profiler import StepProfiler
+from phd_megatron.training.observers.router_metrics import collect_router_metrics
 from phd_megatron.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -40,11 +43,8 @@ from phd_megatron.training.optimizer import (
     let_go,
     wrap_data_parallel,
 )
-from phd_megatron.training.profiler import StepProfiler
 from phd_megatron.training.progress import Interval, Progress
-from phd_megatron.training.router_metrics import collect_router_metrics
 from phd_megatron.training.run_data import Record
-from phd_megatron.training.run_directory import RunDirectory, lies_in
 from phd_megatron.training.schedule import Position, Schedule, describe_plan, plan_schedule
 from phd_megatron.training.signals import FINISHED, ExitController
 from phd_megatron.training.step import Stepper

@@ -11,14 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.checkpoint.store import TRAINING_STATE
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLIT_NAMES, plan_splits
 from phd_megatron.data.datasets import verify_data
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.data.verify import Fingerprint
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.checkpoint_store import TRAINING_STATE
-from phd_megatron.training import agreement
+from phd_megatron.runtime import agreement
 
 Record = dict[str, list[dict[str, Any]]]
 """Set ("training", "validation") -> fingerprints as plain values."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.checkpoint.format import RUN_CONFIG
+from phd_megatron.checkpoint.load import read_training_state
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError
-from phd_megatron.training.checkpoint_format import RUN_CONFIG
-from phd_megatron.training.checkpointing import read_training_state
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from phd_megatron.runtime.terminal import lose_terminal
-from phd_megatron.training import agreement
+from phd_megatron.console.terminal import lose_terminal
+from phd_megatron.runtime import agreement
 
 FINISHED = "finished"
 """Why a run ended that came to its end; every other reason leaves something to do."""

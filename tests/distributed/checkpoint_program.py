@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from phd_megatron.checkpoint.store import read_tracker
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.checkpoint_store import read_tracker
 from phd_megatron.runtime.context import Runtime
 
 SLOW = threading.Event()  # lets the writer of the faults "slow" and "kill-while-writing" go on
@@ -184,7 +184,7 @@ class Letters:
 
 
 def install_fault(fault: str | None, step: int) -> None:
-    from phd_megatron.runtime import checkpoint_store as store
+    from phd_megatron.checkpoint import store
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -196,7 +196,7 @@ def install_fault(fault: str | None, step: int) -> None:
         # an earlier save may still be under way in the background
         store.write_tracker = lambda root, iteration: die() if iteration == step else write_tracker(root, iteration)
     elif fault in ("slow", "kill-while-writing"):
-        from phd_megatron.training import checkpoint_writer
+        from phd_megatron.checkpoint import writer as checkpoint_writer
 
         original = checkpoint_writer.ShardWrite.write
 
@@ -219,7 +219,7 @@ def install_fault(fault: str | None, step: int) -> None:
 
 def try_refusals(args: argparse.Namespace, runtime: Runtime) -> None:
     """Load each described checkpoint into a model of its own and print the refusal."""
-    from phd_megatron.training.checkpointing import load_checkpoint
+    from phd_megatron.checkpoint.load import load_checkpoint
 
     for case in args.refusals:
         variant = argparse.Namespace(**{**vars(args), **case})
@@ -240,10 +240,10 @@ def main() -> None:
     args = parse()
     parallel = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp, device="cpu")
     runtime = Runtime.start(parallel, verbose=False)
+    from phd_megatron.checkpoint.load import find_checkpoint, load_checkpoint, lock_save_dir
+    from phd_megatron.checkpoint.run_directory import claim
+    from phd_megatron.checkpoint.saver import CheckpointSaver
     from phd_megatron.runtime.launcher import die_with_launcher
-    from phd_megatron.training.checkpoint_saver import CheckpointSaver
-    from phd_megatron.training.checkpointing import find_checkpoint, load_checkpoint, lock_save_dir
-    from phd_megatron.training.run_directory import claim
     from phd_megatron.training.signals import ExitController
 
     die_with_launcher()

@@ -21,7 +21,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from phd_megatron.training.gradient_dump import load_gradients
+from phd_megatron.training.observers.gradient_dump import load_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, tuple[str, int, tuple[str, ...]]] = {

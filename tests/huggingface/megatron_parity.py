@@ -78,10 +78,10 @@ def main(root: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from phd_megatron.checkpoint.saver import CheckpointSaver
     from phd_megatron.data.tokenizers import load_tokenizer
     from phd_megatron.huggingface.export import export_checkpoint
     from phd_megatron.model.build import build_model
-    from phd_megatron.training.checkpoint_saver import CheckpointSaver
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(257, (2, 48), generator=generator)

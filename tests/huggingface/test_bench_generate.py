@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from phd_megatron.cli import bench, bench_generate
+from phd_megatron.bench import generate as bench_generate
+from phd_megatron.cli import bench
 from phd_megatron.errors import UserError
 
 SMALL = [
@@ -51,7 +52,7 @@ def test_naive_repetition_reads_every_token_k_times():
 def test_replayed_steps_start_from_the_same_cache(monkeypatch):
     """What becomes a CUDA graph on a GPU, run without one."""
     args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
-    monkeypatch.setattr("phd_megatron.cli.bench_measure.captured", lambda steps: steps)
+    monkeypatch.setattr("phd_megatron.bench.measure.captured", lambda steps: steps)
     ids = bench_generate._ids(args, args.prompt + args.steps)
     found = []
     advance = bench_generate._advance
@@ -79,7 +80,7 @@ def test_what_cannot_be_recorded_is_launched_as_it_is(monkeypatch, capsys):
     def refuse(steps):
         raise RuntimeError("out of memory\nmore")
 
-    monkeypatch.setattr("phd_megatron.cli.bench_measure.captured", refuse)
+    monkeypatch.setattr("phd_megatron.bench.measure.captured", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     ids = bench_generate._ids(args, args.prompt + args.steps)
     ways = bench_generate._ways(contender, ids, args)

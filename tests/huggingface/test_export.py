@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from phd_megatron.checkpoint import checksums
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import export
@@ -21,7 +22,6 @@ from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export import describe, parse_size
 from phd_megatron.huggingface.mapping import model_rules
-from phd_megatron.runtime import checksums
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from phd_megatron.checkpoint import checksums
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.export import _bos, export_checkpoint
 from phd_megatron.huggingface.weights import Place, check_config
-from phd_megatron.runtime import checksums
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"

@@ -160,7 +160,7 @@ def test_experts_that_see_a_few_rows_are_no_mistake(make_source, tmp_path, monke
 
 
 def test_originals_that_are_not_the_sources_are_noticed(make_source, tmp_path, capsys, monkeypatch):
-    from phd_megatron.training import hf_import
+    from phd_megatron.huggingface.importing import checkpoint as hf_import
 
     monkeypatch.setattr(hf_import, "_check_copies", lambda *_: None)
     words = ("--phd-repeat", 2, "--phd-copy-positions", "repeated")

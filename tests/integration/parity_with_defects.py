@@ -39,7 +39,9 @@ def break_training() -> None:
 
 if __name__ == "__main__":
     install_backend("cpu")  # before Megatron is imported
-    from phd_megatron.cli import main, parity_runs, parity_worker
+    from phd_megatron.cli import main
+    from phd_megatron.parity import runs as parity_runs
+    from phd_megatron.parity import worker as parity_worker
 
     if "RANK" in os.environ:
         break_training()

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
+from phd_megatron.checkpoint import store
 from phd_megatron.cli.main import main
-from phd_megatron.runtime import checkpoint_store as store
 
 from ..disk_events import Disk, watching
 from .conftest import TINY_MODEL, flags
@@ -77,7 +77,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     from phd_megatron.runtime.context import install_backend
 
     install_backend("cpu")
-    from phd_megatron.training import checkpoint_writer, pretrain, run_lock
+    from phd_megatron.checkpoint import run_lock
+    from phd_megatron.checkpoint import writer as checkpoint_writer
+    from phd_megatron.training import pretrain
 
     place = tmp_path_factory.mktemp("background").resolve()
     (place / "text.txt").write_text("some words of a text " * 200)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from phd_megatron.parity.compare import FLOAT32, compare
 from phd_megatron.phd.kv_policy import KVPolicy
-from phd_megatron.training.parity_compare import FLOAT32, compare
 
 from .conftest import TINY_MODEL, flags, read_metrics
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from phd_megatron.checkpoint import store
+from phd_megatron.checkpoint.run_lock import LOCK_NAME, RunLock
 from phd_megatron.cli.main import main
-from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.training.run_lock import LOCK_NAME, RunLock
 
 from .conftest import ROOT, TINY_MODEL, flags, program_environment, read_metrics, run_program
 

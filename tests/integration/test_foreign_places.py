@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime.run_file import RUN_FILE, read_run
-from phd_megatron.training.run_lock import LOCK_NAME
+from phd_megatron.checkpoint import store
+from phd_megatron.checkpoint.run_file import RUN_FILE, read_run
+from phd_megatron.checkpoint.run_lock import LOCK_NAME
 
 from .test_run_directory import accepted, content, finished, own, pretrain, refused, start_of
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from phd_megatron.training.gradient_dump import load_gradients
-from phd_megatron.training.layer_statistics import ATTENDED, STATISTICS
-from phd_megatron.training.parity_compare import FLOAT32, HALF
+from phd_megatron.parity.compare import FLOAT32, HALF
+from phd_megatron.training.observers.gradient_dump import load_gradients
+from phd_megatron.training.observers.layer_statistics import ATTENDED, STATISTICS
 
 from .conftest import TINY_MODEL, flags, read_metrics
 

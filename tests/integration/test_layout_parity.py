@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from phd_megatron.cli.parity_runs import Row, run_parity
+from phd_megatron.config.layouts import SINGLE, Layout, parse_layout
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.norm.schemes import norm_plan
-from phd_megatron.training.gradient_dump import load_gradients
-from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, METRICS
-from phd_megatron.training.parity_layouts import SINGLE, Layout, parse_layout
+from phd_megatron.parity.compare import FLOAT32, GRADIENTS, METRICS
+from phd_megatron.parity.runs import Row, run_parity
+from phd_megatron.training.observers.gradient_dump import load_gradients
 
 from .conftest import TINY_MODEL, flags, read_metrics
 

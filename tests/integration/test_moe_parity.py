@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from phd_megatron.training.gradient_dump import load_gradients
-from phd_megatron.training.parity_compare import FLOAT32, GRADIENTS, compare
+from phd_megatron.parity.compare import FLOAT32, GRADIENTS, compare
+from phd_megatron.training.observers.gradient_dump import load_gradients
 
 from .conftest import TINY_MODEL, flags
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from phd_megatron.checkpoint import health
 from phd_megatron.cli.main import main
-from phd_megatron.training import health
 
 from .conftest import TINY_MODEL, flags
 

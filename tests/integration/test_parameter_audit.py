@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phd_megatron.training.gradient_dump import load_gradients
+from phd_megatron.training.observers.gradient_dump import load_gradients
 
 from .conftest import TINY_MODEL, flags, read_metrics
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from phd_megatron.cli.parity import markdown
-from phd_megatron.cli.parity_runs import Row, run_parity
+from phd_megatron.config.layouts import parse_layout
 from phd_megatron.norm.schemes import NORM_SCHEMES
-from phd_megatron.training.parity_compare import FLOAT32, STEPS
-from phd_megatron.training.parity_layouts import parse_layout
+from phd_megatron.parity.compare import FLOAT32, STEPS
+from phd_megatron.parity.runs import Row, run_parity
 
 from .conftest import ROOT, TINY_MODEL
 from .test_layout_parity import configuration

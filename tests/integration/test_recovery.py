@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from phd_megatron.runtime import checkpoint_store as store
+from phd_megatron.checkpoint import store
 
 from .conftest import ROOT, TINY_MODEL, flags, program_environment, read_metrics
 from .launch_nodes import SCRIPTS, free_port, started, variables
@@ -170,7 +170,7 @@ def test_a_stuck_rank_is_named_with_its_stack(documents: Path, tmp_path: Path) -
     (warning,) = re.findall("warning: no rank has got on .*", said)
     assert f"process {victim}) is at iteration 2 in 'saving', for" in warning and warning.endswith("the others wait")
     (found,) = re.findall(r"(?s)rank 1 \(host \S+, process \d+\): Python stack\n(.*?moment\.py.*?)\n\S", said)
-    assert "checkpoint_writer.py" in found
+    assert "checkpoint/writer.py" in found
     (error,) = re.findall("error: .*", said)
     assert f"process {victim})" in error and "Traceback" not in ours(said)
     assert is_gone(victim)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from phd_megatron.cli.parity_runs import Row, run_parity
-from phd_megatron.training.parity_compare import FLOAT32, HALF, STEPS
-from phd_megatron.training.parity_layouts import microbatches, parse_layout
+from phd_megatron.config.layouts import microbatches, parse_layout
+from phd_megatron.parity.compare import FLOAT32, HALF, STEPS
+from phd_megatron.parity.runs import Row, run_parity
 
 from .test_layout_parity import configuration
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from phd_megatron.checkpoint import checksums, rng_state, store
+from phd_megatron.checkpoint.run_file import RUN_FILE, read_run
 from phd_megatron.cli.main import main
-from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime import checksums
-from phd_megatron.runtime.run_file import RUN_FILE, read_run
-from phd_megatron.training import metrics_reader, rng_state
+from phd_megatron.training import metrics_reader
 
 from .conftest import TINY_MODEL, flags
 

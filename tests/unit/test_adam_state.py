@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from phd_megatron.checkpoint.adam_state import adapt
 from phd_megatron.runtime.mcore_fixes import torch_adamw
-from phd_megatron.training.adam_state import adapt
 
 TORCH_ONLY = ("amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from phd_megatron.errors import UserError
-from phd_megatron.training import agreement
+from phd_megatron.runtime import agreement
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys
 import torch.distributed as dist
 from phd_megatron.errors import UserError
-from phd_megatron.training import agreement
+from phd_megatron.runtime import agreement
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from phd_megatron.cli import bench, bench_attention, bench_members
-from phd_megatron.cli.bench_measure import Contender
+from phd_megatron.bench import attention as bench_attention
+from phd_megatron.bench import members as bench_members
+from phd_megatron.bench.measure import Contender
+from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.errors import UserError

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime.checkpoint_store import CheckpointError
-from phd_megatron.runtime.run_file import RunFile, write_run
+from phd_megatron.checkpoint import store
+from phd_megatron.checkpoint.run_file import RunFile, write_run
+from phd_megatron.checkpoint.store import CheckpointError
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phd_megatron.runtime import checkpoint_store as store
-from phd_megatron.runtime import checksums
-from phd_megatron.runtime.checkpoint_store import CheckpointError
+from phd_megatron.checkpoint import checksums, store
+from phd_megatron.checkpoint.store import CheckpointError
 
 FILES = {
     "__0_0.distcp": b"zero" * 1000,

@@ -186,7 +186,7 @@ def test_a_message_whose_speaker_died_is_not_lost(
 ) -> None:
     from datetime import timedelta
 
-    from phd_megatron.cli import say_once as module
+    from phd_megatron.console import say_once as module
 
     monkeypatch.setattr(module, "_WAIT", timedelta(seconds=0.3))
 
@@ -207,7 +207,7 @@ def test_without_the_launchers_store_everyone_speaks(
 ) -> None:
     from datetime import timedelta
 
-    from phd_megatron.cli import say_once as module
+    from phd_megatron.console import say_once as module
 
     monkeypatch.setattr(module, "_WAIT", timedelta(seconds=0.3))
     for name, value in (("MASTER_PORT", "1"), ("MASTER_PORT", "many"), ("TORCHELASTIC_USE_AGENT_STORE", "False")):

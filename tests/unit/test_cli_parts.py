@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from phd_megatron.cli.arguments import Parser, parse_strictly
 from phd_megatron.cli.main import COMMANDS, main
 from phd_megatron.cli.stop import CLEAN_UP
 from phd_megatron.cli.sweep import _verdict
-from phd_megatron.cli.tables import print_table
+from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.tables import print_table
 from phd_megatron.errors import DIVERGED, RunLost, UserError, for_terminal, shown
 from phd_megatron.sweep.store import Status
 

@@ -178,8 +178,8 @@ def test_a_run_goes_on_without_it() -> None:
         remove(model)
         assert not [name for name in model.transformer if name.startswith("cuda_graph")]
     install_backend("cpu")
+    from phd_megatron.config.layouts import Layout
     from phd_megatron.training.evaluation import for_evaluation
-    from phd_megatron.training.parity_layouts import Layout
 
     evaluated, _ = for_evaluation(saved, Layout("tp2", {"tensor_model_parallel_size": 2}, 2), "cuda", 2)
     assert not is_graphed(evaluated.model)  # so in a layout that a graph cannot have

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phd_megatron.checkpoint import store
 from phd_megatron.data.index_cache import save_index
 from phd_megatron.data.indexed import IndexedWriter
 from phd_megatron.data.output import Output
 from phd_megatron.data.preprocess import prepare
-from phd_megatron.runtime import checkpoint_store as store
 from phd_megatron.runtime.durable import fsync_tree, write_atomically
 
 from ..disk_events import Disk, state_of, watching

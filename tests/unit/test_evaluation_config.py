@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from phd_megatron.config.layouts import parse_layout
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign
 from phd_megatron.errors import UserError
-from phd_megatron.training.parity_layouts import parse_layout
 
 SAVED = {
     **{"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 50},

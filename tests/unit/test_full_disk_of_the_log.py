@@ -60,7 +60,7 @@ def test_a_command_whose_output_is_lost_says_so(unbuffered: str) -> None:
 
 SAY = """
 import resource, sys
-from phd_megatron.runtime.terminal import say
+from phd_megatron.console.terminal import say
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
 for number in range(300):
     say(f"line {number} " + "x" * 40)

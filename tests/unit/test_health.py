@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from phd_megatron.checkpoint import extra_state, health
+from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.errors import DIVERGED, UserError
-from phd_megatron.runtime.checkpoint_store import CheckpointError
-from phd_megatron.training import extra_state, health
 
 
 class Built:

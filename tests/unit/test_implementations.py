@@ -249,7 +249,7 @@ def _bytes(content: Any) -> torch.Tensor:
 
 def test_extra_states_hold_values_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     install_backend("cpu")
-    from phd_megatron.training.extra_state import check
+    from phd_megatron.checkpoint.extra_state import check
 
     variables = {"num_gemms": 1, "fp8_checkpoint": True, "fp8_max_fwd": 448.0}
     scales = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(16, 3), "extra_fp8_variables": variables}

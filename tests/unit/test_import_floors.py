@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "phd_megatron"
 
 FLOORS = (
-    ("config", "phd", "norm"),
+    ("config", "phd", "norm", "console"),
     ("kernels", "runtime"),
     ("model",),
+    ("checkpoint",),
     ("data", "huggingface", "planning"),
     ("training",),
-    ("sweep",),
+    ("sweep", "parity", "bench"),
     ("cli",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

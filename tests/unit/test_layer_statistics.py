@@ -13,8 +13,8 @@ from phd_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfi
 from phd_megatron.errors import UserError
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.layer_statistics import STATISTICS, is_due
 from phd_megatron.training.metrics import Reporter, StepMetrics
+from phd_megatron.training.observers.layer_statistics import STATISTICS, is_due
 
 VOCAB, LENGTH, BATCH, LAYERS = 50, 150, 2, 3  # more tokens than sampled queries
 RELATIVE = 1e-12  # float64

@@ -218,7 +218,7 @@ def model_with(**transformer: Any) -> tuple[Any, ModelConfig]:
 def test_what_is_said_of_routers(runtime: Any) -> None:
     """Two layers with four experts behind a dense one; what the routers have counted is given, the rest by hand."""
     from phd_megatron.model.moe import PHDRouter
-    from phd_megatron.training.router_metrics import collect_router_metrics
+    from phd_megatron.training.observers.router_metrics import collect_router_metrics
 
     experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "moe_layer_freq": [0, 1, 1]}
     losses = {"moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.2, "moe_router_load_balancing_type": "aux_loss"}

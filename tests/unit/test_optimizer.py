@@ -344,8 +344,8 @@ def test_gradients_that_are_written_or_measured_are_those_of_the_step(
     runtime: Any, tmp_path: Path, plain: bool
 ) -> None:
     """By the autograd of the bare model; a layer's norm is over its own parameters."""
-    from phd_megatron.training.gradient_dump import dump_gradients, iteration_place, load_gradients
-    from phd_megatron.training.layer_statistics import LayerStatistics
+    from phd_megatron.training.observers.gradient_dump import dump_gradients, iteration_place, load_gradients
+    from phd_megatron.training.observers.layer_statistics import LayerStatistics
 
     built = build(make_run(use_distributed_optimizer=not plain, ddp_bucket_size=900))
     trainer = stepper(built)

@@ -81,7 +81,8 @@ def test_reports_of_evaluate_and_parity_are_refused_before_anything_is_read(tmp_
 
 
 def test_reports_of_earlier_releases_are_recognised(tmp_path):
-    from phd_megatron.cli import bench_measure, evaluate, parity
+    from phd_megatron.bench import measure as bench_measure
+    from phd_megatron.cli import evaluate, parity
 
     kinds = {
         '{"loss": 1, "perplexity": 2, "tokens": 3, "samples": 4}': evaluate._REPORT,
@@ -98,7 +99,7 @@ def test_reports_of_earlier_releases_are_recognised(tmp_path):
 
 
 def test_what_only_begins_like_a_bench_is_not_one(tmp_path):
-    from phd_megatron.cli import bench_measure
+    from phd_megatron.bench import measure as bench_measure
 
     kinds = {
         '{"where": "my house"}': bench_measure.REPORT,

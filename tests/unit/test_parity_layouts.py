@@ -10,11 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from phd_megatron.cli.parity_runs import layout_dependent
+from phd_megatron.config.layouts import (
+    COVERING,
+    SIZES,
+    SWITCHES,
+    Layout,
+    covering,
+    microbatches,
+    parse_layout,
+    parse_layouts,
+)
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
-from phd_megatron.training.gradient_dump import check_places, load_gradients
-from phd_megatron.training.parity_compare import (
+from phd_megatron.parity.compare import (
     FLOAT32,
     GRADIENTS,
     HALF,
@@ -25,16 +33,8 @@ from phd_megatron.training.parity_compare import (
     relative,
     tolerance_of,
 )
-from phd_megatron.training.parity_layouts import (
-    COVERING,
-    SIZES,
-    SWITCHES,
-    Layout,
-    covering,
-    microbatches,
-    parse_layout,
-    parse_layouts,
-)
+from phd_megatron.parity.runs import layout_dependent
+from phd_megatron.training.observers.gradient_dump import check_places, load_gradients
 
 
 @pytest.mark.parametrize(

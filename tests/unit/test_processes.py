@@ -106,7 +106,7 @@ def test_no_process_ends_itself() -> None:
 
 def test_a_thread_that_waits_for_other_ranks_is_known_by_its_stack() -> None:
     """By the file of one of its innermost calls; here the code that makes small decisions together."""
-    from phd_megatron.training import agreement
+    from phd_megatron.runtime import agreement
 
     begun, go_on = threading.Event(), threading.Event()
 

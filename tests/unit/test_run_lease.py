@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
+from phd_megatron.checkpoint import run_lock
+from phd_megatron.checkpoint.run_lock import LEASE_NAME, LOCK_NAME, RunLock
 from phd_megatron.errors import UserError
-from phd_megatron.training import run_lock
-from phd_megatron.training.run_lock import LEASE_NAME, LOCK_NAME, RunLock
 
 HEARTBEAT = 10.0
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from phd_megatron.checkpoint.run_lock import LEASE_NAME, LOCK_NAME, RunLock
 from phd_megatron.errors import UserError
-from phd_megatron.training.run_lock import LEASE_NAME, LOCK_NAME, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import os, sys, time
-from phd_megatron.training import run_lock
+from phd_megatron.checkpoint import run_lock
 if sys.argv[2] == "lease":
     import errno
     def no_locks(*args):
@@ -115,7 +115,7 @@ def test_same_process_cannot_take_it_twice_nor_lose_it_by_trying(tmp_path: Path)
     with lock(tmp_path):
         with pytest.raises(UserError, match="this process already"):
             lock(tmp_path).acquire()
-        code = "import sys; from phd_megatron.training.run_lock import RunLock\n"
+        code = "import sys; from phd_megatron.checkpoint.run_lock import RunLock\n"
         code += "RunLock(sys.argv[1], grace_seconds=0).acquire()"
         second = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
         assert "another run saves into" in second.stderr, "the failed attempt gave the lock away"
@@ -142,7 +142,7 @@ def test_a_lock_that_was_removed_is_taken_again(tmp_path: Path, kind: str, remov
         held.check(said.append)
         code = f"""
 import errno, sys
-from phd_megatron.training import run_lock
+from phd_megatron.checkpoint import run_lock
 if {kind == "lease"}:
     def no_locks(*args):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -10,7 +10,7 @@ from phd_megatron.sweep.document import Figure, Heading, Table, Text
 from phd_megatron.sweep.layers import LABELS, layer_blocks, shown_steps
 from phd_megatron.sweep.statistics import Result
 from phd_megatron.sweep.store import Entry
-from phd_megatron.training.layer_statistics import STATISTICS
+from phd_megatron.training.observers.layer_statistics import STATISTICS
 
 
 def member(

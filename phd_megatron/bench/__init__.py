@@ -1,0 +1,1 @@
+"""Benches: one way to time, choose devices and write results."""

@@ -1,0 +1,80 @@
+"""Transformer Engine's extra states in a checkpoint: scales and recipes of FP8, which it unpickles by itself.
+
+So what a checkpoint holds is read here first, with an unpickler that knows the few names such a state is made of. Bytes
+that pass name nothing else, and Transformer Engine may have them.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from phd_megatron.checkpoint.store import CheckpointError
+
+_RECIPES = "transformer_engine.common.recipe"
+_NAMES = {
+    ("collections", "OrderedDict"),
+    ("torch", "device"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _storage
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        if (module, name) in _NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module == _RECIPES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == _RECIPES:
+                return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no recipe or scale needs")
+
+
+def _storage(content: bytes) -> Any:
+    """Memory of a tensor, which torch pickles as a file of its own."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """How some versions of Python pickle a member of an enumeration."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of something that is no enumeration")
+
+
+def check(state: Mapping[str, Any], path: Any) -> None:
+    """Refuse the state dict of a model if an extra state in it holds more than recipes, scales and plain values.
+
+    Args:
+        path: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for key, value in state.items():
+        if "_extra_state" not in key or value is None:
+            continue
+        try:
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"it is a {type(value).__name__}, as Transformer Engine before 2.0 wrote")
+            if value.numel():  # a layer that never computed in FP8 has none
+                content = _Unpickler(io.BytesIO(value.detach().cpu().numpy().tobytes())).load()
+                if content is not None and not isinstance(content, dict):
+                    raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
+        except Exception as error:
+            raise CheckpointError(
+                f"{path} holds a state of Transformer Engine that is not read: {key}: {error}; load the parameters "
+                "into a run with transformer_impl=local, or save the checkpoint again with Transformer Engine 2"
+            ) from error

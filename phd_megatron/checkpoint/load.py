@@ -1,0 +1,356 @@
+"""Finding and loading a checkpoint, whatever layout saved it.
+
+Where the files lie is `checkpoint/store.py`'s business, their format `checkpoint/format.py`'s, and what they
+hold `checkpoint/state.py`'s; `checkpoint/saver.py` saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from phd_megatron.checkpoint import adam_state, checksums, extra_state, optimizer_kind, rng_state, store
+from phd_megatron.checkpoint import format as checkpoint_format
+from phd_megatron.checkpoint.format import RUN_CONFIG
+from phd_megatron.checkpoint.reader import CheckpointReader
+from phd_megatron.checkpoint.run_lock import RunLock
+from phd_megatron.checkpoint.saver import RuntimeLike
+from phd_megatron.checkpoint.state import chunks, content, rng_object, sharded_state
+from phd_megatron.checkpoint.store import CheckpointError
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.serialize import load_yaml
+from phd_megatron.errors import UserError, shown
+from phd_megatron.model.copy_embedding import COPY_EMBEDDING
+from phd_megatron.runtime import agreement
+from phd_megatron.runtime.durable import read_small
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+#: parameters that start at zero, so that a model with them is at first the one without
+_FROM_ZERO = frozenset({COPY_EMBEDDING})
+#: hyper-parameters of an optimizer group that come from this run's configuration, not from the checkpoint
+_CONFIGURED = ("max_lr", "min_lr", "lr_mult", "wd_mult", "betas", "eps")
+
+
+#: numbers in ``training_state.json``, and those that checkpoints of earlier releases may lack
+_ALWAYS, _LATER = ("iteration", "consumed_samples"), ("skipped_iterations", "first_batch_size", "schedule_total")
+
+
+def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
+    """Make the save directory and claim it for this run; collective. Keep the result as long as the run lasts.
+
+    Returns:
+        The lock on rank 0, None elsewhere.
+
+    Raises:
+        UserError: on all ranks, when another run saves there or it cannot be written.
+    """
+    held: list[RunLock] = []
+
+    def claim() -> None:
+        try:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make --save {save_dir}: {error.strerror}; choose another directory") from error
+        held.append(RunLock(save_dir).acquire())
+
+    agreement.from_rank_zero(claim)
+    return held[0] if held else None
+
+
+def find_checkpoint(
+    load_dir: str | os.PathLike[str],
+    *,
+    log: Callable[[str], Any],
+    needed_by: str | None = None,
+    save_dir: str | os.PathLike[str] | None = None,
+) -> Path | None:
+    """The checkpoint to resume from, chosen by rank 0 for all; collective.
+
+    Args:
+        needed_by: a field that is set and has no meaning without a checkpoint.
+        save_dir: where the run saves: a first start may name it before it holds a checkpoint.
+
+    Returns:
+        Its directory, or None (with a warning) when ``load_dir`` is missing, empty, or the run's own.
+
+    Raises:
+        UserError: there is none and it is needed, or one was named that is not there or incomplete.
+    """
+
+    def choose() -> Path | None:
+        path = store.latest_complete(load_dir, warn=log)
+        if path is None:
+            if needed_by is not None:
+                raise UserError(
+                    f"--load {load_dir} holds no complete checkpoint and --{needed_by.replace('_', '-')} is set; "
+                    "correct the path, or drop the flag to start from scratch"
+                )
+            _refuse_something_else(Path(load_dir), save_dir)
+            log(f"warning: --load {load_dir} holds no complete checkpoint; starting from scratch")
+        return path
+
+    return agreement.from_rank_zero(choose)
+
+
+def _refuse_something_else(load_dir: Path, save_dir: str | os.PathLike[str] | None) -> None:
+    """What is full of something else was meant to be loaded, and must not be started without."""
+    if (load_dir / "config.json").is_file():
+        raise UserError(
+            f"--load {load_dir} is a Hugging Face directory; make a checkpoint of it (phd-megatron import --hf-dir "
+            f"{load_dir} --output DIRECTORY), and load that with --finetune"
+        )
+    own = save_dir is not None and os.path.realpath(save_dir) == os.path.realpath(load_dir)
+    if not own and load_dir.is_dir() and any(load_dir.iterdir()):
+        raise UserError(
+            f"--load {load_dir} holds no complete checkpoint, but {shown(min(os.listdir(load_dir)))} and the like; "
+            "correct the path, or leave --load out to start from scratch"
+        )
+
+
+@torch.no_grad()
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    runtime: RuntimeLike,
+    run_config: RunConfig | None = None,
+    load_optimizer: bool = True,
+    load_rng: bool = True,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Load one complete checkpoint (see :func:`find_checkpoint`) into freshly built objects; collective.
+
+    The layout may differ from the one that saved. Then, and with ``load_rng=False``, random-number state is not
+    restored, which is logged. Learning rates, betas and decay come from this run's configuration.
+
+    Args:
+        run_config: this run's configuration; when given, another architecture is refused field by field.
+        load_optimizer: False loads the parameters only, not the optimizer and not the schedule.
+        verify: compare every file with its checksum first; each rank reads its share of the files.
+
+    Returns:
+        The ``training_state`` that was saved, with ``iteration`` and ``layout``.
+
+    Raises:
+        UserError: on all ranks, for another architecture or a damaged file, which is named.
+    """
+    path = Path(path)
+    if verify:
+        _verify(path, runtime)
+    wants_optimizer = load_optimizer and optimizer is not None
+    reader = CheckpointReader(path)
+
+    def read_small_files() -> tuple[dict[str, Any], dict[str, Any]]:
+        checkpoint_format.check_format(path, _read_json(path / store.METADATA))
+        reader.read_metadata()
+        common = checkpoint_format.read_common(path)
+        if scheduler is None or (run_config is not None and run_config.checkpoint.finetune):
+            return store.training_state(path), common  # nothing goes on from there
+        return read_training_state(path), common
+
+    training_state, common = agreement.everywhere(read_small_files)
+    if run_config is not None and (path / RUN_CONFIG).is_file():
+        for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
+            runtime.log(note)
+    if wants_optimizer:
+        _check_sharding(path, common)
+    stored = reader.read_metadata().state_dict_metadata
+    configured = _configured_groups(optimizer) if wants_optimizer else []
+    state = sharded_state(models, optimizer if wants_optimizer else None, None, is_loading=True)
+    if wants_optimizer:
+        optimizer_kind.ask(state["optimizer"], optimizer, stored)
+    finetune = run_config is not None and run_config.checkpoint.finetune
+    absent = _check_contents(path, state, stored, wants_optimizer, may_lack=_FROM_ZERO if finetune else frozenset())
+    if absent:
+        _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
+    for key in sorted(absent & _FROM_ZERO):
+        runtime.log(f"note: {path} has no {key}, which starts at zero")
+    if load_rng:
+        wanted = rng_object(None)
+        agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
+        if wanted.unique_key in stored:
+            state["rng_state"] = wanted
+        elif any(key.startswith("rng_state/") for key in stored):
+            runtime.log(f"note: {path} was saved with another layout, so random-number state (dropout) starts afresh")
+        else:
+            runtime.log(f"note: {path} holds no random-number state")
+
+    loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
+
+    def check_objects() -> None:
+        for key, _ in chunks(models):
+            extra_state.check(loaded[key], path)
+        if "rng_state" in state:
+            rng_state.check(loaded["rng_state"], path)
+
+    agreement.everywhere(check_objects)
+    for key, model in chunks(models):
+        model.load_state_dict(loaded[key], strict=not absent)
+    if wants_optimizer:
+        assert optimizer is not None
+        optimizer_kind.adapt(loaded["optimizer"], optimizer)
+        for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
+            adam_state.adapt(loaded["optimizer"], inner)
+        optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(_groups(optimizer), configured, strict=True):
+            group.update(values)
+        if scheduler is not None and "opt_param_scheduler" in common:
+            _load_scheduler(scheduler, common["opt_param_scheduler"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()  # main parameters are copies of the model's
+    if "rng_state" in state:
+        rng_state.restore(loaded["rng_state"], runtime.device)
+    runtime.log(f"loaded checkpoint {path}" + ("" if wants_optimizer else " (parameters only)"))
+    return training_state
+
+
+def _verify(path: Path, runtime: RuntimeLike) -> None:
+    manifest = agreement.from_rank_zero(lambda: checksums.read_manifest(path))
+    if manifest is None:
+        runtime.log(checksums.unverified(path))
+        return
+    began = time.perf_counter()
+    part, parts = agreement.rank(), agreement.world_size()
+    agreement.everywhere(lambda: checksums.verify(path, manifest, part=part, parts=parts))
+    size = sum(entry.size for entry in manifest.values())
+    seconds = time.perf_counter() - began
+    runtime.log(f"verified the checksums of {path}: {len(manifest)} files, {size / 2**20:.1f} MiB in {seconds:.2f} s")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_small(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: this is not a complete checkpoint; load another one") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): load another checkpoint") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): load another checkpoint") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no mapping): load another checkpoint")
+    return content
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """The place in the run that a checkpoint was saved at."""
+    file = path / store.TRAINING_STATE
+    if not file.exists():
+        raise CheckpointError(
+            f"{file} is missing, so nothing says where the run was; load another checkpoint, or take the parameters "
+            "alone with --finetune"
+        )
+    content = _read_json(file)
+    for name in (*_ALWAYS, *_LATER):
+        value = content.get(name)
+        if value is None and name in _LATER:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(
+                f"{file} is damaged: {name} is {repr(value)[:80]}, not a number of steps or samples; load another "
+                "checkpoint, or take the parameters alone with --finetune"
+            )
+    return content
+
+
+def _check_resume(path: Path, run_config: RunConfig) -> list[str]:
+    from phd_megatron.config.resume import check_resume
+
+    return check_resume(load_yaml(path / RUN_CONFIG), run_config)
+
+
+def _check_sharding(path: Path, common: Mapping[str, Any]) -> None:
+    """Megatron-LM can write optimizer states that load under one layout only."""
+    expected = content()["distrib_optim_sharding_type"]
+    found = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type", expected)
+    if found != expected:
+        raise CheckpointError(
+            f"{path} holds optimizer states of sharding type {found}, which load under the layout that saved them "
+            f"only; save it again as {expected}, or load parameters only with --no-load-optim or --finetune"
+        )
+
+
+def _check_contents(
+    path: Path, state: dict[str, Any], stored: Mapping[str, Any], wants_optimizer: bool, may_lack: frozenset[str]
+) -> frozenset[str]:
+    """Compare names and shapes before anything is read, so that another architecture is refused by name.
+
+    Returns:
+        Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
+        Engine's extra states.
+    """
+    wanted = checkpoint_format.requested(state)
+    missing = {key for key in wanted if key not in stored}
+    absent = frozenset(key for key in missing if "_extra_state" in key or key in may_lack)
+    missing -= absent
+
+    def compare() -> None:
+        if wants_optimizer and not any(key.startswith("optimizer.") for key in stored):
+            raise CheckpointError(
+                f"{path} holds no optimizer state; start from its parameters with --finetune, or --no-load-optim"
+            )
+        if missing:
+            raise CheckpointError(
+                f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; "
+                f"build the model that its {RUN_CONFIG} describes"
+            )
+        for key, value in sorted(wanted.items()):
+            if key in stored and isinstance(value, ShardedTensor) != isinstance(stored[key], TensorStorageMetadata):
+                kinds = ("a tensor", "an object")
+                there, here = kinds if isinstance(stored[key], TensorStorageMetadata) else kinds[::-1]
+                raise CheckpointError(f"{path} is damaged: {key} is {there} in it, not {here}; load another one")
+            if isinstance(value, ShardedTensor) and key in stored and not value.allow_shape_mismatch:
+                shape, expected = tuple(stored[key].size), tuple(value.global_shape)
+                if shape != expected:
+                    raise CheckpointError(
+                        f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this "
+                        f"model; build the model that its {RUN_CONFIG} describes"
+                    )
+
+    agreement.everywhere(compare)
+    everyone: set[str] = set().union(*agreement.gather(sorted(wanted)))
+    left_over = {
+        key
+        for key in stored
+        if key not in everyone and not key.startswith(("optimizer.", "rng_state/")) and "_extra_state" not in key
+    }
+    if left_over:
+        raise CheckpointError(
+            f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; "
+            f"build the model that its {RUN_CONFIG} describes"
+        )
+    return absent
+
+
+def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in chained if part.optimizer is not None]
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return [group for inner in _torch_optimizers(optimizer) for group in inner.param_groups]
+
+
+def _configured_groups(optimizer: Any) -> list[dict[str, Any]]:
+    return [{key: group[key] for key in _CONFIGURED if key in group} for group in _groups(optimizer)]
+
+
+def _load_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
+    # The schedule's shape is this run's configuration; only the position comes from the checkpoint. Megatron's
+    # load_state_dict would refuse a changed schedule, and adds the saved position to the current one.
+    scheduler.num_steps = 0
+    scheduler.step(increment=saved["num_steps"])

@@ -1,0 +1,1 @@
+"""What stands on a terminal: flags, tables, progress, lines that are said once."""

@@ -1,0 +1,1 @@
+"""The same training step under several layouts: does it give the same numbers?"""

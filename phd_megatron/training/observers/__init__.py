@@ -1,0 +1,1 @@
+"""What watches a training step without taking part in it."""
