@@ -6,6 +6,9 @@
 # Which Python: the active virtual or conda environment; else $PHD_PYTHON's; else .venv in the checkout, made with the
 # newest suitable python found. A torch >= 2.10 that is already importable is kept, whatever its build.
 # PHD_SKIP_INSTALL=1 uses the environment as it is.
+#
+# Which versions: of what is not there yet, and of all in .venv, those that the tests ran with (constraints.txt).
+# PHD_SKIP_LOCK=1 takes the newest that the requirements allow, as with another Python than the tests'.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PHD_TORCH="torch==2.13.0"
@@ -94,10 +97,41 @@ phd_install() {
         fi
     fi
     phd_say "installing this checkout and what it needs"
-    # The constraint holds pip to the torch that is there. Without build isolation the build needs no network.
-    constraint="$(mktemp)"
-    printf 'torch==%s\n' "$(phd_torch_version "$PYTHON")" >"$constraint"
+    # Without build isolation the build needs no network.
     "${pip[@]}" "setuptools>=77" wheel
-    "${pip[@]}" --no-build-isolation --constraint "$constraint" -e ".${extra:+[$extra]}"
+    pip+=(--no-build-isolation -e ".${extra:+[$extra]}" --constraint)
+    constraint="$(mktemp)"
+    if [[ -z "${PHD_SKIP_LOCK:-}" ]]; then
+        phd_constraints "$ROOT/launch_scripts/constraints.txt" >"$constraint"
+        if "${pip[@]}" "$constraint"; then
+            rm -f "$constraint"
+            return
+        fi
+        # A version may be gone, or not here: an index of one's own, another platform, pip's own configuration.
+        phd_say "the tested versions cannot be installed here; taking the newest that the requirements allow"
+    fi
+    phd_constraints >"$constraint"
+    "${pip[@]}" "$constraint"
     rm -f "$constraint"
+}
+
+# What pip is held to: the torch that is there, and of the versions of a file those of packages that are not there yet or
+# lie in the checkout's own .venv. What else an environment has, such as a container's numpy, stays as it is.
+phd_constraints() {
+    "$PYTHON" - "$ROOT" "$@" <<'PY'
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+own, files = Path(sys.argv[1]).resolve() / ".venv", sys.argv[2:]
+print("torch==" + distribution("torch").version)
+for line in [line for file in files for line in Path(file).read_text("utf-8").splitlines() if line[:1] != "#"]:
+    try:
+        place = Path(str(distribution(line.partition("==")[0]).locate_file("."))).resolve()
+    except PackageNotFoundError:
+        print(line)
+        continue
+    if own in place.parents:
+        print(line)
+PY
 }

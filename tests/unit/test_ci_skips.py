@@ -89,4 +89,4 @@ def test_ci_asks_for_it() -> None:
     root = TESTS.parent
     lines = (root / ".ci" / "run").read_text().splitlines()
     assert lines.index("export CI=true") < next(i for i, line in enumerate(lines) if line.startswith("exec "))
-    assert "lm-eval" in (root / "setup.py").read_text().split("TEST = [")[1].split("]\nEXTRAS")[0]
+    assert "lm-eval" in (root / "pyproject.toml").read_text().split("\ntest = [\n")[1].split("\n]\n")[0]

@@ -98,11 +98,14 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     assert "phd-megatron = phd_megatron.__main__:program" in entry_points.read_text()
 
 
-def test_wheel_holds_every_module(source: Path, tmp_path: Path) -> None:
+def test_wheel_holds_every_file(source: Path, tmp_path: Path) -> None:
+    def files(folder: Path) -> set[Path]:
+        return {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
     site = build(source, "build_wheel", tmp_path)
-    expected = {p.relative_to(source) for p in (source / "phd_megatron").rglob("*.py")}
-    expected |= {Path("phd_megatron") / p.relative_to(source) for p in (source / "kernels").rglob("*.py")}
-    assert {p.relative_to(site) for p in site.rglob("*.py")} == expected
+    expected = {path.relative_to(source) for path in files(source / "phd_megatron")}
+    expected |= {Path("phd_megatron") / path.relative_to(source) for path in files(source / "kernels")}
+    assert {path.relative_to(site) for path in files(site) if ".dist-info" not in str(path.relative_to(site))} == expected
 
 
 def test_kernels_folder_is_no_package() -> None:

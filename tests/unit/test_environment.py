@@ -1,0 +1,132 @@
+"""The set-up of the environment: the lock fits the requirements, and pip is held to it only where it may be.
+
+pip is a script that writes down what it is asked for; nothing is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from write_constraints import MACHINES_OWN, constraints, installed
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "launch_scripts/constraints.txt"
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash")
+
+
+def pins() -> dict[str, Requirement]:
+    lines = [line for line in LOCK.read_text("utf-8").splitlines() if not line.startswith("#")]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_lock_has_every_requirement_in_a_version_that_it_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needs = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["test"]]
+    locked = pins()
+    for need in needs:
+        if MACHINES_OWN.fullmatch(name := canonicalize_name(need.name)):
+            assert name not in locked
+            continue
+        (only,) = locked[name].specifier
+        assert only.operator == "==" and need.specifier.contains(only.version), name
+
+
+def test_the_lock_leaves_to_each_machine_what_is_its_own() -> None:
+    assert [name for name in pins() if MACHINES_OWN.fullmatch(name)] == []
+    assert all(MACHINES_OWN.fullmatch(name) for name in ("torch", "triton", "nvidia-cublas", "cuda-bindings"))
+    assert not MACHINES_OWN.fullmatch("pytorch-lightning") and not MACHINES_OWN.fullmatch("torchtitan")
+
+
+def test_the_lock_is_for_the_python_that_it_was_made_with() -> None:
+    (python,) = re.findall(r"^# .* Python (3\.\d+), ", LOCK.read_text("utf-8"))
+    assert {str(pin.marker) for pin in pins().values()} == {f'python_version == "{python}"'}
+
+
+def test_the_writer_follows_requirements_and_extras() -> None:
+    found = dict(installed("pytest-xdist", frozenset()))
+    assert found["pytest"] == importlib.metadata.version("pytest") and "pluggy" in found
+    assert "pytest-xdist" not in found and "psutil" not in found
+    assert "psutil" in dict(installed("pytest-xdist", frozenset({"psutil"})))
+    text = constraints(found)
+    assert f'pytest=={found["pytest"]} ; python_version == "3.{sys.version_info[1]}"\n' in text
+    assert [line for line in text.splitlines() if line.startswith("pytest")] != []
+
+
+# ---------------------------------------------------------------- the scripts
+
+PIP = """\
+#!/usr/bin/env bash
+[[ "$1 $2" == "-m pip" ]] || exec "{python}" "$@"
+[[ "$3" == install && " $* " == *" -e "* ]] || exit 0
+echo "pip: $(tr '\\n' ' ' <"${{@:$#}}")"
+[[ -z "${{REFUSED:-}}" ]] || ! grep -q "$REFUSED" "${{@:$#}}"
+"""
+
+
+def setup_says(place: Path, **variables: str) -> tuple[int, list[list[str]], str]:
+    """Exit code of the set-up with a pip that does nothing, the constraints of each try, and all that was said."""
+    scripts = place / "launch_scripts"
+    scripts.mkdir()
+    shutil.copy(ROOT / "launch_scripts/_env.sh", scripts)
+    (scripts / "constraints.txt").write_text("# versions\nnumpy==0.0.1\nours==2.0\nnot-there==3.0\n")
+    ours = place / ".venv/lib/python3"
+    (ours / "ours-1.0.dist-info").mkdir(parents=True)
+    (ours / "ours-1.0.dist-info/METADATA").write_text("Name: ours\nVersion: 1.0\n")
+    python = place / "bin/python"
+    python.parent.mkdir()
+    python.write_text(PIP.format(python=sys.executable))
+    python.chmod(0o755)
+    code = 'set -euo pipefail; source launch_scripts/_env.sh; PYTHON="$PWD/bin/python"; phd_install test'
+    path = os.pathsep.join([str(ours), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PHD_")}
+    done = subprocess.run(
+        ["bash", "-c", code],
+        cwd=place,
+        env={**env, "PYTHONPATH": path, "TMPDIR": str(place / "bin"), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    tries = [line.removeprefix("pip:").split() for line in done.stdout.splitlines() if line.startswith("pip:")]
+    return done.returncode, tries, done.stdout + done.stderr
+
+
+TORCH = f"torch=={importlib.metadata.version('torch')}"
+LOCKED = [TORCH, "ours==2.0", "not-there==3.0"]
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("variables", "expected", "code"),
+    [
+        ({}, [LOCKED], 0),
+        ({"PHD_SKIP_LOCK": "1"}, [[TORCH]], 0),
+        ({"REFUSED": "not-there"}, [LOCKED, [TORCH]], 0),
+        ({"REFUSED": "torch"}, [LOCKED, [TORCH]], 1),
+    ],
+    ids=["as-tested", "opt-out", "a-version-is-gone", "nothing-can-be-installed"],
+)
+def test_pip_is_held_to_the_lock_for_what_is_missing_or_ours(
+    variables: dict[str, str], expected: list[list[str]], code: int, tmp_path: Path
+) -> None:
+    """numpy is there, outside of the checkout's .venv, so it stays whatever its version; so does torch's build."""
+    ended, tries, said = setup_says(tmp_path, **variables)
+    assert (ended, tries) == (code, expected), said
+    assert ("cannot be installed here" in said) == (len(expected) == 2)
