@@ -1,7 +1,7 @@
 """Which folder is which package; all else is in ``pyproject.toml``.
 
-Each ``kernels/<op>`` of the checkout is installed as ``phd_megatron.kernels.<op>``, a mapping that has to be computed. The
-folder ``kernels/`` itself is never a package, because that name belongs to a project on PyPI which transformers
+Each ``kernels/<op>`` of the checkout is installed as ``phd_megatron.kernels.<op>``, a mapping that has to be computed.
+The folder ``kernels/`` itself is never a package, because that name belongs to a project on PyPI which transformers
 imports when it finds it (``tests/unit/test_packaging.py`` holds this).
 """
 

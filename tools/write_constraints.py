@@ -1,8 +1,8 @@
 """Write launch_scripts/constraints.txt: the versions of this environment, with which the tests ran.
 
-Run it with the Python of an environment in which `bash tests/run.sh` is clean. It follows the requirements of this package
-and of its extra `test`, so what else lies in the environment is not written. Each line holds for this Python alone: other
-Pythons get what the requirements allow.
+Run it with the Python of an environment in which `bash tests/run.sh` is clean. It follows the requirements of this
+package and of its extra `test`, so what else lies in the environment is not written. Each line holds for this Python
+alone: other Pythons get what the requirements allow.
 """
 
 from __future__ import annotations

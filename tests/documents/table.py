@@ -58,6 +58,7 @@ class Skip:
 GPU = Skip("needs a GPU")
 FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
+BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
@@ -107,6 +108,13 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "python tools/mutate.py drawn --count 80 --seed 3": MUTANTS,
         "python tools/mutate.py --results /tmp/bugs.jsonl": MUTANTS,
         "make format": Skip("rewrites the checkout"),
+        "pip install pre-commit && pre-commit install": Skip("installs, and writes into .git"),
+    },
+    "docs/releasing.md": {
+        "PHD_SKIP_LOCK=1 bash tests/run.sh": WHOLE_SUITE,
+        "python tools/write_constraints.py": Skip("rewrites the checkout; tests/unit/test_environment.py"),
+        "pip wheel --no-deps --no-build-isolation --wheel-dir dist .": BUILDS,
+        "python -c \"from setuptools import build_meta; build_meta.build_sdist('dist')\"": BUILDS,
     },
     "docs/benchmarks.md": {
         "phd-megatron bench attention": Run(more="--seq-length 64 --head-dim 16 --rounds 1 --device cpu"),

@@ -51,6 +51,23 @@ def test_anchors_are_headings(document: Path) -> None:
         assert anchor in slugs
 
 
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs/README.md").read_text("utf-8")
+    pages = {*ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/README.md"), *ROOT.glob("docs/results/trained/*.md")}
+    named = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index)}
+    assert pages - named == {ROOT / "docs/README.md"}
+    assert "(docs/README.md)" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    """It stands in the package; these two cannot read it from there."""
+    from phd_megatron import __version__
+
+    assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE) == [__version__]
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert next(name for name in headings if name != "Unreleased") == __version__
+
+
 def test_readme_flags_are_fields() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     (command,) = re.findall(r"torchrun .*?(?=\n\n)", text, re.DOTALL)
