@@ -163,8 +163,8 @@ def _build(args: argparse.Namespace, device: Any, repeat: int, window: int, chun
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from phd_megatron.huggingface.architecture import bundled_config
     from phd_megatron.huggingface.bundle_files import write_bundle
+    from phd_megatron.huggingface.families.phd import bundled_config
 
     content = bundled_config(
         vocab_size=args.vocab_size,

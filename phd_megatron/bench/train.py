@@ -196,6 +196,7 @@ def _our_weights(config: RunConfig) -> dict[str, Any]:
     import torch
 
     from phd_megatron.huggingface.architecture import Architecture
+    from phd_megatron.huggingface.families import export_family
     from phd_megatron.huggingface.mapping import model_rules
     from phd_megatron.model.build import build_model
 
@@ -204,7 +205,7 @@ def _our_weights(config: RunConfig) -> dict[str, Any]:
     tensors = dict(build_model(local, config.model.vocab_size, torch.device("cpu"))[0].named_parameters())
     weights: dict[str, Any] = {}
     architecture = Architecture.from_model(config.model, config.model.vocab_size)
-    for rule in model_rules(architecture, architecture.model_class()):
+    for rule in model_rules(architecture, export_family(architecture)):
         weights.update(rule.to_hf(tensors[rule.mcore].detach()))
     return weights
 

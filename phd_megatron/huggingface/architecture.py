@@ -1,10 +1,8 @@
-"""What the exported ``config.json`` says, derived from a run's configuration."""
+"""What a decoder is, in the words that a run's configuration and a Hugging Face directory share."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from dataclasses import dataclass
-from typing import Any
 
 from phd_megatron.config.moe import MoE
 from phd_megatron.config.schema import ModelConfig
@@ -12,28 +10,6 @@ from phd_megatron.config.transformer_fields import transformer_role
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
-
-BUNDLED = "PHDForCausalLM"
-_MODEL_TYPES = {
-    BUNDLED: "phd_transformer",
-    "LlamaForCausalLM": "llama",
-    "Qwen3ForCausalLM": "qwen3",
-    "Olmo2ForCausalLM": "olmo2",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "OlmoeForCausalLM": "olmoe",
-}
-_NATIVE_SCHEMES = {"pre": "LlamaForCausalLM", "pre_qk": "Qwen3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
-_NATIVE_SCHEMES_WITH_EXPERTS = {
-    "pre": "MixtralForCausalLM",
-    "pre_qk": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
-_AUTO_MAP = {
-    "AutoConfig": "configuration_phd.PHDConfig",
-    "AutoModel": "modeling_phd.PHDModel",
-    "AutoModelForCausalLM": "modeling_phd.PHDForCausalLM",
-}
 
 #: fields that :class:`~phd_megatron.config.moe.MoE` speaks for
 _EXPERTS = (
@@ -43,15 +19,6 @@ _EXPERTS = (
     "moe_router_topk_scaling_factor",
 )
 _NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Special tokens, or None where the tokenizer has none."""
-
-    bos: int | None = None
-    eos: int | list[int] | None = None
-    pad: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +100,7 @@ class Architecture:
         return norm_plan(self.norm_scheme, self.num_layers)
 
     @property
-    def copies(self) -> dict[str, Any]:
+    def copies(self) -> dict[str, int | str | None]:
         """Fields of a :class:`ModelConfig` that say how often a token is repeated and how its copies differ."""
         return {
             "phd_repeat": self.policy.repeat,
@@ -152,115 +119,3 @@ class Architecture:
         if self.copy_embedding != "none":
             words.append(f"copy embedding {self.copy_embedding}")
         return ", ".join(words)
-
-    def model_class(self, native: bool = True) -> str:
-        """The transformers class that computes this model: one of its own where it is exact, else the bundled one."""
-        plain = (
-            self.policy.repeat == 1
-            and self.normalization == "RMSNorm"
-            and self.gated
-            and not self.qkv_bias
-            and not self.linear_bias
-            and self.rotary_percent == 1.0
-            and self.hidden_size % self.heads == 0
-        )
-        if not native or not plain:
-            return BUNDLED
-        if self.moe is None:
-            return _NATIVE_SCHEMES.get(self.norm_scheme, BUNDLED)
-        moe = self.moe
-        name = _NATIVE_SCHEMES_WITH_EXPERTS.get(self.norm_scheme, BUNDLED)
-        simple = moe.score_function == "softmax" and moe.groups is None and moe.scaling == 1.0
-        if not simple or moe.shared_hidden_size or moe.router_dtype not in (None, "fp32"):
-            return BUNDLED
-        if name != "Qwen3MoeForCausalLM" and not all(moe.layers):
-            return BUNDLED
-        if name == "MixtralForCausalLM" and moe.pre_softmax:
-            return BUNDLED  # its weights add up to 1
-        return name
-
-    def hf_config(self, model_class: str, dtype: str, tokens: TokenIds) -> dict[str, Any]:
-        """The content of ``config.json``."""
-        config: dict[str, Any] = {
-            "architectures": [model_class],
-            "model_type": _MODEL_TYPES[model_class],
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.groups,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu" if self.gated else "gelu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "initializer_range": self.init_std,
-            "rms_norm_eps": self.epsilon,
-            "rope_parameters": {"rope_type": "default", "rope_theta": float(self.rotary_base)},
-            "tie_word_embeddings": self.tied,
-            "attention_bias": self.qkv_bias,
-            "use_cache": True,
-            "bos_token_id": tokens.bos,
-            "eos_token_id": tokens.eos,
-            "pad_token_id": tokens.pad,
-            **self.copies,
-            "norm_scheme": self.norm_scheme,
-            "dtype": dtype,
-            "transformers_version": importlib.metadata.version("transformers"),
-        }
-        if model_class in (BUNDLED, "LlamaForCausalLM"):
-            config["mlp_bias"] = self.linear_bias
-        if self.moe is not None:
-            config |= _experts_config(self.moe, model_class)
-        if model_class == BUNDLED:
-            config |= {
-                "auto_map": _AUTO_MAP,
-                "mlp_gated": self.gated,
-                "normalization": self.normalization,
-                "attention_output_bias": self.linear_bias,
-            }
-            if self.rotary_percent != 1.0:
-                config["rope_parameters"]["partial_rotary_factor"] = self.rotary_percent
-        else:
-            # transformers 4 reads these and does not know rope_parameters, so it would take a theta of its own.
-            config |= {"rope_theta": float(self.rotary_base), "torch_dtype": dtype}
-        return config
-
-
-def bundled_config(**values: Any) -> dict[str, Any]:
-    """A ``config.json`` of the bundled class, its defaults but for ``values``."""
-    return {"architectures": [BUNDLED], "model_type": _MODEL_TYPES[BUNDLED], "auto_map": _AUTO_MAP, **values}
-
-
-def _experts_config(moe: MoE, model_class: str) -> dict[str, Any]:
-    """What ``config.json`` says about experts, in the words of ``model_class``."""
-    if model_class == "MixtralForCausalLM":
-        return {
-            "num_local_experts": moe.experts,
-            "num_experts_per_tok": moe.topk,
-            "intermediate_size": moe.ffn_hidden_size,
-        }
-    config: dict[str, Any] = {
-        "num_experts": moe.experts,
-        "num_experts_per_tok": moe.topk,
-        "norm_topk_prob": not moe.pre_softmax,
-    }
-    if model_class == "OlmoeForCausalLM":
-        return {**config, "intermediate_size": moe.ffn_hidden_size}
-    config |= {
-        "moe_intermediate_size": moe.ffn_hidden_size,
-        "mlp_only_layers": [index for index, has_experts in enumerate(moe.layers) if not has_experts],
-    }
-    if model_class == BUNDLED:
-        config |= {
-            "scoring_func": moe.score_function,
-            "use_expert_bias": moe.expert_bias,
-            "n_group": moe.groups,
-            "topk_group": moe.group_topk,
-            "routed_scaling_factor": moe.scaling,
-            "shared_expert_intermediate_size": moe.shared_hidden_size,
-            "use_shared_expert_gate": moe.shared_gate,
-            "router_dtype": moe.router_dtype,
-        }
-    else:
-        config["decoder_sparse_step"] = 1
-    return config

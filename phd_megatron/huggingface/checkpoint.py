@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from phd_megatron.checkpoint.store import CheckpointError, iteration_of, latest_
 from phd_megatron.config.files import read_json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
+from phd_megatron.huggingface.json_values import Fields
 
 _NOT_THE_MODEL = ("optimizer.",)
 
@@ -80,7 +80,7 @@ class MegatronCheckpoint:
         return path if path.is_dir() and any(path.iterdir()) else None
 
     @property
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self) -> Fields:
         """Iteration, consumed samples and so on; empty when it was not saved."""
         path = self.directory / "training_state.json"
         if not os.path.lexists(path):

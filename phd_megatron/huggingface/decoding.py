@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.decode_attention import decode_attention, decode_problem
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def decode_kernel_problem(model: Any) -> str | None:
+    from phd_megatron.huggingface.bundle.rows_phd import LayerRows
+
+
+def decode_kernel_problem(model: PreTrainedModel) -> str | None:
     """Why the kernel cannot serve this model where it is, or None where it can."""
     if type(model).__module__.rpartition(".")[2] != "modeling_phd":
         return f"{type(model).__name__} has no PHD cache"
     return decode_problem(model.device, model.dtype, model.config.head_dim)
 
 
-def takes_decode_kernel(model: Any, asked: str) -> bool:
+def takes_decode_kernel(model: PreTrainedModel, asked: str) -> bool:
     """Whether ``--decode-kernel`` ``asked`` means the kernel here; ``auto`` takes it on a GPU where it can run."""
     return asked == "triton" or (
         asked == "auto" and model.device.type == "cuda" and decode_kernel_problem(model) is None
@@ -28,7 +33,7 @@ def takes_decode_kernel(model: Any, asked: str) -> bool:
 
 
 @contextmanager
-def decode_kernel(model: Any) -> Iterator[None]:
+def decode_kernel(model: PreTrainedModel) -> Iterator[None]:
     """While it is open, steps of one token of this model attend through the Triton kernel.
 
     Raises:
@@ -46,7 +51,7 @@ def decode_kernel(model: Any) -> Iterator[None]:
         steps.decode = None
 
 
-def _attend(rows: Any, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(rows: LayerRows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """``LayerRows.attend`` for one new slot: ``[b, heads, Kq, d]`` over the cache's layout to ``[b, Kq, heads, d]``."""
     step, batch = rows.step, query.size(0)
     copies = step.policy.repeat - 1

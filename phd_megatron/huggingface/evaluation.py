@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,13 @@ from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_datase
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
 def evaluate_model(
-    model: Any, run: RunConfig, tokenizer: Tokenizer, split: str, samples: int, say: Callable[[str], None]
+    model: PreTrainedModel, run: RunConfig, tokenizer: Tokenizer, split: str, samples: int, say: Callable[[str], None]
 ) -> Evaluation:
     """One pass of a model in eval mode over ``samples`` samples of a split of the data that ``run`` describes."""
     size = run.training.micro_batch_size

@@ -8,19 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.errors import UserError, naming
+from phd_megatron.huggingface.json_values import Fields
 from phd_megatron.huggingface.loading import first_words, load_directory
 from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BatchEncoding, Cache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 #: what the size of a cache is made of, in a config.json; a family may lack the last two
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
 _MOST_TOKENS = 1_000_000
 _TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
 #: options of sampling with the values that leave every token its probability
-_SAMPLING: dict[str, Any] = {
+_SAMPLING: Fields = {
     **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0},
     **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
 }
@@ -35,7 +40,7 @@ class Sampling:
     top_p: float | None = None
     seed: int | None = None
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Fields:
         """Arguments of ``generate``.
 
         Raises:
@@ -115,7 +120,7 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
 
 def load(
     path: str | Path, device: str | None = None, trust_remote_code: bool = False, verify_checkpoint: bool = True
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model, in eval mode, and tokenizer of an exported directory or a Megatron checkpoint.
 
     Code in the directory is run only if ``trust_remote_code`` says so; else the classes of this package and of
@@ -143,7 +148,7 @@ def load(
         return model, tokenizer
 
 
-def load_model(directory: Path, named: str | Path, device: str, trust_remote_code: bool = False) -> Any:
+def load_model(directory: Path, named: str | Path, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of an exported directory, in eval mode on ``device``; ``named`` is what an error calls the directory.
 
     Raises:
@@ -175,8 +180,8 @@ def check_prompt(prompt: str) -> None:
 
 
 def generate_text(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -195,16 +200,7 @@ def generate_text(
     options = (sampling or Sampling()).options()
     check_amount(max_new_tokens)
     check_prompt(prompt)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    length = inputs["input_ids"].size(1)
-    if length == 0:
-        raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
-    rows = model.get_input_embeddings().num_embeddings
-    if (largest := int(inputs["input_ids"].max())) >= rows:
-        raise UserError(
-            f"the tokenizer gives token {largest}, and the model has a vocabulary of {rows}; the two do not belong "
-            "together, so copy the directory again"
-        )
+    inputs = _tokens_of(model, tokenizer, prompt)
     if sampling is not None and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     triton = takes_decode_kernel(model, kernel)
@@ -225,6 +221,7 @@ def generate_text(
                 "generation_config.json are at fault, so look at both, or export it again"
             ) from error
     seconds = time.perf_counter() - began
+    length = inputs["input_ids"].size(1)
     tokens = result.sequences[0, length:]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     # Renamed in transformers 5.24; a model without attention has neither.
@@ -233,14 +230,28 @@ def generate_text(
     return Continuation(text, length, len(tokens), seconds, attention, **_cache_size(model, cache))
 
 
-def _nan_is_refused() -> Any:
+def _tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+    """Arguments of ``generate``: token ids ``[1, n]`` of the prompt, n at least 1, all in the model's vocabulary."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].size(1) == 0:
+        raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := int(inputs["input_ids"].max())) >= rows:
+        raise UserError(
+            f"the tokenizer gives token {largest}, and the model has a vocabulary of {rows}; the two do not belong "
+            "together, so copy the directory again"
+        )
+    return inputs
+
+
+def _nan_is_refused() -> LogitsProcessor:
     """Looks at the prompt's logits; later ones would cost a wait for the device at every step."""
     from transformers import LogitsProcessor
 
     class NaNIsRefused(LogitsProcessor):
         seen = False
 
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             if not self.seen and scores.isnan().any():
                 raise UserError(
                     "the model's logits are NaN, so it has diverged or its parameters are damaged; use "
@@ -252,7 +263,7 @@ def _nan_is_refused() -> Any:
     return NaNIsRefused()
 
 
-def _cache_size(model: Any, cache: Any) -> dict[str, int]:
+def _cache_size(model: PreTrainedModel, cache: Cache | None) -> dict[str, int]:
     """Fields of a continuation, as far as the model's family has what they are made of."""
     config = model.config
     positions = getattr(config, "max_position_embeddings", None)

@@ -15,12 +15,15 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.huggingface.bundle_files import bundle_files
+from phd_megatron.huggingface.families.phd import AUTO_MAP
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PACKAGE = "phd_megatron_exported_model"
-MODEL_TYPE = "phd_transformer"
 
 
 class _Finder(MetaPathFinder):
@@ -49,17 +52,19 @@ def differing_files(directory: Path) -> list[str]:
     ]
 
 
-def _module(name: str) -> Any:
+def _class(what: str) -> type:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
-    return importlib.import_module(f"{PACKAGE}.{name}")
+    module, _, name = AUTO_MAP[what].partition(".")
+    found: type = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
+    return found
 
 
-def config_class() -> Any:
-    """``PHDConfig``."""
-    return _module("configuration_phd").PHDConfig
+def config_class() -> type[PreTrainedConfig]:
+    """Class of the bundled model's configuration."""
+    return _class("AutoConfig")
 
 
-def model_class() -> Any:
-    """``PHDForCausalLM``."""
-    return _module("modeling_phd").PHDForCausalLM
+def model_class() -> type[PreTrainedModel]:
+    """Class of the bundled model."""
+    return _class("AutoModelForCausalLM")

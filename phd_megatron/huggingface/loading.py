@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from annotated_types import Ge, Le
 
@@ -16,7 +16,12 @@ from phd_megatron.config.facts import Bound, violates
 from phd_megatron.data.generation import TOKEN_IDS, checked, read_generation
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import installed
+from phd_megatron.huggingface.families import BUNDLED
+from phd_megatron.huggingface.json_values import JSON
 from phd_megatron.huggingface.weights import Place, check_config, read_json, tensor_places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 _AT_MOST, _SMALL = 8, 50_000_000  # parameters: a wrong size of a small model is named more exactly when it is loaded
@@ -28,7 +33,7 @@ _PROBLEMS = {
 }
 
 
-def load_config(directory: Path) -> Any:
+def load_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a directory, by an installed class; its own code does not run.
 
     Raises:
@@ -59,7 +64,7 @@ def is_our_export(directory: Path) -> bool:
     """
     path = directory / "config.json"
     content = read_json(path)
-    if content.get("model_type") != installed.MODEL_TYPE:
+    if content.get("model_type") != BUNDLED.model_type:
         return False
     known = set(inspect.signature(installed.config_class()).parameters)
     _check_types(path, content)
@@ -71,7 +76,7 @@ def is_our_export(directory: Path) -> bool:
     return True
 
 
-def _check_types(path: Path, content: Mapping[str, Any]) -> None:
+def _check_types(path: Path, content: Mapping[str, JSON]) -> None:
     """The bundled class takes what it is given, so its plain fields are looked at here."""
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     for name, annotation in installed.config_class().__annotations__.items():
@@ -92,7 +97,7 @@ def _bounds(name: str) -> tuple[Bound, ...]:
     return (fields()[name].bounds if name in fields() else ()) or (Ge(-1), Le(2**31 - 1))
 
 
-def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> Any:
+def load_directory(directory: Path, named: str | Path, run_its_code: bool = False) -> PreTrainedModel:
     """The model, in the type of its files; ``named`` is what an error calls the directory.
 
     Args:
@@ -149,7 +154,7 @@ def _places(directory: Path, named: str | Path) -> dict[str, Place]:
 
 
 def _check_described(
-    directory: Path, own: bool, content: Mapping[str, Any], places: Mapping[str, Place], named: str | Path
+    directory: Path, own: bool, content: Mapping[str, JSON], places: Mapping[str, Place], named: str | Path
 ) -> None:
     """Refuse a configuration whose model would take far more memory than the files; the model is outlined only."""
     import torch

@@ -15,6 +15,7 @@ from torch import Tensor
 from phd_megatron.config.moe import MoE
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
+from phd_megatron.huggingface.family import DEFAULT_NAMES, Family, TensorNames
 from phd_megatron.norm.schemes import BlockNorm, norm_scheme
 
 
@@ -134,30 +135,17 @@ class VocabRows(Rule):
         return torch.cat([rows, rows.new_zeros(missing, rows.size(1))]) if missing else rows
 
 
-@dataclass(frozen=True)
-class Names:
-    """What a class of transformers calls the parts of a block whose names differ between classes."""
-
-    attention_output_norm: str = "attention_output_layernorm"
-    mlp_output_norm: str = "mlp_output_layernorm"
-    experts: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
+def some_names(names: list[str]) -> str:
+    """The first of many names of tensors, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-_NAMES = {
-    "Olmo2ForCausalLM": Names("post_attention_layernorm", "post_feedforward_layernorm"),
-    "MixtralForCausalLM": Names(experts="block_sparse_moe", gate="w1", up="w3", down="w2"),
-}
+def model_rules(architecture: Architecture, family: Family) -> list[Rule]:
+    """Every tensor of a model, in the order of the forward pass, with the names of ``family``."""
+    return list(_rules(architecture, family.names))
 
 
-def model_rules(architecture: Architecture, model_class: str) -> list[Rule]:
-    """Every tensor of a model, in the order of the forward pass, with the names of ``model_class``."""
-    return list(_rules(architecture, _NAMES.get(model_class, Names())))
-
-
-def _rules(a: Architecture, names: Names) -> Iterator[Rule]:
+def _rules(a: Architecture, names: TensorNames) -> Iterator[Rule]:
     hidden, vocabulary = a.hidden_size, (a.vocab_size, a.hidden_size)
     yield VocabRows("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)
     if norm_scheme(a.norm_scheme).embed_norm:
@@ -207,7 +195,7 @@ def _attention(a: Architecture, mcore: str, hf: str, block: BlockNorm) -> Iterat
     yield from _linear(f"{mcore}.linear_proj", f"{hf}.o_proj", a.hidden_size, a.heads * a.head_dim, a.linear_bias)
 
 
-def _mlp(a: Architecture, mcore: str, hf: str, width: int, names: Names = Names()) -> Iterator[Rule]:
+def _mlp(a: Architecture, mcore: str, hf: str, width: int, names: TensorNames = DEFAULT_NAMES) -> Iterator[Rule]:
     if a.gated:
         for kind in ("weight", "bias") if a.linear_bias else ("weight",):
             parts = (f"{hf}.{names.gate}.{kind}", f"{hf}.{names.up}.{kind}")
@@ -218,7 +206,7 @@ def _mlp(a: Architecture, mcore: str, hf: str, width: int, names: Names = Names(
     yield from _linear(f"{mcore}.linear_fc2", f"{hf}.{names.down}", a.hidden_size, width, a.linear_bias)
 
 
-def _experts(a: Architecture, moe: MoE, mcore: str, hf: str, names: Names) -> Iterator[Rule]:
+def _experts(a: Architecture, moe: MoE, mcore: str, hf: str, names: TensorNames) -> Iterator[Rule]:
     yield Rule(f"{mcore}.router.weight", (f"{hf}.gate.weight",), (moe.experts, a.hidden_size))
     if moe.expert_bias:
         yield ExpertBias(f"{mcore}.router.expert_bias", (f"{hf}.gate.e_score_correction_bias",), (moe.experts,))

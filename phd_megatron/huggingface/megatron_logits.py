@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,12 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.runtime.context import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron.core.models.gpt import GPTModel
+    from torch.nn import Module
 
 TOKENS, LOGITS, ORIGINALS = "tokens", "logits", "originals_"
 
@@ -46,7 +52,7 @@ def inference_config(saved: RunConfig) -> RunConfig:
 
 
 @torch.no_grad()
-def fill(model: Any, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
+def fill(model: GPTModel, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
     """Copy every tensor of the checkpoint, rounded to ``dtype``, into a model of one rank."""
     from megatron.core import parallel_state
 
@@ -62,14 +68,14 @@ def fill(model: Any, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def hidden_states_and_logits(model: Any, tokens: Tensor, true_vocab_size: int) -> dict[str, Tensor]:
+def hidden_states_and_logits(model: GPTModel, tokens: Tensor, true_vocab_size: int) -> dict[str, Tensor]:
     """By name, ``[b, n, h]`` after each layer but the last, of the last copy and of the originals, and logits
     ``[b, n, vocabulary]`` of ``tokens`` [b, n]."""
     batch, length = tokens.shape
     found: dict[str, Tensor] = {}
 
-    def keep(index: int) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
+    def keep(index: int) -> Callable[[Module, tuple[Tensor, ...], Tensor | tuple[Tensor, ...]], None]:
+        def hook(module: Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
             rows = output[0] if isinstance(output, tuple) else output  # [K*n, b, h], the last copy last
             found[layer_name(index)] = rows[-length:].transpose(0, 1).contiguous()
             found[f"{ORIGINALS}{index}"] = rows[:length].transpose(0, 1).clone(memory_format=torch.contiguous_format)

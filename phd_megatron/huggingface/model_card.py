@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from phd_megatron import __version__
-from phd_megatron.huggingface.architecture import BUNDLED, Architecture
+from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export_output import EXPORTED_BY
+from phd_megatron.huggingface.family import Family
 
 #: by whether the model's own code is bundled
 _LOADS = {
@@ -17,30 +19,11 @@ _LOADS = {
 
 
 def model_card(
-    architecture: Architecture, source: MegatronCheckpoint, model_class: str, dtype: str, parameters: int, title: str
+    architecture: Architecture, source: MegatronCheckpoint, family: Family, dtype: str, parameters: int, title: str
 ) -> str:
     """What the model is, how it was trained, and how to load it."""
-    a, training, run = architecture, source.training_state, source.run
-    remote = ", trust_remote_code=True" if model_class == BUNDLED else ""
-    rows = [
-        ("Class", model_class),
-        ("Norm scheme", a.norm_scheme),
-        ("PHD variant", a.policy.name),
-        ("Parameters", f"{parameters:,} ({dtype})"),
-        ("Layers, width, FFN", f"{a.num_layers}, {a.hidden_size}, {a.ffn_hidden_size}"),
-        ("Query heads, KV heads, head size", f"{a.heads}, {a.groups}, {a.head_dim}"),
-        ("Vocabulary", f"{a.vocab_size:,}"),
-        ("Trained length", f"{run.model.seq_length:,} tokens"),
-    ]
-    if a.policy.repeat > 1:
-        rows.append(("Copies told apart by", f"RoPE positions: {a.copy_positions}; embedding: {a.copy_embedding}"))
-    if source.iteration is not None:
-        rows.append(("Training step", f"{source.iteration:,}"))
-    if isinstance(samples := training.get("consumed_samples"), int):
-        rows.append(("Training tokens", f"{samples * run.model.seq_length:,} ({samples:,} samples)"))
-    rows.append(("Optimizer", f"AdamW, peak lr {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} decay"))
-    rows.append(("Written with", f"torch {version('torch')}, transformers {version('transformers')}"))
-    rows.append(("Loads with", _LOADS[model_class == BUNDLED]))
+    remote = ", trust_remote_code=True" if family.is_bundled else ""
+    rows = _rows(architecture, source, family, dtype, parameters)
     table = "\n".join([*(f"| {name} | {value} |" for name, value in rows), f"{EXPORTED_BY}{__version__} |"])
     return f"""---
 library_name: transformers
@@ -52,7 +35,7 @@ tags:
 
 # {title}
 
-A decoder language model pretrained with phd-megatron ({a.name}).
+A decoder language model pretrained with phd-megatron ({architecture.name}).
 
 | | |
 |---|---|
@@ -66,11 +49,34 @@ tokenizer = AutoTokenizer.from_pretrained("{title}"{remote})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
-{_notes(a, model_class)}"""
+{_notes(architecture, family)}"""
 
 
-def _notes(a: Architecture, model_class: str) -> str:
-    if model_class != BUNDLED:
+def _rows(
+    a: Architecture, source: MegatronCheckpoint, family: Family, dtype: str, parameters: int
+) -> Iterator[tuple[str, str]]:
+    run = source.run
+    yield "Class", family.model_class
+    yield "Norm scheme", a.norm_scheme
+    yield "PHD variant", a.policy.name
+    yield "Parameters", f"{parameters:,} ({dtype})"
+    yield "Layers, width, FFN", f"{a.num_layers}, {a.hidden_size}, {a.ffn_hidden_size}"
+    yield "Query heads, KV heads, head size", f"{a.heads}, {a.groups}, {a.head_dim}"
+    yield "Vocabulary", f"{a.vocab_size:,}"
+    yield "Trained length", f"{run.model.seq_length:,} tokens"
+    if a.policy.repeat > 1:
+        yield "Copies told apart by", f"RoPE positions: {a.copy_positions}; embedding: {a.copy_embedding}"
+    if source.iteration is not None:
+        yield "Training step", f"{source.iteration:,}"
+    if isinstance(samples := source.training_state.get("consumed_samples"), int):
+        yield "Training tokens", f"{samples * run.model.seq_length:,} ({samples:,} samples)"
+    yield "Optimizer", f"AdamW, peak lr {run.optimizer.lr:g}, {run.optimizer.lr_decay_style} decay"
+    yield "Written with", f"torch {version('torch')}, transformers {version('transformers')}"
+    yield "Loads with", _LOADS[family.is_bundled]
+
+
+def _notes(a: Architecture, family: Family) -> str:
+    if not family.is_bundled:
         return ""
     notes = "\nThe code in this directory needs torch and transformers 5 alone. "
     if a.policy.repeat > 1:

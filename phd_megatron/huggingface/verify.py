@@ -8,10 +8,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,12 +23,20 @@ from phd_megatron.errors import UserError
 from phd_megatron.huggingface import megatron_logits
 from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.families import FAMILIES
+from phd_megatron.huggingface.family import TensorNames
+from phd_megatron.huggingface.json_values import JSON
 from phd_megatron.huggingface.loading import load_directory
 from phd_megatron.huggingface.mapping import Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: of logits and hidden states in float32, whatever type the export has
 TOLERANCE = 1e-5
 _LENGTH = 128
+#: what transformers' own classes call the parts of a block with experts, all of which lie in one tensor
+_IN_MEMORY = re.compile(r"(.*\.)mlp\.(gate\.weight|experts\.(gate_up_proj|down_proj))")
 _MANY_ROWS = 8  # from so many on a product's rows are the same bits, however many there are
 _TEXT = (
     "A transformer reads a text from left to right and says, after every word, which one it expects next. Some words "
@@ -121,7 +129,7 @@ def _text_loss(outputs: dict[str, Tensor]) -> float:
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def _load(directory: Path, run_its_code: bool) -> Any:
+def _load(directory: Path, run_its_code: bool) -> PreTrainedModel:
     try:
         return load_directory(directory, directory.name, run_its_code)
     except UserError as error:
@@ -132,9 +140,11 @@ def _load(directory: Path, run_its_code: bool) -> Any:
 
 
 @torch.no_grad()
-def _compare_tensors(model: Any, source: MegatronCheckpoint, rules: Sequence[Rule], dtype: torch.dtype) -> None:
+def _compare_tensors(
+    model: PreTrainedModel, source: MegatronCheckpoint, rules: Sequence[Rule], dtype: torch.dtype
+) -> None:
     names = {name for rule in rules for name in rule.hf}
-    state = _as_files_have_them(model.state_dict(), names)
+    state = _as_files_have_them(model.state_dict(), FAMILIES[model.config.model_type].names)
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     if left := set(state) - names:
@@ -146,24 +156,22 @@ def _compare_tensors(model: Any, source: MegatronCheckpoint, rules: Sequence[Rul
             raise VerificationError(f"{', '.join(rule.hf[:3])} do not give {rule.mcore} back after reloading")
 
 
-def _as_files_have_them(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+def _as_files_have_them(state: dict[str, Tensor], names: TensorNames) -> dict[str, Tensor]:
     """Undo the stacking of experts with which transformers loads its own classes: views, by the names in the files."""
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        match = re.fullmatch(r"(.*)\.mlp(\.experts)?\.(gate_up_proj|down_proj|gate\.weight)", key)
-        block = f"{match[1]}.block_sparse_moe" if match else ""
-        if match is None or (match[2] is None and f"{block}.gate.weight" not in names):
+        match = _IN_MEMORY.fullmatch(key)
+        if match is None:
             found[key] = tensor
-        elif match[2] is None:
-            found[f"{block}.gate.weight"] = tensor
-        else:
-            mixtral = f"{block}.gate.weight" in names
-            words = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-            for number, part in enumerate(tensor):
-                prefix = f"{block if mixtral else f'{match[1]}.mlp'}.experts.{number}"
-                parts = part.chunk(2) if match[3] == "gate_up_proj" else (part,)
-                its = words[:2] if match[3] == "gate_up_proj" else words[2:]
-                found |= {f"{prefix}.{word}.weight": piece for word, piece in zip(its, parts, strict=True)}
+            continue
+        block, name, stacked = f"{match[1]}{names.experts}", match[2], match[3]
+        if stacked is None:
+            found[f"{block}.{name}"] = tensor
+            continue
+        words = (names.gate, names.up) if stacked == "gate_up_proj" else (names.down,)
+        for number, expert in enumerate(tensor):
+            parts = zip(words, expert.chunk(len(words)), strict=True)
+            found |= {f"{block}.experts.{number}.{word}.weight": part for word, part in parts}
     return found
 
 
@@ -183,7 +191,10 @@ def _tokens(source: MegatronCheckpoint) -> Tensor:
 
 
 def _megatron_outputs(
-    source: MegatronCheckpoint, dtype: torch.dtype, changes: dict[str, Any] | None = None, threads: int | None = None
+    source: MegatronCheckpoint,
+    dtype: torch.dtype,
+    changes: Mapping[str, JSON] | None = None,
+    threads: int | None = None,
 ) -> dict[str, Tensor]:
     root = str(Path(phd_megatron.__file__).parents[1])
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -214,7 +225,7 @@ def _megatron_outputs(
 
 
 @torch.no_grad()
-def _compare_outputs(model: Any, expected: dict[str, Tensor]) -> None:
+def _compare_outputs(model: PreTrainedModel, expected: dict[str, Tensor]) -> None:
     tokens = expected[megatron_logits.TOKENS]
     if not expected[megatron_logits.LOGITS].isfinite().all():
         raise VerificationError(

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from phd_megatron.errors import UserError
+from phd_megatron.huggingface.json_values import JSON, Fields
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: a tokenizer's files that hold a mapping
@@ -56,7 +57,7 @@ class Place(NamedTuple):
     dtype: str
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Fields:
     """The mapping in one of a directory's files.
 
     Raises:
@@ -144,7 +145,7 @@ def tensor_places(directory: Path) -> dict[str, Place]:
     return places
 
 
-def check_config(path: Path, content: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+def check_config(path: Path, content: Mapping[str, JSON], places: Mapping[str, Place]) -> None:
     """Refuse a ``config.json`` whose sizes cannot be those of the files, or which names code to fetch.
 
     Raises:
@@ -175,7 +176,7 @@ def check_config(path: Path, content: Mapping[str, Any], places: Mapping[str, Pl
                 )
 
 
-def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _fields(content: Mapping[str, JSON]) -> Iterator[tuple[str, JSON]]:
     """Fields, also of the parts that a model of several has, and of each layer where there is a list."""
     for name, value in content.items():
         yield from _single(name, value)
@@ -184,14 +185,14 @@ def _fields(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield from _single(inner, part)
 
 
-def _single(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    is_list = name in _LISTS and isinstance(value, list) and value
-    yield from ((name, item) for item in (value if is_list else [value]))
+def _single(name: str, value: JSON) -> Iterator[tuple[str, JSON]]:
+    items = value if name in _LISTS and isinstance(value, list) and value else [value]
+    yield from ((name, item) for item in items)
 
 
-def _check_named(path: Path, content: Mapping[str, Any]) -> None:
+def _check_named(path: Path, content: Mapping[str, JSON]) -> None:
     """Refuse what makes transformers fetch code or read other files, however deep it stands."""
-    left: list[tuple[str, Any]] = [("", content)]  # with the key that chooses an implementation, if in one
+    left: list[tuple[str, JSON]] = [("", content)]  # with the key that chooses an implementation, if in one
     while left:
         chooses, value = left.pop()
         if isinstance(value, str) and chooses and "/" in value:
@@ -209,7 +210,7 @@ def _check_named(path: Path, content: Mapping[str, Any]) -> None:
             left += [(here, item), *([(here, name)] if chooses else [])]
 
 
-def _check_heads(path: Path, content: Mapping[str, Any]) -> None:
+def _check_heads(path: Path, content: Mapping[str, JSON]) -> None:
     heads, groups = content.get("num_attention_heads"), content.get("num_key_value_heads")
     if type(heads) is int and type(groups) is int and (heads < 1 or groups < 1 or heads % groups):
         raise UserError(
@@ -218,7 +219,7 @@ def _check_heads(path: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _check_embedding(path: Path, content: Mapping[str, Any], places: Mapping[str, Place]) -> None:
+def _check_embedding(path: Path, content: Mapping[str, JSON], places: Mapping[str, Place]) -> None:
     rows = content.get("vocab_size")
     for name in EMBEDDINGS:
         if name in places and type(rows) is int and len(places[name].shape) == 2 and rows != places[name].shape[0]:
@@ -228,7 +229,7 @@ def _check_embedding(path: Path, content: Mapping[str, Any], places: Mapping[str
             )
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: JSON) -> bool:
     return isinstance(value, (int, float)) and 0 < value < 1e300
 
 

@@ -44,8 +44,10 @@ def main(directory: Path) -> None:
     from megatron.core import parallel_state
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from phd_megatron.huggingface.architecture import Architecture, TokenIds
+    from phd_megatron.huggingface.architecture import Architecture
     from phd_megatron.huggingface.bundle_files import write_bundle
+    from phd_megatron.huggingface.config_json import TokenIds, write_config
+    from phd_megatron.huggingface.families import export_family
     from phd_megatron.huggingface.mapping import model_rules
     from phd_megatron.model.build import build_model
 
@@ -64,14 +66,14 @@ def main(directory: Path) -> None:
                 parameter.add_(noise * (0.2 if "norm" in key else 0.1))
             expected = model(tokens, torch.arange(24).expand(2, -1), None)[..., :257]
         architecture = Architecture.from_model(run.model, 257)
-        model_class = architecture.model_class()
-        config = architecture.hf_config(model_class, "float32", TokenIds())
+        family = export_family(architecture)
+        config = write_config(architecture, family, "float32", TokenIds())
         (directory / "config.json").write_text(json.dumps(config))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
         exported = AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
         tensors = full_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
         weights: dict[str, torch.Tensor] = {}
-        for rule in model_rules(architecture, model_class):
+        for rule in model_rules(architecture, family):
             weights |= rule.to_hf(tensors.pop(rule.mcore))
         assert not tensors, sorted(tensors)
         exported.load_state_dict(weights, strict=True)

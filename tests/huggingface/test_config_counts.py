@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.architecture import Architecture, TokenIds
+from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.bundle_files import write_bundle
+from phd_megatron.huggingface.config_json import TokenIds, write_config
+from phd_megatron.huggingface.families import export_family
 from phd_megatron.huggingface.loading import load_directory
 from phd_megatron.huggingface.mapping import model_rules
 from phd_megatron.runtime.context import Runtime
@@ -126,10 +128,11 @@ def configured(*changes: dict[str, Any]) -> RunConfig:
 def written(directory, run: RunConfig, model_class: str):
     """``config.json`` of a run's export; the rules of its tensors."""
     architecture = Architecture.from_model(run.model, 257)
-    assert architecture.model_class() == model_class
-    config = architecture.hf_config(model_class, "float32", TokenIds())
+    family = export_family(architecture)
+    assert family.model_class == model_class
+    config = write_config(architecture, family, "float32", TokenIds())
     (directory / "config.json").write_text(json.dumps(config))
-    return model_rules(architecture, model_class)
+    return model_rules(architecture, family)
 
 
 def whole_tensors(model, group) -> dict[str, torch.Tensor]:

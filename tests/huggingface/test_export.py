@@ -20,8 +20,10 @@ from phd_megatron.errors import UserError
 from phd_megatron.huggingface import export
 from phd_megatron.huggingface.bundle_files import bundle_files
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
-from phd_megatron.huggingface.export import describe, parse_size
+from phd_megatron.huggingface.export import describe
+from phd_megatron.huggingface.families import BUNDLED
 from phd_megatron.huggingface.mapping import model_rules
+from phd_megatron.huggingface.shards import parse_size
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +98,7 @@ def test_round_trip_and_verification(make_checkpoint, tmp_path, fields):
     checkpoint = MegatronCheckpoint(source)
     architecture, _ = describe(checkpoint)
     state = model.state_dict()
-    for rule in model_rules(architecture, report.model_class):
+    for rule in model_rules(architecture, BUNDLED):
         found, expected = rule.to_mcore(state), checkpoint.read(rule.mcore)
         assert torch.equal(found, expected[: found.size(0)]), rule
     assert report.parameters == sum(parameter.numel() for parameter in model.parameters())

@@ -22,9 +22,9 @@ from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface import verify
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.huggingface.config_json import read_config
 from phd_megatron.huggingface.export import export_checkpoint
-from phd_megatron.huggingface.importing.families import FAMILIES
-from phd_megatron.huggingface.importing.fields import read_fields
+from phd_megatron.huggingface.families import FAMILIES
 from phd_megatron.huggingface.importing.spellings import check_spellings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,9 +235,9 @@ def test_what_cannot_be_represented_is_refused_by_name(kind, fields, message):
     content = getattr(transformers, family.model_class.replace("ForCausalLM", "Config"))().to_dict()
     if kind == "mixtral":
         content["sliding_window"] = None
-    assert read_fields(content, family).num_layers == content["num_hidden_layers"]
+    assert read_config(content, family).num_layers == content["num_hidden_layers"]
     with pytest.raises(UserError) as refusal:
-        read_fields({**content, **fields}, family)
+        read_config({**content, **fields}, family)
     lines = str(refusal.value).splitlines()
     assert message in lines[1] and len(lines) == 3, "nothing else is refused with it"
 
@@ -251,7 +251,7 @@ def test_words_about_experts(kind):
     more = {"mlp_only_layers": [1]} if kind == "qwen3_moe" else {}
     for normed in (True, False):
         words = {"num_hidden_layers": 3, "num_experts": 12, "num_experts_per_tok": 5, "norm_topk_prob": normed}
-        found = read_fields(config(**words, **more).to_dict(), family).transformer
+        found = read_config(config(**words, **more).to_dict(), family).transformer
         assert (found["num_moe_experts"], found["moe_router_topk"]) == (12, 5)
         assert found["moe_router_pre_softmax"] is not normed  # softmax over the chosen experts gives 1 by itself
         assert found.get("moe_layer_freq") == ([1, 0, 1] if more else None)

@@ -105,11 +105,12 @@ def test_bits_that_differ_are_named(make_checkpoint, tmp_path):
 
     from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
     from phd_megatron.huggingface.export import describe
+    from phd_megatron.huggingface.families import FAMILIES
     from phd_megatron.huggingface.mapping import model_rules
 
     source = MegatronCheckpoint(make_checkpoint(untie_embeddings_and_output_weights=True))
     export_checkpoint(source.directory, tmp_path / "hf", verify="none")
-    rules = model_rules(describe(source)[0], "LlamaForCausalLM")
+    rules = model_rules(describe(source)[0], FAMILIES["llama"])
     path = tmp_path / "hf" / "model.safetensors"
     verify.verify_export(tmp_path / "hf", source, rules, torch.float32, "tensors")
     for name, mcore in (("lm_head", "output_layer"), ("model.layers.2.mlp.up_proj", "decoder.layers.2.mlp.linear_fc1")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from phd_megatron.checkpoint.saver import CheckpointSaver
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, RunConfig
-from phd_megatron.data.tokenizers import load_tokenizer
+from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
-from phd_megatron.huggingface.importing.fields import read_fields
+from phd_megatron.huggingface.config_json import read_config
 from phd_megatron.huggingface.importing.source import HFDirectory
 from phd_megatron.huggingface.mapping import Rule, VocabRows, model_rules
 from phd_megatron.model.build import build_model
@@ -24,6 +24,9 @@ from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 from phd_megatron.model.initialisation import sharded_tensors
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.output import check_directory, new_directory
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
 
 _EXPERTS, _DENSE, _ROUTER = ".mlp.experts.experts.", ".mlp.", ".mlp.router."
 
@@ -39,7 +42,7 @@ class Changes:
         seq_length: of the run; default the positions the model is declared for.
     """
 
-    phd: dict[str, Any]
+    phd: dict[str, int | str]
     experts: int | None = None
     topk: int = 2
     seq_length: int | None = None
@@ -63,7 +66,7 @@ def describe_source(source: HFDirectory, changes: Changes) -> tuple[RunConfig, A
     Raises:
         UserError: for whatever cannot be represented.
     """
-    model = read_fields(source.content, source.family)
+    model = read_config(source.content, source.family)
     run = RunConfig(model=replace(model, transformer=dict(model.transformer)))
     run.model.make_vocab_size_divisible_by = changes.make_vocab_size_divisible_by
     longest = model.max_position_embeddings or 0
@@ -90,7 +93,7 @@ def describe_source(source: HFDirectory, changes: Changes) -> tuple[RunConfig, A
             "moe_ffn_hidden_size": architecture.ffn_hidden_size,
         }
     resolve(run)
-    return run, architecture, model_rules(architecture, source.family.model_class)
+    return run, architecture, model_rules(architecture, source.family)
 
 
 def _check_copies(source: Architecture, model: ModelConfig, changes: Changes) -> None:
@@ -121,8 +124,8 @@ def import_directory(
     path: str | Path,
     output: str | Path,
     changes: Changes,
-    log: Callable[[str], Any] = lambda message: None,
-    check: Callable[[Imported], Any] = lambda imported: None,
+    log: Callable[[str], None] = lambda message: None,
+    check: Callable[[Imported], None] = lambda imported: None,
 ) -> Imported:
     """Import ``path`` into the directory ``output``, which appears complete or not at all. On one process.
 
@@ -138,19 +141,7 @@ def import_directory(
     source = HFDirectory(path)
     run, architecture, rules = describe_source(source, changes)
     source.check_complete(rules, architecture.tied)
-    tokenizer = load_tokenizer(source.path) if source.has_tokenizer else None
-    if tokenizer is None:
-        log(
-            f"note: {source.path} holds no tokenizer.json; the checkpoint has neither tokenizer nor defaults of "
-            "generation, so give the tokenizer to prepare"
-        )
-    elif tokenizer.vocab_size > architecture.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source.path} has {tokenizer.vocab_size} tokens and the embedding "
-            f"{architecture.vocab_size} rows; the two do not belong together"
-        )
-    else:
-        tokenizer.generation = source.generation(architecture.vocab_size, log)
+    tokenizer = _tokenizer_of(source, architecture.vocab_size, log)
     with new_directory(output) as place:
         with Runtime.start(run.parallel, verbose=False) as runtime:
             model = build_model(run, architecture.vocab_size, runtime.device)[0]
@@ -170,6 +161,24 @@ def import_directory(
     return replace(imported, directory=Path(output) / directory.name)
 
 
+def _tokenizer_of(source: HFDirectory, vocab_size: int, log: Callable[[str], None]) -> Tokenizer | None:
+    """The directory's tokenizer, with its defaults of generation, if it has one."""
+    tokenizer = load_tokenizer(source.path) if source.has_tokenizer else None
+    if tokenizer is None:
+        log(
+            f"note: {source.path} holds no tokenizer.json; the checkpoint has neither tokenizer nor defaults of "
+            "generation, so give the tokenizer to prepare"
+        )
+    elif tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer in {source.path} has {tokenizer.vocab_size} tokens and the embedding {vocab_size} rows; "
+            "the two do not belong together"
+        )
+    else:
+        tokenizer.generation = source.generation(vocab_size, log)
+    return tokenizer
+
+
 @dataclass
 class _ToldLater:
     """Keeps what a save says until the checkpoint has the name under which it is found."""
@@ -183,7 +192,7 @@ class _ToldLater:
 
 
 @torch.no_grad()
-def _fill(model: Any, source: HFDirectory, rules: list[Rule]) -> int:
+def _fill(model: MegatronModule, source: HFDirectory, rules: list[Rule]) -> int:
     """Copy every tensor of the source into a model of one rank; how many there were.
 
     Experts that the source lacks are its FFN, each of them; a router that it lacks stays as drawn, and vectors of

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from phd_megatron.data.generation import GENERATION_FILE, TOKEN_IDS, checked, outside, read_generation
+from phd_megatron.data.generation import GENERATION_FILE, TOKEN_IDS, Values, checked, outside, read_generation
 from phd_megatron.errors import UserError
-from phd_megatron.huggingface.importing.families import FAMILIES
-from phd_megatron.huggingface.importing.fields import Family
+from phd_megatron.huggingface.families import FAMILIES
+from phd_megatron.huggingface.family import Family
 from phd_megatron.huggingface.importing.spellings import check_spellings
+from phd_megatron.huggingface.json_values import Fields
 from phd_megatron.huggingface.loading import load_config
-from phd_megatron.huggingface.mapping import Rule, VocabRows
+from phd_megatron.huggingface.mapping import Rule, VocabRows, some_names
 from phd_megatron.huggingface.weights import (
     EMBEDDINGS,
     TOKENIZER_JSON,
@@ -25,6 +26,9 @@ from phd_megatron.huggingface.weights import (
     read_json,
     tensor_places,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 #: tensors that old checkpoints hold and no model reads
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -43,7 +47,7 @@ class HFDirectory:
         self.family, self.content = self._read_config()
         self._places = self._read_index()
 
-    def _read_config(self) -> tuple[Family, dict[str, Any]]:
+    def _read_config(self) -> tuple[Family, Fields]:
         self._raw = raw = read_json(self.path / "config.json")
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
@@ -78,7 +82,7 @@ class HFDirectory:
             found = torch.promote_types(found, other)
         return found
 
-    def generation(self, vocab_size: int, log: Callable[[str], Any]) -> dict[str, Any]:
+    def generation(self, vocab_size: int, log: Callable[[str], None]) -> Values:
         """Its defaults of generation; what is not known is left out by name.
 
         Raises:
@@ -114,10 +118,10 @@ class HFDirectory:
             self._check_copy()
             found.discard(_HEAD)
         if missing := sorted(expected - found):
-            raise UserError(f"{self.path} lacks {_some(missing)}, which its config.json describes; copy it again")
+            raise UserError(f"{self.path} lacks {some_names(missing)}, which its config.json describes; copy it again")
         if left := sorted(found - expected):
             raise UserError(
-                f"{self.path} holds {_some(left)}, for which its config.json has no place; nothing is dropped"
+                f"{self.path} holds {some_names(left)}, for which its config.json has no place; nothing is dropped"
             )
         for rule in rules:
             outline = {name: torch.empty(self._places[name][1], device="meta") for name in rule.hf}
@@ -170,11 +174,7 @@ class HFDirectory:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def _rope_as_now(raw: dict[str, Any], config: Any) -> dict[str, Any]:
+def _rope_as_now(raw: Fields, config: PreTrainedConfig) -> Fields:
     """Files of before transformers 5 say ``rope_theta`` and ``rope_scaling``; the class has turned them into one."""
     old = [name for name in ("rope_theta", "rope_scaling") if name in raw]
     return {"rope_parameters": dict(config.rope_parameters)} if old else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

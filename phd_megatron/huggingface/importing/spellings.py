@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.errors import UserError, shown
+from phd_megatron.huggingface.json_values import JSON
 
 _ROPE = ("rope_parameters", "rope_scaling")
 #: each row is one thing; transformers takes one of its places, which one differs between releases and families
@@ -20,7 +20,7 @@ _SPELLINGS: tuple[tuple[str, ...], ...] = (
 )
 
 
-def check_spellings(path: Path, raw: Mapping[str, Any], norm_scheme: str | None) -> None:
+def check_spellings(path: Path, raw: Mapping[str, JSON], norm_scheme: str | None) -> None:
     """Refuse a ``config.json`` that says one thing twice, and differently; null says nothing.
 
     Args:
@@ -32,8 +32,8 @@ def check_spellings(path: Path, raw: Mapping[str, Any], norm_scheme: str | None)
     """
     said = dict(raw)
     for table in _ROPE:
-        if isinstance(raw.get(table), Mapping):
-            said |= {f"{table}.{name}": value for name, value in raw[table].items()}
+        if isinstance(inner := raw.get(table), Mapping):
+            said |= {f"{table}.{name}": value for name, value in inner.items()}
     for places in _SPELLINGS:
         given = {name: said[name] for name in places if said.get(name) is not None}
         first = next(iter(given), None)
@@ -50,6 +50,6 @@ def check_spellings(path: Path, raw: Mapping[str, Any], norm_scheme: str | None)
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: JSON) -> JSON:
     """Types are written with and without the name of the library."""
     return value.removeprefix("torch.") if isinstance(value, str) else value
