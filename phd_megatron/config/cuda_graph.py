@@ -9,8 +9,8 @@ every step, or on a tensor that moves. What the machine and the layout must brin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import ModelConfig, RunConfig
 
 FIELDS = ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_warmup_steps")
@@ -20,7 +20,7 @@ SCOPE = "full_iteration"
 _CURE = "use cuda_graph_impl none"
 
 
-def is_full_iteration(scope: Any) -> bool:
+def is_full_iteration(scope: Plain) -> bool:
     """Whether that value of ``cuda_graph_scope`` is the one that is supported."""
     return scope in (SCOPE, [SCOPE])
 
