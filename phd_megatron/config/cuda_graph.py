@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phd_megatron.config.plain import Plain
-from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 FIELDS = ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_warmup_steps")
 """``TransformerConfig`` fields of the graph."""
@@ -96,6 +96,10 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
             f"{asked} with overlap_grad_reduce=True: hooks in Python start each reduction and a step waits for it, "
             "and a replay skips both; leave it out (gradients are reduced after the graph then), or " + _CURE
         )
+    yield from _communication(parallel, asked)
+
+
+def _communication(parallel: ParallelConfig, asked: str) -> Iterator[str]:
     for name, size in (
         ("tensor_model_parallel_size", parallel.tensor_model_parallel_size),
         ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size),
