@@ -9,24 +9,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from phd_megatron.checkpoint import adam_state, checksums, extra_state, optimizer_kind, rng_state, store
+from phd_megatron.checkpoint import adam_state, checksums, extra_state, match, optimizer_kind, rng_state, store
 from phd_megatron.checkpoint import format as checkpoint_format
 from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.optimizer_kind import Group
 from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.run_lock import RunLock
 from phd_megatron.checkpoint.saver import RuntimeLike
-from phd_megatron.checkpoint.state import chunks, content, rng_object, sharded_state
+from phd_megatron.checkpoint.state import chunks, rng_object, sharded_state
 from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
 #: parameters that start at zero, so that a model with them is at first the one without
 _FROM_ZERO = frozenset({COPY_EMBEDDING})
@@ -159,27 +156,20 @@ def load_checkpoint(
     restored = optimizer if load_optimizer else None
     finetune = run_config is not None and run_config.checkpoint.finetune
     reader = CheckpointReader(path)
-    goes_on = scheduler is not None and not finetune
-    training_state, common = agreement.everywhere(lambda: _read_small_files(path, reader, goes_on))
-    if run_config is not None and (path / RUN_CONFIG).is_file():
-        for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
-            runtime.log(note)
+    training_state, common = _open(path, reader, run_config, scheduler is not None and not finetune, runtime)
     if restored is not None:
-        _check_sharding(path, common)
-    configured = _configured_groups(restored) if restored is not None else []
-    state, absent = _request(path, reader, models, restored, may_lack=_FROM_ZERO if finetune else frozenset())
-    for key in sorted(absent & _FROM_ZERO):
-        runtime.log(f"note: {path} has no {key}, which starts at zero")
+        match.check_sharding(path, common)
+        configured = _configured_groups(restored)
+    may_lack = _FROM_ZERO if finetune else frozenset()
+    state, absent = _request(path, reader, models, restored, may_lack, runtime)
     if load_rng:
         _request_rng(path, reader, state, runtime)
-    loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
-    agreement.everywhere(lambda: _check_objects(path, models, loaded, "rng_state" in state))
+    loaded = _read(path, reader, state, models)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if restored is not None:
         _load_optimizer(restored, loaded["optimizer"], configured)
-        if scheduler is not None and "opt_param_scheduler" in common:
-            _load_scheduler(scheduler, common["opt_param_scheduler"])
+        _load_scheduler(scheduler, common)
     elif optimizer is not None:
         optimizer.reload_model_params()  # main parameters are copies of the model's
     if "rng_state" in state:
@@ -188,11 +178,22 @@ def load_checkpoint(
     return training_state
 
 
-def _read_small_files(path: Path, reader: CheckpointReader, goes_on: bool) -> tuple[Json, CommonStateDict]:
-    checkpoint_format.check_format(path, _read_json(path / store.METADATA))
-    reader.read_metadata()
-    common = checkpoint_format.read_common(path)
-    return read_training_state(path) if goes_on else store.training_state(path), common
+def _open(
+    path: Path, reader: CheckpointReader, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike
+) -> tuple[Json, CommonStateDict]:
+    """What the small files say, the configuration compared with this run's; collective."""
+
+    def read_small_files() -> tuple[Json, CommonStateDict]:
+        checkpoint_format.check_format(path, _read_json(path / store.METADATA))
+        reader.read_metadata()
+        common = checkpoint_format.read_common(path)
+        return read_training_state(path) if goes_on else store.training_state(path), common
+
+    found = agreement.everywhere(read_small_files)
+    if run_config is not None and (path / RUN_CONFIG).is_file():
+        for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
+            runtime.log(note)
+    return found
 
 
 def _request(
@@ -201,15 +202,18 @@ def _request(
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     may_lack: frozenset[str],
+    runtime: RuntimeLike,
 ) -> tuple[ShardedStateDict, frozenset[str]]:
     """The state to fill from the checkpoint, and the keys of this model that are not there; collective."""
     stored = reader.read_metadata().state_dict_metadata
     state = sharded_state(models, optimizer, None, is_loading=True)
     if optimizer is not None:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
-    absent = _check_contents(path, state, stored, optimizer is not None, may_lack)
+    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack)
     if absent:
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
+    for key in sorted(absent & _FROM_ZERO):
+        runtime.log(f"note: {path} has no {key}, which starts at zero")
     return state, absent
 
 
@@ -226,11 +230,20 @@ def _request_rng(path: Path, reader: CheckpointReader, state: ShardedStateDict, 
         runtime.log(f"note: {path} holds no random-number state")
 
 
-def _check_objects(path: Path, models: Sequence[torch.nn.Module], loaded: StateDict, with_rng: bool) -> None:
-    for key, _ in chunks(models):
-        extra_state.check(loaded[key], path)
-    if with_rng:
-        rng_state.check(loaded["rng_state"], path)
+def _read(
+    path: Path, reader: CheckpointReader, state: ShardedStateDict, models: Sequence[torch.nn.Module]
+) -> StateDict:
+    """What the checkpoint holds of ``state``, its objects looked at; collective."""
+    loaded: StateDict = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
+
+    def check_objects() -> None:
+        for key, _ in chunks(models):
+            extra_state.check(loaded[key], path)
+        if "rng_state" in state:
+            rng_state.check(loaded["rng_state"], path)
+
+    agreement.everywhere(check_objects)
+    return loaded
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: StateDict, configured: Sequence[Group]) -> None:
@@ -296,76 +309,6 @@ def _check_resume(path: Path, run_config: RunConfig) -> list[str]:
     return check_resume(load_yaml(path / RUN_CONFIG), run_config)
 
 
-def _check_sharding(path: Path, common: CommonStateDict) -> None:
-    """Megatron-LM can write optimizer states that load under one layout only."""
-    expected = content()["distrib_optim_sharding_type"]
-    found = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type", expected)
-    if found != expected:
-        raise CheckpointError(
-            f"{path} holds optimizer states of sharding type {found}, which load under the layout that saved them "
-            f"only; save it again as {expected}, or load parameters only with --no-load-optim or --finetune"
-        )
-
-
-def _check_contents(
-    path: Path,
-    state: ShardedStateDict,
-    stored: Mapping[str, STORAGE_TYPES],
-    wants_optimizer: bool,
-    may_lack: frozenset[str],
-) -> frozenset[str]:
-    """Compare names and shapes before anything is read, so that another architecture is refused by name.
-
-    Returns:
-        Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
-        Engine's extra states.
-    """
-    wanted = checkpoint_format.requested(state)
-    missing = {key for key in wanted if key not in stored}
-    absent = frozenset(key for key in missing if "_extra_state" in key or key in may_lack)
-    missing -= absent
-
-    def compare() -> None:
-        if wants_optimizer and not any(key.startswith("optimizer.") for key in stored):
-            raise CheckpointError(
-                f"{path} holds no optimizer state; start from its parameters with --finetune, or --no-load-optim"
-            )
-        if missing:
-            raise CheckpointError(
-                f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; "
-                f"build the model that its {RUN_CONFIG} describes"
-            )
-        for key, value in sorted(wanted.items()):
-            entry = stored.get(key)
-            if entry is None:
-                continue
-            if isinstance(value, ShardedTensor) != isinstance(entry, TensorStorageMetadata):
-                kinds = ("a tensor", "an object")
-                there, here = kinds if isinstance(entry, TensorStorageMetadata) else kinds[::-1]
-                raise CheckpointError(f"{path} is damaged: {key} is {there} in it, not {here}; load another one")
-            if isinstance(entry, TensorStorageMetadata) and not value.allow_shape_mismatch:
-                shape, expected = tuple(entry.size), tuple(value.global_shape)
-                if shape != expected:
-                    raise CheckpointError(
-                        f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this "
-                        f"model; build the model that its {RUN_CONFIG} describes"
-                    )
-
-    agreement.everywhere(compare)
-    everyone: set[str] = set().union(*agreement.gather(sorted(wanted)))
-    left_over = {
-        key
-        for key in stored
-        if key not in everyone and not key.startswith(("optimizer.", "rng_state/")) and "_extra_state" not in key
-    }
-    if left_over:
-        raise CheckpointError(
-            f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; "
-            f"build the model that its {RUN_CONFIG} describes"
-        )
-    return absent
-
-
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in chained if part.optimizer is not None]
@@ -379,8 +322,10 @@ def _configured_groups(optimizer: MegatronOptimizer) -> list[Group]:
     return [{key: group[key] for key in _CONFIGURED if key in group} for group in _groups(optimizer)]
 
 
-def _load_scheduler(scheduler: OptimizerParamScheduler, saved: StateDict) -> None:
+def _load_scheduler(scheduler: OptimizerParamScheduler | None, common: CommonStateDict) -> None:
+    if scheduler is None or "opt_param_scheduler" not in common:
+        return
     # The schedule's shape is this run's configuration; only the position comes from the checkpoint. Megatron's
     # load_state_dict would refuse a changed schedule, and adds the saved position to the current one.
     scheduler.num_steps = 0
-    scheduler.step(increment=saved["num_steps"])
+    scheduler.step(increment=common["opt_param_scheduler"]["num_steps"])

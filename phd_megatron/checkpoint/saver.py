@@ -76,6 +76,16 @@ class _Save:
     thread: threading.Thread | None = None
     in_the_way: float = 0.0  # seconds for which training stood still at the start
 
+    def start(self, background: bool) -> None:
+        """Write this rank's files: now, or in a thread."""
+        if background:
+            # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
+            self.thread = threading.Thread(target=self.write.write, name=f"save-{self.iteration}")
+            self.thread.start()
+            self.in_the_way = time.perf_counter() - self.began
+        else:
+            self.write.write()
+
 
 class CheckpointSaver:
     """The saves of one run. Every rank makes one and calls the same methods in the same order.
@@ -140,10 +150,7 @@ class CheckpointSaver:
         """
         self.wait()
         began = time.perf_counter()
-        facts: Json = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
-        facts["protocol"] = store.PROTOCOL
-        if self._place is not None:
-            facts["run"] = self._place.run
+        facts = self._facts(training_state, iteration, optimizer)
         with checkpoint_state.whole_parameters(models):
             if optimizer is not None:  # what was not trained here is not judged
                 largest = self._judge(models, optimizer, iteration, patient)
@@ -156,17 +163,15 @@ class CheckpointSaver:
             state["content_metadata"] = checkpoint_state.content()
             write, size = self._lay_out(iteration, state, state_text, background)
             path = store.iteration_dir(self._root, iteration)
-            self._under_way = save = _Save(iteration, path, write, size, facts.get(health.FACT), began)
-            if background:
-                # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
-                save.thread = threading.Thread(target=write.write, name=f"save-{iteration}")
-                save.thread.start()
-                save.in_the_way = time.perf_counter() - began
-            else:
-                write.write()
+            self._under_way = _Save(iteration, path, write, size, facts.get(health.FACT), began)
+            self._under_way.start(background)
         if not background:
             self._finish()
         return path
+
+    def _facts(self, training_state: Json, iteration: int, optimizer: MegatronOptimizer | None) -> Json:
+        facts = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
+        return facts | {"protocol": store.PROTOCOL} | ({} if self._place is None else {"run": self._place.run})
 
     def _judge(
         self, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, iteration: int, patient: bool

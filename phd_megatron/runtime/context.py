@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import random
 import sys
@@ -20,16 +19,13 @@ from phd_megatron.errors import RunLost, UserError
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.flight_recorder import record_flights
 from phd_megatron.runtime.fp8 import forget_fp8_scales
-from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import stop_userbuffers
 from phd_megatron.runtime.watch import Watch, died_together
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store
 
-_STARTS = itertools.count()
 _NCCL_SLACK = 15.0  # seconds in which NCCL writes its record and ends by itself
 
 
@@ -342,12 +338,14 @@ def _connect(
     """Find the other ranks, compare notes, and initialise torch.distributed. What watches this rank from then on."""
     import torch.distributed as dist
 
+    from phd_megatron.runtime.rendezvous import rendezvous
+
     if dist.is_initialized():
         raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
     timeout = timedelta(minutes=timeout_minutes)
     slack = _NCCL_SLACK if backend == "nccl" else 0.0
     if environment.launched:
-        store, rank, world_size = _meet(environment, timeout, config)
+        store, rank, world_size = rendezvous(environment, timeout, config)
     else:
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1
@@ -369,48 +367,3 @@ def _connect(
             raise
         raise RunLost(watch.explain(error)) from error
     return watch
-
-
-def _meet(environment: Environment, timeout: timedelta, config: Values | None) -> tuple[Store, int, int]:
-    """A store that the ranks of this start share, this rank, and their number.
-
-    Raises:
-        UserError: ranks do not come, or have another run in mind.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from phd_megatron.runtime.meeting import meet
-    from phd_megatron.runtime.preflight import compare_ranks
-
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if launcher_is_gone(os.environ):
-        raise UserError(
-            f"nobody serves {address} any more: the torchrun that rank 0 belongs to has ended; start the run again"
-        )
-    try:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    except Exception as error:  # DistStoreError, DistNetworkError, RuntimeError by torch version
-        raise UserError(
-            f"rank {environment.rank} of {environment.world_size} did not reach the others at {address} within "
-            f"{timeout.total_seconds() / 60:g} minutes ({type(error).__name__}: {error}); check that all ranks were "
-            "started and that the address and port are theirs"
-        ) from error
-    seconds = min(timeout.total_seconds(), 300.0)
-    # A process may start several runtimes one after the other (parity does): each gets its own keys.
-    store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
-    store = dist.PrefixStore(meet(store, rank, world_size, seconds), store)
-    compare_ranks(store, rank, world_size, config, _versions(str(torch.__version__)), seconds)
-    return store, rank, world_size
-
-
-def _versions(torch_version: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"torch": torch_version, "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for package in ("megatron-core", "phd-megatron"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
