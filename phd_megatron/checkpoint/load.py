@@ -155,15 +155,12 @@ def load_checkpoint(
         _verify(path, runtime)
     restored = optimizer if load_optimizer else None
     finetune = run_config is not None and run_config.checkpoint.finetune
-    reader = CheckpointReader(path)
-    training_state, common = _open(path, reader, run_config, scheduler is not None and not finetune, runtime)
+    reader, training_state, common = _open(path, run_config, scheduler is not None and not finetune, runtime)
     if restored is not None:
         match.check_sharding(path, common)
         configured = _configured_groups(restored)
     may_lack = _FROM_ZERO if finetune else frozenset()
-    state, absent = _request(path, reader, models, restored, may_lack, runtime)
-    if load_rng:
-        _request_rng(path, reader, state, runtime)
+    state, absent = _request(path, reader, models, restored, may_lack, load_rng, runtime)
     loaded = _read(path, reader, state, models)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
@@ -179,9 +176,10 @@ def load_checkpoint(
 
 
 def _open(
-    path: Path, reader: CheckpointReader, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike
-) -> tuple[Json, CommonStateDict]:
-    """What the small files say, the configuration compared with this run's; collective."""
+    path: Path, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike
+) -> tuple[CheckpointReader, Json, CommonStateDict]:
+    """A reader, and what the small files say, the configuration compared with this run's; collective."""
+    reader = CheckpointReader(path)
 
     def read_small_files() -> tuple[Json, CommonStateDict]:
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
@@ -189,11 +187,11 @@ def _open(
         common = checkpoint_format.read_common(path)
         return read_training_state(path) if goes_on else store.training_state(path), common
 
-    found = agreement.everywhere(read_small_files)
+    training_state, common = agreement.everywhere(read_small_files)
     if run_config is not None and (path / RUN_CONFIG).is_file():
         for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
             runtime.log(note)
-    return found
+    return reader, training_state, common
 
 
 def _request(
@@ -202,6 +200,7 @@ def _request(
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     may_lack: frozenset[str],
+    load_rng: bool,
     runtime: RuntimeLike,
 ) -> tuple[ShardedStateDict, frozenset[str]]:
     """The state to fill from the checkpoint, and the keys of this model that are not there; collective."""
@@ -214,6 +213,8 @@ def _request(
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
     for key in sorted(absent & _FROM_ZERO):
         runtime.log(f"note: {path} has no {key}, which starts at zero")
+    if load_rng:
+        _request_rng(path, reader, state, runtime)
     return state, absent
 
 
