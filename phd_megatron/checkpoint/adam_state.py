@@ -7,13 +7,16 @@ machine with or without Transformer Engine, or goes from a GPU to the CPU, needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import StateDict
 
-def adapt(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+
+def adapt(saved: StateDict, optimizer: torch.optim.Optimizer) -> None:
     """Bring what a checkpoint holds of an optimizer into the form that ``optimizer`` loads, in place.
 
     Args:
@@ -26,7 +29,7 @@ def adapt(saved: Any, optimizer: torch.optim.Optimizer) -> None:
         _adapt_one(part, step, optimizer.defaults)
 
 
-def _parts(saved: Any) -> Iterator[dict[str, Any]]:
+def _parts(saved: StateDict) -> Iterator[StateDict]:
     """The state dicts with groups inside a chain of optimizers."""
     if not isinstance(saved, dict):
         return
@@ -37,7 +40,7 @@ def _parts(saved: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(part)
 
 
-def _adapt_one(saved: dict[str, Any], step: int, defaults: Mapping[str, Any]) -> None:
+def _adapt_one(saved: StateDict, step: int, defaults: StateDict) -> None:
     for group in saved["param_groups"]:
         for name, value in defaults.items():
             group.setdefault(name, value)
@@ -51,7 +54,7 @@ def _adapt_one(saved: dict[str, Any], step: int, defaults: Mapping[str, Any]) ->
         state["common_step"] = torch.tensor(float(step))
 
 
-def _step(saved: Mapping[str, Any]) -> int:
+def _step(saved: StateDict) -> int:
     """Steps done: one number for all parameters, which is all that Megatron-Core knows too.
 
     0 where the rank that wrote it had no parameters in this optimizer, so the whole chain's is the largest.

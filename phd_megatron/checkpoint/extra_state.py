@@ -9,12 +9,15 @@ from __future__ import annotations
 import enum
 import io
 import pickle
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phd_megatron.checkpoint.store import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import StateDict
 
 _RECIPES = "transformer_engine.common.recipe"
 _NAMES = {
@@ -42,19 +45,20 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no recipe or scale needs")
 
 
-def _storage(content: bytes) -> Any:
+def _storage(content: bytes) -> torch.storage.TypedStorage:
     """Memory of a tensor, which torch pickles as a file of its own."""
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _member(kind: Any, name: str) -> Any:
+def _member(kind: type, name: str) -> enum.Enum:
     """How some versions of Python pickle a member of an enumeration."""
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return kind[name]
+        member: enum.Enum = kind[name]
+        return member
     raise pickle.UnpicklingError(f"it asks for the attribute {name!r} of something that is no enumeration")
 
 
-def check(state: Mapping[str, Any], path: Any) -> None:
+def check(state: StateDict, path: Path) -> None:
     """Refuse the state dict of a model if an extra state in it holds more than recipes, scales and plain values.
 
     Args:

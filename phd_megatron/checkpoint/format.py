@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -23,11 +23,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.store import METADATA, CheckpointError
+from phd_megatron.config.plain import Json, Plain
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
+    from torch.distributed.checkpoint.planner import ReadItem
 
 #: beside the tensors: the resolved configuration, the place in the run, the tokenizer's files
 RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
 #: content of metadata.json
-FORMAT = {
+FORMAT: dict[str, str | int] = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -35,7 +40,7 @@ FORMAT = {
 }
 
 
-def read_common(directory: Path) -> dict[str, Any]:
+def read_common(directory: Path) -> CommonStateDict:
     """The part of the state that is the same on all ranks (optimizer groups, scheduler, content description).
 
     Raises:
@@ -61,19 +66,19 @@ def read_common(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _check_entry(path: Path, content: dict[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> None:
+def _check_entry(path: Path, content: CommonStateDict, name: str, wanted: str, fits: Callable[[Plain], bool]) -> None:
     value = content.get(name)
     if value is not None and not fits(value):
         raise CheckpointError(f"{path} is damaged: {name} is {repr(value)[:80]}, not {wanted}; load another checkpoint")
 
 
-def requested(state: dict[str, Any]) -> dict[str, ShardedTensor | ShardedObject]:
+def requested(state: ShardedStateDict) -> dict[str, ShardedTensor | ShardedObject]:
     """What a sharded state dict asks a checkpoint for: storage key -> one of its shards."""
     sharded, _, _ = load_preprocess(state)
     return {str(storage_key(value)): value for value in nested_values(extract_sharded_base(sharded)[0])}
 
 
-def storage_key(value: Any) -> str | None:
+def storage_key(value: ShardedTensor | ShardedObject | Plain) -> str | None:
     """Under what a shard is stored; None for what is not stored as one."""
     if isinstance(value, ShardedObject):
         return str(value.unique_key)
@@ -81,7 +86,7 @@ def storage_key(value: Any) -> str | None:
 
 
 class _LoadPlanner(mcore_torch.MCoreLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         # torch's own uses weights_only=False here
         with torch.serialization.safe_globals([io.BytesIO]):
             content = torch.load(value, map_location="cpu", weights_only=True)
@@ -99,7 +104,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         super().__init__()
         self._reader = reader
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
         """Fill the sharded state dict from the checkpoint.
 
         Raises:
@@ -124,7 +129,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         return result
 
 
-def check_format(directory: Path, content: dict[str, Any]) -> None:
+def check_format(directory: Path, content: Json) -> None:
     """Refuse a checkpoint whose metadata.json names another format than torch_dist version 1."""
     if content.get("sharded_backend") != FORMAT["sharded_backend"]:
         raise CheckpointError(

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
@@ -17,6 +17,9 @@ from phd_megatron.checkpoint.state import chunks
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime import agreement
 
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
 LARGEST = 1e6
 """No parameter of a model that computes anything is larger than this in absolute value."""
 FACT = "largest_parameter"
@@ -26,7 +29,7 @@ FACT = "largest_parameter"
 @torch.no_grad()
 def check_parameters(
     models: Sequence[torch.nn.Module],
-    optimizer: Any,
+    optimizer: MegatronOptimizer | None,
     iteration: int,
     standing: Callable[[], str],
     *,
@@ -96,19 +99,19 @@ def _parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor
             yield f"parameter {name}", value
 
 
-def _optimizers(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+def _optimizers(optimizer: MegatronOptimizer | None) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(part, "optimizer", None) is not None:
             yield part.optimizer
 
 
-def _main_parameters(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def _main_parameters(optimizer: MegatronOptimizer | None) -> Iterator[tuple[str, Tensor]]:
     for inner in _optimizers(optimizer):
         for group in inner.param_groups:
             yield from (("a main parameter of the optimizer", parameter) for parameter in group["params"])
 
 
-def _states(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def _states(optimizer: MegatronOptimizer | None) -> Iterator[tuple[str, Tensor]]:
     for inner in _optimizers(optimizer):
         for values in inner.state.values():
             for name, value in values.items():

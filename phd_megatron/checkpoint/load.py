@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from phd_megatron.checkpoint import adam_state, checksums, extra_state, optimizer_kind, rng_state, store
+from phd_megatron.checkpoint import adam_state, checksums, extra_state, match, optimizer_kind, rng_state, store
 from phd_megatron.checkpoint import format as checkpoint_format
 from phd_megatron.checkpoint.format import RUN_CONFIG
+from phd_megatron.checkpoint.optimizer_kind import Group
 from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.run_lock import RunLock
 from phd_megatron.checkpoint.saver import RuntimeLike
-from phd_megatron.checkpoint.state import chunks, content, rng_object, sharded_state
+from phd_megatron.checkpoint.state import chunks, rng_object, sharded_state
 from phd_megatron.checkpoint.store import CheckpointError
+from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError, shown
@@ -35,6 +35,7 @@ from phd_megatron.runtime import agreement
 from phd_megatron.runtime.durable import read_small
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -73,7 +74,7 @@ def lock_save_dir(save_dir: str | os.PathLike[str]) -> RunLock | None:
 def find_checkpoint(
     load_dir: str | os.PathLike[str],
     *,
-    log: Callable[[str], Any],
+    log: Callable[[str], None],
     needed_by: str | None = None,
     save_dir: str | os.PathLike[str] | None = None,
 ) -> Path | None:
@@ -132,7 +133,7 @@ def load_checkpoint(
     load_optimizer: bool = True,
     load_rng: bool = True,
     verify: bool = True,
-) -> dict[str, Any]:
+) -> Json:
     """Load one complete checkpoint (see :func:`find_checkpoint`) into freshly built objects; collective.
 
     The layout may differ from the one that saved. Then, and with ``load_rng=False``, random-number state is not
@@ -152,45 +153,89 @@ def load_checkpoint(
     path = Path(path)
     if verify:
         _verify(path, runtime)
-    wants_optimizer = load_optimizer and optimizer is not None
+    restored = optimizer if load_optimizer else None
+    finetune = run_config is not None and run_config.checkpoint.finetune
+    reader, training_state, common = _open(path, run_config, scheduler is not None and not finetune, runtime)
+    if restored is not None:
+        match.check_sharding(path, common)
+        configured = _configured_groups(restored)
+    may_lack = _FROM_ZERO if finetune else frozenset()
+    state, absent = _request(path, reader, models, restored, may_lack, load_rng, runtime)
+    loaded = _read(path, reader, state, models)
+    for key, model in chunks(models):
+        model.load_state_dict(loaded[key], strict=not absent)
+    if restored is not None:
+        _load_optimizer(restored, loaded["optimizer"], configured)
+        _load_scheduler(scheduler, common)
+    elif optimizer is not None:
+        optimizer.reload_model_params()  # main parameters are copies of the model's
+    if "rng_state" in state:
+        rng_state.restore(loaded["rng_state"], runtime.device)
+    runtime.log(f"loaded checkpoint {path}" + ("" if restored is not None else " (parameters only)"))
+    return training_state
+
+
+def _open(
+    path: Path, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike
+) -> tuple[CheckpointReader, Json, CommonStateDict]:
+    """A reader, and what the small files say, the configuration compared with this run's; collective."""
     reader = CheckpointReader(path)
 
-    def read_small_files() -> tuple[dict[str, Any], dict[str, Any]]:
+    def read_small_files() -> tuple[Json, CommonStateDict]:
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
         reader.read_metadata()
         common = checkpoint_format.read_common(path)
-        if scheduler is None or (run_config is not None and run_config.checkpoint.finetune):
-            return store.training_state(path), common  # nothing goes on from there
-        return read_training_state(path), common
+        return read_training_state(path) if goes_on else store.training_state(path), common
 
     training_state, common = agreement.everywhere(read_small_files)
     if run_config is not None and (path / RUN_CONFIG).is_file():
         for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
             runtime.log(note)
-    if wants_optimizer:
-        _check_sharding(path, common)
+    return reader, training_state, common
+
+
+def _request(
+    path: Path,
+    reader: CheckpointReader,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    may_lack: frozenset[str],
+    load_rng: bool,
+    runtime: RuntimeLike,
+) -> tuple[ShardedStateDict, frozenset[str]]:
+    """The state to fill from the checkpoint, and the keys of this model that are not there; collective."""
     stored = reader.read_metadata().state_dict_metadata
-    configured = _configured_groups(optimizer) if wants_optimizer else []
-    state = sharded_state(models, optimizer if wants_optimizer else None, None, is_loading=True)
-    if wants_optimizer:
+    state = sharded_state(models, optimizer, None, is_loading=True)
+    if optimizer is not None:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
-    finetune = run_config is not None and run_config.checkpoint.finetune
-    absent = _check_contents(path, state, stored, wants_optimizer, may_lack=_FROM_ZERO if finetune else frozenset())
+    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack)
     if absent:
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
     for key in sorted(absent & _FROM_ZERO):
         runtime.log(f"note: {path} has no {key}, which starts at zero")
     if load_rng:
-        wanted = rng_object(None)
-        agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
-        if wanted.unique_key in stored:
-            state["rng_state"] = wanted
-        elif any(key.startswith("rng_state/") for key in stored):
-            runtime.log(f"note: {path} was saved with another layout, so random-number state (dropout) starts afresh")
-        else:
-            runtime.log(f"note: {path} holds no random-number state")
+        _request_rng(path, reader, state, runtime)
+    return state, absent
 
-    loaded = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
+
+def _request_rng(path: Path, reader: CheckpointReader, state: ShardedStateDict, runtime: RuntimeLike) -> None:
+    """Add this rank's random-number state to what is loaded, where the same layout saved it; collective."""
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = rng_object(None)
+    agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
+    if wanted.unique_key in stored:
+        state["rng_state"] = wanted
+    elif any(key.startswith("rng_state/") for key in stored):
+        runtime.log(f"note: {path} was saved with another layout, so random-number state (dropout) starts afresh")
+    else:
+        runtime.log(f"note: {path} holds no random-number state")
+
+
+def _read(
+    path: Path, reader: CheckpointReader, state: ShardedStateDict, models: Sequence[torch.nn.Module]
+) -> StateDict:
+    """What the checkpoint holds of ``state``, its objects looked at; collective."""
+    loaded: StateDict = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
 
     def check_objects() -> None:
         for key, _ in chunks(models):
@@ -199,24 +244,16 @@ def load_checkpoint(
             rng_state.check(loaded["rng_state"], path)
 
     agreement.everywhere(check_objects)
-    for key, model in chunks(models):
-        model.load_state_dict(loaded[key], strict=not absent)
-    if wants_optimizer:
-        assert optimizer is not None
-        optimizer_kind.adapt(loaded["optimizer"], optimizer)
-        for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
-            adam_state.adapt(loaded["optimizer"], inner)
-        optimizer.load_state_dict(loaded["optimizer"])
-        for group, values in zip(_groups(optimizer), configured, strict=True):
-            group.update(values)
-        if scheduler is not None and "opt_param_scheduler" in common:
-            _load_scheduler(scheduler, common["opt_param_scheduler"])
-    elif optimizer is not None:
-        optimizer.reload_model_params()  # main parameters are copies of the model's
-    if "rng_state" in state:
-        rng_state.restore(loaded["rng_state"], runtime.device)
-    runtime.log(f"loaded checkpoint {path}" + ("" if wants_optimizer else " (parameters only)"))
-    return training_state
+    return loaded
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, saved: StateDict, configured: Sequence[Group]) -> None:
+    optimizer_kind.adapt(saved, optimizer)
+    for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
+        adam_state.adapt(saved, inner)
+    optimizer.load_state_dict(saved)
+    for group, values in zip(_groups(optimizer), configured, strict=True):
+        group.update(values)
 
 
 def _verify(path: Path, runtime: RuntimeLike) -> None:
@@ -232,7 +269,7 @@ def _verify(path: Path, runtime: RuntimeLike) -> None:
     runtime.log(f"verified the checksums of {path}: {len(manifest)} files, {size / 2**20:.1f} MiB in {seconds:.2f} s")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Json:
     try:
         content = json.loads(read_small(path))
     except FileNotFoundError as error:
@@ -246,7 +283,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
+def read_training_state(path: Path) -> Json:
     """The place in the run that a checkpoint was saved at."""
     file = path / store.TRAINING_STATE
     if not file.exists():
@@ -273,84 +310,23 @@ def _check_resume(path: Path, run_config: RunConfig) -> list[str]:
     return check_resume(load_yaml(path / RUN_CONFIG), run_config)
 
 
-def _check_sharding(path: Path, common: Mapping[str, Any]) -> None:
-    """Megatron-LM can write optimizer states that load under one layout only."""
-    expected = content()["distrib_optim_sharding_type"]
-    found = (common.get("content_metadata") or {}).get("distrib_optim_sharding_type", expected)
-    if found != expected:
-        raise CheckpointError(
-            f"{path} holds optimizer states of sharding type {found}, which load under the layout that saved them "
-            f"only; save it again as {expected}, or load parameters only with --no-load-optim or --finetune"
-        )
-
-
-def _check_contents(
-    path: Path, state: dict[str, Any], stored: Mapping[str, Any], wants_optimizer: bool, may_lack: frozenset[str]
-) -> frozenset[str]:
-    """Compare names and shapes before anything is read, so that another architecture is refused by name.
-
-    Returns:
-        Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
-        Engine's extra states.
-    """
-    wanted = checkpoint_format.requested(state)
-    missing = {key for key in wanted if key not in stored}
-    absent = frozenset(key for key in missing if "_extra_state" in key or key in may_lack)
-    missing -= absent
-
-    def compare() -> None:
-        if wants_optimizer and not any(key.startswith("optimizer.") for key in stored):
-            raise CheckpointError(
-                f"{path} holds no optimizer state; start from its parameters with --finetune, or --no-load-optim"
-            )
-        if missing:
-            raise CheckpointError(
-                f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; "
-                f"build the model that its {RUN_CONFIG} describes"
-            )
-        for key, value in sorted(wanted.items()):
-            if key in stored and isinstance(value, ShardedTensor) != isinstance(stored[key], TensorStorageMetadata):
-                kinds = ("a tensor", "an object")
-                there, here = kinds if isinstance(stored[key], TensorStorageMetadata) else kinds[::-1]
-                raise CheckpointError(f"{path} is damaged: {key} is {there} in it, not {here}; load another one")
-            if isinstance(value, ShardedTensor) and key in stored and not value.allow_shape_mismatch:
-                shape, expected = tuple(stored[key].size), tuple(value.global_shape)
-                if shape != expected:
-                    raise CheckpointError(
-                        f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this "
-                        f"model; build the model that its {RUN_CONFIG} describes"
-                    )
-
-    agreement.everywhere(compare)
-    everyone: set[str] = set().union(*agreement.gather(sorted(wanted)))
-    left_over = {
-        key
-        for key in stored
-        if key not in everyone and not key.startswith(("optimizer.", "rng_state/")) and "_extra_state" not in key
-    }
-    if left_over:
-        raise CheckpointError(
-            f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; "
-            f"build the model that its {RUN_CONFIG} describes"
-        )
-    return absent
-
-
-def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in chained if part.optimizer is not None]
 
 
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
+def _groups(optimizer: MegatronOptimizer) -> list[Group]:
     return [group for inner in _torch_optimizers(optimizer) for group in inner.param_groups]
 
 
-def _configured_groups(optimizer: Any) -> list[dict[str, Any]]:
+def _configured_groups(optimizer: MegatronOptimizer) -> list[Group]:
     return [{key: group[key] for key in _CONFIGURED if key in group} for group in _groups(optimizer)]
 
 
-def _load_scheduler(scheduler: Any, saved: dict[str, Any]) -> None:
+def _load_scheduler(scheduler: OptimizerParamScheduler | None, common: CommonStateDict) -> None:
+    if scheduler is None or "opt_param_scheduler" not in common:
+        return
     # The schedule's shape is this run's configuration; only the position comes from the checkpoint. Megatron's
     # load_state_dict would refuse a changed schedule, and adds the saved position to the current one.
     scheduler.num_steps = 0
-    scheduler.step(increment=saved["num_steps"])
+    scheduler.step(increment=common["opt_param_scheduler"]["num_steps"])

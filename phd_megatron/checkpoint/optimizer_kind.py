@@ -9,17 +9,26 @@ run: another ``decay_norms`` or ``decay_embeddings`` than the checkpoint's makes
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer import param_group_identifier_keys
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
+from phd_megatron.config.plain import Plain
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+    from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+
+Group: TypeAlias = "dict[str, float | bool | str | list[int] | None]"
+"""Parameters that are treated alike: options by name, and ``params``."""
+
 _NAMES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 
 
-def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
+def ask(state: ShardedStateDict, optimizer: MegatronOptimizer | ChainedOptimizer, stored: Container[str]) -> None:
     """Before a load: ask for main parameters under the name that the checkpoint has, in place.
 
     The numbers of the parameters in the groups of a plain optimizer are left out: Megatron-Core would merge them into
@@ -47,7 +56,7 @@ def ask(state: dict[Any, Any], optimizer: Any, stored: Container[str]) -> None:
                 del group["params"]
 
 
-def adapt(loaded: dict[Any, Any], optimizer: Any) -> None:
+def adapt(loaded: StateDict, optimizer: MegatronOptimizer | ChainedOptimizer) -> None:
     """After the load, and after the model's: bring the states into the form of ``optimizer``'s kind, in place."""
     for part, saved in _parts(optimizer, loaded):
         if part.optimizer is None:
@@ -71,7 +80,7 @@ def adapt(loaded: dict[Any, Any], optimizer: Any) -> None:
         holder["param_groups"] = _groups_of_this_run(part.optimizer, holder["param_groups"])
 
 
-def _groups_of_this_run(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _groups_of_this_run(optimizer: torch.optim.Optimizer, saved: list[Group]) -> list[Group]:
     """A saved group for each group of ``optimizer``; another one where the checkpoint has none of its kind.
 
     What then differs, such as the decay, is the configuration's and is set after the load.
@@ -83,23 +92,25 @@ def _groups_of_this_run(optimizer: torch.optim.Optimizer, saved: list[dict[str, 
     ]
 
 
-def _identity(group: dict[str, Any]) -> dict[str, Any]:
+def _identity(group: Group) -> Group:
     """What Megatron-Core tells groups apart by; NeMo writes other names."""
     return {name: group.get(name, group.get(f"pre_{name}")) for name in param_group_identifier_keys}
 
 
-def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+def _kind(group: Group) -> tuple[Plain, ...]:
     return tuple(_identity(group).values())
 
 
-def _parts(optimizer: Any, state: dict[Any, Any]) -> Iterator[tuple[Any, dict[Any, Any]]]:
+def _parts(
+    optimizer: MegatronOptimizer | ChainedOptimizer, state: StateDict
+) -> Iterator[tuple[MegatronOptimizer, StateDict]]:
     """(optimizer, its part of the state) of a chain; Megatron-Core numbers the parts when there are several."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     for number, part in enumerate(chain):
         yield part, state if len(chain) == 1 else state[number]
 
 
-def _parameters(part: Any) -> Iterator[torch.nn.Parameter]:
+def _parameters(part: MegatronOptimizer) -> Iterator[torch.nn.Parameter]:
     """Model parameters of a distributed optimizer in the order of its ``param_state``; none of a plain one."""
     if part.config.use_distributed_optimizer:
         for buffer in part.buffers:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.futures import Future
 
 from phd_megatron.checkpoint.store import CheckpointError
@@ -90,7 +91,7 @@ class CheckpointReader(FileSystemReader):
         Raises:
             CheckpointError: a file is missing, shorter than the metadata says, or does not decode.
         """
-        items_of: dict[str, list[Any]] = {}
+        items_of: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             items_of.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for name, items in items_of.items():
@@ -104,7 +105,7 @@ class CheckpointReader(FileSystemReader):
         done.set_result(None)
         return done
 
-    def _check_length(self, path: Path, items: list[Any]) -> None:
+    def _check_length(self, path: Path, items: list[ReadItem]) -> None:
         places = [self.storage_data[item.storage_index] for item in items]
         needed = max(place.offset + place.length for place in places)
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -12,8 +13,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.checkpoint.store import CheckpointError
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import StateDict
+    from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
-def capture(device: torch.device) -> dict[str, Any]:
+
+def capture(device: torch.device) -> StateDict:
     """State of Python's, numpy's and torch's generators and of Megatron's tracker; of CUDA's when on CUDA."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
@@ -34,7 +39,7 @@ def capture(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def check(state: Any, path: Any) -> None:
+def check(state: StateDict, path: Path) -> None:
     """Refuse what :func:`restore` could not put back, before anything is loaded.
 
     Args:
@@ -59,29 +64,29 @@ def check(state: Any, path: Any) -> None:
         raise _refusal(path, f"{type(error).__name__}: {error}") from error
 
 
-def check_kind(entry: Any, path: Any) -> None:
+def check_kind(entry: STORAGE_TYPES | None, path: Path) -> None:
     """Refuse a state that a checkpoint's table of contents gives as a tensor."""
     if isinstance(entry, TensorStorageMetadata):
         raise _refusal(path, "it is a tensor, not an object")
 
 
-def _refusal(path: Any, why: str) -> CheckpointError:
+def _refusal(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path} holds a random-number state that cannot be put back ({why}); load another checkpoint, or this one "
         "without it with --no-load-rng"
     )
 
 
-def _of_python(saved: Any) -> tuple[Any, ...]:
+def _of_python(saved: StateDict) -> tuple[Any, ...]:
     return saved["version"], tuple(saved["words"].tolist()), saved["gauss"]
 
 
-def _of_numpy(saved: Any) -> tuple[Any, ...]:
+def _of_numpy(saved: StateDict) -> tuple[Any, ...]:
     words = saved["keys"].numpy().astype("uint32")
     return saved["name"], words, saved["position"], saved["has_gauss"], saved["cached"]
 
 
-def restore(state: dict[str, Any], device: torch.device) -> None:
+def restore(state: StateDict, device: torch.device) -> None:
     """Put back what :func:`capture` returned."""
     random.setstate(_of_python(state["python"]))
     numpy.random.set_state(_of_numpy(state["numpy"]))
@@ -98,6 +103,6 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _tensor(value: Any) -> torch.Tensor:
+def _tensor(value: torch.Tensor | torch.Generator) -> torch.Tensor:
     # CUDA-graph safe trackers keep generators instead of state tensors
     return (value.get_state() if isinstance(value, torch.Generator) else value).clone()

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.checkpoint import store
 from phd_megatron.checkpoint.run_file import RUN_FILE, RunFile, is_foreign, new_id, origin_of, read_run, write_run
@@ -19,7 +18,7 @@ from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import agreement
 
-Log = Callable[[str], Any]
+Log = Callable[[str], None]
 
 
 @dataclass

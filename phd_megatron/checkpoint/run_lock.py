@@ -24,8 +24,9 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
+from phd_megatron.config.plain import Json
 from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.processes import first_line, readlink
@@ -105,7 +106,7 @@ class RunLock:
         os.pwrite(descriptor, json.dumps(_identity()).encode(), 0)
         return self
 
-    def check(self, log: Callable[[str], Any] = say) -> None:
+    def check(self, log: Callable[[str], None] = say) -> None:
         """Make sure that the lock still keeps others out, before something is written.
 
         Whoever deletes ``.lock``, or the whole directory, leaves this process with a lock on a file that nobody else
@@ -159,7 +160,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self.acquire()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: type | BaseException | TracebackType | None) -> None:
         self.release()
 
 
@@ -229,13 +230,13 @@ class _Lease:
         temporary.write_text(self._content())
         os.replace(temporary, self._path)
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> Json | None:
         try:
             return _parse(self._path.read_bytes())
         except FileNotFoundError:
             return None
 
-    def _beats(self, seen: dict[str, Any]) -> bool:
+    def _beats(self, seen: Json) -> bool:
         # The content is compared, not its age: the clocks of two hosts need not agree.
         deadline = time.monotonic() + 3 * self._interval
         while time.monotonic() < deadline:
@@ -258,7 +259,7 @@ class _Lease:
                 continue  # a full or unreachable disk: the next beat may pass
 
 
-def _identity() -> dict[str, Any]:
+def _identity() -> Json:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -269,13 +270,13 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _same_place(holder: dict[str, Any]) -> bool:
+def _same_place(holder: Json) -> bool:
     """Whether the holder's process number means something here: same boot of the same host and same container."""
     mine = _identity()
     return all(holder.get(key) == mine[key] for key in ("host", "boot", "pid_namespace"))
 
 
-def _is_dead_here(holder: dict[str, Any]) -> bool:
+def _is_dead_here(holder: Json) -> bool:
     if not _same_place(holder):
         return False
     start = _process_start(int(holder.get("pid") or 0))
@@ -304,7 +305,7 @@ def _is_ours(content: bytes) -> bool:
     return not content.strip(b"\0") or "pid" in _parse(content)
 
 
-def _parse(content: bytes) -> dict[str, Any]:
+def _parse(content: bytes) -> Json:
     try:
         holder = json.loads(content)
     except ValueError:
@@ -312,7 +313,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _refusal(save_dir: Path, holder: dict[str, Any] | None) -> str:
+def _refusal(save_dir: Path, holder: Json | None) -> str:
     holder = holder or {}
     who = f"process {holder.get('pid', '?')} on host {holder.get('host', '?')} since {holder.get('since', '?')}"
     return (

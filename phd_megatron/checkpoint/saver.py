@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -32,6 +32,7 @@ from phd_megatron.checkpoint.checksums import FileSum
 from phd_megatron.checkpoint.format import RUN_CONFIG, TOKENIZER
 from phd_megatron.checkpoint.run_directory import RunDirectory
 from phd_megatron.checkpoint.store import CheckpointError
+from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import dump_yaml
 from phd_megatron.console.terminal import say
@@ -39,6 +40,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime import agreement
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -50,14 +52,14 @@ class RuntimeLike(Protocol):
     def device(self) -> torch.device:
         """Device of this rank."""
 
-    def log(self, message: str, /) -> Any:
+    def log(self, message: str, /) -> None:
         """Print once per run."""
 
 
 class Saveable(Protocol):
     """A tokenizer that can write its files into a directory."""
 
-    def save(self, directory: Any, /) -> Any:
+    def save(self, directory: Path, /) -> None:
         """Write the files."""
 
 
@@ -73,6 +75,16 @@ class _Save:
     began: float
     thread: threading.Thread | None = None
     in_the_way: float = 0.0  # seconds for which training stood still at the start
+
+    def start(self, background: bool) -> None:
+        """Write this rank's files: now, or in a thread."""
+        if background:
+            # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
+            self.thread = threading.Thread(target=self.write.write, name=f"save-{self.iteration}")
+            self.thread.start()
+            self.in_the_way = time.perf_counter() - self.began
+        else:
+            self.write.write()
 
 
 class CheckpointSaver:
@@ -114,7 +126,7 @@ class CheckpointSaver:
         models: Sequence[torch.nn.Module],
         optimizer: MegatronOptimizer | None,
         scheduler: OptimizerParamScheduler | None,
-        training_state: Mapping[str, Any],
+        training_state: Json,
         background: bool = False,
         patient: bool = False,
     ) -> Path | None:
@@ -138,46 +150,58 @@ class CheckpointSaver:
         """
         self.wait()
         began = time.perf_counter()
-        facts = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
-        facts["protocol"] = store.PROTOCOL
-        if self._place is not None:
-            facts["run"] = self._place.run
+        facts = self._facts(training_state, iteration, optimizer)
         with checkpoint_state.whole_parameters(models):
             if optimizer is not None:  # what was not trained here is not judged
-                patient = patient and not self._left_out
-                largest = health.check_parameters(models, optimizer, iteration, lambda: self.standing, patient=patient)
-                self._left_out = largest > health.LARGEST
-                if self._left_out:
-                    self._runtime.log(health.warning(largest, iteration, self.standing))
+                largest = self._judge(models, optimizer, iteration, patient)
+                if largest is None:
                     return None
                 facts[health.FACT] = largest
             state_text = json.dumps(facts, indent=1)
             state = checkpoint_state.sharded_state(models, optimizer, scheduler, is_loading=False)
             state["rng_state"] = checkpoint_state.rng_object(rng_state.capture(self._runtime.device))
             state["content_metadata"] = checkpoint_state.content()
-            sharded, common = checkpoint_writer.prepare_save(state)
+            write, size = self._lay_out(iteration, state, state_text, background)
             path = store.iteration_dir(self._root, iteration)
-            agreement.from_rank_zero(self._check_place)
-            try:
-                agreement.from_rank_zero(lambda: store.prepare_iteration(self._root, iteration))
-                size = checkpoint_writer.check_space(path, sharded)
-                agreement.from_rank_zero(lambda: self._write_sidecars(path, state_text))
-                write = checkpoint_writer.ShardWrite(path, sharded, common)
-                if background:
-                    agreement.everywhere(write.copy_to_host)
-            except (UserError, OSError) as error:
-                raise self._failure(iteration, path, error) from error
-            self._under_way = save = _Save(iteration, path, write, size, facts.get(health.FACT), began)
-            if background:
-                # Not a daemon: the interpreter does not end, and the directory's lock is kept, while it writes.
-                save.thread = threading.Thread(target=write.write, name=f"save-{iteration}")
-                save.thread.start()
-                save.in_the_way = time.perf_counter() - began
-            else:
-                write.write()
+            self._under_way = _Save(iteration, path, write, size, facts.get(health.FACT), began)
+            self._under_way.start(background)
         if not background:
             self._finish()
         return path
+
+    def _facts(self, training_state: Json, iteration: int, optimizer: MegatronOptimizer | None) -> Json:
+        facts = {**training_state, "iteration": iteration, "layout": checkpoint_state.layout(optimizer)}
+        return facts | {"protocol": store.PROTOCOL} | ({} if self._place is None else {"run": self._place.run})
+
+    def _judge(
+        self, models: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, iteration: int, patient: bool
+    ) -> float | None:
+        """The largest absolute value of a parameter; None, with a warning, when this save is to be left out."""
+        patient = patient and not self._left_out
+        largest = health.check_parameters(models, optimizer, iteration, lambda: self.standing, patient=patient)
+        self._left_out = largest > health.LARGEST
+        if not self._left_out:
+            return largest
+        self._runtime.log(health.warning(largest, iteration, self.standing))
+        return None
+
+    def _lay_out(
+        self, iteration: int, state: ShardedStateDict, state_text: str, background: bool
+    ) -> tuple[checkpoint_writer.ShardWrite, int]:
+        """Make the directory with its sidecars, and plan the files; bytes of all ranks' tensors. Collective."""
+        sharded, common = checkpoint_writer.prepare_save(state)
+        path = store.iteration_dir(self._root, iteration)
+        agreement.from_rank_zero(self._check_place)
+        try:
+            agreement.from_rank_zero(lambda: store.prepare_iteration(self._root, iteration))
+            size = checkpoint_writer.check_space(path, sharded)
+            agreement.from_rank_zero(lambda: self._write_sidecars(path, state_text))
+            write = checkpoint_writer.ShardWrite(path, sharded, common)
+            if background:
+                agreement.everywhere(write.copy_to_host)
+        except (UserError, OSError) as error:
+            raise self._failure(iteration, path, error) from error
+        return write, size
 
     def poll(self) -> None:
         """Complete the save in the background if all ranks have written; collective, and does not wait for any.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
@@ -14,22 +14,24 @@ from phd_megatron.model.quantised import dequantise
 from phd_megatron.runtime import agreement
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import MegatronModule
 
 
-def chunks(models: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
+def chunks(models: Sequence[torch.nn.Module]) -> list[tuple[str, MegatronModule]]:
     """(key in the state dict, bare model) of each chunk, named as Megatron-LM does."""
     bare = []
     for model in models:
-        inner: Any = model
+        inner: MegatronModule = model
         while hasattr(inner, "module"):  # DistributedDataParallel, Float16Module
             inner = inner.module
         bare.append(inner)
     return [("model" if len(bare) == 1 else f"model{number}", model) for number, model in enumerate(bare)]
 
 
-def content() -> dict[str, Any]:
+def content() -> dict[str, str | bool]:
     """How the state is sharded; Megatron-core asks for it when saving, and it is saved for the load."""
     return {
         # the only type of megatron-core 0.16 that loads under other TP and PP sizes
@@ -47,7 +49,7 @@ def sharded_state(
     scheduler: OptimizerParamScheduler | None,
     *,
     is_loading: bool,
-) -> dict[str, Any]:
+) -> ShardedStateDict:
     """Megatron-core's sharded state dict of this rank; collective. Its tensors are the live ones, not copies.
 
     Args:
@@ -65,7 +67,7 @@ def sharded_state(
     return state
 
 
-def rng_object(state: dict[str, Any] | None) -> ShardedObject:
+def rng_object(state: StateDict | None) -> ShardedObject:
     """This rank's random-number state under a name that holds its place in the layout."""
     data = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sizes = (
@@ -81,7 +83,7 @@ def rng_object(state: dict[str, Any] | None) -> ShardedObject:
     return ShardedObject("rng_state", state, sizes, place)
 
 
-def layout(optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+def layout(optimizer: MegatronOptimizer | None) -> dict[str, int | bool | None]:
     """Facts about the layout for ``training_state.json``."""
     return {
         "world_size": agreement.world_size(),
@@ -95,7 +97,7 @@ def layout(optimizer: MegatronOptimizer | None) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
+def whole_parameters(models: Sequence[MegatronModule]) -> Iterator[None]:
     """With overlapped parameter gathering the updated shards only arrive in the next forward pass; fetch them now."""
     overlapping = [model for model in models if getattr(model, "remove_forward_pre_hook_handles", None)]
     for model in overlapping:

@@ -13,8 +13,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from phd_megatron.config.plain import Json
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.durable import read_small
 
@@ -94,7 +95,7 @@ def is_complete(directory: str | os.PathLike[str]) -> bool:
     return status(directory).kind == "complete"
 
 
-def training_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def training_state(directory: str | os.PathLike[str]) -> Json:
     """The facts that were saved with a checkpoint; empty when they are not there or not readable."""
     try:
         content = json.loads(read_small(Path(directory) / TRAINING_STATE))

@@ -21,8 +21,8 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.checkpoint.find import (
     RELEASE,
@@ -112,7 +112,7 @@ def prepare_iteration(root: str | os.PathLike[str], iteration: int, warn: Warn =
     return path
 
 
-def commit_iteration(root: str | os.PathLike[str], iteration: int, metadata: dict[str, Any]) -> Path:
+def commit_iteration(root: str | os.PathLike[str], iteration: int, metadata: Mapping[str, str | int]) -> Path:
     """Declare a written checkpoint complete: metadata.json, then the tracker, then drop what it replaces.
 
     Args:
@@ -129,9 +129,9 @@ def commit_iteration(root: str | os.PathLike[str], iteration: int, metadata: dic
     return path
 
 
-def metadata_text(metadata: dict[str, Any]) -> str:
+def metadata_text(metadata: Mapping[str, str | int]) -> str:
     """What :func:`commit_iteration` writes into ``metadata.json``."""
-    return json.dumps(metadata)
+    return json.dumps(dict(metadata))
 
 
 def abandon_iteration(root: str | os.PathLike[str], iteration: int) -> None:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -33,13 +33,23 @@ from phd_megatron.checkpoint.format import first_failure
 from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.runtime import agreement
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+    from torch.distributed.checkpoint.storage import WriteResult
 
-def prepare_save(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+T = TypeVar("T")
+_Written: TypeAlias = "tuple[list[WriteResult], dict[str, FileSum]]"
+_Data: TypeAlias = "torch.Tensor | io.BytesIO"
+
+
+def prepare_save(state: ShardedStateDict) -> tuple[ShardedStateDict, CommonStateDict]:
     """Split a sharded state dict into (sharded part, common part) and check that the shards cover every tensor once."""
     return agreement.everywhere(lambda: save_preprocess(state, validate_access_integrity=True))
 
 
-def bytes_to_write(sharded: dict[str, Any]) -> int:
+def bytes_to_write(sharded: ShardedStateDict) -> int:
     """Bytes of tensors that this rank will write."""
     return sum(
         value.data.numel() * value.data.element_size()
@@ -48,7 +58,7 @@ def bytes_to_write(sharded: dict[str, Any]) -> int:
     )
 
 
-def check_space(directory: Path, sharded: dict[str, Any]) -> int:
+def check_space(directory: Path, sharded: ShardedStateDict) -> int:
     """Refuse a save that cannot fit, before anything is written.
 
     Returns:
@@ -84,8 +94,8 @@ class ShardWrite:
         CheckpointError: on all ranks, when a state cannot be laid out.
     """
 
-    def __init__(self, directory: Path, sharded: dict[str, Any], common: dict[str, Any]) -> None:
-        def translate() -> tuple[dict[str, Any], bytes | None]:
+    def __init__(self, directory: Path, sharded: ShardedStateDict, common: CommonStateDict) -> None:
+        def translate() -> tuple[StateDict, bytes | None]:
             by_key, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
             return mcore_torch.mcore_to_pyt_state_dict(by_key), _serialised(common) if agreement.rank() == 0 else None
 
@@ -95,8 +105,8 @@ class ShardWrite:
         self._planner = mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._writer = _Writer(directory)
         self._values: Any = self._planner
-        self._metadata: Any = None
-        self._outcome: tuple[list[Any], dict[str, FileSum]] | BaseException = RuntimeError("nothing was written")
+        self._metadata: Metadata | None = None
+        self._outcome: _Written | BaseException = RuntimeError("nothing was written")
         plan = self._collective(lambda: self._ranks.reduce_scatter("plan", lambda: self._plan(tensors), self._merge))
         self._items = self._planner.finish_plan(plan)
 
@@ -127,30 +137,31 @@ class ShardWrite:
                 error), when writing or committing failed anywhere.
         """
 
-        def outcome() -> tuple[list[Any], dict[str, FileSum]]:
+        def outcome() -> _Written:
             if isinstance(self._outcome, BaseException):
                 raise self._outcome
             return self._outcome
 
-        def complete(outcomes: list[tuple[list[Any], dict[str, FileSum]]]) -> None:
+        def complete(outcomes: list[_Written]) -> None:
+            assert self._metadata is not None  # made where the plans were merged, on this rank
             self._writer.finish(self._metadata, [results for results, _ in outcomes])
             commit({name: entry for _, sums in outcomes for name, entry in sums.items()})
 
         self._collective(lambda: self._ranks.all_reduce("write", outcome, complete))
 
-    def _plan(self, tensors: dict[str, Any]) -> Any:
+    def _plan(self, tensors: StateDict) -> SavePlan:
         self._planner.set_up_planner(
             state_dict=tensors, storage_meta=self._writer.storage_meta(), is_coordinator=self._ranks.is_coordinator
         )
         self._writer.set_up_storage_writer(self._ranks.is_coordinator, rank=self._ranks.rank)
         return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
-    def _merge(self, plans: list[Any]) -> list[Any]:
+    def _merge(self, plans: list[SavePlan]) -> list[SavePlan]:
         plans, self._metadata = self._planner.create_global_plan(plans)
         return self._writer.prepare_global_plan(plans)
 
     @staticmethod
-    def _collective(step: Callable[[], Any]) -> Any:
+    def _collective(step: Callable[[], T]) -> T:
         try:
             return step()
         except CheckpointException as error:
@@ -160,15 +171,15 @@ class ShardWrite:
 class _HostCopies:
     """What the planner would give the writer, as it was when this was made; each value once."""
 
-    def __init__(self, planner: Any, items: Iterable[Any]) -> None:
+    def __init__(self, planner: SavePlanner, items: Iterable[WriteItem]) -> None:
         # Objects are serialised already; tensors share memory with parameters and optimizer states.
         self._values = {item.index: _copied(planner.resolve_data(item)) for item in items}
 
-    def resolve_data(self, item: Any) -> Any:
+    def resolve_data(self, item: WriteItem) -> _Data:
         return self._values.pop(item.index)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: _Data) -> _Data:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -177,7 +188,7 @@ class _SummingFileSystem(filesystem.FileSystem):
         self.sums: dict[str, FileSum] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         with SummingWriter(path) as stream:
             yield stream
             self.sums[Path(path).name] = stream.sum
@@ -193,7 +204,7 @@ class _Writer(dcp.FileSystemWriter):
         return dict(self._summing.sums)
 
 
-def _serialised(content: Any) -> bytes:
+def _serialised(content: CommonStateDict) -> bytes:
     stream = io.BytesIO()
     torch.save(content, stream)
     return stream.getvalue()

@@ -8,7 +8,8 @@ A row renames (:class:`Rename`), sets a field (:class:`Set`), is true anyway (:c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from phd_megatron.config.plain import Plain
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Set:
     """
 
     field: str
-    value: Any
-    only_over: tuple[Any, ...] = ()
+    value: Plain
+    only_over: tuple[Plain, ...] = ()
     note: str = ""
 
 
@@ -44,7 +45,7 @@ class Accept:
 class Choice:
     """The flag takes one value. ``values`` maps each accepted one to the fields it sets."""
 
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, dict[str, Plain]] = field(default_factory=dict)
     reason: str = ""
     cure: str = ""
 

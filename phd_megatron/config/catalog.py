@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from phd_megatron.config.facts import Belongs, Bound, Needs, Role, bounds_of, groups_of, needs_of, role_of
+from phd_megatron.config.plain import Annotation
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.transformer_fields import transformer_role
 
@@ -44,7 +45,7 @@ class FieldInfo:
 
     section: str
     name: str
-    annotation: Any
+    annotation: Annotation
     default: Any
     help: str
     role: Role

@@ -9,9 +9,9 @@ every step, or on a tensor that moves. What the machine and the layout must brin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.plain import Plain
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 FIELDS = ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_warmup_steps")
 """``TransformerConfig`` fields of the graph."""
@@ -20,7 +20,7 @@ SCOPE = "full_iteration"
 _CURE = "use cuda_graph_impl none"
 
 
-def is_full_iteration(scope: Any) -> bool:
+def is_full_iteration(scope: Plain) -> bool:
     """Whether that value of ``cuda_graph_scope`` is the one that is supported."""
     return scope in (SCOPE, [SCOPE])
 
@@ -96,6 +96,10 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
             f"{asked} with overlap_grad_reduce=True: hooks in Python start each reduction and a step waits for it, "
             "and a replay skips both; leave it out (gradients are reduced after the graph then), or " + _CURE
         )
+    yield from _communication(parallel, asked)
+
+
+def _communication(parallel: ParallelConfig, asked: str) -> Iterator[str]:
     for name, size in (
         ("tensor_model_parallel_size", parallel.tensor_model_parallel_size),
         ("pipeline_model_parallel_size", parallel.pipeline_model_parallel_size),

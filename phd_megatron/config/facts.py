@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from phd_megatron.config.plain import Annotation, Plain
+
 
 class Role(enum.Enum):
     """What depends on a field's value."""
@@ -88,7 +90,7 @@ Minutes = Annotated[float, Gt(0), Le(10**7)]
 Bound = Ge | Gt | Le | Lt
 
 
-def role_of(annotation: Any) -> Role:
+def role_of(annotation: Annotation) -> Role:
     """The one role of an annotation.
 
     Raises:
@@ -100,32 +102,32 @@ def role_of(annotation: Any) -> Role:
     return roles[0]
 
 
-def needs_of(annotation: Any) -> Needs | None:
+def needs_of(annotation: Annotation) -> Needs | None:
     """What else has to be set, if anything."""
     return next((fact for fact in _facts(annotation) if isinstance(fact, Needs)), None)
 
 
-def groups_of(annotation: Any) -> frozenset[Belongs]:
+def groups_of(annotation: Annotation) -> frozenset[Belongs]:
     """The groups that the field is in."""
     return frozenset(fact for fact in _facts(annotation) if isinstance(fact, Belongs))
 
 
-def _facts(annotation: Any) -> tuple[Any, ...]:
+def _facts(annotation: Annotation) -> tuple[Annotation, ...]:
     return typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
 
 
-def bounds_of(annotation: Any) -> tuple[Bound, ...]:
+def bounds_of(annotation: Annotation) -> tuple[Bound, ...]:
     """The limits of a value, or of each item of a list."""
     return tuple(_bounds(annotation))
 
 
-def _bounds(annotation: Any) -> Iterator[Bound]:
+def _bounds(annotation: Annotation) -> Iterator[Bound]:
     yield from (fact for fact in _facts(annotation) if isinstance(fact, Ge | Gt | Le | Lt))
     for inner in typing.get_args(annotation)[: 1 if typing.get_origin(annotation) is Annotated else None]:
         yield from _bounds(inner)
 
 
-def violates(value: Any, bounds: tuple[Bound, ...]) -> str | None:
+def violates(value: Plain, bounds: tuple[Bound, ...]) -> str | None:
     """What the value, or each item of a list, should be, if it is not."""
     items = value if isinstance(value, list | tuple) else [value]
     numbers = [item for item in items if isinstance(item, int | float)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
 
-from phd_megatron.config.aliases import ALIASES, Accept, Choice, Refuse, Rename, Set
+from phd_megatron.config.aliases import ALIASES, Accept, Alias, Choice, Refuse, Rename, Set
 from phd_megatron.config.catalog import fields, nearest
 from phd_megatron.config.megatron_flags import refusal
+from phd_megatron.config.plain import Annotation, Annotations, Plain
 from phd_megatron.config.values import is_bool, is_list, parse_words, simplify
 from phd_megatron.errors import UserError, shown
 
@@ -26,14 +25,14 @@ class ParsedFlags:
         aliases: alias name -> its row, for the conditions that are checked once everything is merged.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Plain] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     config: str | None = None
     preset: str | None = None
     aliases: dict[str, Set | Accept] = field(default_factory=dict)
 
-    def put(self, name: str, value: Any, flag: str) -> None:
+    def put(self, name: str, value: Plain, flag: str) -> None:
         """Store a value. Two spellings that disagree are refused; the same flag twice counts the last time."""
         if name in self.values and self.values[name] != value:
             before = self.origins[name]
@@ -47,7 +46,7 @@ class ParsedFlags:
         self.origins[name] = flag
 
 
-def parse_flags(argv: list[str], transformer_fields: Mapping[str, Any]) -> ParsedFlags:
+def parse_flags(argv: list[str], transformer_fields: Annotations) -> ParsedFlags:
     """Parse the whole command line.
 
     Raises:
@@ -119,7 +118,7 @@ class _Words:
         return "true"
 
 
-def _read(name: str, annotation: Any, words: _Words) -> Any:
+def _read(name: str, annotation: Annotation, words: _Words) -> Plain:
     simple = simplify(annotation)
     if is_bool(simple):
         taken = [words.truth()]
@@ -130,7 +129,7 @@ def _read(name: str, annotation: Any, words: _Words) -> Any:
     return parse_words(name, taken, annotation, f"flag {words.flag}")
 
 
-def _apply_alias(parsed: ParsedFlags, name: str, alias: Any, words: _Words, known: Mapping[str, Any]) -> None:
+def _apply_alias(parsed: ParsedFlags, name: str, alias: Alias, words: _Words, known: Annotations) -> None:
     match alias:
         case Rename(field=target):
             _must_exist(words.flag, target, known)
@@ -154,20 +153,20 @@ def _apply_alias(parsed: ParsedFlags, name: str, alias: Any, words: _Words, know
             raise UserError(f"{words.flag}: {reason}; {cure}")
 
 
-def _must_exist(flag: str, target: str, known: Mapping[str, Any]) -> None:
+def _must_exist(flag: str, target: str, known: Annotations) -> None:
     if target not in known:
         raise UserError(
             f"{flag} sets TransformerConfig.{target}, which the installed Megatron-Core does not have; leave it out"
         )
 
 
-def _refuse_unknown(spelled: str, name: str, known: Mapping[str, Any]) -> None:
+def _refuse_unknown(spelled: str, name: str, known: Annotations) -> None:
     flags = {key.replace("_", "-") for key in (*known, *ALIASES, "config", "preset", "help") if not key.startswith("_")}
     hint = nearest(name.replace("_", "-"), flags, "did you mean --{}?") or "--help lists every flag"
     raise UserError(f"unknown flag {spelled}; {hint}")
 
 
-def _hint_for_word(word: str, known: Mapping[str, Any]) -> str:
+def _hint_for_word(word: str, known: Annotations) -> str:
     if word.startswith("-") and word.strip("-").replace("-", "_") in known:
         return f"; did you mean --{word.strip('-')}?"
     return "; flags begin with --, and a list of values directly follows its flag"

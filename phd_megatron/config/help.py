@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
 from phd_megatron.config.aliases import ALIASES, Rename, describe_alias
 from phd_megatron.config.catalog import FieldInfo, fields, sections
+from phd_megatron.config.plain import Annotations, Plain
 from phd_megatron.config.presets import PRESETS
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
@@ -20,7 +20,7 @@ configuration saved in --load, and that over --preset. Lists follow their flag: 
 turned on by --flag and off by --no-flag. Underscores may stand for dashes."""
 
 
-def help_text(transformer_fields: Mapping[str, Any]) -> str:
+def help_text(transformer_fields: Annotations) -> str:
     """All flags by section with type, default and meaning."""
     lines = [_INTRO, "", "  --config FILE", "      YAML file with the sections below"]
     lines += ["  --preset NAME[,NAME]", "      named configurations, a later one on top (docs/presets.md):"]
@@ -42,7 +42,7 @@ def help_text(transformer_fields: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _is_usable(name: str, transformer_fields: Mapping[str, Any]) -> bool:
+def _is_usable(name: str, transformer_fields: Annotations) -> bool:
     simple = simplify(transformer_fields[name])
     return simple is not None and not name.startswith("_") and not is_refused_by_name(name) and name not in ALIASES
 
@@ -52,7 +52,7 @@ def _explain(info: FieldInfo) -> str:
     return f"{info.help} ({describe(info.annotation)}{default})"
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Plain) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "empty"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

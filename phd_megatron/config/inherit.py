@@ -6,11 +6,9 @@ a run that somebody still needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from phd_megatron.config.catalog import fields, role
-from phd_megatron.config.facts import PIPELINE_CUT, PLACE, SCHEDULE
+from phd_megatron.config.facts import PIPELINE_CUT, PLACE, SCHEDULE, Belongs
+from phd_megatron.config.plain import Plain, Values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, from_dict, lookup, to_dict
 from phd_megatron.config.validate import is_met
@@ -20,7 +18,7 @@ _ENDS = {"train_iters": "lr_decay_iters", "train_samples": "lr_decay_samples"}
 """Length of a run -> length of a schedule that follows from it."""
 
 
-def inherited(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def inherited(saved: Values, given: Values) -> dict[str, Plain]:
     """The saved values that a run takes over which is given those; name -> value."""
     stages = given.get("pipeline_model_parallel_size")
     is_cut_anew = stages not in (None, saved.get("pipeline_model_parallel_size"))
@@ -31,7 +29,7 @@ def inherited(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def schedule_of(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def schedule_of(saved: Values, given: Values) -> dict[str, Plain]:
     """With ``use_checkpoint_opt_param_scheduler`` the saved schedule, which then wins over what is given; else nothing.
 
     A decay as long as the run is written down as such, so that a longer run does not stretch it.
@@ -76,7 +74,7 @@ def _without_their_needs(config: RunConfig) -> list[str]:
     ]
 
 
-def not_taken_over(saved: Mapping[str, Any], config: RunConfig, load: str) -> list[str]:
+def not_taken_over(saved: Values, config: RunConfig, load: str) -> list[str]:
     """What to tell of places that the saved run wrote to and this one does not."""
     left = [
         f"{name}={shown(value)}"
@@ -88,5 +86,5 @@ def not_taken_over(saved: Mapping[str, Any], config: RunConfig, load: str) -> li
     return [f"not taken over from {load}: {', '.join(left)}; where a run writes is said anew at each start"]
 
 
-def _belongs(name: str, group: Any) -> bool:
+def _belongs(name: str, group: Belongs) -> bool:
     return name in fields() and group in fields()[name].groups

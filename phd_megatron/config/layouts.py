@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from phd_megatron.config.catalog import nearest
 from phd_megatron.config.schema import ParallelConfig, RunConfig
@@ -27,7 +26,7 @@ SIZES = {
     "dp": "",
 }
 #: words alone -> the fields they set
-SWITCHES: dict[str, dict[str, Any]] = {
+SWITCHES: dict[str, dict[str, int | str]] = {
     "sp": {"sequence_parallel": True},
     "overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     "nodist": {"use_distributed_optimizer": False},
@@ -60,7 +59,7 @@ class Layout:
     """A name, the fields it sets, and the number of ranks it is run on."""
 
     name: str
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, int | str] = field(default_factory=dict)
     ranks: int = 1
 
     def apply(self, base: RunConfig) -> RunConfig:
@@ -80,8 +79,8 @@ class Layout:
     @property
     def group(self) -> int:
         """Data-parallel size x pipeline size: the micro-batches of a step are a multiple of it."""
-        pipeline = self.fields.get(SIZES["pp"], 1)
-        shards = self.fields.get(SIZES["tp"], 1) * self.fields.get(SIZES["cp"], 1) * pipeline
+        pipeline = _size(self.fields, "pp")
+        shards = _size(self.fields, "tp") * _size(self.fields, "cp") * pipeline
         return max(1, self.ranks // shards) * pipeline
 
 
@@ -94,7 +93,7 @@ def parse_layout(name: str) -> Layout:
     Raises:
         UserError: for an unknown word, with the nearest one, or a word given twice.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, int | str] = {}
     dp: int | None = None
     seen: set[str] = set()
     for word in name.split("+"):
@@ -110,10 +109,9 @@ def parse_layout(name: str) -> Layout:
             values[SIZES[kind]] = number
     if {"ag", "p2p"} <= seen:
         raise UserError(f"layout {name!r} says both ag and p2p; give one of them")
-    size = {kind: values.get(target, 1) for kind, target in SIZES.items()}
-    dense = size["tp"] * size["cp"] * size["pp"]
+    dense = _size(values, "tp") * _size(values, "cp") * _size(values, "pp")
     # Experts are spread over tensor, context and data ranks together.
-    experts = values.get(SIZES["etp"], size["tp"]) * size["ep"] * size["pp"]
+    experts = _size(values, "etp", _size(values, "tp")) * _size(values, "ep") * _size(values, "pp")
     return Layout(name, values, dense * dp if dp is not None else math.lcm(dense, experts))
 
 
@@ -138,6 +136,10 @@ def microbatches(layouts: Iterable[Layout], at_least: int = 4) -> int:
     """Micro-batches of a step that every one of the layouts can share out evenly, and that fill a pipeline."""
     common = math.lcm(*(layout.group for layout in layouts))
     return common * -(-at_least // common)
+
+
+def _size(values: Mapping[str, int | str], kind: str, default: int = 1) -> int:
+    return int(values.get(SIZES[kind], default))
 
 
 def _split(word: str, name: str) -> tuple[str, int]:

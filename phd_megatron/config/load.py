@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from phd_megatron.config.aliases import Set
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
 from phd_megatron.config.inherit import drop_what_is_lost, inherited, not_taken_over, schedule_of
+from phd_megatron.config.plain import Annotations, Plain, Values
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
@@ -17,7 +17,7 @@ from phd_megatron.errors import UserError
 
 __all__ = ["LoadedConfig", "dump_yaml", "from_dict", "load_run_config", "load_yaml", "to_dict"]
 
-SavedConfig = Mapping[str, Any] | Callable[[str], Mapping[str, Any] | None] | None
+SavedConfig = Values | Callable[[str], Values | None] | None
 
 
 @dataclass
@@ -35,9 +35,7 @@ class LoadedConfig:
     notes: list[str]
 
 
-def load_run_config(
-    argv: list[str], *, transformer_fields: Mapping[str, Any], saved: SavedConfig = None
-) -> LoadedConfig:
+def load_run_config(argv: list[str], *, transformer_fields: Annotations, saved: SavedConfig = None) -> LoadedConfig:
     """Merge defaults < presets (``--preset``) < saved configuration < YAML (``--config``) < flags.
 
     Args:
@@ -55,12 +53,12 @@ def load_run_config(
         print(help_text(transformer_fields))
         raise SystemExit(0)
     flags = parse_flags(argv, transformer_fields)
-    yaml_values: dict[str, Any] = {}
+    yaml_values: dict[str, Plain] = {}
     if flags.config is not None:
         yaml_values = flatten(read_yaml(flags.config), flags.config, transformer_fields)
 
     load = flags.values.get("load", yaml_values.get("load"))
-    saved_data = (saved(load) if load is not None else None) if callable(saved) else saved
+    saved_data = (saved(str(load)) if load is not None else None) if callable(saved) else saved
     everything = {} if saved_data is None else flatten(saved_data, f"configuration saved in {load}", None)
     given = {**yaml_values, **flags.values}
     saved_values = inherited(everything, given)
@@ -82,7 +80,7 @@ def load_run_config(
     return merged
 
 
-def merge_layers(layers: Sequence[tuple[Mapping[str, Any], str | Mapping[str, str]]]) -> LoadedConfig:
+def merge_layers(layers: Sequence[tuple[Values, str | Mapping[str, str]]]) -> LoadedConfig:
     """Defaults, then each layer of ``field -> checked value`` with where its values are from; later ones win."""
     merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), [])
     for values, origin in layers:
@@ -90,7 +88,7 @@ def merge_layers(layers: Sequence[tuple[Mapping[str, Any], str | Mapping[str, st
     return merged
 
 
-def _overlay(merged: LoadedConfig, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+def _overlay(merged: LoadedConfig, values: Values, origins: Mapping[str, str]) -> None:
     for group in ALTERNATIVES:
         given = [name for name in group if name in values and values[name] != fields()[name].default]
         for name in group:
@@ -107,7 +105,7 @@ def _overlay(merged: LoadedConfig, values: Mapping[str, Any], origins: Mapping[s
         merged.origins[name] = origins[name]
 
 
-def _check_conditions_before(flags: ParsedFlags, weaker: Mapping[str, Any]) -> None:
+def _check_conditions_before(flags: ParsedFlags, weaker: Values) -> None:
     for name, alias in flags.aliases.items():
         if isinstance(alias, Set) and alias.only_over and alias.field in weaker:
             old = weaker[alias.field]

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import ModelConfig
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Plain] = {
     "moe_router_topk": 2,
     "moe_layer_freq": 1,
     "moe_ffn_hidden_size": None,

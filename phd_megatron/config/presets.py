@@ -9,11 +9,10 @@ says what a paper leaves open or says twice, and what was taken. The files in ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.plain import Plain, Values
 from phd_megatron.errors import UserError, shown
 
 HYBRID_NORM = "HybridNorm, arXiv 2503.04598"
@@ -38,7 +37,7 @@ class Preset:
     title: str
     paper: str
     reproduces: str
-    values: Mapping[str, Any]
+    values: Values
     tokens: float = 0
     parameters: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
@@ -52,7 +51,7 @@ class Preset:
 _SEQ_LENGTH, _BATCH = 4096, 1024
 _BATCH_TOKENS = _SEQ_LENGTH * _BATCH
 
-_RECIPE: dict[str, Any] = {
+_RECIPE: dict[str, Plain] = {
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
@@ -90,7 +89,7 @@ _PHD_RECIPE = (
 )
 
 
-def _sizes(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, Any]:
+def _sizes(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, Plain]:
     return {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -101,13 +100,18 @@ def _sizes(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[
     }
 
 
-def _model(sizes: Mapping[str, Any], tokens: float, **changes: Any) -> dict[str, Any]:
+def _model(sizes: Values, tokens: float, **changes: Plain) -> dict[str, Plain]:
     """Sizes, then what all models of the papers share, then what this one has of its own."""
-    shared = {"seq_length": _SEQ_LENGTH, "rotary_base": 500000.0, "vocab_size": 100278, "norm_scheme": "hybrid_star"}
+    shared: dict[str, Plain] = {
+        "seq_length": _SEQ_LENGTH,
+        "rotary_base": 500000.0,
+        "vocab_size": 100278,
+        "norm_scheme": "hybrid_star",
+    }
     return {**sizes, **shared, **_RECIPE, "train_samples": math.ceil(tokens / _SEQ_LENGTH), **changes}
 
 
-def _phd(repeat: int, window: int, chunk: int | None) -> dict[str, Any]:
+def _phd(repeat: int, window: int, chunk: int | None) -> dict[str, Plain]:
     return {"phd_repeat": repeat, "phd_window": window, "phd_chunk": chunk}
 
 
@@ -119,7 +123,7 @@ _DENSE = {
     "1.2b": _sizes(16, 2048, 8192, 32, 8),
 }
 
-_EXPERTS = {
+_EXPERTS: dict[str, Plain] = {
     "num_moe_experts": 64,
     "moe_router_topk": 8,
     "moe_ffn_hidden_size": 1024,
@@ -131,7 +135,7 @@ _EXPERTS = {
     "moe_token_dispatcher_type": "alltoall",
 }
 
-_TINY: dict[str, Any] = {
+_TINY: dict[str, Plain] = {
     "seq_length": 256,
     "norm_scheme": "hybrid_star",
     "split": "95,5,0",
@@ -291,13 +295,13 @@ PRESETS: dict[str, Preset] = {
 """Name -> row."""
 
 
-def preset_values(names: str) -> dict[str, Any]:
+def preset_values(names: str) -> dict[str, Plain]:
     """The fields of one preset, or of several whose names are joined by commas; a later one wins.
 
     Raises:
         UserError: for an unknown name, with the nearest.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Plain] = {}
     for name in names.split(","):
         row = PRESETS.get(name.strip())
         if row is None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from phd_megatron.config.catalog import fields, role
 from phd_megatron.config.facts import FORM
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.config.unsupported import raise_all
@@ -60,5 +59,5 @@ def _all_names(*configs: RunConfig) -> list[str]:
     return [*fields(), *extra]
 
 
-def _show(name: str, value: Any) -> str:
+def _show(name: str, value: Plain) -> str:
     return "Megatron-Core's default" if value is None and name not in fields() else repr(value)

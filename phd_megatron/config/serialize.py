@@ -11,18 +11,19 @@ import yaml
 
 from phd_megatron.config.aliases import ALIASES, Rename, Set
 from phd_megatron.config.catalog import PASSTHROUGH, fields, nearest, sections
+from phd_megatron.config.plain import Annotations, Plain, Values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.values import check_value, refuse_shell_slips
 from phd_megatron.config.yaml_text import read_yaml_file
 from phd_megatron.errors import UserError, shown
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: RunConfig) -> dict[str, dict[str, Plain]]:
     """Section -> field -> value, made of plain YAML types and independent of ``config``."""
     return dataclasses.asdict(config)
 
 
-def from_dict(data: Mapping[str, Any], where: str = "configuration") -> RunConfig:
+def from_dict(data: Values, where: str = "configuration") -> RunConfig:
     """The inverse of :func:`to_dict`. Absent fields take their defaults.
 
     Raises:
@@ -34,9 +35,9 @@ def from_dict(data: Mapping[str, Any], where: str = "configuration") -> RunConfi
     return config
 
 
-def changed(config: RunConfig) -> dict[str, dict[str, Any]]:
+def changed(config: RunConfig) -> dict[str, dict[str, Plain]]:
     """Section -> field -> value of what is not the default, for a file that people read."""
-    found = {section: {} for section in sections()}  # type: dict[str, dict[str, Any]]
+    found: dict[str, dict[str, Plain]] = {section: {} for section in sections()}
     for name, info in fields().items():
         value = lookup(config, name)
         if value != info.default:
@@ -60,7 +61,7 @@ def load_yaml(path: str | Path) -> RunConfig:
     return from_dict(read_yaml(path), str(path))
 
 
-def assign(config: RunConfig, name: str, value: Any) -> None:
+def assign(config: RunConfig, name: str, value: Plain) -> None:
     """Set one field by its unique name; a name that is not ours is a ``TransformerConfig`` field."""
     info = fields().get(name)
     if info is None:
@@ -90,14 +91,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str, Any] | None) -> dict[str, Any]:
+def flatten(data: Values, where: str, transformer_fields: Annotations | None) -> dict[str, Plain]:
     """Sections to ``field name -> checked value``.
 
     ``transformer_fields`` are the names and annotations that may stand under ``model:``, also below
     ``model: transformer:``. With None, whatever stands below ``transformer`` is taken as it is: it was checked when it
     was written.
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, Plain] = {}
     for section, content in data.items():
         if section not in sections():
             raise UserError(f"{where}: unknown section {shown(section)}; {_section_hint(str(section))}")
@@ -120,7 +121,7 @@ def flatten(data: Mapping[str, Any], where: str, transformer_fields: Mapping[str
     return flat
 
 
-def _passthrough(values: Any, where: str, annotations: Mapping[str, Any] | None) -> dict[str, Any]:
+def _passthrough(values: Plain, where: str, annotations: Annotations | None) -> dict[str, Plain]:
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -147,7 +148,7 @@ def _section_hint(name: str) -> str:
     return nearest(name, sections()) or f"the sections are {', '.join(sections())}"
 
 
-def _field_hint(name: str, section: str, transformer_fields: Mapping[str, Any]) -> str:
+def _field_hint(name: str, section: str, transformer_fields: Annotations) -> str:
     if name in fields():
         return f"it belongs in section {fields()[name].section!r}"
     alias = ALIASES.get(name)

@@ -9,30 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.cuda_graph import is_full_iteration
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import lookup
 from phd_megatron.errors import UserError
 
-Test = Callable[[Any, RunConfig], bool]
+Test = Callable[[Plain, RunConfig], bool]
 
 
-def _set(value: Any, config: RunConfig) -> bool:
+def _set(value: Plain, config: RunConfig) -> bool:
     return value is not None and value is not False
 
 
-def _not(*harmless: Any) -> Test:
+def _not(*harmless: Plain) -> Test:
     return lambda value, config: value not in harmless
 
 
-def _above_one(value: Any, config: RunConfig) -> bool:
-    return value is not None and value > 1
-
-
-def _with_local_layers(value: Any, config: RunConfig) -> bool:
+def _with_local_layers(value: Plain, config: RunConfig) -> bool:
     """The machine that the run is for may have Transformer Engine; a run is held against its machine when it starts."""
     return _set(value, config) and config.model.transformer_impl == "local"
 
@@ -50,7 +46,7 @@ def _holds_without(switch: str, *items: str) -> Test:
     return lambda value, config: _holds(*items)(value, config) and _without(switch)(value, config)
 
 
-def _graph_of_layers(value: Any, config: RunConfig) -> bool:
+def _graph_of_layers(value: Plain, config: RunConfig) -> bool:
     if value in (None, "none"):
         return False
     return value != "local" or not is_full_iteration(config.model.transformer.get("cuda_graph_scope"))

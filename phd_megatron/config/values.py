@@ -13,26 +13,31 @@ import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, Union
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.plain import Annotation, Annotations, Plain, Values
 from phd_megatron.config.yaml_text import parse_yaml
 from phd_megatron.errors import UserError, shell_slip, shown
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 MAX_TEXT = 8192  #: characters
 MAX_INTEGER = 2**63 - 1
-_ATOMS = (int, float, bool, str, type(None))
+_NONE: Annotation = type(None)
+_ATOMS = (int, float, bool, str, _NONE)
 
 
-def _is_union(annotation: Any) -> bool:
+def _is_union(annotation: Annotation) -> bool:
     return typing.get_origin(annotation) in (Union, types.UnionType)
 
 
-def _is_enum(annotation: Any) -> bool:
+def _is_enum(annotation: Annotation) -> TypeGuard[type[enum.Enum]]:
     return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
 
 
-def simplify(annotation: Any) -> Any | None:
+def simplify(annotation: Annotation) -> Annotation | None:
     """The part of an annotation that text and YAML can express, or None when there is no such part.
 
     Enums become the ``Literal`` of their member names. Members of a union that are Python objects (callables, dtypes)
@@ -41,48 +46,48 @@ def simplify(annotation: Any) -> Any | None:
     if annotation is Any or annotation in _ATOMS or typing.get_origin(annotation) is Literal:
         return annotation
     if annotation is None:
-        return type(None)
+        return _NONE
     if annotation is list:
         return list[Any]
     if _is_enum(annotation):
         return Literal[tuple(annotation.__members__)]
     if _is_union(annotation):
         parts = [part for part in map(simplify, typing.get_args(annotation)) if part is not None]
-        return Union[tuple(parts)] if any(part is not type(None) for part in parts) else None  # noqa: UP007
-    if typing.get_origin(annotation) in (list, tuple):
+        return Union[tuple(parts)] if any(part is not _NONE for part in parts) else None  # noqa: UP007
+    container = typing.get_origin(annotation)
+    if container is not None and container in (list, tuple):
         parts = [part if part is ... else simplify(part) for part in typing.get_args(annotation)]
-        container = typing.get_origin(annotation)
         return None if None in parts else container[tuple(parts)]
     return None
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def _members(annotation: Annotation) -> tuple[Annotation, ...]:
     return typing.get_args(annotation) if _is_union(annotation) else (annotation,)
 
 
-def is_optional(annotation: Any) -> bool:
+def is_optional(annotation: Annotation) -> bool:
     """Whether None is a value."""
-    return type(None) in _members(annotation)
+    return _NONE in _members(annotation)
 
 
-def is_bool(annotation: Any) -> bool:
+def is_bool(annotation: Annotation) -> bool:
     """Whether the value is true or false (or None)."""
     return bool in _members(annotation)
 
 
-def is_list(annotation: Any) -> bool:
+def is_list(annotation: Annotation) -> bool:
     """Whether a flag of this type takes several words."""
     return any(typing.get_origin(member) in (list, tuple) for member in _members(annotation))
 
 
-def describe(annotation: Any) -> str:
+def describe(annotation: Annotation) -> str:
     """The type in words, such as ``an integer or null``, for errors and ``--help``."""
-    names = {
+    names: dict[Annotation, str] = {
         int: "an integer",
         float: "a number",
         bool: "true or false",
         str: "text",
-        type(None): "null",
+        _NONE: "null",
         Any: "any value",
     }
     words = []
@@ -101,21 +106,21 @@ def describe(annotation: Any) -> str:
 
 
 @cache
-def _adapter(annotation: Any) -> Any:
+def _adapter(annotation: Any) -> TypeAdapter[Plain]:
     from pydantic import ConfigDict, TypeAdapter
 
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
-def _leaves(annotation: Any) -> set[Any]:
-    found: set[Any] = set()
+def _leaves(annotation: Annotation) -> set[Annotation]:
+    found: set[Annotation] = set()
     for member in _members(annotation):
         inner = typing.get_args(member) if typing.get_origin(member) in (list, tuple) else ()
         found |= set().union(*map(_leaves, inner)) if inner else {member}
     return found
 
 
-def _unwritable(value: Any) -> str | None:
+def _unwritable(value: Plain) -> str | None:
     """Why a value fits no field whatever its type, and the cure; None for one that may fit."""
     if isinstance(value, str):
         if "\0" in value:
@@ -140,7 +145,7 @@ def _unwritable(value: Any) -> str | None:
     return f"it is a {type(value).__name__} to YAML; put it in quotes if it is meant as text"
 
 
-def refuse_shell_slips(name: str, value: Any, where: str) -> None:
+def refuse_shell_slips(name: str, value: Plain, where: str) -> None:
     """Refuse text without a character, which would name the working directory, or nothing, and an unexpanded home.
 
     Raises:
@@ -151,13 +156,13 @@ def refuse_shell_slips(name: str, value: Any, where: str) -> None:
             raise UserError(f"{name}={shown(value)} ({where}) {problem}, or leave {name} out")
 
 
-def _has_stray_bool(value: Any, annotation: Any) -> bool:
+def _has_stray_bool(value: Plain, annotation: Annotation) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
     leaves = _leaves(annotation)
     return any(isinstance(item, bool) for item in items) and not leaves & {bool, Any}
 
 
-def check_value(name: str, value: Any, annotation: Any, where: str) -> Any:
+def check_value(name: str, value: Plain, annotation: Annotation, where: str) -> Plain:
     """Return the value converted to the annotation.
 
     Raises:
@@ -191,7 +196,7 @@ def check_value(name: str, value: Any, annotation: Any, where: str) -> Any:
     return checked
 
 
-def _cure(value: Any, annotation: Any) -> str:
+def _cure(value: Plain, annotation: Annotation) -> str:
     choices = [str(c) for m in _members(annotation) if typing.get_origin(m) is Literal for c in typing.get_args(m)]
     hint = nearest(str(value), choices) if choices else None
     if hint:
@@ -201,7 +206,7 @@ def _cure(value: Any, annotation: Any) -> str:
     return "; correct the value"
 
 
-def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any:
+def parse_words(name: str, words: list[str], annotation: Annotation, where: str) -> Plain:
     """The value of a flag that was given these words (one word, unless the type is a list)."""
     simple = simplify(annotation)
     if simple is None:
@@ -225,7 +230,7 @@ def parse_words(name: str, words: list[str], annotation: Any, where: str) -> Any
     return check_value(name, words, annotation, where)
 
 
-def _yaml_list(name: str, word: str, where: str) -> Any:
+def _yaml_list(name: str, word: str, where: str) -> Plain:
     try:
         return parse_yaml(word, where)
     except UserError as error:
@@ -234,12 +239,12 @@ def _yaml_list(name: str, word: str, where: str) -> Any:
         ) from None
 
 
-def decode(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> dict[str, Any]:
+def decode(values: Values, annotations: Annotations) -> dict[str, Plain | enum.Enum]:
     """Turn the names of enum members, and lists where a tuple is meant, into what ``TransformerConfig`` takes."""
     return {name: _decode_one(value, annotations.get(name, Any)) for name, value in values.items()}
 
 
-def _decode_one(value: Any, annotation: Any) -> Any:
+def _decode_one(value: Plain, annotation: Annotation) -> Plain | enum.Enum:
     for member in _members(annotation):
         if _is_enum(member) and isinstance(value, str) and value in member.__members__:
             return member[value]

@@ -6,11 +6,13 @@ number that takes minutes to convert. Aliases and merge keys work as long as wha
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from phd_megatron.config.files import read_text
+from phd_megatron.config.plain import Plain
 from phd_megatron.errors import UserError, shown
 
 MAX_BYTES = 1 << 19  #: of a file: some thousand members of a sweep; this reader needs seconds for as much
@@ -33,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}  # id of a finished node -> values it stands for
         self._total = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """One node, with everything below it."""
         mark = self.peek_event().start_mark
         if len(self._open) >= _MAX_DEPTH:
@@ -53,14 +55,14 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"its aliases stand for more than {_MAX_VALUES:,} values", mark)
         return node
 
-    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+    def compose_scalar_node(self, anchor: dict[str, yaml.Node]) -> yaml.ScalarNode:
         """A scalar, which may not be an endless number."""
         node = super().compose_scalar_node(anchor)
         if node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:
             raise _refused(f"the number {node.value[:20]}... has {len(node.value)} characters", node.start_mark)
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         """A mapping whose keys occur once: YAML would silently take the last one."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
@@ -79,11 +81,11 @@ _UNREADABLE = (ValueError, OverflowError, LookupError, AttributeError, TypeError
 """What PyYAML's own constructors raise on values that are none: a date such as 2026-99-99, ``!!bool maybe``."""
 
 
-def _refused(problem: str, mark: Any) -> _Refused:
+def _refused(problem: str, mark: yaml.Mark) -> _Refused:
     return _Refused(problem=problem, problem_mark=mark)
 
 
-def read_yaml_file(path: Any) -> Any:
+def read_yaml_file(path: str | Path) -> Any:
     """The content of a YAML file; None when it is empty.
 
     Raises:
@@ -92,7 +94,7 @@ def read_yaml_file(path: Any) -> Any:
     return parse_yaml(read_text(path, "give the path of a YAML file", MAX_BYTES), str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Plain:
     """The one document in a YAML text, made of dicts, lists, strings, numbers, dates, true, false and null.
 
     Raises:
@@ -117,7 +119,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line} is not YAML: {problem}; correct it") from None
 
 
-def _construct(loader: _Loader, node: yaml.Node) -> Any:
+def _construct(loader: _Loader, node: yaml.Node) -> Plain:
     try:
         return loader.construct_document(node)
     except _UNREADABLE as error:

@@ -22,7 +22,8 @@ these two characters side by side. (Unigram does neither: the sums it compares a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from phd_megatron.config.plain import Json, Plain
 
 METASPACE = "▁"
 #: Characters to each side of a place that are looked at, and the length of an added token more.
@@ -71,7 +72,7 @@ class Rules:
     characters: frozenset[str] = frozenset()
 
 
-def rules_of(content: dict[str, Any]) -> Rules | None:
+def rules_of(content: Json) -> Rules | None:
     """What is known of a tokenizer by the content of its ``tokenizer.json``.
 
     Returns:
@@ -118,7 +119,7 @@ def rules_of(content: dict[str, Any]) -> Rules | None:
     )
 
 
-def _is_gpt2(pre_tokenizer: Any) -> bool:
+def _is_gpt2(pre_tokenizer: Plain) -> bool:
     """The one that ``prepare`` trains too: words by GPT-2's expression, nothing put in front."""
     return bool(
         isinstance(pre_tokenizer, dict)
@@ -128,7 +129,7 @@ def _is_gpt2(pre_tokenizer: Any) -> bool:
     )
 
 
-def _flat(part: Any, name: str) -> list[dict[str, Any]]:
+def _flat(part: Json | None, name: str) -> list[Json]:
     if part is None:
         return []
     if part.get("type") == "Sequence":
@@ -147,7 +148,7 @@ class _Normalized:
     is_none: bool = True
 
 
-def _normalization(parts: list[dict[str, Any]]) -> _Normalized | None:
+def _normalization(parts: list[Json]) -> _Normalized | None:
     result = _Normalized(is_none=not parts)
     for part in parts:
         kind = part.get("type")
@@ -166,7 +167,7 @@ def _normalization(parts: list[dict[str, Any]]) -> _Normalized | None:
     return result
 
 
-def _replaces_inside(part: dict[str, Any], result: _Normalized) -> bool:
+def _replaces_inside(part: Json, result: _Normalized) -> bool:
     """Whether a replacement leaves a single space a space, or makes it the sign for one, and touches no line feed."""
     pattern, new = part.get("pattern") or {}, part.get("content")
     old = pattern.get("String")
@@ -183,7 +184,7 @@ def _replaces_inside(part: dict[str, Any], result: _Normalized) -> bool:
     return not any(character.isspace() or character == METASPACE for character in old + new)
 
 
-def _kinds(parts: list[dict[str, Any]], normalized: _Normalized) -> tuple[str, ...]:
+def _kinds(parts: list[Json], normalized: _Normalized) -> tuple[str, ...]:
     """Kinds of places at which words end; ("whole",) when there are no words."""
     for part in parts:
         kind = part.get("type")
@@ -205,7 +206,7 @@ def _kinds(parts: list[dict[str, Any]], normalized: _Normalized) -> tuple[str, .
     return () if normalized.spreads or not (normalized.keeps_lines or normalized.space == METASPACE) else ("whole",)
 
 
-def _is_inside_words(part: dict[str, Any], normalized: _Normalized) -> bool:
+def _is_inside_words(part: Json, normalized: _Normalized) -> bool:
     """Whether a pre-tokenizer parts a text between two characters by these two alone, and never at white space."""
     kind, pattern = part.get("type"), part.get("pattern") or {}
     if kind == "Digits":
@@ -219,7 +220,7 @@ def _is_inside_words(part: dict[str, Any], normalized: _Normalized) -> bool:
     return part.get("behavior") == "Isolated" and pattern.get("Regex") in _RUNS
 
 
-def _is_known(split: dict[str, Any]) -> bool:
+def _is_known(split: Json) -> bool:
     expression = (split.get("pattern") or {}).get("Regex")
     keeps_all = (split.get("behavior"), bool(split.get("invert"))) in (("Isolated", False), ("Removed", True))
     if not isinstance(expression, str) or not keeps_all:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -20,6 +20,7 @@ from phd_megatron.data.index_cache import is_alone
 from phd_megatron.data.indexed import IndexedInfo, check_indexed
 from phd_megatron.data.one_pass import build_pass
 from phd_megatron.data.output import read_sidecar
+from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.data.verify import Fingerprint, verify, verify_end
 from phd_megatron.errors import UserError
@@ -31,20 +32,19 @@ _MAX_BLOCKS = 256
 _MANY_SAMPLES, _MANY_PASSES = 10**7, 10**4
 
 
-class BlockedDataset(Dataset[dict[str, Any]]):
+class BlockedDataset(Dataset[Sample]):
     """Blocks of ``block`` samples one after the other; the last one may be cut by ``length``."""
 
-    def __init__(self, blocks: list[Any], block: int, length: int) -> None:
+    def __init__(self, blocks: Sequence[Samples], block: int, length: int) -> None:
         self.blocks, self.block, self.length = blocks, block, length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
-        sample: dict[str, Any] = self.blocks[index // self.block][index % self.block]
-        return sample
+        return self.blocks[index // self.block][index % self.block]
 
 
 def resolve_tokenizer(run: RunConfig) -> Tokenizer:
@@ -184,11 +184,13 @@ def _check_sidecar(info: IndexedInfo, tokenizer: Tokenizer) -> None:
         )
 
 
-def _describe(identifiers: dict[str, Any]) -> str:
+def _describe(identifiers: Mapping[str, str | int]) -> str:
     return ", ".join(f"{key} {identifiers[key]}" for key in ("class", "vocab_size", "eod") if key in identifiers)
 
 
-def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int, int]) -> tuple[Any, Any, Any]:
+def build_datasets(
+    run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int, int]
+) -> tuple[Samples | None, Samples | None, Samples | None]:
     """Training samples of the wanted number; one pass over validation and test data where any are; None where none are.
 
     A pass has the samples that the data has, be they more or fewer than wanted
@@ -199,7 +201,7 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int
     """
     infos = check_data(run, tokenizer, samples)
     plans = plan_splits(run.data)
-    built: list[Any] = []
+    built: list[Samples | None] = []
     for index, (plan, count) in enumerate(zip(plans, samples, strict=True)):
         if count <= 0 or plan is None:
             built.append(None)
@@ -218,7 +220,7 @@ def build_datasets(run: RunConfig, tokenizer: Tokenizer, samples: tuple[int, int
 
 def _build_block(
     run: RunConfig, tokenizer: Tokenizer, plan: SplitPlan, infos: dict[str, IndexedInfo], count: int, seed: int
-) -> Any:
+) -> Samples:
     """``count`` samples of the training split by Megatron's builder."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -16,6 +15,7 @@ from phd_megatron.data.blend import SPLIT_NAMES, SPLITS, SplitPlan, check_split,
 from phd_megatron.data.datasets import check_data
 from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.one_pass import build_pass, interleave
+from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
 
@@ -78,24 +78,24 @@ class Progress:
         return Evaluation(loss / tokens, int(tokens), self.samples, time.perf_counter() - self.began)
 
 
-class EvenBatches(Dataset[dict[str, Any]]):
+class EvenBatches(Dataset[Sample]):
     """The first ``samples`` items of ``dataset``, filled up to a multiple of ``multiple``.
 
     A filler is the first item without loss on any token.
     """
 
-    def __init__(self, dataset: Any, samples: int, multiple: int) -> None:
+    def __init__(self, dataset: Samples, samples: int, multiple: int) -> None:
         self.dataset, self.samples, self.length = dataset, samples, -(-samples // multiple) * multiple
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
         if index < self.samples:
             return dict(self.dataset[index])
-        item = dict(self.dataset[0])
+        item = self.dataset[0]
         return {**item, "loss_mask": torch.zeros_like(item["loss_mask"])}
 
 
@@ -140,6 +140,11 @@ def check_selection(data: DataConfig, split: str, asked: int | None) -> SplitPla
     return plan
 
 
+def _one_sample_of(index: int) -> tuple[int, int, int]:
+    """Of training, validation and test split: a sample of one, none of the others."""
+    return int(index == 0), int(index == 1), int(index == 2)
+
+
 def select_samples(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int | None) -> Selection:
     """One pass over ``split`` (``train``, ``valid``, ``test``), or as many samples as asked for; checks the data.
 
@@ -150,8 +155,8 @@ def select_samples(run: RunConfig, tokenizer: Tokenizer, split: str, asked: int 
     """
     index, length = SPLITS.index(split), run.model.seq_length
     plan = check_selection(run.data, split, asked)
-    wanted = tuple(1 if number == index else 0 for number in range(3))
-    tokens = check_split(plan, check_data(run, tokenizer, wanted), length, index)  # type: ignore[arg-type]
+    wanted = _one_sample_of(index)
+    tokens = check_split(plan, check_data(run, tokenizer, wanted), length, index)
     available = len(interleave([(count - 1) // length for count in tokens], plan.weights)[0])
     if asked is not None and asked > available:
         why = ": with weights it ends where a data set would have to repeat" if plan.weights else ""
@@ -168,6 +173,6 @@ def evaluation_dataset(run: RunConfig, tokenizer: Tokenizer, split: str, samples
     index = SPLITS.index(split)
     plan = plan_splits(run.data)[index]
     assert plan is not None  # checked by select_samples
-    wanted = tuple(1 if number == index else 0 for number in range(3))
-    dataset = build_pass(run, tokenizer, plan, check_data(run, tokenizer, wanted), index)  # type: ignore[arg-type]
+    wanted = _one_sample_of(index)
+    dataset = build_pass(run, tokenizer, plan, check_data(run, tokenizer, wanted), index)
     return EvenBatches(dataset, samples, multiple)

@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.errors import UserError
 
 GENERATION_FILE = "generation_config.json"
@@ -19,26 +20,26 @@ GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 1 << 20  # bytes of the file
 _LONGEST = 10_000  # entries of a list
-Values = dict[str, Any]
+Values = dict[str, Plain]
 
 
 class _Kind(NamedTuple):
     what: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Plain], bool]
 
 
 def _number(low: float, high: float, what: str) -> _Kind:
-    def holds(value: Any) -> bool:
+    def holds(value: Plain) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
     return _Kind(what, holds)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Plain) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _list_of(check: Callable[[Plain], bool]) -> Callable[[Plain], bool]:
     return lambda value: isinstance(value, list) and 0 < len(value) <= _LONGEST and all(map(check, value))
 
 
@@ -99,7 +100,7 @@ def read_generation(directory: Path) -> tuple[Values, list[str]]:
     return checked(content, path)
 
 
-def checked(content: Mapping[str, Any], path: Path) -> tuple[Values, list[str]]:
+def checked(content: Mapping[str, Plain], path: Path) -> tuple[Values, list[str]]:
     """The values of ``content`` that are known, and the other names; ``path`` is where they come from.
 
     Raises:
@@ -121,18 +122,18 @@ def checked(content: Mapping[str, Any], path: Path) -> tuple[Values, list[str]]:
     return values, sorted(left_out)
 
 
-def outside(values: Mapping[str, Any], vocab_size: int) -> list[str]:
+def outside(values: Mapping[str, Plain], vocab_size: int) -> list[str]:
     """Names of the values with tokens that a vocabulary of this size does not have."""
     return [name for name in _IDS if any(token >= vocab_size for token in _flat(values.get(name)))]
 
 
-def _flat(value: Any) -> list[int]:
+def _flat(value: Plain) -> list[int]:
     if isinstance(value, list):
         return [token for part in value for token in _flat(part)]
-    return [] if value is None else [value]
+    return [value] if isinstance(value, int) else []
 
 
-def write_generation(values: Mapping[str, Any], directory: Path) -> None:
+def write_generation(values: Mapping[str, Plain], directory: Path) -> None:
     """Write the file; nothing where there are no values."""
     if values:
         text = json.dumps(dict(values), indent=2, ensure_ascii=False)

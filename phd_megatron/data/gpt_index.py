@@ -14,16 +14,16 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SplitPlan
-from phd_megatron.data.index_cache import forget_index, is_alone, is_as_written, load_index, save_index
+from phd_megatron.data.index_cache import Arrays, Files, forget_index, is_alone, is_as_written, load_index, save_index
 from phd_megatron.data.indexed import IndexedInfo
 from phd_megatron.data.open_file import FileArray
+from phd_megatron.data.samples import Samples
 from phd_megatron.data.token_files import TokenFiles
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
@@ -52,13 +52,13 @@ class IndexedGPTDataset(GPTDataset):
     dataset: TokenFiles
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> Any:
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TokenFiles:
         """Megatron's would map the files."""
         assert isinstance(config, IndexedGPTConfig)
         return TokenFiles(config.infos[dataset_path], config.tokenizer.vocab_size)
 
     @staticmethod
-    def numel_low_level_dataset(low_level_dataset: Any) -> int:
+    def numel_low_level_dataset(low_level_dataset: TokenFiles) -> int:
         """Sequences of the data."""
         return len(low_level_dataset)
 
@@ -85,7 +85,7 @@ class IndexedGPTDataset(GPTDataset):
         name = hashlib.blake2b(key.encode("utf-8"), digest_size=12).hexdigest()
         return Path(self.config.index_cache or f"{self.dataset_path}.cache") / f"{self.index_split.name}-{name}"
 
-    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+    def _build_document_sample_shuffle_indices(self) -> Arrays | Files:
         base = self._cache_path()
         loaded = load_index(base, read_all=is_alone())
         if loaded is not None:
@@ -163,7 +163,7 @@ def permutation(samples: int) -> np.ndarray:
     return np.random.RandomState(_PERMUTATION_SEED).permutation(samples)
 
 
-def forget_damaged_caches(datasets: Iterable[Any]) -> int:
+def forget_damaged_caches(datasets: Iterable[Samples]) -> int:
     """Of all index caches that these datasets read; how many were damaged."""
     count = 0
     for dataset in datasets:
@@ -186,7 +186,7 @@ def index_config(
     *,
     random_seed: int = _PERMUTATION_SEED,
     blend: tuple[list[str], list[float] | None] | None = None,
-    **options: Any,
+    **options: float,
 ) -> IndexedGPTConfig:
     """What Megatron's datasets are told of split ``index``; the default of ``random_seed`` is that of a pass."""
     config = IndexedGPTConfig(
@@ -219,7 +219,7 @@ class TokenizerView:
 
     pad = -1
 
-    def __init__(self, vocab_size: int, eod: int, identifiers: dict[str, Any]) -> None:
+    def __init__(self, vocab_size: int, eod: int, identifiers: dict[str, str | int]) -> None:
         self.vocab_size = vocab_size
         self.eod = eod
         self.unique_identifiers = identifiers

@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class IndexedInfo:
     int64 [documents + 1] lie in the index."""
 
     prefix: str
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     lengths: FileArray
     pointers: FileArray
     marks: FileArray

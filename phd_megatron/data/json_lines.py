@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
 
+from phd_megatron.config.plain import Json, Plain
 from phd_megatron.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -15,13 +15,17 @@ class Undecodable(Exception):
     """The file or line is not text in its encoding."""
 
 
-def _kind(value: Any) -> str:
+_KINDS: dict[type, str] = {
+    **{list: "array", dict: "object", bool: "boolean", int: "number", float: "number", str: "string"},
+}
+
+
+def _kind(value: Plain) -> str:
     """In JSON's words."""
-    names = {list: "array", bool: "boolean", int: "number", float: "number", dict: "object", str: "string"}
-    return names.get(type(value), "null")
+    return _KINDS.get(type(value), "null")
 
 
-def _some(record: dict[str, Any]) -> str:
+def _some(record: Json) -> str:
     keys = [repr(key if len(key) <= 40 else f"{key[:40]}...") for key in itertools.islice(record, 8)]
     return ", ".join([*keys, f"and {len(record) - 8} more"] if len(record) > 8 else keys) or "none"
 
@@ -35,9 +39,9 @@ def parse_line(line: bytes, where: str, key: str) -> str:
     text = text.removeprefix(BYTE_ORDER_MARK)  # files that were put together have some in the middle
     # Written more than once, or with an escape: two keys may be one, of which JSON takes the last without a word.
     is_twice = text.count(f'"{key}"') > 1 or "\\" in text
-    pairs: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Plain]] = []
 
-    def remember(found: list[tuple[str, Any]]) -> dict[str, Any]:
+    def remember(found: list[tuple[str, Plain]]) -> Json:
         nonlocal pairs
         pairs = found  # the outermost object comes last
         return dict(found)

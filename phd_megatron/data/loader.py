@@ -10,11 +10,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import usable_cores
 
@@ -36,24 +36,25 @@ def check_workers(number: int) -> None:
         )
 
 
-class _Answers(Dataset[Any]):
+class _Answers(Dataset[Sample | UserError]):
     """The samples of a dataset; a refusal is an answer too, since torch would hand it on with a worker's traceback."""
 
-    def __init__(self, dataset: Dataset[dict[str, Any]]) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, index: int) -> dict[str, Any] | UserError:
+    def __getitem__(self, index: int) -> Sample | UserError:
         try:
             return self._dataset[index]
         except UserError as error:
             return error
 
 
-def _collate(samples: list[Any], slices: Sequence[range] | None = None) -> dict[str, torch.Tensor] | UserError:
+def _collate(samples: list[Sample | UserError], slices: Sequence[range] | None = None) -> Sample | UserError:
     refusal = next((sample for sample in samples if isinstance(sample, UserError)), None)
     if refusal is not None:
         return refusal
-    batch = {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+    whole = [sample for sample in samples if not isinstance(sample, UserError)]
+    batch = {key: torch.stack([sample[key] for sample in whole]) for key in KEYS}
     if slices is None:
         return batch
     return {key: torch.cat([x[:, part.start : part.stop] for part in slices], 1) for key, x in batch.items()}
@@ -89,7 +90,7 @@ class SampleStream:
 
     def __init__(
         self,
-        dataset: Dataset[dict[str, Any]],
+        dataset: Samples,
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
@@ -103,7 +104,7 @@ class SampleStream:
                 f"micro_batch_size {micro_batch_size} must be positive, dp_rank {dp_rank} below dp_size {dp_size} and "
                 f"num_workers {num_workers} not negative"
             )
-        self._dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
+        self._dataset, self._length = dataset, len(dataset)
         self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
         self._workers, self._pin, self._slices = num_workers, pin_memory, slices
         self._iterator: Iterator[dict[str, torch.Tensor] | UserError] | None = None
@@ -145,7 +146,7 @@ class SampleStream:
     def _restart(self, consumed_samples: int) -> None:
         self.close()
         positions = _Positions(consumed_samples, self._length, self._size, self._rank, self._ranks)
-        loader: DataLoader[Any] = DataLoader(
+        loader: DataLoader[Sample | UserError] = DataLoader(
             _Answers(self._dataset),
             batch_sampler=positions,
             num_workers=self._workers,

@@ -7,7 +7,7 @@ batch size and the number of samples that are asked for have no part in it.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SplitPlan, documents_of
 from phd_megatron.data.indexed import IndexedInfo
+from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.data.tokenizers import Tokenizer
 
 
@@ -44,21 +45,20 @@ def interleave(sizes: list[int], weights: list[float] | None) -> tuple[np.ndarra
     return part[:end], sample[:end]
 
 
-class OnePass(Dataset[dict[str, Any]]):
+class OnePass(Dataset[Sample]):
     """The samples of a pass, as :func:`interleave` orders them."""
 
-    def __init__(self, parts: list[Any], weights: list[float] | None) -> None:
+    def __init__(self, parts: Sequence[Samples], weights: list[float] | None) -> None:
         self.parts = parts
         self.part_of, self.sample_of = interleave([len(part) for part in parts], weights)
 
     def __len__(self) -> int:
         return len(self.part_of)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        sample: dict[str, Any] = self.parts[self.part_of[index]][int(self.sample_of[index])]
-        return sample
+        return self.parts[self.part_of[index]][int(self.sample_of[index])]
 
 
 def build_pass(

@@ -16,10 +16,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
+import numpy.typing as npt
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ class OpenFile:
             digest.update(self.read(end - begin, begin))
         return digest.digest()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Plain]:
         return {**vars(self), "_descriptor": -1}
 
     def __del__(self) -> None:
@@ -146,7 +148,7 @@ class FileArray:
         offset: bytes before the first row.
     """
 
-    def __init__(self, file: OpenFile, dtype: Any, shape: tuple[int, ...], offset: int) -> None:
+    def __init__(self, file: OpenFile, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int) -> None:
         self.file, self.dtype, self.shape, self.offset = file, np.dtype(dtype), shape, offset
         self._row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
 
@@ -158,7 +160,7 @@ class FileArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: SupportsInt) -> Any:
         number = int(index)
         if not -self.shape[0] <= number < self.shape[0]:
             raise IndexError(f"row {number} of {self.shape[0]}")

@@ -13,9 +13,10 @@ import os
 import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from phd_megatron.config.files import read_json
+from phd_megatron.config.plain import Json, Plain
 from phd_megatron.data.tokenizer_files import SAVED_FILES
 from phd_megatron.errors import UserError, shown
 
@@ -35,7 +36,7 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_sidecar(prefix: str) -> dict[str, Any] | None:
+def read_sidecar(prefix: str) -> Json | None:
     """What ``prepare`` noted about the data; None for data from elsewhere. Raises UserError when it is damaged."""
     path = Path(f"{prefix}.meta.json")
     if not os.path.lexists(path):
@@ -54,7 +55,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     return dict(value)
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
+def _is_count(value: Plain) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -189,7 +190,7 @@ class Output:
                 f"another prepare is writing {self.prefix} now; wait for it, or choose another --output-prefix"
             ) from None
 
-    def publish(self, sidecar: dict[str, Any]) -> None:
+    def publish(self, sidecar: Json) -> None:
         """Put ``data.bin``, ``data.idx``, ``tokenizer/`` and the sidecar in place, .idx last."""
         sizes = {f"{kind}_bytes": (self.directory / f"data.{kind}").stat().st_size for kind in ("bin", "idx")}
         meta = self.directory / "meta.json"

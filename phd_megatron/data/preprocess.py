@@ -6,19 +6,19 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from phd_megatron import __version__
+from phd_megatron.config.plain import Json
 from phd_megatron.console.progress import Progress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
-from phd_megatron.data.encode import batches_of, encode_all
+from phd_megatron.data.encode import EncodedBatch, batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
 from phd_megatron.data.inputs import find_files
 from phd_megatron.data.output import Output
-from phd_megatron.data.readers import OnDecodeError, ReadReport, read_pieces
+from phd_megatron.data.readers import OnDecodeError, Piece, ReadReport, read_pieces
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
 
@@ -37,7 +37,7 @@ class PrepareResult:
     empty_documents: int
     seconds: float
     vocab_size: int
-    skipped: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str | int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -59,7 +59,7 @@ class _Source:
             yield [piece.text for piece in batch]
 
 
-def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str]) -> tuple[Tokenizer, dict[str, Any]]:
+def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str]) -> tuple[Tokenizer, Json]:
     """Load or train the tokenizer, and save it in ``directory``. The second value describes it in the sidecar."""
     size = parse_bpe(spec)
     if size is None:
@@ -141,27 +141,19 @@ def prepare(
 
 def _write(
     output: Output, source: _Source, spec: str, workers: int, append_eod: bool, progress: bool
-) -> tuple[PrepareResult, dict[str, Any]]:
+) -> tuple[PrepareResult, Json]:
     notes: list[str] = []
     tokenizer, description = _make_tokenizer(spec, source, output.directory / "tokenizer", notes)
     dtype = dtype_for(tokenizer.vocab_size)
     report = ReadReport()
-    pieces = read_pieces(
-        source.files,
-        report,
-        json_key=source.json_key,
-        on_decode_error=source.on_decode_error,
-        cutter=tokenizer.cutter(),
-    )
     encoding = encode_all(
-        batches_of(pieces),
+        batches_of(_pieces(source, report, tokenizer)),
         tokenizer,
         str(output.directory / "tokenizer"),
         workers=workers,
         append_eod=append_eod,
         dtype=dtype,
     )
-    text_bytes = empty = max_token = 0
     with (
         # Whatever ends this ends the workers as well. Left to the garbage collector they may outlive the interpreter's
         # own wait for them, since a worker leaves SIGTERM to its parent.
@@ -169,12 +161,7 @@ def _write(
         IndexedWriter(output.directory, dtype) as writer,
         Progress(source.total_bytes, enabled=progress) as display,
     ):
-        for batch in encoded:
-            writer.add(batch.tokens, batch.lengths, batch.marks)
-            text_bytes += batch.text_bytes
-            empty += batch.empty_documents
-            max_token = max(max_token, batch.max_token)
-            display.update(report.bytes_read, writer.documents, writer.tokens)
+        text_bytes, empty, max_token = _drain(encoded, writer, report, display)
         if not writer.documents:
             raise UserError(
                 f"empty corpus: {len(source.files)} files hold no text ({empty} empty documents, "
@@ -193,20 +180,46 @@ def _write(
             skipped=report.skipped,
             notes=notes,
         )
-    sidecar = {
+    facts = {"max_token_id": max_token, "append_eod": append_eod, "dtype": writer.dtype.name}
+    return result, _sidecar(result, source, report, {**description, **tokenizer.unique_identifiers}, facts)
+
+
+def _pieces(source: _Source, report: ReadReport, tokenizer: Tokenizer) -> Iterator[Piece]:
+    return read_pieces(
+        source.files,
+        report,
+        json_key=source.json_key,
+        on_decode_error=source.on_decode_error,
+        cutter=tokenizer.cutter(),
+    )
+
+
+def _drain(
+    encoded: Iterable[EncodedBatch], writer: IndexedWriter, report: ReadReport, display: Progress
+) -> tuple[int, int, int]:
+    """Write all that comes: bytes of text, empty documents and the largest id."""
+    text_bytes = empty = max_token = 0
+    for batch in encoded:
+        writer.add(batch.tokens, batch.lengths, batch.marks)
+        text_bytes += batch.text_bytes
+        empty += batch.empty_documents
+        max_token = max(max_token, batch.max_token)
+        display.update(report.bytes_read, writer.documents, writer.tokens)
+    return text_bytes, empty, max_token
+
+
+def _sidecar(result: PrepareResult, source: _Source, report: ReadReport, tokenizer: Json, facts: Json) -> Json:
+    return {
         "version": __version__,
-        "tokenizer": {**description, **tokenizer.unique_identifiers},
+        "tokenizer": tokenizer,
         "documents": result.documents,
         "sequences": result.sequences,
         "tokens": result.tokens,
         "text_bytes": result.bytes,
-        "empty_documents": empty,
-        "max_token_id": max_token,
-        "append_eod": append_eod,
-        "dtype": writer.dtype.name,
+        "empty_documents": result.empty_documents,
+        **facts,
         "files": report.files,
         "json_key": source.json_key,
         "on_decode_error": source.on_decode_error,
         "skipped": report.skipped,
     }
-    return result, sidecar

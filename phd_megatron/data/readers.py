@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from phd_megatron.data.cuts import BLOCK, Anywhere, Cutter
 from phd_megatron.data.inputs import JSON_SUFFIXES, TEXT_SUFFIXES, suffix_of
@@ -55,7 +55,8 @@ class ReadReport:
 
     files: int = 0
     bytes_read: int = 0  #: of the files as they lie on disk, so that progress against their total size is right
-    skipped: list[dict[str, Any]] = field(default_factory=list)  #: file, reason and, for JSON lines, how many lines
+    #: file, reason and, for JSON lines, how many lines
+    skipped: list[dict[str, str | int]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
         self.skipped.append({"file": str(path), "reason": reason})
@@ -178,7 +179,7 @@ def _read_text(
         report.skip(path, str(error))
 
 
-def _open_counted(path: Path, report: ReadReport) -> tuple[io.BufferedIOBase, Any]:
+def _open_counted(path: Path, report: ReadReport) -> tuple[io.BufferedIOBase, io.BufferedReader]:
     """A stream of decompressed bytes, and the raw one whose position measures progress."""
     raw = path.open("rb")
     if path.name.lower().endswith(".gz"):

@@ -9,10 +9,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.files import read_json
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import DataConfig, RunConfig
 from phd_megatron.config.serialize import assign, lookup
 from phd_megatron.config.values import check_value
@@ -45,7 +45,7 @@ def prefixes_of(data: DataConfig) -> set[str]:
 class TrainingData:
     """``values`` by field name, and per prefix the bytes of its two files, where they could be read."""
 
-    values: dict[str, Any]
+    values: dict[str, Plain]
     sizes: dict[str, list[int]]
 
     @classmethod
@@ -76,7 +76,7 @@ class TrainingData:
             ) from None
 
     @classmethod
-    def _checked(cls, content: Any) -> TrainingData:
+    def _checked(cls, content: Plain) -> TrainingData:
         if not isinstance(content, dict) or content.keys() != {*_FIELDS, "files"}:
             raise ValueError(f"it must hold {', '.join(_FIELDS)} and files, and nothing else")
         values = {name: check_value(name, content[name], fields()[name].annotation, RECORD) for name in _FIELDS}
@@ -89,8 +89,9 @@ class TrainingData:
         texts = [word for value in values.values() for word in (value if isinstance(value, list) else [value])]
         if not all(text.isprintable() for text in [*texts, *files] if isinstance(text, str)):
             raise ValueError("a path has characters that cannot be printed")
-        if values["seq_length"] < 1:
-            raise ValueError(f"seq_length {values['seq_length']} is below 1")
+        length = values["seq_length"]
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"seq_length {length} is below 1")
         record = cls(values, files)
         run = RunConfig()
         record.put_into(run)

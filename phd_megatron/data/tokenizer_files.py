@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.checkpoint.store import iteration_of
 from phd_megatron.config.files import read_json, require_regular
+from phd_megatron.config.plain import Json
 from phd_megatron.data.generation import GENERATION_FILE
 from phd_megatron.errors import UserError
 
@@ -32,7 +32,7 @@ SAVED_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
 _CURE = "copy the tokenizer directory again"
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> Json:
     """The object in ``path``, or {} when there is no such file. Raises UserError for anything but a JSON object."""
     if not os.path.lexists(path):
         return {}
@@ -83,7 +83,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / name)
 
 
-def harmless(settings: dict[str, Any]) -> dict[str, Any]:
+def harmless(settings: Json) -> Json:
     """The settings without those that name code."""
     return {name: value for name, value in settings.items() if name not in ("auto_map", "custom_pipelines")}
 

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.data.cut_rules import rules_of
 from phd_megatron.data.cuts import Anywhere, Cutter, WordCutter
 from phd_megatron.data.generation import GENERATION_FILE, Values, read_generation, write_generation
@@ -28,6 +29,10 @@ from phd_megatron.data.tokenizer_files import (
     read_mapping,
 )
 from phd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+    from transformers import PreTrainedTokenizerBase
 
 EOD_TOKEN = "<|endoftext|>"
 
@@ -60,7 +65,7 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def unique_identifiers(self) -> dict[str, Any]:
+    def unique_identifiers(self) -> dict[str, str | int]:
         """What tells two tokenizers apart, independent of where they lie; part of the index-cache key."""
 
     def save(self, directory: str | Path) -> None:
@@ -121,7 +126,7 @@ class ByteTokenizer(Tokenizer):
         return "".join(parts) + run.decode("utf-8", "replace")
 
     @property
-    def unique_identifiers(self) -> dict[str, Any]:
+    def unique_identifiers(self) -> dict[str, str | int]:
         return {"class": "byte", "vocab_size": self.vocab_size, "eod": self.eod}
 
     def _save(self, directory: Path) -> None:
@@ -137,7 +142,7 @@ class ByteTokenizer(Tokenizer):
         write_library_tokenizer(library, directory)
 
 
-def write_library_tokenizer(library: Any, directory: str | Path) -> None:
+def write_library_tokenizer(library: Library, directory: str | Path) -> None:
     """Write a ``tokenizers.Tokenizer`` whose EOD and padding is ``EOD_TOKEN`` as a Hugging Face directory.
 
     ``split_special_tokens`` makes a literal ``<|endoftext|>`` inside a document plain text, not an end of document.
@@ -156,7 +161,7 @@ def write_library_tokenizer(library: Any, directory: str | Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(value: Plain) -> str | None:
     """A token as Hugging Face files write it: a string, or an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
@@ -197,7 +202,7 @@ class _DirectoryTokenizer(Tokenizer):
         )
 
     @cached_property
-    def unique_identifiers(self) -> dict[str, Any]:
+    def unique_identifiers(self) -> dict[str, str | int]:
         digest = hashlib.sha256()
         for name in TOKENIZER_FILES:
             path = self.directory / name
@@ -260,7 +265,7 @@ class TransformersTokenizer(_DirectoryTokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:

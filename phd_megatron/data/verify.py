@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.data.indexed import AGAIN, IndexedInfo
 from phd_megatron.data.open_file import spread
 from phd_megatron.errors import UserError
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _BLOCKS, _BLOCK = 64, 1 << 17
 _SAYS_TIME_AFTER = 1.0  # seconds
 _ROWS = 1 << 20
-_verified: dict[tuple[Any, ...], Fingerprint] = {}
+_verified: dict[tuple[Hashable, ...], Fingerprint] = {}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Fingerprint:
     index: str
     tokens: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int | str]:
         """For a JSON file."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: Any) -> Fingerprint:
+    def from_dict(cls, content: Plain) -> Fingerprint:
         """The reverse.
 
         Raises:
@@ -63,7 +64,7 @@ def verify(info: IndexedInfo, vocab_size: int) -> Fingerprint:
             or not below ``vocab_size``.
     """
     files = (info.bin_file, info.idx_file)
-    key = (info.prefix, vocab_size, *((file.size, file.mtime_ns, file.inode) for file in files))
+    key: tuple[Hashable, ...] = (info.prefix, vocab_size, *((file.size, file.mtime_ns, file.inode) for file in files))
     if key in _verified:
         return _verified[key]
     began = time.perf_counter()
@@ -129,7 +130,7 @@ def verify_index(info: IndexedInfo) -> str:
     return digest.hexdigest()
 
 
-def _verify_marks(info: IndexedInfo, digest: Any) -> None:
+def _verify_marks(info: IndexedInfo, digest: hashlib.blake2b) -> None:
     sequences, before, first = len(info.lengths), 0, 0
     damaged = f"{info.idx_file.path} is damaged: of its document marks"
     if not len(info.marks):

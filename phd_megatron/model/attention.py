@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from torch import Tensor, nn
@@ -17,6 +17,13 @@ from phd_megatron.model.full_width_norm import FullWidthNorm
 from phd_megatron.norm.modules import norm_class, sum_gradient_over_tensor_parallel
 from phd_megatron.phd.copies import join_copies, split_copies
 
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from phd_megatron.model.transformer_config import PHDTransformerConfig
+
 
 @dataclass
 class PHDSelfAttentionSubmodules(SelfAttentionSubmodules):
@@ -26,7 +33,7 @@ class PHDSelfAttentionSubmodules(SelfAttentionSubmodules):
     qk_norm_width: str = "head"
 
 
-def per_head_norm(config: Any, head_dim: int) -> nn.Module:
+def per_head_norm(config: TransformerConfig, head_dim: int) -> nn.Module:
     """A norm of one head at a time, whose weight all heads of all tensor-parallel ranks share."""
     norm = norm_class(config.normalization)(config, head_dim, config.layernorm_epsilon)
     return sum_gradient_over_tensor_parallel(norm)
@@ -37,7 +44,7 @@ class PHDSelfAttention(SelfAttention):
 
     def __init__(
         self,
-        config: Any,
+        config: PHDTransformerConfig,
         submodules: PHDSelfAttentionSubmodules,
         layer_number: int,
         **kwargs: Any,
@@ -58,14 +65,18 @@ class PHDSelfAttention(SelfAttention):
             )
             setattr(self, f"{name}_layernorm", norm)
 
-    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """As Megatron-Core's; ``rotary_pos_emb`` is a :func:`~phd_megatron.kernels.qkv_rope.rope_table`."""
         self._rope_table = (
             rotary_pos_emb  # applied below, so that Megatron-Core's own, slower rotation has nothing to do
         )
         return super().forward(hidden_states, *args, **kwargs)
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, normed and turned: q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]``; v is not turned."""
         table = self._rope_table
         if self.config.num_query_groups < self.world_size:
@@ -109,7 +120,7 @@ class PHDCoreAttention(nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: PHDTransformerConfig,
         layer_number: int,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
@@ -136,9 +147,9 @@ class PHDCoreAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
+        attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]`` to ``[rows, b, np*hn]``."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:

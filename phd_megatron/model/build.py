@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phd_megatron.config.schema import RunConfig
@@ -27,7 +29,7 @@ from phd_megatron.runtime.userbuffers import start_userbuffers
 def build_model(
     run: RunConfig,
     true_vocab_size: int,
-    device: Any,
+    device: torch.device,
     pg_collection: ProcessGroupCollection | None = None,
     keep_copies: bool = False,
 ) -> list[PHDGPTModel]:
@@ -50,7 +52,13 @@ def build_model(
 class _OnMeta(TorchFunctionMode):
     """Tensors that ask for a device by name get none: Megatron-Core's layers allocate on the current device."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         options = dict(kwargs or {})
         if options.get("device") is not None:
             options["device"] = "meta"
@@ -58,7 +66,11 @@ class _OnMeta(TorchFunctionMode):
 
 
 def _build_chunks(
-    run: RunConfig, true_vocab_size: int, device: Any, pg_collection: ProcessGroupCollection | None, keep_copies: bool
+    run: RunConfig,
+    true_vocab_size: int,
+    device: torch.device,
+    pg_collection: ProcessGroupCollection | None,
+    keep_copies: bool,
 ) -> list[PHDGPTModel]:
     config = build_transformer_config(run, keep_copies)
     accumulates = ""
@@ -81,7 +93,7 @@ def _build_chunks(
     return models
 
 
-def accumulate_in_transformer_engine(model: Any) -> None:
+def accumulate_in_transformer_engine(model: PHDGPTModel) -> None:
     """Let its layers add a weight's gradient to the gradient buffer in the GEMM.
 
     Megatron-Core has one switch for these and for its own layers, which cannot do it without apex.
@@ -95,7 +107,7 @@ def _build_chunk(
     run: RunConfig,
     config: PHDTransformerConfig,
     true_vocab_size: int,
-    device: Any,
+    device: torch.device,
     pg_collection: ProcessGroupCollection | None,
     vp_stage: int | None,
 ) -> PHDGPTModel:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from phd_megatron.norm.modules import mark
 from phd_megatron.phd.copies import repeat_tokens
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ class CopyEmbedding(nn.Module):
         self.repeat = config.kv_policy.repeat
         self.weight = nn.Parameter(torch.zeros(self.repeat - 1, config.hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank sees its share of the tokens: Megatron-Core then sums the gradients.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.weight.never_decayed = True  # type: ignore[attr-defined]
+        mark([self.weight], sequence_parallel=config.sequence_parallel, never_decayed=True)
 
     def forward(self, embedded: Tensor) -> Tensor:
         """``[s, b, h]`` to ``[K*s, b, h]``, originals first and unchanged."""

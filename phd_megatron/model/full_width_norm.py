@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +11,28 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from phd_megatron.norm.modules import rms_norm
+from phd_megatron.norm.modules import mark, rms_norm
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.distributed import ProcessGroup
 
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce, forward and backward: each rank's loss depends on the sum, so each rank's gradient adds to it."""
 
+    group: ProcessGroup
+
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+    def forward(ctx: _SumOverRanks, part: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         total = part.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _SumOverRanks, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None
@@ -45,7 +53,7 @@ class FullWidthNorm(nn.Module):
         tp_group: ranks that share them.
     """
 
-    def __init__(self, config: Any, heads: int, head_dim: int, tp_group: Any) -> None:
+    def __init__(self, config: TransformerConfig, heads: int, head_dim: int, tp_group: ProcessGroup) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
         self.centred = config.normalization == "LayerNorm"
@@ -57,11 +65,11 @@ class FullWidthNorm(nn.Module):
         self.place = slice(start, start + max(heads // ranks, 1) * head_dim)
         self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.zeros(size, dtype=config.params_dtype)) if self.centred else None
+        if not self.sharded:
+            mark(self.parameters(), sum_gradient_over_tensor_parallel=True)
+            return
         for parameter in self.parameters():
-            if self.sharded:
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-            else:
-                parameter.sum_gradient_over_tensor_parallel = True  # type: ignore[attr-defined]
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
     def forward(self, states: Tensor) -> Tensor:
         """``[..., heads of this rank, head_dim]`` to the same."""
@@ -88,8 +96,11 @@ class FullWidthNorm(nn.Module):
         return total / (values.size(-1) * self.tp_group.size())
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: Mapping[str, ProcessGroup] | None = None,
+    ) -> ShardedStateDict:
         """Megatron-Core's protocol: the weight is cut along its only axis, or replicated."""
         assert metadata is not None
         axes = {"weight": 0, "bias": 0} if self.sharded else {}

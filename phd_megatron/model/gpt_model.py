@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,6 +16,11 @@ from phd_megatron.model.copy_embedding import CopyEmbedding
 from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens, split_copies
 from phd_megatron.phd.copy_positions import rotary_positions
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import BaseInferenceContext
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 
 class PHDGPTModel(GPTModel):
@@ -46,7 +51,7 @@ class PHDGPTModel(GPTModel):
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
 
-    def set_input_tensor(self, input_tensor: Any) -> None:
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Rows of the stage before, ``[K * s, b, h]``; a stage with the head alone goes on with ``[s, b, h]``."""
         super().set_input_tensor(input_tensor)
         if self.decoder.input_tensor is not None and self.config.copies_dropped_at_head and not self.decoder.layers:
@@ -57,10 +62,10 @@ class PHDGPTModel(GPTModel):
         input_ids: Tensor,
         position_ids: Tensor,
         decoder_input: Tensor | None = None,
-        inference_context: Any = None,
-        packed_seq_params: Any = None,
+        inference_context: BaseInferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Tensor | None, ...]:
         """Embeds and repeats on the first stage; lays out RoPE for every stage."""
         if inference_context is not None or packed_seq_params is not None or padding_mask is not None:
             raise UserError(
@@ -119,7 +124,7 @@ def _mask_vocabulary_padding(output_layer: nn.Module, true_vocab_size: int) -> N
     In place and outside autograd: the loss gives such a logit a gradient of exactly zero by itself.
     """
 
-    def mask(module: Any, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+    def mask(module: ColumnParallelLinear, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]) -> None:
         logits = outputs[0]
         first = 0 if module.gather_output else module.tp_group.rank() * logits.size(-1)
         with torch.no_grad():

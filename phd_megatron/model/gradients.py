@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import finalize_model_grads as finalize_with_megatron
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.distributed import ProcessGroup
 
-def finalize_model_grads(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+
+def finalize_model_grads(
+    model: Sequence[DistributedDataParallel],
+    num_tokens: torch.Tensor | None = None,
+    *,
+    pg_collection: ProcessGroupCollection,
+    **kwargs: bool | None,
+) -> None:
     """Megatron-Core's reductions, then the sum over TP of gradients marked by the norm module.
 
     The order does not matter for the values: scaling by the token count and the sum commute.
     """
-    groups = kwargs["pg_collection"]
-    finalize_with_megatron(model, None, **kwargs)
+    finalize_with_megatron(model, None, pg_collection=pg_collection, **kwargs)
     if num_tokens is not None:
-        divide_by_tokens(model, num_tokens, groups)
-    sum_marked_gradients(model, groups.tp)
+        divide_by_tokens(model, num_tokens, pg_collection)
+    sum_marked_gradients(model, pg_collection.tp)
 
 
-def divide_by_tokens(model: list[Any], num_tokens: torch.Tensor, groups: Any) -> None:
+def divide_by_tokens(
+    model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor, groups: ProcessGroupCollection
+) -> None:
     """Divide gradients by the tokens of the global batch, as Megatron-Core does, without the host waiting for them.
 
     Megatron-Core asks on the host whether there are any, and leaves the gradients as they are where there are none.
@@ -38,7 +51,7 @@ def divide_by_tokens(model: list[Any], num_tokens: torch.Tensor, groups: Any) ->
         chunk.scale_gradients(scaling)
 
 
-def sum_marked_gradients(model: list[Any], tp_group: Any) -> None:
+def sum_marked_gradients(model: Sequence[DistributedDataParallel], tp_group: ProcessGroup) -> None:
     """One all-reduce for all parameters marked ``sum_gradient_over_tensor_parallel``."""
     if tp_group.size() == 1:
         return

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -23,6 +23,11 @@ from torch import Tensor
 
 from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from phd_megatron.model.transformer_config import PHDTransformerConfig
+
 TRUNCATED_AT = 3.0  # standard deviations
 MOST_THREADS = 16  # that draw
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -31,7 +36,7 @@ _HEAD = "output_layer.weight"  # a tied head has the embedding's name
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def sharded_tensors(model: MegatronModule, dp_cp_group: Any) -> Iterator[ShardedTensor]:
+def sharded_tensors(model: MegatronModule, dp_cp_group: ProcessGroup) -> Iterator[ShardedTensor]:
     """This rank's part of every parameter, with its checkpoint name and its place in the full tensor.
 
     ``data`` shares memory with the parameter. Keys hold the global layer number.
@@ -64,7 +69,7 @@ def draw(key: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     return values
 
 
-def scale_by_gain(key: str, full: Tensor, config: Any) -> None:
+def scale_by_gain(key: str, full: Tensor, config: PHDTransformerConfig) -> None:
     """Multiply by ``config.init_gain``, in place, what DeepNorm (arXiv 2203.00555) scales: not query, key, router."""
     if key.endswith("linear_qkv.weight"):
         groups = full.unflatten(0, (config.num_query_groups, -1, config.kv_channels))  # query heads, key, value of each
@@ -74,7 +79,7 @@ def scale_by_gain(key: str, full: Tensor, config: Any) -> None:
 
 
 @torch.no_grad()
-def initialise(model: MegatronModule, config: Any, seed: int, dp_cp_group: Any) -> None:
+def initialise(model: MegatronModule, config: PHDTransformerConfig, seed: int, dp_cp_group: ProcessGroup) -> None:
     """Fill every weight matrix of ``model``. Norm weights, biases and copies' vectors keep their ones and zeros.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
@@ -44,6 +44,4 @@ def layer_modules(config: PHDTransformerConfig) -> LayerModules:
 
 def wide_norm(config: PHDTransformerConfig) -> nn.Module:
     """A norm of the model's width."""
-    norm: Any = layer_modules(config).norm
-    module: nn.Module = norm(config, config.hidden_size, config.layernorm_epsilon)
-    return module
+    return layer_modules(config).norm(config, config.hidden_size, config.layernorm_epsilon)

@@ -57,7 +57,7 @@ class NormedResidualLayer(TransformerLayer):
         super().__init__(config, *args, **kwargs)
         self.residual_layernorm = residual_norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
-    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super()._forward_attention(self.residual_layernorm(hidden_states), *args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,11 @@ from torch import Tensor, nn
 from phd_megatron.model.attention import PHDCoreAttention
 from phd_megatron.phd.copies import split_copies
 from phd_megatron.phd.kv_policy import KVPolicy
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from phd_megatron.model.transformer_config import PHDTransformerConfig
 
 SAMPLED_QUERIES = 128
 #: shares of the attention weights, with K > 1; in this order in :func:`key_kinds`
@@ -98,7 +103,7 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, kinds: Tensor
     return torch.stack(moments, 1).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # [2 + kinds, b, g*r, n]
 
 
-def union_moments(moments: Tensor, group: Any) -> Tensor:
+def union_moments(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
     """:func:`attention_moments` of the keys of all ranks of ``group``, from each rank's."""
     if group.size() == 1:
         return moments
@@ -125,7 +130,7 @@ class LayerRecorder:
         length: original tokens of a whole sequence.
     """
 
-    def __init__(self, models: Sequence[nn.Module], groups: Any, length: int) -> None:
+    def __init__(self, models: Sequence[nn.Module], groups: ProcessGroupCollection, length: int) -> None:
         self.groups, self.length = groups, length
         modules = [module for model in models for module in model.modules()]
         self.layers = [module for module in modules if isinstance(module, TransformerLayer)]
@@ -150,7 +155,9 @@ class LayerRecorder:
                 handle.remove()
 
     @torch.no_grad()
-    def _see_layer(self, layer: Any, args: Any, output: tuple[Tensor, Any]) -> None:
+    def _see_layer(
+        self, layer: TransformerLayer, args: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+    ) -> None:
         number, config = layer.layer_number, layer.config
         if number in self._squares:
             return
@@ -233,7 +240,7 @@ class LayerRecorder:
         dist.all_reduce(sums, group=self.groups.tp_cp)
         return dict(zip(shares, sums, strict=True))
 
-    def _attention_means(self, config: Any) -> dict[str, dict[int, Tensor]]:
+    def _attention_means(self, config: PHDTransformerConfig) -> dict[str, dict[int, Tensor]]:
         """By name and layer: means over sequences and queries, summed over this rank's heads over the heads of all."""
         moments = torch.stack([*self._attention.values()], 1)  # [2 + kinds, layers, b, np, n]
         log_sum, mean, *shares = union_moments(moments, self.groups.cp)

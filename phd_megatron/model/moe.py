@@ -5,7 +5,7 @@ Rows that a router sees are *processed* tokens: K copies of every original one, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -18,6 +18,9 @@ from torch import Tensor
 from phd_megatron.model.routing_replay import choices_of
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch.distributed import ProcessGroup
+
     from phd_megatron.model.transformer_config import PHDTransformerConfig
 
 _COUNTERS = ("expert_bias", "local_tokens_per_expert", "global_tokens_per_expert", "ga_steps")
@@ -37,7 +40,7 @@ class PHDRouter(TopKRouter):
         entropy: ``[2]`` sum of :func:`routing_entropy` since then over this rank's rows, and their number.
     """
 
-    def __init__(self, config: PHDTransformerConfig, pg_collection: Any = None) -> None:
+    def __init__(self, config: PHDTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.router_replay = choices_of(self)
         self.losses: dict[str, Tensor] = {}
@@ -76,9 +79,9 @@ class PHDRouter(TopKRouter):
         aux_loss_coeff: float,
         aux_loss: Tensor,
         aux_loss_name: str,
-        reduce_group: Any,
+        reduce_group: ProcessGroup,
         reduce_group_has_dp: bool = False,
-        valid_token_count: Any = None,
+        valid_token_count: Tensor | None = None,
     ) -> Tensor:
         """Add the gradient of ``aux_loss``, whose sum over ``reduce_group`` is the loss of the rows of that group."""
         return self._attach(activation, aux_loss, aux_loss_coeff, aux_loss_name, reduce_group)
@@ -91,7 +94,7 @@ class PHDRouter(TopKRouter):
         share = z_loss_func(logits, coefficient / self.tp_cp_group.size())
         return self._attach(logits, share, coefficient, "z_loss", self.tp_cp_group)
 
-    def _attach(self, activation: Tensor, loss: Tensor, coefficient: float, name: str, group: Any) -> Tensor:
+    def _attach(self, activation: Tensor, loss: Tensor, coefficient: float, name: str, group: ProcessGroup) -> Tensor:
         originals = activation.shape[0] * group.size() / self.copies
         # A group that spans data-parallel ranks speaks of several micro-batches at once.
         microbatches = group.size() // self.tp_cp_group.size()

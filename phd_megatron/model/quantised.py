@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def plain_weights(
                 kept.copy_(plain_value)
 
 
-def dequantise(state: Mapping[str, Any]) -> None:
+def dequantise(state: ShardedStateDict) -> None:
     """Give a sharded state dict plain tensors for quantised ones, in place; checkpoints hold the model's own type."""
     for entry in nested_values(dict(state)):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and is_float8tensor(entry.data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import last_copy
 
 if TYPE_CHECKING:
+    from phd_megatron.model.transformer_config import PHDTransformerConfig
     from phd_megatron.norm.schemes import SublayerNorm
 
 
@@ -27,7 +28,7 @@ class SublayerResidual(nn.Module):
             here on; the rows of the other copies leave the residual.
     """
 
-    def __init__(self, config: Any, norms: SublayerNorm, drop_copies: bool) -> None:
+    def __init__(self, config: PHDTransformerConfig, norms: SublayerNorm, drop_copies: bool) -> None:
         super().__init__()
         self.repeat = config.kv_policy.repeat if drop_copies else 1
         self.scale = norms.residual_scale
@@ -35,7 +36,7 @@ class SublayerResidual(nn.Module):
         self.output_norm: nn.Module | None = None
         if norms.output_norm is not None:
             norm = wide_norm(config)
-            nn.init.constant_(norm.weight, norms.output_norm_init)  # type: ignore[arg-type]
+            nn.init.constant_(norm.get_parameter("weight"), norms.output_norm_init)
             self.output_norm = norm
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan, norm_scheme
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime.pipeline_split import PipelineSplit
+
+_Fields = dict[str, Any]  # of PHDTransformerConfig, by name
 
 
 @dataclass
@@ -66,15 +68,7 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
     Raises:
         UserError: for a combination that Megatron-Core or PHD attention cannot compute.
     """
-    model, parallel = run.model, run.parallel
-    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-    scheme, layers = norm_scheme(model.norm_scheme), model.num_layers or 0
-    dtype = params_dtype(run)
-    split = PipelineSplit.from_config(parallel)
-    # Rows between stages are K * s everywhere, so a head without a decoder layer on its stage gets all copies.
-    lone_head = model.num_layers is not None and split.layers(model.num_layers)[-1] == 0
-    overlap_p2p = split.vpp > 1 and parallel.overlap_p2p_comm is not False
-    values: dict[str, Any] = {
+    values: _Fields = {
         # A step computes in the order a single rank would; the fused kernels below need a compiler or TE.
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
@@ -87,10 +81,23 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         "init_method": _leave_alone,
         "output_layer_init_method": _leave_alone,
         "embedding_init_method": _leave_alone,
-        **decode(model.transformer, transformer_field_types()),
+        **decode(run.model.transformer, transformer_field_types()),
         # The graph around a step is phd_megatron.training.cuda_graph's. By this word Megatron-Core would make managers
         # for graphs of its own; the scope stays, by which Transformer Engine's cross-entropy can be recorded.
         "cuda_graph_impl": "none",
+        **_shape(run.model),
+        **_layout(run.parallel),
+        **_precision(run),
+        **_copies_and_norms(run, keep_copies),
+    }
+    try:
+        return PHDTransformerConfig(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"Megatron-Core refuses the model configuration: {error}") from error
+
+
+def _shape(model: ModelConfig) -> _Fields:
+    return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
@@ -108,6 +115,13 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
         "head_init_method_std": model.head_init_method_std,
+    }
+
+
+def _layout(parallel: ParallelConfig) -> _Fields:
+    split = PipelineSplit.from_config(parallel)
+    overlap_p2p = split.vpp > 1 and parallel.overlap_p2p_comm is not False
+    return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": split.vpp if split.vpp > 1 else None,
@@ -125,6 +139,13 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "variable_seq_lengths": False,
+    }
+
+
+def _precision(run: RunConfig) -> _Fields:
+    dtype = params_dtype(run)
+    return {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": run.training.bf16,
@@ -132,7 +153,17 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         # Losses are summed and divided by the global token count, so that unequal loss masks give the same
         # gradient in every layout.
         "calculate_per_token_loss": True,
-        "variable_seq_lengths": False,
+    }
+
+
+def _copies_and_norms(run: RunConfig, keep_copies: bool) -> _Fields:
+    model = run.model
+    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    scheme, layers = norm_scheme(model.norm_scheme), model.num_layers or 0
+    split = PipelineSplit.from_config(run.parallel)
+    # Rows between stages are K * s everywhere, so a head without a decoder layer on its stage gets all copies.
+    lone_head = model.num_layers is not None and split.layers(model.num_layers)[-1] == 0
+    return {
         "kv_policy": policy,
         "copy_positions": model.phd_copy_positions,
         "copy_embedding": model.phd_copy_embedding if policy.repeat > 1 else "none",
@@ -145,7 +176,3 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         "init_scheme": model.init,
         "init_gain": scheme.init_gain(layers) if scheme.init_gain else 1.0,
     }
-    try:
-        return PHDTransformerConfig(**values)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"Megatron-Core refuses the model configuration: {error}") from error

@@ -6,11 +6,19 @@ uses these. Plain torch; the statistics are computed in float32 whatever the inp
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class NormConfig(Protocol):
+    """What a norm reads of a configuration; Megatron-Core passes its own."""
+
+    params_dtype: torch.dtype
+    sequence_parallel: bool
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -21,7 +29,7 @@ class _RMSNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: torch.autograd.Function, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = hidden.to(_compute_dtype(hidden.dtype))
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.size(-1))
         scale = mean_square.add_(eps).rsqrt_()
@@ -58,17 +66,17 @@ class RMSNorm(nn.Module):
     """RMSNorm with a weight and no bias.
 
     Args:
-        config: anything with ``params_dtype`` and ``sequence_parallel`` (Megatron-Core passes its own).
+        config: type of the parameters, and whether each rank norms its share of the tokens.
         hidden_size: size of the last dimension.
         eps: added to the mean square.
     """
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: NormConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Under sequence parallelism each rank norms its share of the tokens: Megatron-Core then sums the gradients.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        mark([self.weight], sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self.weight, self.eps)
@@ -77,10 +85,16 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with weight and bias; arguments as :class:`RMSNorm`."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, config: NormConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        mark(self.parameters(), sequence_parallel=config.sequence_parallel)
+
+
+def mark(parameters: Iterable[nn.Parameter], **marks: bool) -> None:
+    """Set attributes by which Megatron-Core, or this package, knows what to do with a parameter's gradient."""
+    for parameter in parameters:
+        for name, value in marks.items():
+            setattr(parameter, name, value)
 
 
 def norm_class(normalization: str) -> type[nn.Module]:
@@ -95,7 +109,5 @@ def sum_gradient_over_tensor_parallel(norm: nn.Module) -> nn.Module:
     :func:`phd_megatron.model.gradients.finalize_model_grads` sum it over the group exactly once; the sequence-parallel
     mark is taken away so that Megatron-Core does not sum it a second time.
     """
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = False  # type: ignore[attr-defined]
-        parameter.sum_gradient_over_tensor_parallel = True  # type: ignore[attr-defined]
+    mark(norm.parameters(), sequence_parallel=False, sum_gradient_over_tensor_parallel=True)
     return norm

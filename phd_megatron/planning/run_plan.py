@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.unsupported import raise_all
 from phd_megatron.config.vocabulary import padded_vocab_size
@@ -36,7 +36,7 @@ class RunPlan:
         """Hours of one device at a share ``mfu`` of ``peak`` TFLOP/s, all ranks' together."""
         return device_hours(self.flops, peak, mfu)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Plain data for a file."""
         return asdict(self)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from phd_megatron.errors import UserError
 
 T = TypeVar("T")
-_control_groups: dict[int, Any] = {}
+_control_groups: dict[int, dist.ProcessGroup] = {}
 _timeout: timedelta | None = None
 
 
@@ -25,7 +25,7 @@ def set_timeout(minutes: float) -> None:
     _timeout = timedelta(minutes=minutes)
 
 
-def control_group() -> Any:
+def control_group() -> dist.ProcessGroup | None:
     """A group of all ranks for CPU tensors and objects. Its first call is collective; None means the default group."""
     if not dist.is_initialized() or "gloo" in dist.get_backend():
         return None
@@ -59,7 +59,7 @@ def gather(value: T) -> list[T]:
     """One small picklable object of every rank, in rank order."""
     if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
+    gathered = [value] * world_size()
     dist.all_gather_object(gathered, value, group=control_group())
     return gathered
 
@@ -91,9 +91,10 @@ def everywhere(function: Callable[[], T]) -> T:
 
     ``function`` may use collectives only where a failure of one rank cannot leave another waiting.
     """
-    result, problem = None, None
+    results: list[T] = []
+    problem = None
     try:
-        result = function()
+        results.append(function())
     except UserError as error:
         problem = str(error)
     except Exception as error:
@@ -104,4 +105,4 @@ def everywhere(function: Callable[[], T]) -> T:
         if all(text == first for text in problems.values()) and (len(problems) == world_size()):
             raise UserError(first)
         raise UserError("; ".join(f"rank {number}: {text}" for number, text in problems.items()))
-    return result  # type: ignore[return-value]
+    return results[0]

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
 
+from phd_megatron.config.plain import Values
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.console.terminal import say
 from phd_megatron.errors import RunLost, UserError
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.flight_recorder import record_flights
 from phd_megatron.runtime.fp8 import forget_fp8_scales
-from phd_megatron.runtime.launcher import launcher_is_gone
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import stop_userbuffers
 from phd_megatron.runtime.watch import Watch, died_together
 
-_STARTS = itertools.count()
+if TYPE_CHECKING:
+    import torch
+
 _NCCL_SLACK = 15.0  # seconds in which NCCL writes its record and ends by itself
 
 
@@ -101,7 +103,13 @@ class Runtime:
     """Device and process groups of a run. Made by :meth:`start`; usable as a context manager."""
 
     def __init__(
-        self, environment: Environment, dims: ParallelDims, device: Any, backend: str, reasons: str, watch: Watch
+        self,
+        environment: Environment,
+        dims: ParallelDims,
+        device: torch.device,
+        backend: str,
+        reasons: str,
+        watch: Watch,
     ) -> None:
         self.rank = environment.rank
         self.world_size = environment.world_size
@@ -121,7 +129,7 @@ class Runtime:
         model: ModelConfig | None = None,
         training: TrainingConfig | None = None,
         seed: int = 1234,
-        config: Mapping[str, Any] | None = None,
+        config: Values | None = None,
         verbose: bool = True,
         record_dir: str | None = None,
     ) -> Runtime:
@@ -146,21 +154,7 @@ class Runtime:
         kind, device_reason = choose_device(parallel.device, environment.local_rank)
         install_backend(kind)
 
-        import torch
-
-        thread_reason = ""
-        if kind == "cuda":
-            device = torch.device("cuda", environment.local_rank)
-            torch.cuda.set_device(device)
-            backend = "nccl"
-            record_flights(record_dir)
-        else:
-            device, backend = torch.device("cpu"), "gloo"
-            keep_freed_memory()
-            threads, reason = choose_threads(environment)
-            if threads is not None:
-                torch.set_num_threads(threads)
-            thread_reason = f"; {torch.get_num_threads()} threads a rank ({reason})"
+        device, backend, thread_reason = _open_device(kind, environment, record_dir)
         watch = _connect(environment, backend, device, parallel.distributed_timeout_minutes, config)
         runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}", watch)
         atexit.register(runtime.shutdown)
@@ -176,11 +170,6 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this is rank 0, which prints and writes files that exist once."""
         return self.rank == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this is the last rank, which has the loss under pipeline parallelism."""
-        return self.rank == self.world_size - 1
 
     @property
     def on_cpu(self) -> bool:
@@ -273,7 +262,9 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             with self.naming_lost_ranks():
                 if error is None:
@@ -323,41 +314,38 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1024 * mebibyte)
 
 
+def _open_device(
+    kind: str, environment: Environment, record_dir: str | None
+) -> tuple[torch.device, Literal["nccl", "gloo"], str]:
+    """The device of this rank, the backend that goes with it, and what is to be said about threads."""
+    import torch
+
+    if kind == "cuda":
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+        record_flights(record_dir)
+        return device, "nccl", ""
+    keep_freed_memory()
+    threads, reason = choose_threads(environment)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device("cpu"), "gloo", f"; {torch.get_num_threads()} threads a rank ({reason})"
+
+
 def _connect(
-    environment: Environment, backend: str, device: Any, timeout_minutes: float, config: Mapping[str, Any] | None
+    environment: Environment, backend: str, device: torch.device, timeout_minutes: float, config: Values | None
 ) -> Watch:
     """Find the other ranks, compare notes, and initialise torch.distributed. What watches this rank from then on."""
-    import torch
     import torch.distributed as dist
+
+    from phd_megatron.runtime.rendezvous import rendezvous
 
     if dist.is_initialized():
         raise UserError("torch.distributed is initialised already; shut the other Runtime down first")
     timeout = timedelta(minutes=timeout_minutes)
     slack = _NCCL_SLACK if backend == "nccl" else 0.0
     if environment.launched:
-        if launcher_is_gone(os.environ):
-            raise UserError(
-                f"nobody serves {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} any more: the torchrun that "
-                "rank 0 belongs to has ended; start the run again"
-            )
-        try:
-            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        except Exception as error:  # DistStoreError, DistNetworkError, RuntimeError by torch version
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(
-                f"rank {environment.rank} of {environment.world_size} did not reach the others at {address} within "
-                f"{timeout_minutes:g} minutes ({type(error).__name__}: {error}); check that all ranks were started "
-                "and that the address and port are theirs"
-            ) from error
-        versions = _versions(torch)
-        compare_seconds = min(timeout.total_seconds(), 300.0)
-        from phd_megatron.runtime.meeting import meet
-        from phd_megatron.runtime.preflight import compare_ranks
-
-        # A process may start several runtimes one after the other (parity does): each gets its own keys.
-        store = dist.PrefixStore(f"phd_megatron/{next(_STARTS)}", store)
-        store = dist.PrefixStore(meet(store, rank, world_size, compare_seconds), store)
-        compare_ranks(store, rank, world_size, config, versions, compare_seconds)
+        store, rank, world_size = rendezvous(environment, timeout, config)
     else:
         # A store inside this process: no port, so any number of such runs can share a host.
         store, rank, world_size = dist.HashStore(), 0, 1
@@ -379,15 +367,3 @@ def _connect(
             raise
         raise RunLost(watch.explain(error)) from error
     return watch
-
-
-def _versions(torch: Any) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"torch": str(torch.__version__), "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for package in ("megatron-core", "phd-megatron"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions

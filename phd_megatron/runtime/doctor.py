@@ -8,8 +8,8 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
+from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.implementations import Operation, format_operations, operations
@@ -38,7 +38,7 @@ class Report:
     packages: list[Package] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Plain values for JSON."""
         return asdict(self)
 

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from phd_megatron.runtime.redirects import Redirect, activate
+from phd_megatron.runtime.redirects import Redirect, activate, put
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+    from torch.optim.optimizer import ParamsT
+
+    Group = dict[str, float | bool | str | list[int] | None]
 
 #: what Megatron says on every start and nobody can act on; `phd-megatron doctor` says the useful part better
 _NOISE = (
@@ -44,7 +54,7 @@ def torch_adamw() -> type:
     import torch
 
     class FusedAdamW(torch.optim.AdamW):
-        def __init__(self, params: Any, **kwargs: Any) -> None:
+        def __init__(self, params: ParamsT, **kwargs: Any) -> None:
             super().__init__(params, **{"fused": True, **kwargs})
 
         @torch.no_grad()
@@ -58,7 +68,7 @@ def torch_adamw() -> type:
                         if key not in state:
                             state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
-        def state_dict(self) -> dict[str, Any]:
+        def state_dict(self) -> StateDict:
             self._make_state()
             saved = super().state_dict()
             if not self.state:
@@ -67,7 +77,7 @@ def torch_adamw() -> type:
                 saved["state"] = {0: {"step": torch.zeros(())}}
             return saved
 
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def load_state_dict(self, state_dict: StateDict) -> None:
             if not any(group["params"] for group in self.param_groups):
                 state_dict = {**state_dict, "state": {}}
             super().load_state_dict(state_dict)
@@ -78,21 +88,19 @@ def torch_adamw() -> type:
     return FusedAdamW
 
 
-def _torch_adamw(module: Any) -> None:
+def _torch_adamw(module: ModuleType) -> None:
     if not module.USING_PYTORCH_OPTIMIZER:
         return
-    from types import ModuleType, SimpleNamespace
-
     # The function that builds the optimizer says torch.optim.AdamW, so this module gets a torch with another AdamW.
     outer = module.torch
     names = ModuleType("torch")
     names.__dict__.update(outer.__dict__)
-    names.__getattr__ = lambda name: getattr(outer, name)  # type: ignore[method-assign]
+    names.__dict__["__getattr__"] = lambda name: getattr(outer, name)
     names.__dict__["optim"] = SimpleNamespace(**{**vars(outer.optim), "AdamW": torch_adamw()})
-    module.torch = names
+    put(module, torch=names)
 
 
-def _adam_state_without_step(module: Any) -> None:
+def _adam_state_without_step(module: ModuleType) -> None:
     import torch
 
     optimizer = module.DistributedOptimizer
@@ -100,7 +108,9 @@ def _adam_state_without_step(module: Any) -> None:
 
     @functools.wraps(original)
     @torch.no_grad()  # a shard of an fp32 parameter is a view of a leaf, which autograd refuses to write into
-    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    def set_states(
+        self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
         if not self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
             group, order = self.model_param_group_index_map[model_param]
             state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
@@ -110,14 +120,14 @@ def _adam_state_without_step(module: Any) -> None:
                 tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)
 
-    optimizer._set_main_param_and_optimizer_states = set_states
+    put(optimizer, _set_main_param_and_optimizer_states=set_states)
 
 
-def _padded_buckets(module: Any) -> None:
+def _padded_buckets(module: ModuleType) -> None:
     optimizer = module.DistributedOptimizer
     original = optimizer.sharded_param_state_fully_reshardable
 
-    def with_padding(self: Any, state: Any) -> Any:
+    def with_padding(self: DistributedOptimizer, state: StateDict | None) -> StateDict | None:
         for index, buffer in enumerate(self.buffers):
             for tensors in state[index].values() if state else ():
                 for key, compact in tensors.items():
@@ -133,7 +143,7 @@ def _padded_buckets(module: Any) -> None:
         return state
 
     @functools.wraps(original)
-    def sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def sharded(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> ShardedStateDict:
         gather = self.get_parameter_state_dp_zero
         self.get_parameter_state_dp_zero = lambda *a, **k: with_padding(self, gather(*a, **k))
         try:
@@ -141,65 +151,68 @@ def _padded_buckets(module: Any) -> None:
         finally:
             del self.get_parameter_state_dp_zero
 
-    optimizer.sharded_param_state_fully_reshardable = sharded
+    put(optimizer, sharded_param_state_fully_reshardable=sharded)
 
 
-def _groups_of_one_kind(module: Any) -> None:
+def _groups_of_one_kind(module: ModuleType) -> None:
     original = module.MegatronOptimizer._filter_and_reorder_param_groups
 
-    def kinds(groups: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    def kinds(groups: list[Group]) -> list[tuple[float | str | list[int] | None, ...]]:
         names = module.param_group_identifier_keys
         return [tuple(group.get(name, group.get(f"pre_{name}")) for name in names) for group in groups]
 
     @functools.wraps(original)
-    def reorder(current_groups: list[dict[str, Any]], state_dict_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def reorder(current_groups: list[Group], state_dict_groups: list[Group]) -> list[Group]:
         if kinds(current_groups) == kinds(state_dict_groups):
             return state_dict_groups
-        return original(current_groups, state_dict_groups)
+        reordered: list[Group] = original(current_groups, state_dict_groups)
+        return reordered
 
-    module.MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(reorder)
+    put(module.MegatronOptimizer, _filter_and_reorder_param_groups=staticmethod(reorder))
 
 
-def _checkpoint_without_output(module: Any) -> None:
+def _checkpoint_without_output(module: ModuleType) -> None:
     original = module.CheckpointWithoutOutput.__init__
 
     @functools.wraps(original)
-    def __init__(self: Any, fp8: Any = False) -> None:
+    def __init__(self: CheckpointWithoutOutput, fp8: bool = False) -> None:
         original(self, fp8)
         self.fp8 = bool(fp8)
 
-    module.CheckpointWithoutOutput.__init__ = __init__
+    put(module.CheckpointWithoutOutput, __init__=__init__)
 
 
-def _te_general_gemm(module: Any) -> None:
+def _te_general_gemm(module: ModuleType) -> None:
     if "te_general_gemm" not in vars(module):
-        module.te_general_gemm = None
+        vars(module)["te_general_gemm"] = None
 
 
-def _scale_in_place(module: Any) -> None:
+def _scale_in_place(module: ModuleType) -> None:
     import torch
 
-    _ = module.local_multi_tensor_scale
-
-    def scale_all(chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], scale: Any) -> None:
+    def scale_all(
+        chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float | torch.Tensor
+    ) -> None:
         for source, target in zip(*tensor_lists, strict=True):
             torch.mul(source, scale, out=target)
 
-    module.local_multi_tensor_scale = scale_all
+    put(module, local_multi_tensor_scale=scale_all)
 
 
-def _norm_on_device(module: Any) -> None:
+def _norm_on_device(module: ModuleType) -> None:
     import torch
 
-    _ = module.local_multi_tensor_l2_norm
-
     def norm_of_all(
-        chunk_size: int, noop_flag: Any, tensor_lists: list[list[Any]], per_tensor: bool, *args: Any
-    ) -> tuple[Any, None]:
+        chunk_size: int,
+        noop_flag: torch.Tensor,
+        tensor_lists: list[list[torch.Tensor]],
+        per_tensor: bool,
+        *args: bool,
+    ) -> tuple[torch.Tensor, None]:
         norms = [norm.float() for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
         return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
-    module.local_multi_tensor_l2_norm = norm_of_all
+    put(module, local_multi_tensor_l2_norm=norm_of_all)
 
 
 REDIRECTS = (

@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _PAUSE = 0.02  # seconds between two looks into the store
 
 
-def meet(store: Any, rank: int, world_size: int, seconds: float) -> str:
+def meet(store: Store, rank: int, world_size: int, seconds: float) -> str:
     """A name for this start that no earlier one had, the same on all ranks; prefix the store's keys with it.
 
     Args:
@@ -63,7 +66,7 @@ def did_not_answer(missing: list[int], world_size: int, seconds: float) -> UserE
     )
 
 
-def _pause(deadline: float, store: Any, name: str | None, world_size: int, seconds: float) -> None:
+def _pause(deadline: float, store: Store, name: str | None, world_size: int, seconds: float) -> None:
     if time.monotonic() < deadline:
         time.sleep(_PAUSE)
         return
@@ -72,7 +75,7 @@ def _pause(deadline: float, store: Any, name: str | None, world_size: int, secon
     raise did_not_answer(missing or [0], world_size, seconds)
 
 
-def _read(store: Any, key: str) -> str | None:
+def _read(store: Store, key: str) -> str | None:
     try:
         return store.get(key).decode() if store.check([key]) else None
     except Exception as error:  # what a store raises differs between torch versions

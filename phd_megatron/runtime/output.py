@@ -26,9 +26,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phd_megatron.errors import UserError, naming
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: what plots say about their origin, in the metadata that their format has
 SIGNATURE = "phd-megatron"
@@ -135,7 +138,7 @@ def write_file(path: str | os.PathLike[str], option: str, kind: Kind, content: s
 
 
 def save_figure(
-    figure: Any, path: str | os.PathLike[str], option: str, kind: Kind | None = None, **options: Any
+    figure: Figure, path: str | os.PathLike[str], option: str, kind: Kind | None = None, **options: Any
 ) -> None:
     """Draw a figure of matplotlib into a file that the user named, with our signature, by one rename.
 
@@ -155,7 +158,7 @@ def save_figure(
     _publish(path, option, kind or PLOT, lambda temporary: figure.savefig(temporary, format=form, **options))
 
 
-def _publish(path: str | os.PathLike[str], option: str, kind: Kind, write: Callable[[Path], Any]) -> None:
+def _publish(path: str | os.PathLike[str], option: str, kind: Kind, write: Callable[[Path], int | None]) -> None:
     target = check_file(path, option, kind)
     try:
         if _is_written_through(target, option):
@@ -198,7 +201,7 @@ def _is_written_through(path: Path, option: str) -> bool:
     return True
 
 
-def _write_through(path: Path, write: Callable[[Path], Any]) -> None:
+def _write_through(path: Path, write: Callable[[Path], int | None]) -> None:
     with tempfile.TemporaryDirectory(prefix="phd-megatron-") as place:
         write(Path(place) / "content")
         content = (Path(place) / "content").read_bytes()

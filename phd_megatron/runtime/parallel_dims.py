@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
@@ -249,7 +248,7 @@ class ParallelDims:
             )
 
     def _check_experts(self, model: ModelConfig) -> None:
-        experts: Any = model.transformer.get("num_moe_experts")
+        experts: int | None = model.transformer.get("num_moe_experts")
         if experts is None:
             if self.ep > 1:
                 raise UserError(
@@ -266,7 +265,7 @@ class ParallelDims:
             ("moe_ffn_hidden_size", "expert_tensor_parallel_size", self.etp),
             ("moe_shared_expert_intermediate_size", "tensor_model_parallel_size", self.tp),
         ):
-            size: Any = model.transformer.get(name)
+            size: int | None = model.transformer.get(name)
             if size is not None and size % share:
                 raise UserError(f"{name} {size} is not divisible by {kind} {share}; use {_round_up(size, share)}")
         if self.tp > 1 and not self.sp:

@@ -9,13 +9,17 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
+from phd_megatron.config.plain import Values
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.meeting import did_not_answer
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+
+def flatten(config: Values, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted name and JSON text of every leaf of a nested configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -25,10 +29,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def compare_ranks(
-    store: Any,
+    store: Store,
     rank: int,
     world_size: int,
-    config: Mapping[str, Any] | None,
+    config: Values | None,
     versions: Mapping[str, str],
     seconds: float,
 ) -> None:
@@ -70,7 +74,7 @@ def compare_ranks(
     )
 
 
-def _collect(store: Any, world_size: int, seconds: float) -> list[list[str]]:
+def _collect(store: Store, world_size: int, seconds: float) -> list[list[str]]:
     deadline = time.monotonic() + seconds
     ranks: list[list[str]] = []
     for other in range(world_size):
@@ -84,14 +88,14 @@ def _collect(store: Any, world_size: int, seconds: float) -> list[list[str]]:
     return ranks
 
 
-def _present(store: Any, rank: int) -> bool:
+def _present(store: Store, rank: int) -> bool:
     try:
         return bool(store.check([f"preflight/rank/{rank}"]))
     except Exception:  # the store itself is gone: say that nobody can be seen
         return False
 
 
-def _differences(store: Any, differing: list[int], seconds: float) -> str:
+def _differences(store: Store, differing: list[int], seconds: float) -> str:
     key = f"preflight/difference/{differing[0]}"
     try:
         store.wait([key], timedelta(seconds=seconds))

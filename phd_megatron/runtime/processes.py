@@ -9,9 +9,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 #: makes a rank print its Python stack, also when its interpreter does not come to run
 STACK_SIGNAL = signal.SIGUSR2
@@ -28,7 +27,17 @@ _WAITING = (
 _INNERMOST = 5  # frames that are looked at
 
 
-def identity() -> dict[str, Any]:
+class Identity(TypedDict, total=False):
+    """What tells a process apart from every other one; what another rank wrote of itself may lack some of it."""
+
+    host: str
+    pid: int
+    began: str | None
+    place: list[str | None]
+    ended: bool
+
+
+def identity() -> Identity:
     """What tells this process apart from every other one."""
     return {
         "host": socket.gethostname(),
@@ -39,7 +48,7 @@ def identity() -> dict[str, Any]:
     }
 
 
-def state(entry: Mapping[str, Any], me: Mapping[str, Any]) -> Literal["running", "stopped", "dead"] | None:
+def state(entry: Identity, me: Identity) -> Literal["running", "stopped", "dead"] | None:
     """How the process of another :func:`identity` is; None when it cannot be seen from here."""
     if None in me["place"] or entry.get("place") != me["place"]:
         return None
@@ -49,12 +58,12 @@ def state(entry: Mapping[str, Any], me: Mapping[str, Any]) -> Literal["running",
     return "stopped" if letter in "Tt" else "running"
 
 
-def is_dead(entry: Mapping[str, Any], me: Mapping[str, Any]) -> bool:
+def is_dead(entry: Identity, me: Identity) -> bool:
     """Whether that process is known to have gone, and not because its work was done."""
     return bool(entry) and not entry.get("ended") and state(entry, me) == "dead"
 
 
-def kill(entry: Mapping[str, Any], me: Mapping[str, Any]) -> None:
+def kill(entry: Identity, me: Identity) -> None:
     """End a process of this host for good, a stopped one too; nothing when it is elsewhere or another by now."""
     if entry and state(entry, me) in ("running", "stopped") and entry["pid"] != me["pid"]:
         with suppress(OSError):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 
@@ -28,7 +28,7 @@ class Redirect:
 
     name: str
     modules: tuple[str, ...]
-    apply: Callable[[Any], None]
+    apply: Callable[[ModuleType], None]
     reason: str
 
     def concerns(self, module_name: str) -> bool:
@@ -47,7 +47,9 @@ class _Watcher(MetaPathFinder):
         self.redirects: list[Redirect] = []
         self._busy: set[str] = set()
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if not fullname.startswith("megatron.") or fullname in self._busy:
             return None
         self._busy.add(fullname)
@@ -102,16 +104,28 @@ def active() -> tuple[str, ...]:
     return tuple(redirect.name for redirect in _WATCHER.redirects)
 
 
-def replace_literals(function: Any, replacements: dict[str, str]) -> None:
+def put(place: ModuleType | type, **replacements: Callable[..., Any] | ModuleType) -> None:
+    """Give names of a module or a class another value.
+
+    Raises:
+        AttributeError: a name is not there; of a redirect, that is :class:`MegatronChanged`.
+    """
+    for name, value in replacements.items():
+        getattr(place, name)
+        setattr(place, name, value)
+
+
+def replace_literals(function: FunctionType | MethodType, replacements: dict[str, str]) -> None:
     """Replace string literals in a function's code, in place, so that copies of its name change too.
 
     Raises:
         MegatronChanged: when none of the literals occurs in it.
     """
-    target: FunctionType = getattr(function, "__func__", function)
+    target = function.__func__ if isinstance(function, MethodType) else function
+    assert isinstance(target, FunctionType)
     found = False
 
-    def changed(constant: object) -> object:
+    def changed(constant: Hashable) -> Hashable:
         nonlocal found
         if isinstance(constant, str) and constant in replacements:
             found = True

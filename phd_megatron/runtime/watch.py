@@ -19,10 +19,13 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from phd_megatron.console.terminal import warn
 from phd_megatron.runtime import processes
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _END, _NOTICE = "watch/end", "watch/notice"
 _CODE = 1
@@ -46,11 +49,28 @@ class Pace:
         return cls(min(2.0, silence / 4), silence, min(40.0, timeout / 2), timeout + slack)
 
 
+class Entry(processes.Identity, total=False):
+    """What a rank tells the others of itself."""
+
+    stack: bool  #: it can be asked for its stack
+    beat: int
+    count: int  #: phases that its main thread has gone through
+    iteration: int
+    phase: str
+    still: float  #: seconds since its main thread got on
+    waits: bool  #: for other ranks, as far as can be seen
+
+
+class _End(TypedDict):
+    text: str
+    ranks: list[int]  #: that cannot end by themselves
+
+
 @dataclass
 class _Seen:
     """The last entry of another rank, and since when it has not changed."""
 
-    entry: dict[str, Any]
+    entry: Entry
     since: float
 
 
@@ -63,10 +83,11 @@ class Watch:
         slack: seconds that the backend is given to end by itself after that.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, timeout: float, slack: float = 0.0) -> None:
-        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+    def __init__(self, store: Store | None, rank: int, world_size: int, timeout: float, slack: float = 0.0) -> None:
+        self._store: Any = store  # a world of one asks it nothing
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self.pace = Pace.of(timeout, slack)
-        self._me = processes.identity()
+        self._me: Entry = {**processes.identity()}
         self._main = threading.main_thread().ident
         self._count, self._iteration, self._phase, self._moved = 0, 0, "starting", time.monotonic()
         self._longest: dict[str, float] = {}  # seconds without progress that a phase has taken and come through
@@ -123,17 +144,17 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             # torchrun sends it as soon as it sees the death; this rank ends by itself, and says why before.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        said = None
+        said: _End | None = None
         if self._store is not None:
             with suppress(Exception):
                 said = self._first_words(error)
         if said is None:
-            said = {"text": f"the ranks have lost one another ({_first_line(error)})"}
+            said = {"text": f"the ranks have lost one another ({_first_line(error)})", "ranks": []}
         time.sleep(0.5)  # torchrun looks every 0.1 s, and takes the first rank that has ended for the cause
         self._speaks = False  # the caller does
         return f"{said['text']}; a run that saves goes on from its newest complete checkpoint when it is started again"
 
-    def _first_words(self, error: BaseException) -> dict[str, Any]:
+    def _first_words(self, error: BaseException) -> _End:
         entries = self._near()
         for _ in range(10):  # a process that was killed takes a moment to be gone
             if self._store.check([_END]):
@@ -154,7 +175,7 @@ class Watch:
                 self._post_end(text, behind)
             else:
                 self._post_end(f"the ranks have lost one another ({_first_line(error)})", [])
-        found: dict[str, Any] = json.loads(self._store.get(_END))
+        found: _End = json.loads(self._store.get(_END))
         self._end(found["ranks"])
         return found
 
@@ -287,9 +308,9 @@ class Watch:
 
     # ---------------------------------------------------------------- what is known of the others
 
-    def _read(self, number: int) -> dict[str, Any]:
+    def _read(self, number: int) -> Entry:
         key = f"watch/{number}"
-        entry = json.loads(self._store.get(key)) if self._store.check([key]) else {}
+        entry: Entry = json.loads(self._store.get(key)) if self._store.check([key]) else {}
         seen = self._seen.get(number)
         if seen is None or seen.entry.get("beat") != entry.get("beat"):
             self._seen[number] = _Seen(entry, time.monotonic())
@@ -298,10 +319,10 @@ class Watch:
     def _age(self, number: int) -> float:
         return time.monotonic() - self._seen[number].since
 
-    def _entries(self) -> dict[int, dict[str, Any]]:
+    def _entries(self) -> dict[int, Entry]:
         return {number: self._read(number) for number in range(self._world_size)}
 
-    def _near(self) -> dict[int, dict[str, Any]]:
+    def _near(self) -> dict[int, Entry]:
         """Of many ranks those around this one: a dead process is seen by its neighbours on the same host."""
         first = self._rank // _NEAR * _NEAR
         return {number: self._read(number) for number in range(first, min(first + _NEAR, self._world_size))}
@@ -343,7 +364,7 @@ class Watch:
                 time.sleep(0.05)
 
 
-def _where(entry: dict[str, Any]) -> str:
+def _where(entry: Entry) -> str:
     return f"at iteration {entry.get('iteration', 0)} in {entry.get('phase', 'an unknown phase')!r}"
 
 

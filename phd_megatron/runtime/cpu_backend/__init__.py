@@ -9,9 +9,20 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from phd_megatron.runtime.redirects import Redirect, activate
+from phd_megatron.runtime.redirects import Redirect, activate, put, replace_literals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    from phd_megatron.runtime.cpu_backend.torch_names import Device
 
 _installed = False
 
@@ -39,17 +50,12 @@ def install(skip: Collection[str] = ()) -> None:
     activate(redirect for redirect in _table(skip) if redirect.name not in skip)
 
 
-def is_installed() -> bool:
-    """Whether this process has redirected megatron-core to the CPU."""
-    return _installed
-
-
 def _torch_names(skip: Collection[str]) -> Redirect:
-    def apply(module: Any) -> None:
+    def apply(module: ModuleType) -> None:
         import torch
 
         if module.__dict__.get("torch") is torch:
-            module.torch = names
+            put(module, torch=names)
 
     from phd_megatron.runtime.cpu_backend.torch_names import make_torch
 
@@ -64,10 +70,10 @@ def _table(skip: Collection[str]) -> list[Redirect]:
 def _tensor_cuda() -> None:
     import torch
 
-    def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def cuda(self: torch.Tensor, *args: Device, **kwargs: Device) -> torch.Tensor:
         return self
 
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    put(torch.Tensor, cuda=cuda)
 
 
 def _hide_cuda_packages() -> None:
@@ -75,27 +81,27 @@ def _hide_cuda_packages() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def _made_in_torch_names(module: Any) -> None:
+def _made_in_torch_names(module: ModuleType) -> None:
     """Nothing to do here: the names are part of the module that "torch" puts in place."""
 
 
-def _jit_fuser(module: Any) -> None:
+def _jit_fuser(module: ModuleType) -> None:
     module.disable_jit_fuser()
 
 
-def _rng(module: Any) -> None:
+def _rng(module: ModuleType) -> None:
     import contextlib
 
     from phd_megatron.runtime.cpu_backend import torch_names
 
-    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> Any:
+    def get_state(device: Device = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch_names.get_rng_state()
 
-    def set_state(new_state: Any, device: Any = None, graph_safe: bool = False) -> None:
+    def set_state(new_state: torch.Tensor, device: Device = None, graph_safe: bool = False) -> None:
         torch_names.set_rng_state(new_state)
 
     @contextlib.contextmanager
-    def fork(self: Any, name: str = module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Any:
+    def fork(self: CudaRNGStatesTracker, name: str = module._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
         # Megatron's own warns whenever the CPU generator moves inside; here it is the one that must move.
         if name not in self.states_:
             raise KeyError(f"random-number state {name!r} was not added; added are {sorted(self.states_)}")
@@ -111,63 +117,66 @@ def _rng(module: Any) -> None:
             set_state(outer_state)
             self._current_state_name = outer_name
 
-    _ = module._get_cuda_rng_state, module._set_cuda_rng_state
-    module._get_cuda_rng_state, module._set_cuda_rng_state = get_state, set_state
-    module.CudaRNGStatesTracker.fork = fork
+    put(module, _get_cuda_rng_state=get_state, _set_cuda_rng_state=set_state)
+    put(module.CudaRNGStatesTracker, fork=fork)
 
 
 _TYPE_NAMES = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
 
 
-def _distrib_optimizer_types(module: Any) -> None:
-    from phd_megatron.runtime.redirects import replace_literals
-
+def _distrib_optimizer_types(module: ModuleType) -> None:
     replace_literals(module.DistributedOptimizer.__init__, _TYPE_NAMES)
     replace_literals(module.DistributedOptimizer._build_model_and_main_param_groups, _TYPE_NAMES)
 
 
-def _float16_optimizer_types(module: Any) -> None:
-    from phd_megatron.runtime.redirects import replace_literals
-
+def _float16_optimizer_types(module: ModuleType) -> None:
     replace_literals(module.Float16OptimizerWithFloat16Params.__init__, _TYPE_NAMES)
 
 
-def _clip_grads_types(module: Any) -> None:
-    from phd_megatron.runtime.redirects import replace_literals
-
+def _clip_grads_types(module: ModuleType) -> None:
     replace_literals(module.clip_grad_by_total_norm_fp32, _TYPE_NAMES)
 
 
-def _p2p(module: Any) -> None:
+def _p2p(module: ModuleType) -> None:
     from phd_megatron.runtime.cpu_backend.p2p import batched_p2p_ops, p2p_ops
 
-    _ = module._p2p_ops, module._batched_p2p_ops
-    module._p2p_ops, module._batched_p2p_ops = p2p_ops, batched_p2p_ops
+    put(module, _p2p_ops=p2p_ops, _batched_p2p_ops=batched_p2p_ops)
 
 
-def _moe_splits(module: Any) -> None:
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _moe_splits(module: ModuleType) -> None:
+    def to_host(
+        tensor: torch.Tensor | None, as_numpy: bool = False, record_stream: bool = False
+    ) -> torch.Tensor | np.ndarray | None:
         import torch
 
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
-    _ = module.maybe_move_tensor_to_cpu
-    module.maybe_move_tensor_to_cpu = to_host
+    put(module, maybe_move_tensor_to_cpu=to_host)
 
 
-def _uneven_splits(module: Any) -> None:
+def _uneven_splits(module: ModuleType) -> None:
     from phd_megatron.runtime.cpu_backend import uneven_splits
 
-    module._gather_along_first_dim = uneven_splits.gather(module._gather_along_first_dim)
-    module._reduce_scatter_along_first_dim = uneven_splits.reduce_scatter(module._reduce_scatter_along_first_dim)
+    put(
+        module,
+        _gather_along_first_dim=uneven_splits.gather(module._gather_along_first_dim),
+        _reduce_scatter_along_first_dim=uneven_splits.reduce_scatter(module._reduce_scatter_along_first_dim),
+    )
 
 
-def _single_rank(module: Any) -> None:
+def _single_rank(module: ModuleType) -> None:
     import functools
 
-    def alone(collective: Any) -> Any:
+    def alone(collective: Callable[..., dist.Work | None]) -> Callable[..., dist.Work | None]:
         @functools.wraps(collective)
-        def run(output: Any, given: Any, *args: Any, group: Any, async_op: bool = False, **kwargs: Any) -> Any:
+        def run(
+            output: torch.Tensor,
+            given: torch.Tensor,
+            *args: dist.ReduceOp,
+            group: dist.ProcessGroup,
+            async_op: bool = False,
+            **kwargs: dist.ReduceOp,
+        ) -> dist.Work | None:
             if async_op or group.size() > 1:
                 return collective(output, given, *args, group=group, async_op=async_op, **kwargs)
             if output.data_ptr() != given.data_ptr():
@@ -176,8 +185,11 @@ def _single_rank(module: Any) -> None:
 
         return run
 
-    module.dist_all_gather_func = alone(module.dist_all_gather_func)
-    module.dist_reduce_scatter_func = alone(module.dist_reduce_scatter_func)
+    put(
+        module,
+        dist_all_gather_func=alone(module.dist_all_gather_func),
+        dist_reduce_scatter_func=alone(module.dist_reduce_scatter_func),
+    )
 
 
 #: redirects that change no megatron module: a tensor's ``cuda`` method does nothing, and Transformer Engine and apex

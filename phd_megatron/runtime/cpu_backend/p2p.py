@@ -25,9 +25,9 @@ def p2p_ops(
     group: dist.ProcessGroup,
     prev_pipeline_rank: int,
     next_pipeline_rank: int,
-) -> dict[str, Any]:
+) -> dict[str, dist.Work | None]:
     """Start up to four transfers; returns the request of each by its name. Takes the place of ``_p2p_ops``."""
-    requests: dict[str, Any] = {}
+    requests: dict[str, dist.Work | None] = {}
     if tensor_recv_prev is not None:
         requests["recv_prev"] = dist.irecv(tensor_recv_prev, prev_pipeline_rank, group, FORWARD_TAG)
     if tensor_recv_next is not None:
@@ -41,6 +41,6 @@ def p2p_ops(
     return requests
 
 
-def batched_p2p_ops(**transfers: Any) -> list[Any]:
+def batched_p2p_ops(**transfers: Any) -> list[dist.Work | None]:
     """Takes the place of ``_batched_p2p_ops``, which returns a list."""
     return list(p2p_ops(**transfers).values())

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 CPU = torch.device("cpu")
+Device: TypeAlias = torch.device | str | int | None
 
 #: functions that take ``device=`` and to which megatron passes "cuda", some with ``pin_memory=True``
 FACTORIES = ("tensor", "empty", "zeros", "ones", "arange", "empty_like")
@@ -22,21 +23,22 @@ FACTORIES = ("tensor", "empty", "zeros", "ones", "arange", "empty_like")
 class Stream:
     """A stream on a device that has only one: everything is in order already."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Device, **kwargs: Device) -> None:
         pass
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream)
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return id(self)
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, stream: Stream) -> None:
         """Nothing runs elsewhere."""
 
-    def wait_event(self, event: Any) -> None:
+    def wait_event(self, event: Event) -> None:
         """Nothing runs elsewhere."""
 
-    def record_event(self, event: Any = None) -> Any:
+    def record_event(self, event: Event | None = None) -> Event:
         """Return the event, which has happened."""
         return event or Event()
 
@@ -47,13 +49,13 @@ class Stream:
 class Event:
     """An event on a device without queues: it has happened."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Device, **kwargs: Device) -> None:
         pass
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         """Nothing runs elsewhere."""
 
-    def wait(self, stream: Any = None) -> None:
+    def wait(self, stream: Stream | None = None) -> None:
         """Nothing runs elsewhere."""
 
     def synchronize(self) -> None:
@@ -64,21 +66,21 @@ class Event:
         return True
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _nothing(*args: Device, **kwargs: Device) -> None:
     """Stands for a call that has no meaning on the host."""
 
 
 @contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
+def _stream_context(stream: Stream | None) -> Iterator[None]:
     yield
 
 
-def get_rng_state(device: Any = None) -> torch.Tensor:
+def get_rng_state(device: Device = None) -> torch.Tensor:
     """State of the host's generator."""
     return torch.get_rng_state()
 
 
-def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+def set_rng_state(new_state: torch.Tensor, device: Device = None) -> None:
     """Set the state of the host's generator."""
     torch.set_rng_state(new_state)
 
@@ -101,17 +103,17 @@ def _cuda_names() -> ModuleType:
         get_rng_state=get_rng_state,
         set_rng_state=set_rng_state,
     )
-    names.__getattr__ = lambda name: getattr(torch.cuda, name)  # type: ignore[method-assign]
+    names.__dict__["__getattr__"] = lambda name: getattr(torch.cuda, name)
     return names
 
 
-def on_host(device: Any) -> Any:
+def on_host(device: Device) -> Device:
     """The host for a device that names CUDA; any other device as it is."""
     return CPU if device is not None and str(device).startswith("cuda") else device
 
 
 def _host_factory(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+    def make(*args: Any, device: Device = None, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         return factory(*args, device=on_host(device), **kwargs)
 
     make.__name__ = factory.__name__
@@ -122,7 +124,7 @@ def make_torch(*, cuda_names: bool = True, device_literals: bool = True) -> Modu
     """A module that is torch, with CUDA names and ``device="cuda"`` answered by the host."""
     names = ModuleType("torch")
     names.__dict__.update(torch.__dict__)
-    names.__getattr__ = lambda name: getattr(torch, name)  # type: ignore[method-assign]
+    names.__dict__["__getattr__"] = lambda name: getattr(torch, name)
     if cuda_names:
         names.__dict__["cuda"] = _cuda_names()
     if device_literals:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,11 @@ def gather(stock: Collective) -> Collective:
 
     @functools.wraps(stock)
     def run(
-        input_: torch.Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, *rest: Any, **kwargs: Any
+        input_: torch.Tensor,
+        group: dist.ProcessGroup,
+        output_split_sizes: Sequence[int] | None = None,
+        *rest: bool,
+        **kwargs: bool,
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             return stock(input_, group, output_split_sizes, *rest, **kwargs)
@@ -39,7 +42,11 @@ def reduce_scatter(stock: Collective) -> Collective:
 
     @functools.wraps(stock)
     def run(
-        input_: torch.Tensor, group: Any, input_split_sizes: Sequence[int] | None = None, *rest: Any, **kwargs: Any
+        input_: torch.Tensor,
+        group: dist.ProcessGroup,
+        input_split_sizes: Sequence[int] | None = None,
+        *rest: bool,
+        **kwargs: bool,
     ) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             return stock(input_, group, input_split_sizes, *rest, **kwargs)

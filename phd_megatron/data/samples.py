@@ -1,0 +1,18 @@
+"""What a data set of tokens gives to whoever trains or evaluates."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+Sample: TypeAlias = dict[str, Tensor]
+"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each ``[seq_length]``."""
+
+
+class Samples(Protocol):
+    """A data set of known length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
