@@ -8,7 +8,7 @@ entries. All copies and query heads of a KV group are packed into the rows of on
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ MOST_ROWS = 64  # packed copies and heads of a program; with more of them the ca
 OWN_PART = 4  # parts that there must be room for before the hidden keys become one
 ROWS, MANY = 4, 256  # rows of a program of the merge, where that leaves more than so many programs
 WIDEST = 256  # head dimension
+
+Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def decode_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -68,54 +70,11 @@ def decode_attention(
     hidden = _checked_hidden(
         query, query_position, key, value, key_position, hidden_key, hidden_value, hidden_position, policy
     )
-    copies, batch, heads, width = query.shape
-    problem = decode_problem(query.device, query.dtype, width)
+    problem = decode_problem(query.device, query.dtype, query.size(3))
     if problem is not None:
         raise UserError(f"the decode kernel cannot run here: {problem}")
-    from .decode_kernels import combine_kernel, split_kernel
-
-    groups, length = key.size(1), key.size(2)
-    packed, bundles = copies * (heads // groups), batch * groups
-    block = min(block_of(packed), MOST_ROWS)
-    blocks = -(-packed // block)
-    keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
-    merged = parts if parts > 1 else 0  # a single part is the output
-    found = torch.empty(bundles, merged, packed, width, dtype=torch.float32, device=query.device)
-    lse = torch.empty(bundles, merged, packed, dtype=torch.float32, device=query.device)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
-    shared: dict[str, Any] = {
-        "COPIES": copies,
-        "RATIO": heads // groups,
-        "D": width,
-        "BLOCK_D": block_of(width),
-        "PDL": parts > 1 and _starts_early(query.device),
-    }
-    split_kernel[parts, bundles, blocks](
-        *(grouped, query_position, key, value, key_position.contiguous()),
-        *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
-        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
-        *(hidden[0].stride()[:4], hidden[1].stride()[:4], grouped_out.stride()[:4]),
-        *(width**-0.5 if scale is None else scale, groups, length, hidden[2].size(1), keys),
-        HIDDEN=policy.repeat - 1,
-        WINDOW=policy.window,
-        CHUNK=policy.chunk or 0,
-        LONG=keys > LONG_PART,
-        ALONE=parts == 1,
-        PRECISION=precision(query.dtype),
-        BLOCK_M=block,
-        **shared,
-    )
-    if parts > 1:
-        rows = ROWS if bundles * packed > ROWS * MANY else 1
-        combine_kernel[-(-packed // rows), bundles](
-            *(found, lse, grouped_out, grouped_out.stride()[:4], groups, parts),
-            BLOCK_P=covering(parts),
-            ROWS=rows,
-            **({"launch_pdl": True} if shared["PDL"] else {}),
-            **shared,
-        )
-    return out
+    scale = query.size(3) ** -0.5 if scale is None else scale
+    return _launch(query, query_position, key, value, key_position, hidden, policy, scale)
 
 
 def decode_attention_reference(
@@ -155,6 +114,59 @@ def decode_attention_reference(
     return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
 
 
+def _launch(
+    query: Tensor,
+    query_position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_position: Tensor,
+    hidden: Three,
+    policy: KVPolicy,
+    scale: float,
+) -> Tensor:
+    """Both launches: the parts, and what puts them together where there are several."""
+    from .decode_kernels import combine_kernel, split_kernel
+
+    copies, batch, heads, width = query.shape
+    groups, length = key.size(1), key.size(2)
+    packed, bundles = copies * (heads // groups), batch * groups
+    block = min(block_of(packed), MOST_ROWS)
+    blocks = -(-packed // block)
+    keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
+    merged = parts if parts > 1 else 0  # a single part is the output
+    found = torch.empty(bundles, merged, packed, width, dtype=torch.float32, device=query.device)
+    lse = torch.empty(bundles, merged, packed, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
+    early = parts > 1 and _starts_early(query.device)
+    shared = {"COPIES": copies, "RATIO": heads // groups, "D": width, "BLOCK_D": block_of(width), "PDL": early}
+    split_kernel[parts, bundles, blocks](
+        *(grouped, query_position, key, value, key_position.contiguous()),
+        *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
+        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
+        *(hidden[0].stride()[:4], hidden[1].stride()[:4], grouped_out.stride()[:4]),
+        *(scale, groups, length, hidden[2].size(1), keys),
+        HIDDEN=policy.repeat - 1,
+        WINDOW=policy.window,
+        CHUNK=policy.chunk or 0,
+        LONG=keys > LONG_PART,
+        ALONE=parts == 1,
+        PRECISION=precision(query.dtype),
+        BLOCK_M=block,
+        **shared,
+    )
+    if parts > 1:
+        rows = ROWS if bundles * packed > ROWS * MANY else 1
+        combine_kernel[-(-packed // rows), bundles](
+            *(found, lse, grouped_out, grouped_out.stride()[:4], groups, parts),
+            BLOCK_P=covering(parts),
+            ROWS=rows,
+            **({"launch_pdl": True} if early else {}),
+            **shared,
+        )
+    return out
+
+
 def _parts(bundles: int, length: int, hidden: bool, device: torch.device) -> tuple[int, int]:
     """Originals of a part, and parts, so that the device is full once and no part is too short.
 
@@ -184,7 +196,7 @@ def _checked_hidden(
     hidden_value: Tensor | None,
     hidden_position: Tensor | None,
     policy: KVPolicy,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """Hidden keys, values and positions; empty stand-ins, never read, for a vanilla model."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.size(2) % key.size(1):
