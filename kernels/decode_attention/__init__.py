@@ -8,7 +8,7 @@ entries. All copies and query heads of a KV group are packed into the rows of on
 from __future__ import annotations
 
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ OWN_PART = 4  # parts that there must be room for before the hidden keys become 
 ROWS, MANY = 4, 256  # rows of a program of the merge, where that leaves more than so many programs
 WIDEST = 256  # head dimension
 
-Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+class Hidden(NamedTuple):
+    """What the cache holds of copies 2 to K."""
+
+    key: Tensor  # [b, groups, K - 1, r, d]
+    value: Tensor
+    position: Tensor  # [b, r]
 
 
 def decode_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -99,9 +105,9 @@ def decode_attention_reference(
     keys, values, position = key, value, key_position
     copy = torch.ones(key.size(2), dtype=torch.long, device=query.device)
     if policy.repeat > 1:
-        slots = hidden[2].size(1)
-        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((key, hidden[0]), (value, hidden[1])))
-        position = torch.cat([key_position, hidden[2].repeat(1, policy.repeat - 1)], 1)  # [b, L + (K - 1) * r]
+        slots = hidden.position.size(1)
+        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((key, hidden.key), (value, hidden.value)))
+        position = torch.cat([key_position, hidden.position.repeat(1, policy.repeat - 1)], 1)  # [b, L + (K - 1) * r]
         later = torch.arange(2, policy.repeat + 1, device=query.device).repeat_interleave(slots)
         copy = torch.cat([copy, later])
     query_copy = torch.arange(policy.repeat - copies + 1, policy.repeat + 1, device=query.device)
@@ -120,12 +126,12 @@ def _launch(
     key: Tensor,
     value: Tensor,
     key_position: Tensor,
-    hidden: Three,
+    hidden: Hidden,
     policy: KVPolicy,
     scale: float,
 ) -> Tensor:
-    """Both launches: the parts, and what puts them together where there are several."""
-    from .decode_kernels import combine_kernel, split_kernel
+    """A launch for the parts and, where there are several, one that puts them together."""
+    from .decode_kernels import split_kernel
 
     copies, batch, heads, width = query.shape
     groups, length = key.size(1), key.size(2)
@@ -142,10 +148,10 @@ def _launch(
     shared = {"COPIES": copies, "RATIO": heads // groups, "D": width, "BLOCK_D": block_of(width), "PDL": early}
     split_kernel[parts, bundles, blocks](
         *(grouped, query_position, key, value, key_position.contiguous()),
-        *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
+        *(hidden.key, hidden.value, hidden.position.contiguous(), found, lse, grouped_out),
         *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
-        *(hidden[0].stride()[:4], hidden[1].stride()[:4], grouped_out.stride()[:4]),
-        *(scale, groups, length, hidden[2].size(1), keys),
+        *(hidden.key.stride()[:4], hidden.value.stride()[:4], grouped_out.stride()[:4]),
+        *(scale, groups, length, hidden.position.size(1), keys),
         HIDDEN=policy.repeat - 1,
         WINDOW=policy.window,
         CHUNK=policy.chunk or 0,
@@ -156,15 +162,23 @@ def _launch(
         **shared,
     )
     if parts > 1:
-        rows = ROWS if bundles * packed > ROWS * MANY else 1
-        combine_kernel[-(-packed // rows), bundles](
-            *(found, lse, grouped_out, grouped_out.stride()[:4], groups, parts),
-            BLOCK_P=covering(parts),
-            ROWS=rows,
-            **({"launch_pdl": True} if early else {}),
-            **shared,
-        )
+        _combine(found, lse, grouped_out, shared)
     return out
+
+
+def _combine(found: Tensor, lse: Tensor, out: Tensor, shared: dict[str, int]) -> None:
+    """Put the parts ``[b * groups, parts, Kq * ratio, d]`` together in ``out [Kq, b, groups, ratio, d]``."""
+    from .decode_kernels import combine_kernel
+
+    bundles, parts, packed, _ = found.shape
+    rows = ROWS if bundles * packed > ROWS * MANY else 1
+    combine_kernel[-(-packed // rows), bundles](
+        *(found, lse, out, out.stride()[:4], out.size(2), parts),
+        BLOCK_P=covering(parts),
+        ROWS=rows,
+        **({"launch_pdl": True} if shared["PDL"] else {}),
+        **shared,
+    )
 
 
 def _parts(bundles: int, length: int, hidden: bool, device: torch.device) -> tuple[int, int]:
@@ -196,8 +210,8 @@ def _checked_hidden(
     hidden_value: Tensor | None,
     hidden_position: Tensor | None,
     policy: KVPolicy,
-) -> Three:
-    """Hidden keys, values and positions; empty stand-ins, never read, for a vanilla model."""
+) -> Hidden:
+    """Empty stand-ins, never read, for a vanilla model."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.size(2) % key.size(1):
         raise ValueError(f"{shapes}: [Kq, b, heads, d] over [b, groups, L, d] is needed, heads a multiple of groups")
@@ -213,9 +227,9 @@ def _checked_hidden(
         if policy.repeat > 1:
             raise ValueError(f"{policy.name} has hidden copies: pass hidden_key, hidden_value and hidden_position")
         empty = key[:, :, None, :0]
-        return empty, empty, key.new_zeros(key.size(0), 0, dtype=torch.long)
+        return Hidden(empty, empty, key.new_zeros(key.size(0), 0, dtype=torch.long))
     wanted = (*key.shape[:2], policy.repeat - 1, hidden_position.size(1), key.size(3))
     if hidden_key.shape != wanted or hidden_value.shape != wanted:
         found = f"{tuple(hidden_key.shape)} and {tuple(hidden_value.shape)}"
         raise ValueError(f"hidden key and value are {found}, not {wanted}")
-    return hidden_key, hidden_value, hidden_position
+    return Hidden(hidden_key, hidden_value, hidden_position)

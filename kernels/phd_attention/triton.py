@@ -105,7 +105,7 @@ class Problem(NamedTuple):
         return len(self.rows.starts) * -(-rows // meta["BLOCK_M"]), self.batch * self.groups
 
     def grouped(self, x: Tensor) -> Numbers:
-        """Numbers of ``[Kq, s, b, heads, d]`` seen as ``[Kq, s, b, groups, ratio, d]``, the last left out."""
+        """Strides of ``[Kq, s, b, heads, d]`` seen as ``[Kq, s, b, groups, ratio, d]``, the last left out."""
         return x.unflatten(3, (self.groups, self.ratio)).stride()[:5]
 
 

@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     driver.set_active(NoDevice())
     # Only compiling is wanted here, so the CPU counts as a GPU.
-    for operation in ("phd_attention", "qkv_norm_rope", "decode_attention"):
+    for operation in ("phd_attention.backends", "qkv_norm_rope", "decode_attention"):
         module = importlib.import_module(f"phd_megatron.kernels.{operation}")
         module.triton_problem = lambda *_: None
     for operation in (attention, norm_rope, decode, cross_entropy):
