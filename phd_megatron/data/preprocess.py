@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phd_megatron import __version__
-from phd_megatron.console.progress import Progress
+from phd_megatron.console.progress import FileProgress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
@@ -167,7 +167,7 @@ def _write(
         # own wait for them, since a worker leaves SIGTERM to its parent.
         contextlib.closing(encoding) as encoded,
         IndexedWriter(output.directory, dtype) as writer,
-        Progress(source.total_bytes, enabled=progress) as display,
+        FileProgress(source.total_bytes, enabled=progress) as display,
     ):
         for batch in encoded:
             writer.add(batch.tokens, batch.lengths, batch.marks)
