@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from phd_megatron.bench.measure import draw
+from phd_megatron.bench.plots import draw_lines
 from phd_megatron.errors import UserError
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         if not args.names or any(name in row["name"] for name in args.names)
     ]
     try:
-        draw(args.output, "--output", lines, args.x, args.y)
+        draw_lines(args.output, "--output", lines, args.x, args.y)
     except UserError as error:
         parser.error(str(error))
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Circle, FancyBboxPatch, Patch
 
+from phd_megatron.console.plots import pyplot
 from phd_megatron.norm.schemes import BlockNorm, SublayerNorm, norm_plan
 from phd_megatron.phd.kv_policy import KVPolicy
 
@@ -157,6 +154,7 @@ def overview(output: Path) -> None:
         (second, "hybrid", "HybridNorm; hybrid_star\nfrom the second block on"),
         (first, "hybrid_star", "first block only"),
     )
+    plt = pyplot()
     figure = plt.figure(figsize=(13.6, 5.3))
     left, right = figure.subfigures(1, 2, width_ratios=(8.1, 5.5))
     left.suptitle("Where a block normalises", fontsize=12, color=INK, y=0.985)

@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
+from phd_megatron.console.plots import pyplot
 from phd_megatron.phd.kv_policy import KVPolicy
 
 INK, GRID = "#2b2d42", "#ffffff"
@@ -32,8 +29,7 @@ def main() -> None:
     keys = [(m, 1) for m in range(ORIGINALS)]
     keys += [(m, i) for m in range(first, TOKENS.stop) for i in range(2, POLICY.repeat + 1)]
     queries = [(n, j) for n in TOKENS for j in range(1, POLICY.repeat + 1)]
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kernels", "font.size": 8})
-    figure, axes = plt.subplots(figsize=(11, 4.6))
+    figure, axes = pyplot(8, salt="kernels").subplots(figsize=(11, 4.6))
     gap = 2
     for column, (m, i) in enumerate(keys):
         x = column + (gap if i > 1 else 0)

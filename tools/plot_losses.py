@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from phd_megatron.console.plots import pyplot, tidy
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.output import save_figure
 from phd_megatron.sweep.curves import smooth
@@ -20,6 +16,7 @@ COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#c44e52")
 
 def draw(runs: list[Run], output: Path, seq_length: int | None, unit: str, title: str) -> None:
     """Training loss (thin: as logged; thick: smoothed) and validation loss (dots) over tokens or samples."""
+    plt = pyplot()
     figure, (whole, end) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     scale = seq_length / 1e6 if seq_length else 1
     lowest, highest = [], []
@@ -37,13 +34,9 @@ def draw(runs: list[Run], output: Path, seq_length: int | None, unit: str, title
         end.set_xlim(left=0.4 * x[-1] * scale)
     margin = 0.05 * (max(highest) - min(lowest)) or 0.1
     end.set_ylim(min(lowest) - margin, max(highest) + margin)
-    whole.set_title("whole run", fontsize=10)
-    end.set_title("from 40 % on", fontsize=10)
-    for axes in (whole, end):
-        axes.set_xlabel("original tokens (millions)" if seq_length else "samples")
-        axes.set_ylabel(f"loss ({unit})")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, part in ((whole, "whole run"), (end, "from 40 % on")):
+        tidy(axes, "original tokens (millions)" if seq_length else "samples", f"loss ({unit})")
+        axes.set_title(part, fontsize=10)
     whole.legend(frameon=False, title="line: training, dots: validation", title_fontsize=8, fontsize=9)
     figure.suptitle(title)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,151 +12,139 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from phd_megatron.bench.measure import (
-    TOLERANCES,
-    Contender,
-    add_common_flags,
-    check_counts,
-    check_reports,
-    device_and_dtype,
-    measure,
-    relative_error,
-    short,
-    write_results,
-)
-from phd_megatron.console.arguments import Parser, parse_strictly
-from phd_megatron.console.tables import print_table
-from phd_megatron.errors import UserError
+from phd_megatron.bench.arguments import policies_of
+from phd_megatron.bench.place import Place, choose_place
+from phd_megatron.bench.results import Report, Result, Row
+from phd_megatron.bench.timing import BOTH, FORWARD, Contender, differentiable, measure, relative_error
+from phd_megatron.console.tables import milliseconds, print_table
+from phd_megatron.console.terminal import show
+
+if TYPE_CHECKING:
+    import torch
+
+    from phd_megatron.phd.kv_policy import KVPolicy
+
+    Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 REFERENCE_BYTES = 256 * 2**20  # the dense definition keeps several score tensors of this size; not timed above it
 DENSE_MASK_BYTES = 2**30  # a dense mask over K*s rows larger than this is not built
 VANILLA = "vanilla causal SDPA"
-FORWARD, BOTH = "forward", "forward + backward"
 FLOPS = {FORWARD: 4, BOTH: 14}  # per visible pair and column of a head
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench attention", description=__doc__)
-    parser.add_argument("--seq-length", type=int, nargs="+", default=[2048], help="original tokens (default 2048)")
-    parser.add_argument("--repeat", type=int, nargs="+", default=[2], help="K, copies of a token (default 2)")
-    parser.add_argument("--window", type=int, default=16, help="W, hidden positions seen (default %(default)s)")
-    parser.add_argument("--chunk", type=int, default=32, help="C, 0 for no chunks (default %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (default %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default %(default)s)")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64], help="size of a head (default 64)")
-    parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
-    parser.add_argument(
-        "--backends", nargs="+", default=None, metavar="NAME", help="only these (default: all that can run here)"
-    )
-    parser.add_argument("--only-phd", action="store_true", help="leave out the dense mask and naive repetition")
-    parser.add_argument(
-        "--fail-above", type=float, default=None, metavar="RATIO", help="exit 1 if auto's backend / floor exceeds it"
-    )
-    add_common_flags(parser)
-    return parser
+@dataclass(frozen=True)
+class Case:
+    """One policy and head dimension, for all lengths."""
+
+    args: argparse.Namespace
+    place: Place
+    policy: KVPolicy
+    width: int
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Of query, key and value."""
+        return self.args.heads, self.args.kv_heads, self.args.kv_heads
+
+    @property
+    def ratio(self) -> int:
+        """Query heads to a key-value head."""
+        return int(self.args.heads // self.args.kv_heads)
 
 
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
-    args = parse_strictly(_parser(), argv)
-    check_reports(args)
-    check_counts(args, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch", "rounds"))
-    if args.heads % args.kv_heads:
-        raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")
     import torch
 
     from phd_megatron.kernels.phd_attention import choose_backend
-    from phd_megatron.phd.kv_policy import KVPolicy
 
-    try:
-        policies = [KVPolicy(repeat, args.window, args.chunk or None) for repeat in args.repeat]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    device, dtype_name, dtype = device_and_dtype(args)
-    if device.type == "cuda":
+    policies, place = policies_of(args), choose_place(args)
+    if place.on_cuda:
         import torch._dynamo
 
         # FlexAttention compiles each shape anew; past the limit it would quietly run eagerly.
         torch._dynamo.config.recompile_limit = 1024
-    print(f"{dtype_name} on {device}, {torch.get_num_threads()} CPU threads")
-    status, results = 0, []
+    show(f"{place.dtype_name} on {place.device}, {torch.get_num_threads()} CPU threads")
+    report = Report(args, place, "seq_length", "ratio_to_floor")
+    status = 0
     for width, policy in itertools.product(args.head_dim, policies):
-        auto, reason = choose_backend(device, dtype, width)
-        print(f"{policy.name}, head dimension {width}: auto = {auto}: {reason}")
-        wrong = {}
-        names, notes = _able(args, device, dtype, width)
-        for name in names:
-            off = _worst_error(policy, args, width, device, dtype, name)
-            allowed = TOLERANCES[dtype_name]
-            print(f"{name} against the dense-mask definition: worst relative error {off:.1e} (allowed {allowed:g})")
-            if not off <= allowed:
-                wrong[name] = off
-        if wrong:
-            print(f"error: {', '.join(wrong)} is wrong, so it is not timed")
-            status = 1
-        names = [name for name in names if name not in wrong]
+        case = Case(args, place, policy, width)
+        auto, reason = choose_backend(place.device, place.dtype, width)
+        show(f"{policy.name}, head dimension {width}: auto = {auto}: {reason}")
+        able, notes = _able(case)
+        wrong = _wrong(case, able)
+        status |= bool(wrong)
+        if auto in wrong:
+            return 1
+        names = [name for name in able if name not in wrong]
         if auto not in names:
-            if auto in wrong:
-                return 1
             names.insert(0, auto)
         for length in args.seq_length:
-            contenders, more = _contenders(policy, args, length, width, names, device, dtype)
-            measure(contenders, args.rounds, device)
-            result = _result(policy, args, length, width, contenders, device)
-            results.append(result | {"auto": auto, "why": reason})
-            write_results(
-                args, device, dtype_name, results, "seq_length", "ratio_to_floor"
-            )  # kept, if a later one breaks
-            _print(result, args, device, [*notes, *more])
-            key = "cpu_ratio_to_floor" if device.type == "cpu" else "ratio_to_floor"
-            ratio = next(row[key] for row in result["rows"] if row["name"] == f"PHD {auto}")
-            if args.fail_above is not None and ratio > args.fail_above:
-                print(f"error: {auto} takes {ratio:.3f} x the floor, more than --fail-above={args.fail_above:g}")
-                status = 1
+            contenders, more = _contenders(case, length, names)
+            measure(contenders, args.rounds, place.device)
+            result = _result(policy, args, length, width, contenders, place.on_cuda)
+            result.details |= {"auto": auto, "why": reason}
+            report.add(result)
+            _print(result, args, place.on_cuda, [*notes, *more])
+            status |= _is_slow(result, auto, args.fail_above)
     return status
 
 
-def _able(args: argparse.Namespace, device: Any, dtype: Any, width: int) -> tuple[list[str], list[str]]:
+def _able(case: Case) -> tuple[list[str], list[str]]:
     """Backends to time, ``sdpa`` first, and a note on each that cannot run here."""
     from phd_megatron.kernels.phd_attention import BACKENDS, choose_backend
     from phd_megatron.kernels.triton_support import interpreted
 
+    args, where = case.args, (case.place.device, case.place.dtype, case.width)
     names, notes = [], []
     for name in args.backends or sorted(BACKENDS, key=lambda name: name != "sdpa"):
         if args.backends is not None:
-            choose_backend(device, dtype, width, backend=name)  # refuses what was asked for and cannot be
+            choose_backend(*where, backend=name)  # refuses what was asked for and cannot be
         elif BACKENDS[name].dense_mask and args.only_phd:
             notes.append(f"PHD {name} is not timed: --only-phd")
             continue
-        problem = BACKENDS[name].problem(device, dtype, width)
-        if problem is not None:
+        problem = BACKENDS[name].problem(*where)
+        if problem is None and BACKENDS[name].triton and interpreted() and args.backends is None:
+            problem = "it would be interpreted; name it with --backends to do it all the same"
+        if problem is None:
+            names.append(name)
+        else:
             notes.append(f"PHD {name} is not timed: {problem}")
-            continue
-        if BACKENDS[name].triton and interpreted() and args.backends is None:
-            notes.append(
-                f"PHD {name} is not timed: it would be interpreted; name it with --backends to do it all the same"
-            )
-            continue
-        names.append(name)
     return names, notes
 
 
-def _worst_error(policy: Any, args: argparse.Namespace, width: int, device: Any, dtype: Any, name: str) -> float:
+def _wrong(case: Case, names: Sequence[str]) -> list[str]:
+    """Backends that do not compute what the definition says."""
+    wrong = []
+    for name in names:
+        off, allowed = _worst_error(case, name), case.place.tolerance
+        show(f"{name} against the dense-mask definition: worst relative error {off:.1e} (allowed {allowed:g})")
+        if not off <= allowed:
+            wrong.append(name)
+    if wrong:
+        show(f"error: {', '.join(wrong)} is wrong, so it is not timed")
+    return wrong
+
+
+def _worst_error(case: Case, name: str) -> float:
     """Worst relative Frobenius error of output and gradients on a short sequence, against float64."""
     import torch
 
     from phd_megatron.kernels.phd_attention import phd_attention
 
-    length = min(*args.seq_length, 2 * policy.span + 37, 200)
+    policy = case.policy
+    length = min(*case.args.seq_length, 2 * policy.span + 37, 200)
     generator = torch.Generator().manual_seed(0)
-    heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
-    shapes = [(policy.repeat, length, 1, count, width) for count in heads]
-    query, key, value, grad = (torch.randn(x, generator=generator).to(device, dtype) for x in shapes)
+    query, key, value, grad = (
+        case.place.draw(generator, policy.repeat, length, 1, count, case.width)
+        for count in (*case.heads, case.heads[0])
+    )
 
-    def both(backend: str, *inputs: Any) -> list[Any]:
+    def both(backend: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
         out = phd_attention(leaves[0], leaves[1], leaves[2], policy, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
@@ -165,93 +153,130 @@ def _worst_error(policy: Any, args: argparse.Namespace, width: int, device: Any,
     return relative_error(both(name, query, key, value), expected, 1e-3 * float(grad.double().norm()))
 
 
-def _contenders(
-    policy: Any, args: argparse.Namespace, length: int, width: int, backends: list[str], device: Any, dtype: Any
-) -> tuple[list[Contender], list[str]]:
-    """What is timed, and a note on each thing that is not."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
+@dataclass
+class _Field:
+    """Contenders at one length, as they are gathered."""
 
-    from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
+    case: Case
+    length: int
+    contenders: list[Contender] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    repeat, batch = policy.repeat, args.batch
-    rows, ratio = repeat * length, args.heads // args.kv_heads
-    contenders: list[Contender] = []
-    notes: list[str] = []
+    @property
+    def rows(self) -> int:
+        """All copies, one after the other."""
+        return self.case.policy.repeat * self.length
 
-    def add(name: str, attend: Callable[..., Any], *shapes: tuple[int, ...], unsure: bool = False) -> None:
-        leaves = [torch.randn(x, device=device, dtype=dtype, requires_grad=True) for x in shapes]
-        grad = torch.randn(shapes[0], device=device, dtype=dtype)
+    def flat(self, count: int) -> list[tuple[int, ...]]:
+        """Shapes of q, k, v for attention of one sequence of ``count`` rows: ``[b, heads, count, d]``."""
+        return [(self.case.args.batch, heads, count, self.case.width) for heads in self.case.heads]
 
-        def forward() -> None:
-            with torch.no_grad():
-                attend(*leaves)
+    def add(self, name: str, attend: Attend, shapes: Sequence[tuple[int, ...]], unsure: bool = False) -> None:
+        """One more, on random numbers; one that is ``unsure`` may fail, and is then noted."""
+        import torch
 
-        def both() -> None:
-            torch.autograd.grad(attend(*leaves), leaves, grad)
-
+        place = self.case.place
+        leaves = [torch.randn(x, device=place.device, dtype=place.dtype, requires_grad=True) for x in shapes]
+        grad = torch.randn(shapes[0], device=place.device, dtype=place.dtype)
+        contender = differentiable(name, lambda: attend(*leaves), leaves, grad)
         if unsure:
             try:
-                both()
+                contender.steps[BOTH]()
             except RuntimeError as error:
-                notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
+                self.notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
                 return
-        contenders.append(Contender(name, {FORWARD: forward, BOTH: both}))
+        self.contenders.append(contender)
 
-    def flat(count: int) -> list[tuple[int, ...]]:
-        return [(batch, heads, count, width) for heads in (args.heads, args.kv_heads, args.kv_heads)]
 
-    def causal(q: Any, k: Any, v: Any) -> Any:
+def _contenders(case: Case, length: int, backends: Sequence[str]) -> tuple[list[Contender], list[str]]:
+    """What is timed, vanilla first, and a note on each thing that is not."""
+    found = _Field(case, length)
+    _add_vanilla(found)
+    for name in backends:
+        _add_backend(found, name)
+    if not case.args.only_phd:
+        _add_dense_mask(found)
+        found.add("naive repetition, causal over K*s", _causal(case.ratio), found.flat(found.rows))
+    return found.contenders, found.notes
+
+
+def _causal(ratio: int) -> Attend:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=ratio > 1)
 
-    def causal_by(kernel: Any) -> Callable[..., Any]:
-        def attend(q: Any, k: Any, v: Any) -> Any:
+    return causal
+
+
+def _add_vanilla(found: _Field) -> None:
+    """As torch chooses, and on CUDA through each fused kernel that takes these tensors."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    causal = _causal(found.case.ratio)
+    found.add(VANILLA, causal, found.flat(found.length))
+    if not found.case.place.on_cuda:
+        return
+
+    def causal_by(kernel: SDPBackend) -> Attend:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(kernel):
                 return causal(q, k, v)
 
         return attend
 
-    def phd(name: str, **options: Any) -> None:
-        def attend(q: Any, k: Any, v: Any) -> Any:
-            if options:
-                return BACKENDS[name](q, k, v, policy, **options)
-            return phd_attention(q, k, v, policy, backend=name)
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        name = f"{VANILLA}, {kernel.name.split('_')[0].lower()}"
+        found.add(name, causal_by(kernel), found.flat(found.length), unsure=True)
 
-        label = ", ".join([f"PHD {name}", *(f"{key}={value}" for key, value in options.items())])
-        add(label, attend, *[(repeat, length, batch, heads, width) for heads in (args.heads, *[args.kv_heads] * 2)])
 
-    add(VANILLA, causal, *flat(length))
-    if device.type == "cuda":
-        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            name = f"{VANILLA}, {kernel.name.split('_')[0].lower()}"
-            add(name, causal_by(kernel), *flat(length), unsure=True)
-    for name in backends:
-        scores = batch * args.heads * rows * rows * dtype.itemsize
-        if BACKENDS[name].dense_mask and scores > REFERENCE_BYTES:
-            notes.append(f"PHD {name} is not timed: its scores alone take {scores / 2**20:.0f} MiB")
-            continue
-        phd(name)
-        for options in BACKENDS[name].variants:
-            phd(name, **options)
-    if not args.only_phd:
-        if rows * rows > DENSE_MASK_BYTES:
-            notes.append(f"dense-mask SDPA is not timed: its mask takes {rows * rows / 2**30:.0f} GiB")
-        else:
-            mask = policy.mask(length, device=device)
+def _add_backend(found: _Field, name: str) -> None:
+    """One of ours, and its variants."""
+    from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
 
-            def dense(q: Any, k: Any, v: Any) -> Any:  # masked kernels know no grouped queries on CUDA: widen by hand
-                k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-                return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    case = found.case
+    scores = case.args.batch * case.args.heads * found.rows * found.rows * case.place.dtype.itemsize
+    if BACKENDS[name].dense_mask and scores > REFERENCE_BYTES:
+        found.notes.append(f"PHD {name} is not timed: its scores alone take {scores / 2**20:.0f} MiB")
+        return
+    shapes = [(case.policy.repeat, found.length, case.args.batch, heads, case.width) for heads in case.heads]
 
-            add("dense-mask SDPA over K*s", dense, *flat(rows))
-        add("naive repetition, causal over K*s", causal, *flat(rows))
-    return contenders, notes
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = phd_attention(q, k, v, case.policy, backend=name)
+        return out
+
+    def variant(option: str, value: bool) -> None:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = BACKENDS[name](q, k, v, case.policy, **{option: value})
+            return out
+
+        found.add(f"PHD {name}, {option}={value}", attend, shapes)
+
+    found.add(f"PHD {name}", ours, shapes)
+    for options in BACKENDS[name].variants:
+        for option, value in options.items():
+            variant(option, value)
+
+
+def _add_dense_mask(found: _Field) -> None:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if found.rows**2 > DENSE_MASK_BYTES:
+        found.notes.append(f"dense-mask SDPA is not timed: its mask takes {found.rows**2 / 2**30:.0f} GiB")
+        return
+    mask, ratio = found.case.policy.mask(found.length, device=found.case.place.device), found.case.ratio
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        # Masked kernels know no grouped queries on CUDA: widen by hand.
+        k, v = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    found.add("dense-mask SDPA over K*s", dense, found.flat(found.rows))
 
 
 def _result(
-    policy: Any, args: argparse.Namespace, length: int, width: int, contenders: list[Contender], device: Any
-) -> dict[str, Any]:
+    policy: KVPolicy, args: argparse.Namespace, length: int, width: int, contenders: list[Contender], on_cuda: bool
+) -> Result:
     """Shape and rows; the floor comes right below what it is made of."""
     vanilla = [c for c in contenders if c.name.startswith(VANILLA)]
     repeat, heads = policy.repeat, args.batch * args.heads
@@ -259,43 +284,55 @@ def _result(
     def floor(step: str, cpu: bool = False) -> float:
         return repeat * min(c.median(step, cpu) for c in vanilla)
 
-    def row(name: str, time: Callable[..., float], pairs: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"name": name}
+    def row(name: str, time: Callable[[str, bool], float], pairs: int) -> Row:
+        numbers: dict[str, float] = {}
         for step, prefix in ((BOTH, ""), (FORWARD, "forward_")):
-            found[f"{prefix}milliseconds"] = time(step)
-            found[f"{prefix}ratio_to_floor"] = time(step) / floor(step)
-            found[f"{prefix}tflops"] = FLOPS[step] * width * pairs * heads / (time(step) * 1e9)
-        if device.type == "cpu":
-            found |= {
-                "cpu_milliseconds": time(BOTH, True),
-                "cpu_ratio_to_floor": time(BOTH, True) / max(floor(BOTH, True), 1e-9),
-            }
-        return found
+            elapsed = time(step, False)
+            numbers[f"{prefix}milliseconds"] = elapsed
+            numbers[f"{prefix}ratio_to_floor"] = elapsed / floor(step)
+            numbers[f"{prefix}tflops"] = FLOPS[step] * width * pairs * heads / (elapsed * 1e9)
+        if not on_cuda:
+            numbers["cpu_milliseconds"] = time(BOTH, True)
+            numbers["cpu_ratio_to_floor"] = time(BOTH, True) / max(floor(BOTH, True), 1e-9)
+        return Row(name, numbers)
 
     one, whole = sum(type(policy)(1).pairs(length)), sum(policy.pairs(length))
     rows = [row(c.name, c.median, one) for c in vanilla]
     rows.append(row(f"floor: {repeat} x vanilla", floor, repeat * one))
     for contender in contenders[len(vanilla) :]:
         rows.append(row(contender.name, contender.median, whole))
-        rows[-1] |= {"samples": contender.times[BOTH], "peak_bytes": contender.peak_bytes, "eager": contender.eager}
+        rows[-1].details |= {"samples": contender.times[BOTH], "peak_bytes": contender.peak_bytes}
+        rows[-1].details["eager"] = contender.eager
     shape = {"policy": policy.name, "repeat": repeat, "seq_length": length, "batch": args.batch}
     shape |= {"heads": args.heads, "kv_heads": args.kv_heads, "head_dim": width}
-    return {"shape": shape, "rows": rows}
+    return Result(shape, rows)
 
 
-def _print(result: dict[str, Any], args: argparse.Namespace, device: Any, notes: list[str]) -> None:
-    shape, lines = result["shape"], []
+def _is_slow(result: Result, auto: str, limit: float | None) -> bool:
+    """Whether the backend that a model would take is beyond ``--fail-above``, which is said."""
+    row = next(row for row in result.rows if row.name == f"PHD {auto}")
+    ratio = row.numbers.get("cpu_ratio_to_floor", row.numbers["ratio_to_floor"])
+    if limit is None or not ratio > limit:
+        return False
+    show(f"error: {auto} takes {ratio:.3f} x the floor, more than --fail-above={limit:g}")
+    return True
+
+
+def _print(result: Result, args: argparse.Namespace, on_cuda: bool, notes: Sequence[str]) -> None:
+    shape, lines = result.shape, []
     columns = ["", "forward ms", "x floor", "+ backward ms", "x floor", "TFLOP/s"]
-    columns += ["CPU ms", "x floor (CPU)"] if device.type == "cpu" else ["peak MiB"]
-    for row in result["rows"]:
-        line = [row["name"], short(row["forward_milliseconds"]), f"{row['forward_ratio_to_floor']:.3f}"]
-        line += [short(row["milliseconds"]), f"{row['ratio_to_floor']:.3f}", f"{row['tflops']:.3g}"]
-        if device.type == "cpu":
-            line += [short(row["cpu_milliseconds"]), f"{row['cpu_ratio_to_floor']:.3f}"]
+    columns += ["peak MiB"] if on_cuda else ["CPU ms", "x floor (CPU)"]
+    for row in result.rows:
+        found = row.numbers
+        line = [row.name, milliseconds(found["forward_milliseconds"]), f"{found['forward_ratio_to_floor']:.3f}"]
+        line += [milliseconds(found["milliseconds"]), f"{found['ratio_to_floor']:.3f}", f"{found['tflops']:.3g}"]
+        if on_cuda:
+            peak = row.details.get("peak_bytes")
+            line.append(f"{peak / 2**20:.0f}" if isinstance(peak, int) else "")
         else:
-            line.append("" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.0f}")
+            line += [milliseconds(found["cpu_milliseconds"]), f"{found['cpu_ratio_to_floor']:.3f}"]
         lines.append(line)
     title = f"{shape['policy']}, s={shape['seq_length']} b={shape['batch']} heads={shape['heads']}/{shape['kv_heads']}"
     print_table(f"{title} d={shape['head_dim']}, medians of {args.rounds} interleaved rounds", columns, lines)
     for note in notes:
-        print(note)
+        show(note)

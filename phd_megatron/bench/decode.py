@@ -8,170 +8,164 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from phd_megatron.bench.measure import (
-    TOLERANCES,
-    Contender,
-    add_common_flags,
-    check_counts,
-    check_reports,
-    copy_contender,
-    device_and_dtype,
-    measure,
-    relative_error,
-    short,
-    write_results,
-)
-from phd_megatron.console.arguments import Parser, parse_strictly
-from phd_megatron.console.tables import print_table
-from phd_megatron.errors import UserError
+from phd_megatron.bench.arguments import policies_of
+from phd_megatron.bench.place import Place, choose_place, not_interpreted
+from phd_megatron.bench.results import Report, Result, Row
+from phd_megatron.bench.timing import FORWARD, Contender, Step, measure_beside_a_copy, relative_error
+from phd_megatron.console.tables import milliseconds, print_table
+from phd_megatron.console.terminal import show
 
-STEP = "forward"
+if TYPE_CHECKING:
+    import torch
+
+    from phd_megatron.phd.kv_policy import KVPolicy
+
+    #: arguments of ``decode_attention`` without the policy: query, its position, originals' keys, values and places,
+    #: hidden keys, values and places (None for K = 1)
+    #: of decode_attention, without the policy
+    Inputs = tuple[
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        torch.Tensor | None,
+    ]
+    Cases = Sequence[tuple[KVPolicy, Inputs]]
+
 VANILLA = "vanilla"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench decode", description=__doc__)
-    parser.add_argument("--kv-length", type=int, nargs="+", default=[4096], help="cached originals (default 4096)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences (default 1)")
-    parser.add_argument("--repeat", type=int, nargs="+", default=[4], help="K, copies of a token (default 4)")
-    parser.add_argument("--window", type=int, default=16, help="W, hidden positions seen (default %(default)s)")
-    parser.add_argument("--chunk", type=int, default=32, help="C, 0 for no chunks (default %(default)s)")
-    parser.add_argument("--heads", type=int, default=16, help="query heads (default %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=4, help="key-value heads (default %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=128, help="size of a head (default %(default)s)")
-    add_common_flags(parser)
-    return parser
-
-
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Check, time, print. 1 if a check fails."""
-    args = parse_strictly(_parser(), argv)
-    check_reports(args)
-    check_counts(args, ("kv_length", "batch", "repeat", "heads", "kv_heads", "head_dim", "rounds"))
-    if args.heads % args.kv_heads:
-        raise UserError(f"--heads={args.heads} is not a multiple of --kv-heads={args.kv_heads}; change one of them")
     from phd_megatron.kernels.decode_attention import decode_problem
-    from phd_megatron.kernels.triton_support import interpreted
     from phd_megatron.phd.kv_policy import KVPolicy
 
-    try:
-        policies = [KVPolicy(repeat, args.window, args.chunk or None) for repeat in args.repeat]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    device, dtype_name, dtype = device_and_dtype(args)
-    problem = decode_problem(device, dtype, args.head_dim)
-    if problem is None and interpreted():
-        problem = "it would be interpreted"
-    results = []
+    policies, place = policies_of(args), choose_place(args)
+    problem = not_interpreted(decode_problem(place.device, place.dtype, args.head_dim))
+    report = Report(args, place, "kv_length", "ratio_to_vanilla")
     for length, batch in itertools.product(args.kv_length, args.batch):
-        inputs = [(policy, _inputs(args, policy, length, batch, device, dtype)) for policy in [KVPolicy(1), *policies]]
-        if problem is None:
-            worst = max(_error(policy, given) for policy, given in inputs)
-            print(
-                f"kernel against the definition: worst relative error {worst:.1e} (allowed {TOLERANCES[dtype_name]:g})"
-            )
-            if not worst <= TOLERANCES[dtype_name]:
-                print("error: the result is wrong, so it is not timed")
-                return 1
-        contenders = _contenders(inputs, problem is None, device)
-        copy, copied = copy_contender(device)
-        measure([copy, *contenders], args.rounds, device)
-        bandwidth = copied / (copy.median(STEP) * 1e6)
-        result = _result(args, inputs, length, batch, contenders, bandwidth)
-        results.append(result)
-        write_results(args, device, dtype_name, results, "kv_length", "ratio_to_vanilla")  # kept, if a later one breaks
-        title = f"{dtype_name} on {device}, L={length} b={batch} heads={args.heads}/{args.kv_heads} d={args.head_dim}"
-        columns = [f"one step, a copy runs at {bandwidth:.0f} GB/s", "us", "x vanilla", "GB/s", "of copy"]
-        lines = [
-            [
-                row["name"],
-                short(1e3 * row["milliseconds"]),
-                f"{row['ratio_to_vanilla']:.3f}",
-                f"{row['gigabytes_per_second']:.3g}",
-                f"{row['share_of_copy']:.2f}",
-            ]
-            for row in result["rows"]
-        ]
-        print_table(f"{title}, medians of {args.rounds} interleaved rounds", columns, lines)
+        cases = [(policy, _inputs(args, policy, length, batch, place)) for policy in [KVPolicy(1), *policies]]
+        if problem is None and not _is_right(cases, place):
+            return 1
+        contenders = _contenders(cases, problem is None)
+        bandwidth = measure_beside_a_copy(contenders, args.rounds, place.device)
+        result = _result(args, cases, length, batch, contenders, bandwidth)
+        report.add(result)
+        _print(result, args, place, bandwidth)
         if problem is not None:
-            print(f"the Triton kernel is not timed: {problem}")
+            show(f"the Triton kernel is not timed: {problem}")
     return 0
 
 
-def _inputs(args: argparse.Namespace, policy: Any, length: int, batch: int, device: Any, dtype: Any) -> list[Any]:
-    """Arguments of ``decode_attention`` in the middle of generation, without the policy."""
+def _is_right(cases: Cases, place: Place) -> bool:
+    """Whether the kernel computes what the definition says, which is said."""
+    worst = max(_error(policy, given) for policy, given in cases)
+    show(f"kernel against the definition: worst relative error {worst:.1e} (allowed {place.tolerance:g})")
+    if worst <= place.tolerance:
+        return True
+    show("error: the result is wrong, so it is not timed")
+    return False
+
+
+def _inputs(args: argparse.Namespace, policy: KVPolicy, length: int, batch: int, place: Place) -> Inputs:
+    """Of a step in the middle of generation."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Any:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    position = torch.full((batch,), length - 1, device=device)
-    query = draw(policy.repeat, batch, args.heads, args.head_dim)
-    key, value = (draw(batch, args.kv_heads, length, args.head_dim) for _ in range(2))
-    places = torch.arange(length, device=device).expand(batch, -1).contiguous()
+    position = torch.full((batch,), length - 1, device=place.device)
+    query = place.draw(generator, policy.repeat, batch, args.heads, args.head_dim)
+    key, value = (place.draw(generator, batch, args.kv_heads, length, args.head_dim) for _ in range(2))
+    places = torch.arange(length, device=place.device).expand(batch, -1).contiguous()
     if policy.repeat == 1:
-        return [query, position, key, value, places, None, None, None]
-    kept = torch.arange(policy.first_hidden_key(length - 1), length, device=device).expand(batch, -1).contiguous()
-    hidden = [draw(batch, args.kv_heads, policy.repeat - 1, kept.size(1), args.head_dim) for _ in range(2)]
-    return [query, position, key, value, places, *hidden, kept]
+        return query, position, key, value, places, None, None, None
+    first = policy.first_hidden_key(length - 1)
+    kept = torch.arange(first, length, device=place.device).expand(batch, -1).contiguous()
+    shape = (batch, args.kv_heads, policy.repeat - 1, kept.size(1), args.head_dim)
+    hidden_key, hidden_value = (place.draw(generator, *shape) for _ in range(2))
+    return query, position, key, value, places, hidden_key, hidden_value, kept
 
 
-def _error(policy: Any, given: list[Any]) -> float:
+def _error(policy: KVPolicy, given: Inputs) -> float:
     from phd_megatron.kernels.decode_attention import decode_attention, decode_attention_reference
 
-    wide = [x.double() if x is not None and x.is_floating_point() else x for x in given]
-    narrow, wide = [*given, policy], [*wide, policy]
-    return relative_error([decode_attention(*narrow)], [decode_attention_reference(*wide)])
+    query, position, key, value, places, hidden_key, hidden_value, kept = given
+    hidden = [None if x is None else x.double() for x in (hidden_key, hidden_value)]
+    expected = decode_attention_reference(
+        query.double(), position, key.double(), value.double(), places, hidden[0], hidden[1], kept, policy
+    )
+    return relative_error([decode_attention(*given, policy)], [expected])
 
 
-def _contenders(inputs: list[tuple[Any, list[Any]]], kernel: bool, device: Any) -> list[Contender]:
+def _contenders(cases: Cases, kernel: bool) -> list[Contender]:
     from torch.nn.functional import scaled_dot_product_attention
 
     from phd_megatron.kernels.decode_attention import decode_attention, decode_attention_reference
 
-    _, (query, _, key, value, *_) = inputs[0]
+    query, _, key, value = cases[0][1][:4]
     rows = query.permute(1, 2, 0, 3)  # [b, heads, 1, d]
 
-    def vendor() -> Any:
-        return scaled_dot_product_attention(rows, key, value, enable_gqa=rows.size(1) > key.size(1))
+    def vendor() -> None:
+        scaled_dot_product_attention(rows, key, value, enable_gqa=rows.size(1) > key.size(1))
 
-    contenders = [Contender(f"{VANILLA}, torch SDPA", {STEP: vendor})]
-    for policy, given in inputs:
-        ways = [("definition", decode_attention_reference)] + ([("kernel", decode_attention)] if kernel else [])
-        for name, attend in ways:
+    ways = {"definition": decode_attention_reference} | ({"kernel": decode_attention} if kernel else {})
 
-            def step(attend: Any = attend, given: Any = given, policy: Any = policy) -> Any:
-                return attend(*given, policy)
+    def ours(name: str, policy: KVPolicy, given: Inputs) -> Step:
+        def step() -> None:
+            ways[name](*given, policy)
 
-            contenders.append(Contender(f"{policy.name}, {name}", {STEP: step}))
-    return contenders
+        return step
+
+    contenders = [Contender(f"{VANILLA}, torch SDPA", {FORWARD: vendor})]
+    return contenders + [
+        Contender(f"{policy.name}, {name}", {FORWARD: ours(name, policy, given)})
+        for policy, given in cases
+        for name in ways
+    ]
 
 
 def _result(
-    args: argparse.Namespace, inputs: Any, length: int, batch: int, contenders: list[Contender], bandwidth: float
-) -> dict[str, Any]:
-    best = min(c.median(STEP) for c in contenders if c.name.startswith(VANILLA))
+    args: argparse.Namespace,
+    cases: Cases,
+    length: int,
+    batch: int,
+    contenders: Sequence[Contender],
+    bandwidth: float,
+) -> Result:
+    best = min(c.median(FORWARD) for c in contenders if c.name.startswith(VANILLA))
     read = {  # keys and values, once; queries and outputs are small
-        policy.name: sum(x.numel() * x.element_size() for x in (given[2], given[3], *given[5:7]) if x is not None)
-        for policy, given in inputs
+        policy.name: sum(x.numel() * x.element_size() for x in (*given[2:4], *given[5:7]) if x is not None)
+        for policy, given in cases
     }
     rows = []
     for contender in contenders:
-        time = contender.median(STEP)
+        time = contender.median(FORWARD)
         speed = read[contender.name.split(",")[0]] / (time * 1e6)
-        rows.append(
-            {
-                "name": contender.name,
-                "milliseconds": time,
-                "ratio_to_vanilla": time / best,
-                "gigabytes_per_second": speed,
-                "share_of_copy": speed / bandwidth,
-                "samples": contender.times[STEP],
-            }
-        )
+        numbers = {"milliseconds": time, "ratio_to_vanilla": time / best, "gigabytes_per_second": speed}
+        numbers["share_of_copy"] = speed / bandwidth
+        rows.append(Row(contender.name, numbers, {"samples": contender.times[FORWARD]}))
     shape = {"kv_length": length, "batch": batch, "heads": args.heads, "kv_heads": args.kv_heads}
-    return {"shape": shape | {"head_dim": args.head_dim, "copy_gigabytes_per_second": bandwidth}, "rows": rows}
+    return Result({**shape, "head_dim": args.head_dim, "copy_gigabytes_per_second": bandwidth}, rows)
+
+
+def _print(result: Result, args: argparse.Namespace, place: Place, bandwidth: float) -> None:
+    shape = result.shape
+    title = f"{place.dtype_name} on {place.device}, L={shape['kv_length']} b={shape['batch']} "
+    title += f"heads={args.heads}/{args.kv_heads} d={args.head_dim}, medians of {args.rounds} interleaved rounds"
+    columns = [f"one step, a copy runs at {bandwidth:.0f} GB/s", "us", "x vanilla", "GB/s", "of copy"]
+    lines = [
+        [
+            row.name,
+            milliseconds(1e3 * row.numbers["milliseconds"]),
+            f"{row.numbers['ratio_to_vanilla']:.3f}",
+            f"{row.numbers['gigabytes_per_second']:.3g}",
+            f"{row.numbers['share_of_copy']:.2f}",
+        ]
+        for row in result.rows
+    ]
+    print_table(title, columns, lines)

@@ -8,11 +8,39 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from typing import Any
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import OptimizerConfig, RunConfig
 
-Settings = dict[str, Any]
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from phd_megatron.bench.results import Content
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the other process makes; it can be sent there.
+
+    Attributes:
+        llama: arguments of ``LlamaConfig``.
+        optimizer: as of our run.
+        weights: values by Hugging Face's names.
+        dtype: of the weights.
+    """
+
+    llama: dict[str, Content]
+    optimizer: OptimizerConfig
+    weights: dict[str, np.ndarray]
+    dtype: str
+    device: str
+    autocast: bool
+    threads: int
+    keep_freed_memory: bool
 
 
 class HuggingFaceStep:
@@ -29,15 +57,15 @@ class HuggingFaceStep:
     def __init__(
         self,
         config: RunConfig,
-        weights: dict[str, Any],
-        device: Any,
+        weights: dict[str, torch.Tensor],
+        device: torch.device,
         autocast: bool = False,
         keep_freed_memory: bool = False,
     ) -> None:
         import torch
 
         model, options = config.model, config.optimizer
-        llama = {
+        llama: dict[str, Content] = {
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
             "intermediate_size": model.ffn_hidden_size,
@@ -51,24 +79,16 @@ class HuggingFaceStep:
             "attn_implementation": "sdpa",
             "use_cache": False,
         }
-        adamw = {
-            "lr": options.lr,
-            "betas": (options.adam_beta1, options.adam_beta2),
-            "eps": options.adam_eps,
-            "weight_decay": options.weight_decay,
-            "fused": True,
-        }
-        self.settings: Settings = {
-            "llama": llama,
-            "adamw": adamw,
-            "clip_grad": options.clip_grad,
-            "weights": {name: tensor.float().numpy() for name, tensor in weights.items()},
-            "dtype": "bfloat16" if config.training.bf16 and not autocast else "float32",
-            "device": str(device),
-            "autocast": autocast,
-            "threads": torch.get_num_threads(),
-            "keep_freed_memory": keep_freed_memory,
-        }
+        self.settings = Settings(
+            llama=llama,
+            optimizer=options,
+            weights={name: tensor.float().numpy() for name, tensor in weights.items()},
+            dtype="bfloat16" if config.training.bf16 and not autocast else "float32",
+            device=str(device),
+            autocast=autocast,
+            threads=torch.get_num_threads(),
+            keep_freed_memory=keep_freed_memory,
+        )
 
     def __enter__(self) -> HuggingFaceStep:
         context = multiprocessing.get_context("spawn")
@@ -78,7 +98,7 @@ class HuggingFaceStep:
         theirs.close()
         return self
 
-    def __call__(self, tokens: Any) -> tuple[float, float]:
+    def __call__(self, tokens: torch.Tensor) -> tuple[float, float]:
         """Loss of the batch ``[b, s + 1]``, and the seconds that the step took."""
         self.connection.send(tokens.numpy())
         try:
@@ -91,41 +111,51 @@ class HuggingFaceStep:
             ) from None
         return loss, seconds
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.connection.close()  # ends the loop over there
         self.process.join(10)
         if self.process.is_alive():
             self.process.kill()
 
 
-def _serve(connection: Any, settings: Settings) -> None:
+def _serve(connection: Connection, settings: Settings) -> None:
     """Steps until the other side closes the connection."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if settings["keep_freed_memory"]:
+    if settings.keep_freed_memory:
         from phd_megatron.runtime.context import keep_freed_memory
 
         keep_freed_memory()
-    torch.set_num_threads(settings["threads"])
-    device = torch.device(settings["device"])
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
     with device:
-        llama = LlamaForCausalLM(LlamaConfig(**settings["llama"])).to(getattr(torch, settings["dtype"]))
-    weights = {name: torch.from_numpy(values) for name, values in settings["weights"].items()}
+        llama = LlamaForCausalLM(LlamaConfig(**settings.llama)).to(getattr(torch, settings.dtype))
+    weights = {name: torch.from_numpy(values) for name, values in settings.weights.items()}
     missing, unexpected = llama.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not match: missing {missing}, unexpected {unexpected}")
-    optimizer = torch.optim.AdamW(llama.parameters(), **settings["adamw"])
+    options = settings.optimizer
+    optimizer = torch.optim.AdamW(
+        llama.parameters(),
+        lr=options.lr,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step(tokens: torch.Tensor) -> float:
         tokens = tokens.to(device)
         optimizer.zero_grad()
         # shift_labels: score every token, as we do; by default the last position of a sample is not trained on
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings["autocast"]):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             loss = llama(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), settings["clip_grad"])
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), settings.optimizer.clip_grad)
         optimizer.step()
         return float(loss.detach())
 

@@ -14,40 +14,26 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import shlex
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from phd_megatron.bench.measure import REPORT, check_counts, check_reports
+from phd_megatron.bench.arguments import MEMBERS
+from phd_megatron.bench.results import Content, settings_of, write_json
+from phd_megatron.bench.training_step import OurStep, batch_of, random_tokens, sample_flops, say_peak
 from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
-from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
-from phd_megatron.runtime.output import write_file
 
-MEMBERS = {
-    "vanilla": "--norm-scheme pre --phd-repeat 1",
-    "hybrid_star": "--norm-scheme hybrid_star --phd-repeat 1",
-    "K=2": "--norm-scheme pre --phd-repeat 2",
-    "K=3": "--norm-scheme pre --phd-repeat 3",
-    "repeated": "--phd-copy-positions repeated",
-    "fraction": "--phd-copy-positions fraction",
-    "vector": "--phd-copy-embedding vector",
-    "delayed": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe delayed",
-    "tensorwise": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe tensorwise",
-    "blockwise": "--norm-scheme pre --phd-repeat 1 --fp8-format e4m3 --fp8-recipe blockwise",
-    # Recorded in the third step, the last that is not timed.
-    "graph": "--cuda-graph-impl local --cuda-graph-scope full_iteration --cuda-graph-warmup-steps 2 "
-    "--overlap-grad-reduce false --overlap-param-gather false",
-}
+if TYPE_CHECKING:
+    from phd_megatron.runtime.context import Runtime
+
 #: what a kernel's name has in it, and what it is counted as; the first that fits counts
 KINDS = (
     ("optimizer", ("multi_tensor", "adam", "l2norm", "foreach")),
@@ -86,34 +72,12 @@ class Measured:
 
     @property
     def median(self) -> float:
+        """Seconds of a step."""
         return statistics.median(self.seconds)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="phd-megatron bench train --preset NAME", description=__doc__)
-    parser.add_argument("--preset", required=True, help="the model (docs/presets.md)")
-    parser.add_argument(
-        "--members",
-        nargs="+",
-        default=["vanilla", "hybrid_star", "K=2", "K=3"],
-        metavar="NAME",
-        help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed or K=2+vector",
-    )
-    parser.add_argument("--options", default="", help='further options of pretrain for all, e.g. "--vocab-size 50304"')
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--num-microbatches", type=int, default=1, help="of a step (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each, after three to warm up")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--peak-tflops", type=float, default=None, help="instead of the table's for this device")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the numbers there")
-    return parser
-
-
-def run(argv: list[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Time the members one after another and print the tables. 1 if a member could not be measured."""
-    args = parse_strictly(_parser(), argv)
-    check_reports(args)
-    check_counts(args, ("micro_batch_size", "num_microbatches", "rounds"))
     from phd_megatron.runtime.context import Runtime
 
     with Runtime.start(ParallelConfig(device=args.device), verbose=False) as runtime:
@@ -130,7 +94,7 @@ def run(argv: list[str]) -> int:
             except (RuntimeError, UserError) as error:  # out of memory, or no such recipe here: the others go on
                 said = str(error).strip()
                 failed[name] = said if isinstance(error, UserError) else said.splitlines()[0]
-                print(f"{name} was not measured: {failed[name]}", flush=True)
+                show(f"{name} was not measured: {failed[name]}", now=True)
             _free(runtime)
         if measured:
             _show(args, measured, runtime)
@@ -170,68 +134,40 @@ def _pairs(options: str) -> list[tuple[str, str]]:
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Any) -> Measured:
-    from phd_megatron.model.build import build_model
-    from phd_megatron.training.cuda_graph import StepGraph
-    from phd_megatron.training.optimizer import build_optimizer, let_go, wrap_data_parallel
-    from phd_megatron.training.step import Stepper
-
-    model = config.model
-    assert model.vocab_size is not None
-    models = wrap_data_parallel(build_model(config, model.vocab_size, runtime.device), config)
-    try:
-        optimizer, size = build_optimizer(models, config), args.micro_batch_size
-        graph = StepGraph.of_run(config, models, runtime.device, runtime.log)
-        stepper = Stepper(models, optimizer, runtime.device, size, model.seq_length, model.phd_repeat, graph)
-        return _time(name, config, stepper, args, runtime)
-    finally:
-        let_go(models)
-
-
-def _time(name: str, config: RunConfig, stepper: Any, args: argparse.Namespace, runtime: Any) -> Measured:
+def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Runtime) -> Measured:
     import torch
 
-    from phd_megatron.config.vocabulary import padded_vocab_size
-    from phd_megatron.planning.flops import forward_flops
-
-    model, size, count, cuda = config.model, args.micro_batch_size, args.num_microbatches, not runtime.on_cpu
-    assert model.vocab_size is not None
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.vocab_size, (size, model.seq_length + 1), generator=generator)
-    positions = torch.arange(model.seq_length).expand(size, -1)
-    mask = torch.ones(size, model.seq_length)
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions, "loss_mask": mask}
-    batch = {key: value.contiguous().pin_memory() if cuda else value for key, value in batch.items()}
-
-    def step() -> tuple[float, float]:
-        runtime.synchronize()
-        start = time.perf_counter()
-        total, number = stepper.train(iter([batch] * count), count).loss.tolist()
-        runtime.synchronize()
-        return float(total / number), time.perf_counter() - start
-
+    cuda, size, count = not runtime.on_cpu, args.micro_batch_size, args.num_microbatches
+    tokens = random_tokens(config.model, size, torch.Generator().manual_seed(0))
+    batch = {key: value.contiguous() for key, value in batch_of(tokens).items()}
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    first = step()[0]
-    for _ in range(2):
-        step()
-    seconds = [step()[1] for _ in range(args.rounds)]
-    flops = forward_flops(model, padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)).training
-    found = Measured(
-        name=name,
-        loss=first,
-        seconds=seconds,
-        flops=float(flops) * size * count,
-        tokens=size * count * model.seq_length,
-        copies=model.phd_repeat,
-        peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-        breakdown=_breakdown(step, cuda),
-    )
-    print(f"{name}: loss {first:.4f}, {found.median * 1e3:.1f} ms", flush=True)
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    with OurStep(config, runtime) as ours:
+
+        def step() -> tuple[float, float]:
+            return ours(*[batch] * count)
+
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        first = step()[0]
+        for _ in range(2):
+            step()
+        seconds = [step()[1] for _ in range(args.rounds)]
+        found = Measured(
+            name=name,
+            loss=first,
+            seconds=seconds,
+            flops=float(sample_flops(config.model)) * size * count,
+            tokens=size * count * config.model.seq_length,
+            copies=config.model.phd_repeat,
+            peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+            breakdown=_breakdown(step, cuda),
+        )
+    show(f"{name}: loss {first:.4f}, {found.median * 1e3:.1f} ms", now=True)
     return found
 
 
-def _breakdown(step: Any, cuda: bool) -> dict[str, float]:
+def _breakdown(step: Callable[[], tuple[float, float]], cuda: bool) -> dict[str, float]:
     """Seconds by kind in one profiled step."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -254,7 +190,7 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, parts in KINDS if any(part in lower for part in parts)), "other")
 
 
-def _free(runtime: Any) -> None:
+def _free(runtime: Runtime) -> None:
     import torch
 
     gc.collect()
@@ -262,7 +198,7 @@ def _free(runtime: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) -> None:
+def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Runtime) -> None:
     from phd_megatron.planning.peak import peak_tflops
 
     first = measured[0]
@@ -289,8 +225,7 @@ def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) 
     title = f"training step, {args.preset}, {batch} samples of {length} tokens, median of {args.rounds}; {where}"
     columns = ["member", "ms", "original tokens/s", "processed tokens/s", f"time / {first.name}", "FLOPs", "TFLOP/s"]
     print_table(title, [*columns, "MFU", "peak GiB"], rows)
-    if peak:
-        print(f"MFU is the share of {peak:g} TFLOP/s, the dense bfloat16 peak")
+    say_peak(peak)
     kinds = sorted({kind for member in measured for kind in member.breakdown})
     lines = [
         [member.name, *(f"{member.breakdown.get(kind, 0.0) * 1e3:.1f}" for kind in kinds)]
@@ -300,13 +235,11 @@ def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) 
     print_table("milliseconds of one profiled step by kind of kernel", ["member", *kinds], lines)
 
 
-def _write(args: argparse.Namespace, measured: Sequence[Measured], runtime: Any) -> None:
+def _write(args: argparse.Namespace, measured: Sequence[Measured], runtime: Runtime) -> None:
     from phd_megatron.planning.peak import peak_tflops
 
-    if args.json is None:
-        return
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    report: dict[str, Any] = {"settings": settings, "where": f"{runtime.describe()}, {runtime.device_name}"}
-    report |= {"peak_tflops": peak_tflops(args.peak_tflops, runtime.device_name)}
-    report |= {"members": [vars(member) for member in measured]}
-    write_file(args.json, "--json", REPORT, json.dumps(report, indent=1) + "\n")
+    report: dict[str, Content] = {"settings": settings_of(args)}
+    report["where"] = f"{runtime.describe()}, {runtime.device_name}"
+    report["peak_tflops"] = peak_tflops(args.peak_tflops, runtime.device_name)
+    report["members"] = [vars(member) for member in measured]
+    write_json(args.json, report)

@@ -1,11 +1,12 @@
-"""``phd-megatron bench``: one table of measurements, each a module ``bench/<name>.py`` with ``run(argv)``."""
+"""``phd-megatron bench``: one table of measurements, each a module ``bench/<name>.py`` with ``run(flags)``."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 
+from phd_megatron.console.arguments import unknown_word
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
 BENCHES = {
@@ -34,15 +35,18 @@ def _usage() -> str:
 def run(argv: list[str]) -> int:
     """Run one measurement. 0 is success, 1 a result that is wrong or too slow."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        show(_usage())
         return 0 if argv else 2
     name, *rest = argv
     if name not in available():
-        near = difflib.get_close_matches(name, available(), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(available())}"
-        raise UserError(f"there is nothing to measure called {name!r}; {hint}")
+        raise unknown_word("measurement", name, available())
+    if name == "train" and any(word.split("=")[0] == "--preset" for word in rest):
+        name = "members"
+    from phd_megatron.bench.arguments import parse
+
+    module = importlib.import_module(_module(name))
     try:
-        result: int = importlib.import_module(_module(name)).run(rest)
+        result: int = module.run(parse(name.replace("-", "_"), rest, module.__doc__))
     except (RuntimeError, MemoryError) as error:
         said = str(error).strip().splitlines()
         if not isinstance(error, MemoryError) and not any("allocate memory" in s or "out of memory" in s for s in said):

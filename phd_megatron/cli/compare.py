@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import show, warn
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,9 +41,9 @@ def run(argv: list[str]) -> int:
         if isinstance(block, Table):
             print_table("", block.head, block.rows)
         elif isinstance(block, Text):
-            print(block.text)
-    print(f"\n{output / 'compare.md'}, compare.png, compare.svg")
+            show(block.text)
+    show(f"\n{output / 'compare.md'}, compare.png, compare.svg")
     diverged = [curve for curve in curves if curve.diverged_at is not None]
     for curve in diverged:
-        print(f"error: {diverged_text(curve)}", file=sys.stderr)
+        warn(f"error: {diverged_text(curve)}")
     return 1 if diverged else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.terminal import show
 
 
 def run(argv: list[str]) -> int:
@@ -17,5 +18,5 @@ def run(argv: list[str]) -> int:
     from phd_megatron.runtime.doctor import examine, format_report
 
     report = examine(arguments.device)
-    print(json.dumps(report.as_dict(), indent=2) if arguments.json else format_report(report))
+    show(json.dumps(report.as_dict(), indent=2) if arguments.json else format_report(report))
     return 0

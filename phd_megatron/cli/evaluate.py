@@ -9,25 +9,27 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.console.say_once import say_once
-from phd_megatron.console.terminal import say
+from phd_megatron.console.terminal import say, show
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, write_file
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from phd_megatron.data.evaluation import Evaluation, Selection
 
 _REPORT = json_report("a report of `phd-megatron evaluate`", "loss", "perplexity", "tokens", "samples")
 _MOST_SAMPLES = 65_536  #: at once
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command's flags."""
     parser = Parser(
         prog="phd-megatron evaluate",
@@ -40,23 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR_OR_HF_DIR", help="pretrain's --save directory, or an export"
     )
-    parser.add_argument(
-        "--data-path",
-        nargs="+",
-        metavar="PREFIX",
-        help="prepared data, all of it unless --split; data of the training keeps the split it had there",
-    )
-    parser.add_argument("--split", metavar="A,B,C", help="shares of training, validation and test")
-    parser.add_argument("--subset", choices=("train", "valid", "test"), help="which of them (default valid)")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="the first N samples (default: one pass)")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a sample (default: as in training)")
-    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once (default: as in training)")
-    parser.add_argument(
-        "--eod-mask-loss",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="no loss on end-of-document tokens (default: as in training)",
-    )
+    _add_data_flags(parser)
     parser.add_argument(
         "--layout", default="", metavar="WORDS", help="such as tp2+sp, under torchrun; see parity --help"
     )
@@ -81,6 +67,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_data_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        metavar="PREFIX",
+        help="prepared data, all of it unless --split; data of the training keeps the split it had there",
+    )
+    parser.add_argument("--split", metavar="A,B,C", help="shares of training, validation and test")
+    parser.add_argument("--subset", choices=("train", "valid", "test"), help="which of them (default valid)")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="the first N samples (default: one pass)")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a sample (default: as in training)")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once (default: as in training)")
+    parser.add_argument(
+        "--eod-mask-loss",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="no loss on end-of-document tokens (default: as in training)",
+    )
+
+
 def run(argv: list[str]) -> int:
     """Evaluate and print one line, with ``--copies`` another for each copy.
 
@@ -100,9 +106,9 @@ def run(argv: list[str]) -> int:
     is_export = (path / "config.json").is_file()
     result, selection, is_main = (_export if is_export else _checkpoint)(path, args)
     if is_main:
-        print(result)
+        show(str(result))
         for line in _copy_lines(result.copy_losses):
-            print(line)
+            show(line)
         if args.json is not None:
             _write(args.json, result, selection)
         if not math.isfinite(result.loss):
@@ -170,7 +176,7 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
             f"--copies with {path}: an exported model computes the last copy alone in its last layer, so there is no "
             "output of the others; give the Megatron checkpoint that was exported"
         )
-    from phd_megatron.data.record import RECORD, TrainingData
+    from phd_megatron.data.record import TrainingData
 
     config = RunConfig()
     record = TrainingData.read(path)
@@ -193,22 +199,7 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
         record.check_unchanged(trial, subset)
     check_selection(trial.data, subset, args.num_samples)
     model = load_model(path, path, device, args.trust_remote_code)
-    rows = model.get_input_embeddings().num_embeddings
-    config.model.vocab_size = (
-        getattr(model.config, "vocab_size", None) or rows
-    )  # a model of several parts says it deeper
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is None and args.seq_length is None and record is None:
-        raise UserError(f"{path} does not say how many positions its model was trained on; say --seq-length N")
-    longest = longest or (args.seq_length if record is None else config.model.seq_length)
-    config.model.max_position_embeddings = longest
-    if record is None:
-        config.model.seq_length = longest
-    elif config.model.seq_length > longest:
-        raise UserError(
-            f"{path} was trained on samples of {config.model.seq_length} tokens by its {RECORD}, and on {longest} "
-            "positions by its config.json; export it again"
-        )
+    _size_of_the_model(path, model, config, args.seq_length, record is not None)
     if os.path.lexists(path / "tokenizer.json"):
         config.data.tokenizer = str(path)
     _choose_data(path, config, args)
@@ -217,6 +208,29 @@ def _export(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selection
     say(f"evaluating {path} on {selection}")
     result = evaluate_model(model, config, tokenizer, subset, selection.samples, say)
     return result, selection, True
+
+
+def _size_of_the_model(
+    path: Path, model: PreTrainedModel, config: RunConfig, seq_length: int | None, recorded: bool
+) -> None:
+    """Put an exported model's vocabulary and positions into ``config``; ``recorded``: which has a sample's length."""
+    from phd_megatron.data.record import RECORD
+
+    # A model of several parts says it deeper.
+    said, rows = getattr(model.config, "vocab_size", None), model.get_input_embeddings().num_embeddings
+    config.model.vocab_size = said or rows
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    longest = longest or (config.model.seq_length if recorded else seq_length)
+    if longest is None:
+        raise UserError(f"{path} does not say how many positions its model was trained on; say --seq-length N")
+    config.model.max_position_embeddings = longest
+    if not recorded:
+        config.model.seq_length = longest
+    elif config.model.seq_length > longest:
+        raise UserError(
+            f"{path} was trained on samples of {config.model.seq_length} tokens by its {RECORD}, and on {longest} "
+            "positions by its config.json; export it again"
+        )
 
 
 def _choose_data(source: Path, config: RunConfig, args: argparse.Namespace) -> str:
@@ -268,7 +282,7 @@ def _finite(number: float) -> float | None:
 
 
 def _write(path: str, result: Evaluation, selection: Selection) -> None:
-    content: dict[str, Any] = {
+    content: dict[str, str | float | Sequence[str] | Sequence[float | None] | None] = {
         "loss": _finite(result.loss),
         "perplexity": _finite(result.perplexity),
         "tokens": result.tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from phd_megatron.console.arguments import Parser, parse_strictly
-from phd_megatron.console.terminal import say
+from phd_megatron.console.terminal import say, show
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,5 +59,5 @@ def run(argv: list[str]) -> int:
         verify_checkpoint=args.verify_checkpoint,
         log=say,
     )
-    print(report)
+    show(str(report))
     return 0

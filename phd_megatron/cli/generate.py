@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
 
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
         raise UserError("--greedy and a sampling flag (--temperature, --top-k, --top-p) exclude each other; keep one")
     model, tokenizer = load(args.checkpoint, args.device, args.trust_remote_code, args.verify_checkpoint)
     result = generate_text(model, tokenizer, args.prompt, args.max_new_tokens, sampling, args.decode_kernel)
-    print(args.prompt + result.text)
-    print()
-    print(result.summary())
+    show(args.prompt + result.text)
+    show()
+    show(result.summary())
     return 0

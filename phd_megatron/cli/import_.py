@@ -7,7 +7,7 @@ from typing import get_args
 
 from phd_megatron.config.schema import CopyPositions
 from phd_megatron.console.arguments import Parser, parse_strictly
-from phd_megatron.console.terminal import say
+from phd_megatron.console.terminal import say, show
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.environment import Environment
@@ -15,8 +15,11 @@ from phd_megatron.runtime.environment import Environment
 _MOST_EXPERTS = 4096
 
 _MOST = {
-    **{"phd_repeat": 1 << 16, "upcycle_experts": 1 << 14, "moe_router_topk": 1 << 14},
-    **{"seq_length": 1 << 31, "make_vocab_size_divisible_by": 1 << 20},
+    "phd_repeat": 1 << 16,
+    "upcycle_experts": 1 << 14,
+    "moe_router_topk": 1 << 14,
+    "seq_length": 1 << 31,
+    "make_vocab_size_divisible_by": 1 << 20,
 }
 
 
@@ -91,12 +94,12 @@ def run(argv: list[str]) -> int:
     def verify(imported: Imported) -> None:
         losses = verify_import(imported.directory, imported.source.path, imported.architecture)
         if losses is not None:
-            print(f"loss of a text at step 0: {losses.here:.4f} with copies, {losses.source:.4f} of {args.hf_dir}")
+            show(f"loss of a text at step 0: {losses.here:.4f} with copies, {losses.source:.4f} of {args.hf_dir}")
 
     check = verify if args.verify == "full" else lambda imported: None
     done = import_directory(args.hf_dir, args.output, changes, log=say, check=check)
     verified = "verified" if args.verify == "full" else "not verified"
-    print(
+    show(
         f"imported {args.hf_dir} to {done.directory}: {done.architecture.name}, {done.tensors} tensors read, "
         f"{done.parameters:,} parameters, {verified}\n"
         f"go on with: phd-megatron pretrain --load {args.output} --finetune --data-path ... --save ..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import keyword
@@ -15,8 +14,8 @@ from contextlib import nullcontext
 from phd_megatron import __version__
 from phd_megatron.cli.stop import CLEAN_UP, clean_stop
 from phd_megatron.console.say_once import say_once
-from phd_megatron.console.terminal import has_no_room, unwritable, warn
-from phd_megatron.errors import UserError, for_terminal, shown
+from phd_megatron.console.terminal import has_no_room, show, unwritable, warn
+from phd_megatron.errors import UserError, for_terminal
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
 
@@ -98,17 +97,17 @@ def _output_is_lost(error: OSError) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        show(_usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(f"phd-megatron {__version__}")
+        show(f"phd-megatron {__version__}")
         return 0
     name, *rest = argv
     commands = available()
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(commands)}"
-        raise UserError(f"unknown command {shown(name)}; {hint}")
+        from phd_megatron.console.arguments import unknown_word
+
+        raise unknown_word("command", name, commands)
     raise_limit()
     # transformers fetches kernels for some families, and where flash-attn is missing; huggingface_hub reads this once.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

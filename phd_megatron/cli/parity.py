@@ -8,17 +8,26 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from phd_megatron.console.arguments import Parser
+from phd_megatron.cli.run_flags import run_options
+from phd_megatron.console.arguments import Parser, parse_own
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import choose_device, install_backend, usable_cores
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, text_report, write_file
+
+if TYPE_CHECKING:
+    from phd_megatron.config.layouts import Layout
+    from phd_megatron.parity.compare import Tolerance
+    from phd_megatron.parity.runs import Row
+
+    Plain = str | int | float | None | dict[str, "Plain"]
 
 _TITLE = "relative errors against one rank,"
 _JSON = json_report("a report of `phd-megatron parity`", "tolerance", "layouts")
@@ -26,7 +35,7 @@ _MARKDOWN = text_report("a table of `phd-megatron parity`", _TITLE)
 COLUMNS = ("layout", "ranks", "loss", "grad norm", "gradients", "worst parameter", "result")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of this command; all others are pretrain's."""
     from phd_megatron.config.layouts import MEANINGS
 
@@ -54,7 +63,7 @@ def run(argv: list[str]) -> int:
     """Compare, print, and say with the exit code whether all is equal."""
     from phd_megatron.training.start import asked_device, load_config
 
-    options, rest = build_parser().parse_known_args(argv)
+    options, rest = parse_own(build_parser(), argv, run_options())
     if Environment.read().launched:
         raise UserError("parity starts torchrun by itself, once for each number of ranks; start it as a plain program")
     if options.max_ranks is not None and options.max_ranks < 1:
@@ -76,7 +85,7 @@ def run(argv: list[str]) -> int:
     loaded = load_config(rest)
     config = loaded.config
     for note in loaded.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     tolerance = tolerance_of(config, use_transformer_engine(config.model.transformer_impl, probe(device))[0])
     beyond = [layout for layout in layouts if device == "cuda" and layout.ranks > most]
     with _directory(options.work_dir) as work:
@@ -86,7 +95,7 @@ def run(argv: list[str]) -> int:
         left_out = [row.layout for row in rows if row.status == "refused"]
         rows = [row for row in rows if row.status != "refused"]
         if left_out:
-            print(f"left out, since they do not fit this configuration: {', '.join(left_out)}")
+            show(f"left out, since they do not fit this configuration: {', '.join(left_out)}")
     rows += [_beyond(layout, most) for layout in beyond]
     _report(rows, tolerance, options)
     if all(row.status == "refused" for row in rows):
@@ -103,14 +112,14 @@ def _ranks_that_fit(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def _beyond(layout: Any, most: int) -> Any:
+def _beyond(layout: Layout, most: int) -> Row:
     from phd_megatron.parity.runs import Row
 
     return Row(layout.name, layout.ranks, "refused", note=f"{layout.ranks} ranks, and this machine has {most} devices")
 
 
 @contextlib.contextmanager
-def _directory(asked: str | None) -> Any:
+def _directory(asked: str | None) -> Iterator[Path]:
     if asked is None:
         with tempfile.TemporaryDirectory(prefix="phd-megatron-parity-") as name:
             yield Path(name)
@@ -127,7 +136,7 @@ def _directory(asked: str | None) -> Any:
     yield path
 
 
-def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) -> None:
+def _report(rows: Sequence[Row], tolerance: Tolerance, options: argparse.Namespace) -> None:
     title = (
         f"{_TITLE} {tolerance.name}, at most {tolerance.value:g} "
         f"(floor of a gradient: {tolerance.floor:g} of the global norm)"
@@ -136,7 +145,7 @@ def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) ->
     print_table(title, COLUMNS, table)
     for row in rows:
         if row.note:
-            print(f"{row.layout}: {row.status}: {row.note}")
+            show(f"{row.layout}: {row.status}: {row.note}")
     if options.json:
         content = {"tolerance": dataclasses.asdict(tolerance), "layouts": [_plain(row) for row in rows]}
         write_file(options.json, "--json", _JSON, json.dumps(content, indent=1) + "\n")
@@ -146,7 +155,7 @@ def _report(rows: Sequence[Any], tolerance: Any, options: argparse.Namespace) ->
         write_file(options.markdown, "--markdown", _MARKDOWN, text)
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def _plain(row: Row) -> dict[str, Plain]:
     """A row as JSON has it, which knows no infinity: an error that is not finite is null."""
     values = dataclasses.asdict(row)
     for name, value in (values["comparison"] or {}).items():
@@ -155,7 +164,7 @@ def _plain(row: Any) -> dict[str, Any]:
     return values
 
 
-def cells(row: Any) -> list[str]:
+def cells(row: Row) -> list[str]:
     """One line of the table."""
     found = row.comparison
     numbers = [""] * 3 if found is None else [f"{x:.1e}" for x in (found.loss, found.grad_norm, found.gradient)]

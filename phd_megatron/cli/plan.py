@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import TYPE_CHECKING
 
-from phd_megatron.console.arguments import Parser
+from phd_megatron.cli.run_flags import run_options
+from phd_megatron.console.arguments import Parser, parse_own
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
+if TYPE_CHECKING:
+    from phd_megatron.planning.run_plan import RunPlan
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> Parser:
     """Flags of the command itself; what is left describes the run, as for ``pretrain``."""
     parser = Parser(
         prog="phd-megatron plan",
@@ -23,14 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Print the plan; UserError for a run that cannot be."""
-    args, rest = build_parser().parse_known_args(argv)
+    args, rest = parse_own(build_parser(), argv, run_options())
     from phd_megatron.runtime.context import choose_device, install_backend
 
     install_backend(choose_device("auto")[0])  # before Megatron is imported, for its field names
     from phd_megatron.config.resolve import resolve
     from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
     from phd_megatron.planning.run_plan import plan_run
-    from phd_megatron.planning.units import short
     from phd_megatron.sweep.members import fix_size
     from phd_megatron.training.start import load_config
 
@@ -46,8 +50,24 @@ def run(argv: list[str]) -> int:
     plan = plan_run(config, samples, args.ranks)
     peak = config.logging.peak_tflops or PEAK_TFLOPS[ASSUMED_DEVICE]
     hours = plan.device_hours(peak, mfu)
-    memory = plan.memory
-    rows = [
+    days = [f"days on {args.ranks} rank{'s' * (args.ranks > 1)}", f"{hours / args.ranks / 24:,.3g}"]
+    rows = [*_work(plan, iterations), ["device hours", f"{hours:,.4g}"], days, *_memory(plan)]
+    print_table("plan", ["what", "value"], rows)
+    for note in notes:
+        show(f"note: {note}")
+    show(
+        f"hours: {mfu:.0%} of {peak:g} TFLOP/s a device, dense (assumed: --mfu, --peak-tflops). FLOPs: forward and "
+        "backward, visible attention pairs only.\nmemory: an estimate, without recomputation unless whole layers are "
+        "recomputed; what the allocator, kernels and communication add comes on top: leave a fifth of the device free"
+    )
+    return 0
+
+
+def _work(plan: RunPlan, iterations: int) -> list[list[str]]:
+    """What there is to compute."""
+    from phd_megatron.planning.units import short
+
+    return [
         ["parameters", short(plan.parameters)],
         ["of these active for a token", short(plan.active_parameters)],
         ["active ones outside the vocabulary's matrices", short(plan.non_embedding_parameters)],
@@ -56,25 +76,17 @@ def run(argv: list[str]) -> int:
         ["iterations", f"{iterations:,}"],
         ["training FLOPs of a token", f"{plan.flops_per_token:.4g}"],
         ["training FLOPs", f"{plan.flops:.4g}"],
-        ["device hours", f"{hours:,.4g}"],
-        [f"days on {args.ranks} rank{'s' * (args.ranks > 1)}", f"{hours / args.ranks / 24:,.3g}"],
-        *(
-            [f"memory of a rank: {name}", f"{size / 2**30:,.2f} GiB"]
-            for name, size in (
-                ("weights", memory.weights),
-                ("gradients", memory.gradients),
-                ("optimizer", memory.optimizer),
-                ("activations", memory.activations),
-                ("all", memory.total),
-            )
-        ),
     ]
-    print_table("plan", ["what", "value"], rows)
-    for note in notes:
-        print(f"note: {note}")
-    print(
-        f"hours: {mfu:.0%} of {peak:g} TFLOP/s a device, dense (assumed: --mfu, --peak-tflops). FLOPs: forward and "
-        "backward, visible attention pairs only.\nmemory: an estimate, without recomputation unless whole layers are "
-        "recomputed; what the allocator, kernels and communication add comes on top: leave a fifth of the device free"
-    )
-    return 0
+
+
+def _memory(plan: RunPlan) -> list[list[str]]:
+    """What a rank holds."""
+    memory = plan.memory
+    sizes = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "all": memory.total,
+    }
+    return [[f"memory of a rank: {name}", f"{size / 2**30:,.2f} GiB"] for name, size in sizes.items()]

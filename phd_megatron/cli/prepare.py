@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.terminal import show, warn
 from phd_megatron.errors import UserError
 
 
@@ -67,14 +67,14 @@ def run(argv: list[str]) -> int:
             progress=not arguments.no_progress,
         )
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
+        warn("error: interrupted; nothing was written")
         return 130
     for item in result.skipped:
         lines = f"{item['lines']} lines of " if "lines" in item else ""
-        print(f"skipped {lines}{item['file']}: {item['reason']}", file=sys.stderr)
+        warn(f"skipped {lines}{item['file']}: {item['reason']}")
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(
+        warn(f"note: {note}")
+    show(
         f"{result.prefix}.bin/.idx: {result.documents:,} documents, {result.tokens:,} tokens of a vocabulary of "
         f"{result.vocab_size:,}, from {result.bytes / 1e6:.1f} MB of text in {result.seconds:.1f} s "
         f"({result.bytes / 1e6 / max(result.seconds, 1e-9):.1f} MB/s); {result.empty_documents} empty documents and "

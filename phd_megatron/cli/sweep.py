@@ -9,13 +9,21 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
+from phd_megatron.cli.run_flags import run_options
 from phd_megatron.config.catalog import nearest
-from phd_megatron.console.arguments import Parser, parse_strictly
+from phd_megatron.console.arguments import Parser, parse_own, parse_strictly
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 from phd_megatron.planning.units import short
+
+if TYPE_CHECKING:
+    from phd_megatron.sweep.definition import Sweep
+    from phd_megatron.sweep.members import PlannedMember
+    from phd_megatron.sweep.options import Launcher
+    from phd_megatron.sweep.store import Status, Store
 
 _USAGE = """\
 phd-megatron sweep --config FILE --output DIR [--dry-run] [OPTIONS] [--any-field-of-a-run VALUE]
@@ -24,7 +32,7 @@ phd-megatron sweep --config FILE --output DIR [--dry-run] [OPTIONS] [--any-field
        phd-megatron sweep member DIR NAME     run one member (SLURM and --launcher print use it)"""
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Flags of the command itself; what is left are fields of a run, for all members."""
     parser = Parser(prog="phd-megatron sweep", usage=_USAGE, description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="the sweep file (docs/sweeps.md)")
@@ -50,7 +58,7 @@ def run(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         hint = nearest(argv[0], actions) or f"use {', '.join(actions)}, or --config FILE to start a sweep"
         raise UserError(f"unknown action {argv[0]!r} of sweep; {hint}")
-    args, rest = build_parser().parse_known_args(argv)
+    args, rest = parse_own(build_parser(), argv, run_options())
     from phd_megatron.runtime.context import choose_device, install_backend
 
     install_backend(choose_device("auto")[0])  # before Megatron is imported, for its field names
@@ -82,7 +90,7 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
     members, notes = plan_members(sweep, directory, flags.values, check=not args.dry_run)
     _print_plan(sweep, members)
     for note in [*flags.notes, *notes]:
-        print(f"note: {note}")
+        show(f"note: {note}")
     if args.dry_run:
         return 0
     try:
@@ -101,14 +109,14 @@ def _sweep(args: argparse.Namespace, rest: list[str]) -> int:
         return _launch(store, launcher, {m.config.parallel.device for m in members}, args)
 
 
-def _launch(store: Any, launcher: Any, devices: set[str], args: argparse.Namespace) -> int:
+def _launch(store: Store, launcher: Launcher, devices: set[str], args: argparse.Namespace) -> int:
     from phd_megatron.sweep.local import LocalRun, unfinished
     from phd_megatron.sweep.slurm import member_line, submit
 
     names = unfinished(store, args.retry_diverged)
     skipped = len(store.entries) - len(names)
     if skipped:
-        print(f"{skipped} of {len(store.entries)} members have ended and are skipped")
+        show(f"{skipped} of {len(store.entries)} members have ended and are skipped")
     if not names:
         return _verdict(store, {entry.name: store.status(entry.name) for entry in store.entries})
     device = "cpu" if devices == {"cpu"} else "auto"
@@ -116,27 +124,27 @@ def _launch(store: Any, launcher: Any, devices: set[str], args: argparse.Namespa
         import shlex
 
         for name in names:
-            print(shlex.join(member_line(store, name)))
+            show(shlex.join(member_line(store, name)))
         return 0
     if launcher.kind == "slurm":
-        print(submit(store, names, launcher, uses_gpus=device != "cpu", print_only=args.print_only))
+        show(submit(store, names, launcher, uses_gpus=device != "cpu", print_only=args.print_only))
         return 0
     local = LocalRun(store, launcher, device)
     code = _verdict(store, local.run(names))
     return code if local.interrupted_by is None else 128 + local.interrupted_by
 
 
-def _verdict(store: Any, statuses: Mapping[str, Any]) -> int:
+def _verdict(store: Store, statuses: Mapping[str, Status]) -> int:
     bad = {name: status for name, status in statuses.items() if status.state != "finished"}
     for name, status in bad.items():
-        print(f"{name}: {status.state}{f': {status.message}' if status.message else ''}")
-    print(f"{len(statuses) - len(bad)} of {len(statuses)} members finished in {store.directory}")
+        show(f"{name}: {status.state}{f': {status.message}' if status.message else ''}")
+    show(f"{len(statuses) - len(bad)} of {len(statuses)} members finished in {store.directory}")
     if len(bad) < len(statuses):
-        print(f"compare them: phd-megatron sweep report {store.directory}")
+        show(f"compare them: phd-megatron sweep report {store.directory}")
     return 1 if bad else 0
 
 
-def _print_plan(sweep: Any, members: list[Any]) -> None:
+def _print_plan(sweep: Sweep, members: list[PlannedMember]) -> None:
     columns = ["member", "parameters", "active", "tokens", "iterations", "FLOPs", "device hours", "memory"]
     rows = []
     hours = 0.0
@@ -158,7 +166,7 @@ def _print_plan(sweep: Any, members: list[Any]) -> None:
         )
     ranks = sweep.launcher.ranks * sweep.launcher.nodes
     print_table(f"{sweep.title}: {len(members)} members, {ranks} rank{'s' * (ranks > 1)} each", columns, rows)
-    print(
+    show(
         f"{hours:,.3g} device hours in all at {sweep.planning.mfu:.0%} of {sweep.planning.peak_tflops:g} TFLOP/s "
         "(assumed: `planning` in the sweep file); memory is an estimate for a rank, without recomputation and before "
         "what the allocator and communication add"
@@ -178,7 +186,7 @@ def _status(argv: list[str]) -> int:
     print_table(store.title, COLUMNS, [row(store, name, status) for name, status in statuses.items()])
     for name, status in statuses.items():
         if status.message:
-            print(f"{name}: {status.message}")
+            show(f"{name}: {status.message}")
     return 0
 
 
@@ -194,7 +202,7 @@ def _member(argv: list[str]) -> int:
     store = open_store(args.directory)
     launcher = read_options(Launcher, store.launcher, f"{store.directory / PLAN_FILE}, launcher").check()
     if store.status(store.entry(args.name).name).state == "finished":
-        print(f"{args.name} is finished")
+        show(f"{args.name} is finished")
         return 0
     process = MemberProcess(store, args.name, launcher)
 
@@ -207,7 +215,7 @@ def _member(argv: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    print(f"{args.name}: {status.state}{f': {status.message}' if status.message else ''}")
+    show(f"{args.name}: {status.state}{f': {status.message}' if status.message else ''}")
     return 0 if status.state == "finished" else 1
 
 
@@ -223,5 +231,5 @@ def _report(argv: list[str]) -> int:
 
     paths = write_report(Path(args.directory), Path(args.output) if args.output else None)
     for path in paths:
-        print(path)
+        show(str(path))
     return 0

@@ -6,7 +6,9 @@ import argparse
 import difflib
 import math
 import re
-from typing import Any, NoReturn
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from phd_megatron.errors import UserError, shell_slip, shown
 
@@ -30,14 +32,22 @@ _SAID = (
         "unexpected words {words}: they belong to no flag; put text with spaces in quotes",
     ),
 )
+_ALIKE = 0.75  #: how much a flag is like one that is meant, where it may also be one of many others
 _WHAT = {"int": "an integer", "float": "a number"}
 
 
 class Parser(argparse.ArgumentParser):
     """Raises :class:`UserError` for what argparse would print with a page of usage. Flags are never abbreviated."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+    def __init__(
+        self,
+        *,
+        prog: str | None = None,
+        usage: str | None = None,
+        description: str | None = None,
+        epilog: str | None = None,
+    ) -> None:
+        super().__init__(prog=prog, usage=usage, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in the words of this program."""
@@ -52,7 +62,9 @@ class Parser(argparse.ArgumentParser):
                 )
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # of one that returns a namespace of the caller's own class
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Parse, and refuse what no name of a file and no number can be."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
@@ -62,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def _check_item(flag: str, item: Any, default: Any) -> None:
+def _check_item(flag: str, item: str | float | Path | None, default: str | float | Path | None) -> None:
     if isinstance(item, float) and not math.isfinite(item):
         raise UserError(f"{flag} {item}: it is not finite; use a finite number")
     if isinstance(item, int) and abs(item) >= 2**63:
@@ -75,14 +87,56 @@ def _check_item(flag: str, item: Any, default: Any) -> None:
 
 def parse_strictly(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse; an unknown flag is a UserError that suggests the nearest one."""
-    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    for word in argv:
-        if word == "--":
-            break
-        name = word.split("=", 1)[0]
-        # argparse takes what holds a space for a value
-        if name.startswith("--") and name not in known and " " not in name:
+    known = _flags_of(parser)
+    for name in _flags_in(argv):
+        if name not in known:
             near = difflib.get_close_matches(name[:80], known, 1)
             hint = f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}"
             raise UserError(f"unknown flag {name}; {hint}")
     return parser.parse_args(argv)
+
+
+def parse_own(
+    parser: argparse.ArgumentParser, argv: list[str], others: Collection[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the flags of a command that takes those of a run too, and return these as they are.
+
+    Args:
+        parser: of the command's own flags.
+        argv: all of them.
+        others: names of a run's options, as ``seq_length``.
+
+    Raises:
+        UserError: also for a flag of neither kind that is most like one of the command's own, which whoever reads the
+            rest does not know.
+    """
+    known = _flags_of(parser)
+    elsewhere = {f"--{name.replace('_', '-')}" for name in others}
+    for name in _flags_in(argv):
+        if name not in known and name.replace("_", "-") not in elsewhere:
+            near = difflib.get_close_matches(name[:80], [*known, *elsewhere], 1, cutoff=_ALIKE)
+            if near and near[0] in known:
+                raise UserError(f"unknown flag {name}; did you mean {near[0]}?")
+    return parser.parse_known_args(argv)
+
+
+def unknown_word(what: str, word: str, choices: Collection[str]) -> UserError:
+    """The error of a word that names none of a command's choices."""
+    near = difflib.get_close_matches(word[:80], choices, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
+    return UserError(f"unknown {what} {shown(word)}; {hint}")
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _flags_in(argv: list[str]) -> Iterator[str]:
+    """The words that are flags, without their values."""
+    for word in argv:
+        if word == "--":
+            return
+        name = word.split("=", 1)[0]
+        # argparse takes what holds a space for a value
+        if name.startswith("--") and " " not in name:
+            yield name

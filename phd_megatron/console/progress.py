@@ -5,24 +5,27 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.console.terminal import warn
+
+if TYPE_CHECKING:
+    from rich import progress
 
 _LINE_SECONDS = 10.0
 
 
-class Progress:
+class FileProgress:
     """Context manager; ``update`` may be called as often as one likes."""
 
     def __init__(self, total_bytes: int, *, enabled: bool = True) -> None:
         self._total = max(1, total_bytes)
         self._enabled = enabled
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: progress.Progress | None = None
+        self._task: progress.TaskID | None = None
         self._started = self._last = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> FileProgress:
         if self._enabled and sys.stderr.isatty():
             try:
                 from rich import progress
@@ -47,7 +50,7 @@ class Progress:
         if not self._enabled:
             return
         counts = f"{documents:,} documents, {tokens:,} tokens"
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=min(done_bytes, self._total), counts=counts)
             return
         now = time.monotonic()

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 from phd_megatron.console.terminal import warn
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _WAIT = timedelta(seconds=5)
 
@@ -32,7 +35,7 @@ def say_once(message: str) -> None:
             return
 
 
-def _is_said_by_another(store: Any, key: str) -> bool:
+def _is_said_by_another(store: Store, key: str) -> bool:
     try:
         if store.add(key, 1) == 1:
             return False
@@ -43,7 +46,7 @@ def _is_said_by_another(store: Any, key: str) -> bool:
         return False
 
 
-def _launcher_store() -> Any | None:
+def _launcher_store() -> Store | None:
     variables = os.environ
     if variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or variables.get("WORLD_SIZE", "1") == "1":
         return None

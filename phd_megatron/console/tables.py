@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from phd_megatron.console.terminal import show
+
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text, first column to the left and the others to the right.
@@ -26,10 +28,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             Console().print(table)
             return
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    print(title)
+    show(title)
     for row in [columns, ["-" * width for width in widths], *rows]:
         cells = [
             text.rjust(width) if i else text.ljust(width)
             for i, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip())
+        show("  ".join(cells).rstrip())
+
+
+def milliseconds(value: float) -> str:
+    """Three digits of a time."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"

@@ -1,6 +1,9 @@
-"""Output that nobody can see any more: a run that loses its terminal, or its log's disk, goes on to its checkpoint.
+"""The three ways in which this program speaks; a rank speaks through its runtime's ``log``, which is :func:`say`.
 
-Commands whose output is their work are told so instead: ``cli/main.py`` ends them with a message and exit code 2.
+:func:`show` prints what a command is asked for. Where that cannot be written the command has failed, and
+``cli/main.py`` ends it with a message and exit code 2. :func:`say` is a line of the log of what works for long: where
+nobody can see it any more, since the terminal or the log's disk is lost, the run goes on to its checkpoint.
+:func:`warn` is for standard error, and never fails.
 """
 
 from __future__ import annotations
@@ -24,6 +27,15 @@ def lose_terminal() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, descriptor)
                 os.close(null)
+
+
+def show(text: str = "", *, now: bool = False) -> None:
+    """Print a result; ``now`` does not keep it until there is more.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    print(text, flush=now)
 
 
 def say(message: str) -> None:

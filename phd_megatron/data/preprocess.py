@@ -12,7 +12,7 @@ from pathlib import Path
 
 from phd_megatron import __version__
 from phd_megatron.config.plain import Json
-from phd_megatron.console.progress import Progress
+from phd_megatron.console.progress import FileProgress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import EncodedBatch, batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
@@ -159,7 +159,7 @@ def _write(
         # own wait for them, since a worker leaves SIGTERM to its parent.
         contextlib.closing(encoding) as encoded,
         IndexedWriter(output.directory, dtype) as writer,
-        Progress(source.total_bytes, enabled=progress) as display,
+        FileProgress(source.total_bytes, enabled=progress) as display,
     ):
         text_bytes, empty, max_token = _drain(encoded, writer, report, display)
         if not writer.documents:
@@ -195,7 +195,7 @@ def _pieces(source: _Source, report: ReadReport, tokenizer: Tokenizer) -> Iterat
 
 
 def _drain(
-    encoded: Iterable[EncodedBatch], writer: IndexedWriter, report: ReadReport, display: Progress
+    encoded: Iterable[EncodedBatch], writer: IndexedWriter, report: ReadReport, display: FileProgress
 ) -> tuple[int, int, int]:
     """Write all that comes: bytes of text, empty documents and the largest id."""
     text_bytes = empty = max_token = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+from phd_megatron.config.plain import Plain
+
+JSON: TypeAlias = Plain
 #: a file's mapping
 Fields: TypeAlias = "dict[str, JSON]"

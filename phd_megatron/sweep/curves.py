@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from phd_megatron.config.plain import Json
 from phd_megatron.errors import UserError, shown
 from phd_megatron.training.metrics_reader import Run, read_run
 
@@ -134,7 +135,7 @@ def curve_of(run: Run, source: Path) -> Curve:
     )
 
 
-def _check_numbers(step: Mapping[str, Any], source: Path) -> None:
+def _check_numbers(step: Json, source: Path) -> None:
     for name in ("iteration", "iteration_seconds", "lm_loss", "consumed_tokens", "consumed_flops"):
         if isinstance(step.get(name), bool) or not isinstance(step.get(name), int | float):
             raise UserError(

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.config.catalog import fields, nearest, sections
+from phd_megatron.config.plain import Annotations, Plain, Values
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.serialize import flatten, read_yaml
 from phd_megatron.config.values import check_value
@@ -35,7 +35,7 @@ class Setting:
     """One label of one axis, and the fields it sets (already checked)."""
 
     label: str
-    values: Mapping[str, Any]
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Member:
 
     name: str
     axes: Mapping[str, str]
-    values: Mapping[str, Any]
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sweep:
     title: str
     unit: str
     base_preset: str | None
-    base_layers: tuple[tuple[dict[str, Any], str], ...]
+    base_layers: tuple[tuple[dict[str, Plain], str], ...]
     members: tuple[Member, ...]
     baseline: Mapping[str, str] = field(default_factory=dict)
     size_axis: str | None = None
@@ -71,7 +71,7 @@ class Sweep:
     planning: Planning = field(default_factory=Planning)
 
 
-def read_sweep(path: str | Path, transformer_fields: Mapping[str, Any]) -> Sweep:
+def read_sweep(path: str | Path, transformer_fields: Annotations) -> Sweep:
     """Read a sweep file.
 
     Raises:
@@ -82,7 +82,7 @@ def read_sweep(path: str | Path, transformer_fields: Mapping[str, Any]) -> Sweep
     return sweep_of(read_yaml(path), path, transformer_fields)
 
 
-def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[str, Any]) -> Sweep:
+def sweep_of(data: Values, path: Path, transformer_fields: Annotations) -> Sweep:
     """The same of a sweep file's content; ``path`` names it in messages, and ``config`` is relative to it."""
     for key in data:
         if key not in _KEYS:
@@ -91,7 +91,8 @@ def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[st
             )
     reader = _Reader(path, transformer_fields)
     preset, layers = reader.base(_mapping(data, "base", path))
-    grids = data["grid"] if isinstance(data.get("grid"), list) else [_mapping(data, "grid", path)]
+    grid = data.get("grid")
+    grids = grid if isinstance(grid, list) else [_mapping(data, "grid", path)]
     members = (
         *(member for grid in grids for member in reader.grid(_mapping({"grid": grid}, "grid", path))),
         *reader.singles(data.get("members") or []),
@@ -114,26 +115,26 @@ def sweep_of(data: Mapping[str, Any], path: Path, transformer_fields: Mapping[st
         base_layers=layers,
         members=members,
         baseline=_baseline(path, _mapping(data, "baseline", path), members),
-        size_axis=size_axis or next((axis for axis in ("size", "preset") if axis in axes), None),
+        size_axis=str(size_axis) if size_axis else next((axis for axis in ("size", "preset") if axis in axes), None),
         launcher=read_options(Launcher, _mapping(data, "launcher", path), f"{path}, launcher"),
         planning=read_options(Planning, _mapping(data, "planning", path), f"{path}, planning"),
     )
 
 
-def check_fields(values: Mapping[str, Any], where: str, transformer_fields: Mapping[str, Any]) -> dict[str, Any]:
+def check_fields(values: Values, where: str, transformer_fields: Annotations) -> dict[str, Plain]:
     """Flat fields of a member, checked; also ``preset`` and ``tokens``.
 
     Raises:
         UserError: for an unknown name, a field that the sweep sets itself, or a value of the wrong type.
     """
-    checked: dict[str, Any] = {}
+    checked: dict[str, Plain] = {}
     for name, value in values.items():
         if name == "preset":
             preset_values(str(value))
             checked[name] = str(value)
         elif name == "tokens":
-            checked[name] = check_value(name, value, float, where)
-            if checked[name] < 1:
+            tokens = checked[name] = check_value(name, value, float, where)
+            if not isinstance(tokens, (int, float)) or tokens < 1:
                 raise UserError(
                     f"{where}: tokens={shown(value)} is no training budget; use a number of original tokens"
                 )
@@ -151,7 +152,7 @@ def check_fields(values: Mapping[str, Any], where: str, transformer_fields: Mapp
     return checked
 
 
-def label_of(axis: str, value: Any) -> str:
+def label_of(axis: str, value: Plain) -> str:
     """How a value is called in the names of members."""
     if isinstance(value, str):
         return re.sub(r"[^A-Za-z0-9._+*=,-]+", "_", value)
@@ -164,9 +165,9 @@ def label_of(axis: str, value: Any) -> str:
 @dataclass(frozen=True)
 class _Reader:
     path: Path
-    transformer_fields: Mapping[str, Any]
+    transformer_fields: Annotations
 
-    def base(self, data: Mapping[str, Any]) -> tuple[str | None, tuple[tuple[dict[str, Any], str], ...]]:
+    def base(self, data: Values) -> tuple[str | None, tuple[tuple[dict[str, Plain], str], ...]]:
         rest = dict(data)
         preset, config, tokens = rest.pop("preset", None), rest.pop("config", None), rest.pop("tokens", None)
         unknown = [key for key in rest if key not in sections()]
@@ -190,7 +191,7 @@ class _Reader:
             preset_values(str(preset))
         return (None if preset is None else str(preset)), tuple(layers)
 
-    def grid(self, data: Mapping[str, Any]) -> Iterator[Member]:
+    def grid(self, data: Values) -> Iterator[Member]:
         if not data:
             return
         axes = {str(name): self._axis(str(name), choices) for name, choices in data.items()}
@@ -201,7 +202,7 @@ class _Reader:
                 "values out, or write several sweeps"
             )
         for chosen in itertools.product(*axes.values()):
-            values: dict[str, Any] = {}
+            values: dict[str, Plain] = {}
             for setting in chosen:
                 for name in setting.values.keys() & values.keys():
                     raise UserError(f"{self.path}, grid: {name} is set by two axes; keep it in one")
@@ -209,7 +210,7 @@ class _Reader:
             labels = {axis: setting.label for axis, setting in zip(axes, chosen, strict=True)}
             yield Member("-".join(labels.values()), labels, values)
 
-    def _axis(self, name: str, choices: Any) -> list[Setting]:
+    def _axis(self, name: str, choices: Plain) -> list[Setting]:
         where = f"{self.path}, grid, {name}"
         if isinstance(choices, Mapping):
             if name in fields() or name in ("preset", "tokens"):
@@ -234,11 +235,11 @@ class _Reader:
             raise UserError(f"{where} names a value twice, or none: {', '.join(labels)}")
         return found
 
-    def _single(self, name: str, value: Any, where: str) -> Setting:
+    def _single(self, name: str, value: Plain, where: str) -> Setting:
         checked = check_fields({name: value}, where, self.transformer_fields)
         return Setting(label_of(name, checked[name]), checked)
 
-    def singles(self, listed: Any) -> Iterator[Member]:
+    def singles(self, listed: Plain) -> Iterator[Member]:
         where = f"{self.path}, members"
         if not isinstance(listed, list):
             raise UserError(f"{where}: {shown(listed)} is no list; write one member a line, each beginning with -")
@@ -252,7 +253,7 @@ class _Reader:
             yield Member(str(entry.get("name") or "-".join(labels.values())), labels, values)
 
 
-def _mapping(data: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+def _mapping(data: Values, key: str, path: Path) -> Values:
     value = data.get(key)
     if value is None:
         return {}
@@ -278,7 +279,7 @@ def _check_unique(path: Path, members: tuple[Member, ...]) -> None:
         seen.add(member.name)
 
 
-def _baseline(path: Path, given: Mapping[str, Any], members: tuple[Member, ...]) -> dict[str, str]:
+def _baseline(path: Path, given: Values, members: tuple[Member, ...]) -> dict[str, str]:
     chosen = {}
     for axis, value in given.items():
         labels = {member.axes[axis] for member in members if axis in member.axes}

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from phd_megatron.config.plain import Json
 from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import smooth
 from phd_megatron.sweep.document import Block, Figure, Heading, Table, Text
@@ -26,17 +26,17 @@ def load_entropy(loads: Sequence[float]) -> float:
     return -sum(share * math.log(share) for share in shares) / math.log(len(loads))
 
 
-def step_entropy(step: dict[str, Any]) -> float:
+def step_entropy(step: Json) -> float:
     """Mean over the layers with experts of one logged step."""
     return statistics.fmean(load_entropy(loads) for loads in step["tokens_per_expert"].values())
 
 
-def router_entropy(step: dict[str, Any]) -> float | None:
+def router_entropy(step: Json) -> float | None:
     """Mean over the layers with experts of one logged step, in nats; None in files of an older version."""
     return statistics.fmean(step["router_entropy"].values()) if "router_entropy" in step else None
 
 
-def _steps(result: Result) -> list[dict[str, Any]]:
+def _steps(result: Result) -> list[Json]:
     return [step for step in result.curve.run.steps if step.get("tokens_per_expert")]
 
 

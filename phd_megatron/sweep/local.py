@@ -15,7 +15,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import choose_device
 from phd_megatron.sweep.options import Launcher
 from phd_megatron.sweep.process import MemberProcess
-from phd_megatron.sweep.progress import Display
+from phd_megatron.sweep.progress import MembersDisplay
 from phd_megatron.sweep.store import Status, Store
 
 _POLL_SECONDS = 0.2
@@ -79,7 +79,7 @@ class LocalRun:
                     continue
                 stack.callback(signal.signal, number, signal.signal(number, self._received))
             stack.callback(self._end_all)
-            display = stack.enter_context(Display(self._store))
+            display = stack.enter_context(MembersDisplay(self._store))
             while waiting or self._running:
                 self._pass_signals_on()
                 if self._signals:

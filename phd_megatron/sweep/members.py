@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.config.load import merge_layers
+from phd_megatron.config.plain import Plain, Values
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
@@ -19,10 +19,8 @@ from phd_megatron.planning.run_plan import RunPlan, plan_run
 from phd_megatron.sweep.definition import Member, Sweep
 
 MEMBERS = "members"
-RUN_FILE, METRICS_FILE, LOG_FILE, STATUS_FILE, CHECKPOINTS = (
-    *("run.yaml", "metrics.jsonl", "log.txt", "status.json"),
-    "checkpoints",
-)
+RUN_FILE, METRICS_FILE, LOG_FILE, STATUS_FILE = "run.yaml", "metrics.jsonl", "log.txt", "status.json"
+CHECKPOINTS = "checkpoints"
 _SAVES = 5  #: saves of a member whose configuration names no interval
 
 
@@ -44,7 +42,7 @@ class PlannedMember:
 
 
 def plan_members(
-    sweep: Sweep, directory: Path, flags: Mapping[str, Any] | None = None, check: bool = True
+    sweep: Sweep, directory: Path, flags: Values | None = None, check: bool = True
 ) -> tuple[list[PlannedMember], list[str]]:
     """Complete every member.
 
@@ -89,23 +87,23 @@ def plan_members(
     return found, notes
 
 
-def _configure(sweep: Sweep, member: Member, flags: Mapping[str, Any], directory: Path) -> RunConfig:
+def _configure(sweep: Sweep, member: Member, flags: Values, directory: Path) -> RunConfig:
     values = dict(member.values)
-    names = ",".join(filter(None, [sweep.base_preset, values.pop("preset", None)]))
-    layers: list[tuple[dict[str, Any], str]] = [
+    names = ",".join(str(name) for name in (sweep.base_preset, values.pop("preset", None)) if name)
+    layers: list[tuple[dict[str, Plain], str]] = [
         (preset_values(names) if names else {}, f"preset {names}"),
         *((dict(fields), where) for fields, where in sweep.base_layers),
         (dict(flags), "flags"),
         (values, f"member {member.name}"),
     ]
-    tokens = None
+    tokens: Plain = None
     for fields, _ in layers:
         if "train_samples" in fields or "train_iters" in fields:
             tokens = None
         tokens = fields.pop("tokens", tokens)
     config = merge_layers(layers).config
     training, checkpoint = config.training, config.checkpoint
-    if tokens is not None:
+    if isinstance(tokens, (int, float)):
         batch = training.global_batch_size or training.micro_batch_size
         training.train_samples = math.ceil(math.ceil(tokens / config.model.seq_length) / batch) * batch
         training.train_iters = None

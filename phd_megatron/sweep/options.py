@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.plain import Values
 from phd_megatron.config.values import check_value
 from phd_megatron.errors import UserError
 from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
@@ -53,7 +53,7 @@ class Planning:
     mfu: float = ASSUMED_MFU  #: share of it that is reached; an assumption until it is measured
 
 
-def read_options(cls: type[Options], data: Mapping[str, Any], where: str) -> Options:
+def read_options(cls: type[Options], data: Values, where: str) -> Options:
     """An options record from a mapping.
 
     Raises:

@@ -8,11 +8,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
+from phd_megatron.config.plain import Json, Plain
 from phd_megatron.console.terminal import say
 from phd_megatron.sweep.members import METRICS_FILE, STATUS_FILE
 from phd_megatron.sweep.store import Status, Store
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
 
 COLUMNS = ("member", "state", "iteration", "loss", "tokens/s", "time", "left")
 _TAIL = 65_536
@@ -22,7 +28,7 @@ _LARGEST = 1e30
 _FRAME = 7  #: lines of the table that are no members
 
 
-def last_step(store: Store, name: str) -> dict[str, Any]:
+def last_step(store: Store, name: str) -> Json:
     """The newest complete line of a member's metrics file; empty before the first."""
     try:
         with (store.home(name) / METRICS_FILE).open("rb") as stream:
@@ -41,7 +47,7 @@ def last_step(store: Store, name: str) -> dict[str, Any]:
     return {}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Plain) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
@@ -78,16 +84,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class Display:
+class MembersDisplay:
     """Shows the members' states; on a terminal all of them, live, elsewhere one line for each change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._live: Any = None
+        self._live: Live | None = None
         self._seen: dict[str, str] = {}
         self._spoke = time.monotonic()
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> MembersDisplay:
         if sys.stdout.isatty():
             from rich.live import Live
 
@@ -95,14 +101,16 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 
     def show(self, statuses: Mapping[str, Status]) -> None:
         """Bring the display up to date."""
         if self._live is not None:
-            self._live.update(self._table(statuses))
+            self._live.update(self._table(statuses, self._live.console.height - _FRAME))
             return
         late = time.monotonic() - self._spoke > _QUIET_SECONDS
         for name, status in statuses.items():
@@ -114,10 +122,9 @@ class Display:
                 say(f"{name}: {status.state} ({facts}){why}")
                 self._seen[name], self._spoke = status.state, time.monotonic()
 
-    def _table(self, statuses: Mapping[str, Status]) -> Any:
+    def _table(self, statuses: Mapping[str, Status], room: int) -> Table:
         from rich.table import Table
 
-        room = self._live.console.height - _FRAME
         shown = dict(statuses)
         if len(shown) > room:  # a live table cannot scroll: what is at work and what went wrong comes first
             order = ("running", "failed", "diverged", "stopped", "waiting", "finished")

@@ -11,7 +11,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from scipy.optimize import OptimizeResult
 
 CONFIDENCE = 0.95
 _SIZES_FOR_OFFSET = 4
@@ -75,59 +79,95 @@ def _fit(
     formula: str, sizes: Sequence[float], tokens: Sequence[float], losses: Sequence[float], names: list[str]
 ) -> Fit | str:
     import numpy as np
-    from scipy.optimize import least_squares
     from scipy.stats import t
 
-    log_loss = np.log(np.asarray(losses, dtype=float))
-    # Sizes and budgets about their middle: the amplitudes are then losses, and hardly hang together with the powers.
-    middle_n, middle_d = (float(np.exp(np.mean(np.log(np.asarray(values, float))))) for values in (sizes, tokens))
-    log_n = np.log(np.asarray(sizes, dtype=float) / middle_n)
-    log_d = np.log(np.asarray(tokens, dtype=float) / middle_d)
-
-    def log_law(parameters: Any) -> Any:
-        """Amplitudes are given as logarithms, so they stay positive."""
-        p = dict(zip(names, parameters, strict=True))
-        terms = [p["A"] - p["alpha"] * log_n]
-        if "E" in p:
-            terms.append(np.full_like(log_n, p["E"]))
-        if "B" in p:
-            terms.append(p["B"] - p["beta"] * log_d)
-        return np.logaddexp.reduce(terms, axis=0)
-
-    low = float(np.min(losses))
-    starts = {
-        "E": [math.log(low * share) for share in (0.3, 0.6, 0.9)],
-        "A": [math.log(low * share) for share in (0.1, 0.5)],
-        "B": [math.log(low * share) for share in (0.1, 0.5)],
-        "alpha": [0.1, 0.4],
-        "beta": [0.1, 0.4],
-    }
-    best = None
-    for start in itertools.product(*(starts[name] for name in names)):
-        found = least_squares(lambda p: log_law(p) - log_loss, start, method="trf", x_scale="jac", max_nfev=2000)
-        if found.success and (best is None or found.cost < best.cost):
-            best = found
+    points = _Points.of(sizes, tokens, losses, names)
+    best = points.fit()
     if best is None:
         return "the fit did not converge"
     freedom = len(losses) - len(names)
     half = _half_widths(best.jac, best.cost, freedom, float(t.ppf((1 + CONFIDENCE) / 2, freedom)) if freedom > 0 else 0)
     estimates = {}
     for index, name in enumerate(names):
-        value, width = float(best.x[index]), None if half is None else half[index]
-        interval = None if width is None else (value - width, value + width)
-        if name in ("alpha", "beta"):
-            estimates[name] = Estimate(value, interval)
-            continue
-        # A at the middle size is A0 = A middle^-alpha. Its interval is not carried over to A, which is N = 1.
-        power, middle = {"E": (0.0, 1.0), "A": ("alpha", middle_n), "B": ("beta", middle_d)}[name]
-        exponent = float(best.x[names.index(power)]) if isinstance(power, str) else 0.0
-        ends = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None and name == "E" else None
-        estimates[name] = Estimate(math.exp(value) * middle**exponent, ends)
-    residuals = np.exp(log_loss - log_law(best.x)) - 1
+        width = None if half is None else half[index]
+        estimates[name] = points.estimate(name, best.x, width)
+    residuals = np.exp(points.log_loss - points.log_law(best.x)) - 1
     return Fit(formula, estimates, [float(value) for value in residuals], freedom)
 
 
-def _half_widths(jacobian: Any, cost: float, freedom: int, quantile: float) -> list[float] | None:
+@dataclass(frozen=True)
+class _Points:
+    """What a law is fitted to. Parameters stand in the order of ``names``; amplitudes are given as logarithms.
+
+    Sizes and budgets are about their middle: the amplitudes are then losses, and hardly hang together with the powers.
+    """
+
+    names: list[str]
+    lowest: float
+    log_loss: np.ndarray
+    log_n: np.ndarray
+    log_d: np.ndarray
+    middle_n: float
+    middle_d: float
+
+    @classmethod
+    def of(cls, sizes: Sequence[float], tokens: Sequence[float], losses: Sequence[float], names: list[str]) -> _Points:
+        """Of measured numbers."""
+        import numpy as np
+
+        middle_n, middle_d = (float(np.exp(np.mean(np.log(np.asarray(values, float))))) for values in (sizes, tokens))
+        log_n = np.log(np.asarray(sizes, dtype=float) / middle_n)
+        log_d = np.log(np.asarray(tokens, dtype=float) / middle_d)
+        log_loss = np.log(np.asarray(losses, dtype=float))
+        return cls(names, float(np.min(losses)), log_loss, log_n, log_d, middle_n, middle_d)
+
+    def log_law(self, parameters: np.ndarray) -> np.ndarray:
+        """Logarithm of the law's losses. Amplitudes are given as logarithms, so they stay positive."""
+        import numpy as np
+
+        p = dict(zip(self.names, parameters, strict=True))
+        terms = [p["A"] - p["alpha"] * self.log_n]
+        if "E" in p:
+            terms.append(np.full_like(self.log_n, p["E"]))
+        if "B" in p:
+            terms.append(p["B"] - p["beta"] * self.log_d)
+        return np.logaddexp.reduce(terms, axis=0)
+
+    def fit(self) -> OptimizeResult | None:
+        """Least squares from several starts; None where none converges."""
+        from scipy.optimize import least_squares
+
+        low = self.lowest
+        starts = {
+            "E": [math.log(low * share) for share in (0.3, 0.6, 0.9)],
+            "A": [math.log(low * share) for share in (0.1, 0.5)],
+            "B": [math.log(low * share) for share in (0.1, 0.5)],
+            "alpha": [0.1, 0.4],
+            "beta": [0.1, 0.4],
+        }
+        best = None
+        for start in itertools.product(*(starts[name] for name in self.names)):
+            found = least_squares(
+                lambda p: self.log_law(p) - self.log_loss, start, method="trf", x_scale="jac", max_nfev=2000
+            )
+            if found.success and (best is None or found.cost < best.cost):
+                best = found
+        return best
+
+    def estimate(self, name: str, parameters: np.ndarray, width: float | None) -> Estimate:
+        """A parameter as the law's formula has it, with its interval of half that width."""
+        value = float(parameters[self.names.index(name)])
+        interval = None if width is None else (value - width, value + width)
+        if name in ("alpha", "beta"):
+            return Estimate(value, interval)
+        # A at the middle size is A0 = A middle^-alpha. Its interval is not carried over to A, which is N = 1.
+        power, middle = {"E": (None, 1.0), "A": ("alpha", self.middle_n), "B": ("beta", self.middle_d)}[name]
+        exponent = 0.0 if power is None else float(parameters[self.names.index(power)])
+        ends = (math.exp(interval[0]), math.exp(interval[1])) if interval is not None and name == "E" else None
+        return Estimate(math.exp(value) * middle**exponent, ends)
+
+
+def _half_widths(jacobian: np.ndarray, cost: float, freedom: int, quantile: float) -> list[float] | None:
     """Half widths of the parameters' intervals; None when the points do not determine them."""
     import numpy as np
 

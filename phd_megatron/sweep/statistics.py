@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -150,9 +150,10 @@ def _summarise(measured: Sequence[tuple[float, float]]) -> Difference | None:
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return Difference(1, mean, None, None)
-    from scipy.stats import t
+    from scipy.stats import ttest_rel
 
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * statistics.stdev(differences)
-    half /= math.sqrt(len(differences))
+    with warnings.catch_warnings():  # of equal differences, whose interval is their mean
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interval = ttest_rel(*zip(*measured, strict=True)).confidence_interval(CONFIDENCE)
     spread = max(statistics.stdev(side) for side in zip(*measured, strict=True))
-    return Difference(len(differences), mean, (mean - half, mean + half), spread)
+    return Difference(len(differences), mean, (float(interval.low), float(interval.high)), spread)

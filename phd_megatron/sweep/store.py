@@ -21,6 +21,7 @@ import yaml
 
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.files import read_json
+from phd_megatron.config.plain import Annotation, Json, Plain, Values
 from phd_megatron.config.serialize import changed, read_yaml
 from phd_megatron.errors import UserError, shown
 from phd_megatron.sweep.definition import Sweep, is_member_name
@@ -174,13 +175,13 @@ def open_store(directory: str | Path) -> Store:
     return _record(Store, {**data, "directory": directory, "entries": members}, path, cure)
 
 
-def _mapping(value: Any, path: Path, cure: str) -> dict[str, Any]:
+def _mapping(value: Plain, path: Path, cure: str) -> Json:
     if not isinstance(value, dict):
         raise UserError(f"{path} cannot be read ({shown(value)} is no mapping); {cure}")
     return dict(value)
 
 
-def _record(cls: type[Record], value: Any, path: Path, cure: str) -> Record:
+def _record(cls: type[Record], value: Plain | Json, path: Path, cure: str) -> Record:
     """A record of JSON, whose names and types are those of the class."""
     data = _mapping(value, path, cure)
     annotations = typing.get_type_hints(cls)
@@ -196,7 +197,7 @@ def _record(cls: type[Record], value: Any, path: Path, cure: str) -> Record:
     return cls(**data)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: Plain, kind: Annotation) -> bool:
     """Whether a value is of an annotated type; NaN and infinities are no numbers here."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -209,10 +210,11 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(_fits(each, arguments[1]) for each in value.values())
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
-    if kind in (int, float):
-        number = isinstance(value, (int, float)) if kind is float else isinstance(value, int)
-        return number and not isinstance(value, bool) and 0 <= abs(value) < _LARGEST
-    return isinstance(value, kind)
+    if kind is int or kind is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return (kind is float or isinstance(value, int)) and 0 <= abs(value) < _LARGEST
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def _entry(member: PlannedMember) -> Entry:
@@ -233,9 +235,9 @@ def _check_unchanged(home: Path, member: PlannedMember) -> None:
         )
 
 
-def _flat(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _flat(data: Mapping[str, Values]) -> dict[str, Plain]:
     return {name: value for section in data.values() for name, value in section.items()}
 
 
-def _value(flat: Mapping[str, Any], name: str) -> Any:
+def _value(flat: Values, name: str) -> Plain:
     return flat.get(name, fields()[name].default if name in fields() else None)

@@ -30,7 +30,10 @@ PROGRAM = [
     Row("doctor extra", ("unexpected words extra", "belong to no flag")),
     Row("doctor --device gpu", ("--device 'gpu' is not known", "use one of", "cpu")),
     Row("doctor --device cuda", ("cuda", "--device cpu")),
-    Row("bench atention", ("'atention'", "did you mean")),
+    Row("bench atention", ("unknown measurement 'atention'", "did you mean 'attention'?")),
+    Row("bench --halp", ("unknown measurement '--halp'", "choose one of attention")),
+    Row("bench decode --batsch 2", ("unknown flag --batsch", "did you mean --batch?")),
+    Row("parity --layout tp2", ("unknown flag --layout;", "did you mean --layouts?")),
 ]
 
 PRETRAIN = [
@@ -100,6 +103,7 @@ PRETRAIN = [
 
 PLAN = [
     Row("plan", ("3 problems", "num_layers is not set", "--num-layers N")),
+    Row(f"plan {MODEL} --rank 2", ("unknown flag --rank;", "did you mean --ranks?")),
     Row(f"plan {MODEL} --ranks 0", ("--ranks 0", "at least 1")),
     Row(f"plan {MODEL} --ranks x", ("--ranks 'x' is not an integer", "correct it")),
     Row(f"plan {MODEL} --ranks 100000000000000000000", ("--ranks 100000000000000000000", "64 bits", "smaller")),
@@ -202,6 +206,7 @@ IMPORT = [
 
 SWEEPS = [
     Row("sweep", ("--config not given", "it is needed")),
+    Row("sweep --confg s.yaml --output out", ("unknown flag --confg", "did you mean --config?")),
     Row("sweep begin", ("unknown action 'begin' of sweep", "use status, report, member")),
     Row("sweep reprot x", ("unknown action 'reprot' of sweep", "did you mean report?")),
     Row("sweep status none", ("none is no sweep", "give the --output of a sweep")),
@@ -318,21 +323,21 @@ OTHERS = [
     Row("compare a=f @metrics", ("f:1", "no line"), files={"f": "[" * 100_000}, name="brackets for a metrics file"),
     Row("compare a=@metrics b=@metrics --output f", ("cannot make --output f", "choose another"), files={"f": ""}),
     Row("compare a=@metrics b=@metrics --output ''", ("--output", "is empty", "leave --output out")),
-    Row("bench attention --seq-length 0", ("--seq-length=0", "use 1 or more")),
-    Row("bench attention --heads 3 --kv-heads 2", ("--heads=3", "--kv-heads=2", "change one of them")),
-    Row("bench attention --device cuda", ("--device=cuda", "use --device cpu")),
+    Row("bench attention --seq-length 0", ("--seq-length 0", "use 1 or more")),
+    Row("bench attention --heads 3 --kv-heads 2", ("--heads 3", "--kv-heads 2", "change one of them")),
+    Row("bench attention --device cuda", ("--device cuda", "use --device cpu")),
     Row("bench attention --device abacus", ("abacus", "use cpu or cuda")),
     Row("bench attention --dtype int8", ("--dtype 'int8' is not known", "use one of")),
     Row("bench attention --seq-length 1000000000", ("--seq-length 1000000000", "not enough memory", "lower lengths")),
     Row("bench attention --json f/x", ("cannot make", "f", "choose another --json"), files={"f": ""}),
-    Row("bench decode --kv-length 0", ("--kv-length=0", "use 1 or more")),
+    Row("bench decode --kv-length 0", ("--kv-length 0", "use 1 or more")),
     Row(
         "bench decode --plot d",
         ("cannot write d", "it is a directory", "choose another --plot"),
         files={"d": DIRECTORY},
     ),
-    Row("bench norm-rope --norms x", ("--norms=x", "name some of q, k and v")),
-    Row("bench norm-rope --rows -1", ("--rows=-1", "use 1 or more")),
+    Row("bench norm-rope --norms x", ("--norms x", "name some of q, k and v")),
+    Row("bench norm-rope --rows -1", ("--rows -1", "use 1 or more")),
     Row("bench generate --repeats 1", ("--repeats [1]", "2 or more")),
     Row("bench generate --steps 0", ("--steps 0", "use 1 or more")),
     Row("bench generate --norm-scheme x", ("norm_scheme", "x")),

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from phd_megatron.bench import arguments as bench_arguments
 from phd_megatron.bench import generate as bench_generate
 from phd_megatron.cli import bench
 from phd_megatron.errors import UserError
@@ -37,7 +38,7 @@ def test_table_json_csv_and_plot(tmp_path, capsys):
 
 
 def test_naive_repetition_reads_every_token_k_times():
-    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
+    args = bench_arguments.parser("generate").parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
     vanilla, naive, cswa = bench_generate._contenders(args, "cpu")
     assert naive.model is vanilla.model
     ids = bench_generate._ids(args, 4)
@@ -51,8 +52,8 @@ def test_naive_repetition_reads_every_token_k_times():
 
 def test_replayed_steps_start_from_the_same_cache(monkeypatch):
     """What becomes a CUDA graph on a GPU, run without one."""
-    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
-    monkeypatch.setattr("phd_megatron.bench.measure.captured", lambda steps: steps)
+    args = bench_arguments.parser("generate").parse_args([*SMALL[1:], "--repeats", "3", "--variants", "naive", "cswa"])
+    monkeypatch.setattr("phd_megatron.bench.timing.captured", lambda steps: steps)
     ids = bench_generate._ids(args, args.prompt + args.steps)
     found = []
     advance = bench_generate._advance
@@ -74,13 +75,13 @@ def test_replayed_steps_start_from_the_same_cache(monkeypatch):
 
 
 def test_what_cannot_be_recorded_is_launched_as_it_is(monkeypatch, capsys):
-    args = bench_generate._parser().parse_args([*SMALL[1:], "--repeats", "3", "--variants", "cswa"])
+    args = bench_arguments.parser("generate").parse_args([*SMALL[1:], "--repeats", "3", "--variants", "cswa"])
     contender = next(bench_generate._contenders(args, "cpu"))
 
     def refuse(steps):
         raise RuntimeError("out of memory\nmore")
 
-    monkeypatch.setattr("phd_megatron.bench.measure.captured", refuse)
+    monkeypatch.setattr("phd_megatron.bench.timing.captured", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     ids = bench_generate._ids(args, args.prompt + args.steps)
     ways = bench_generate._ways(contender, ids, args)

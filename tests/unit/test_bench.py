@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
+from phd_megatron.bench import arguments as bench_arguments
 from phd_megatron.bench import attention as bench_attention
 from phd_megatron.bench import members as bench_members
-from phd_megatron.bench.measure import Contender
+from phd_megatron.bench.timing import Contender
 from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
@@ -63,10 +63,10 @@ def test_useful_flops() -> None:
     vanilla = Contender("vanilla causal SDPA", {}, contender.times, contender.times)
     args = argparse.Namespace(batch=1, heads=3, kv_heads=1)
     contender.cpu_times = contender.times
-    rows = bench_attention._result(policy, args, 2, 8, [vanilla, contender], torch.device("cpu"))["rows"]
+    rows = bench_attention._result(policy, args, 2, 8, [vanilla, contender], on_cuda=False).rows
     pairs = 2 * 3 + 2  # both copies over 1 + 2 originals, and each hidden token over itself
-    assert rows[-1]["forward_tflops"] == pytest.approx(4 * 8 * 3 * pairs / 1e9)
-    assert rows[-1]["tflops"] == pytest.approx(14 * 8 * 3 * pairs / 2e9)
+    assert rows[-1].numbers["forward_tflops"] == pytest.approx(4 * 8 * 3 * pairs / 1e9)
+    assert rows[-1].numbers["tflops"] == pytest.approx(14 * 8 * 3 * pairs / 2e9)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_fail_above(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["atention"], "'attention'"),
-        (["attention", "--heads", "3"], "multiple of --kv-heads=2"),
-        (["attention", "--rounds", "0"], "--rounds=0"),
+        (["attention", "--heads", "3"], "multiple of --kv-heads 2"),
+        (["attention", "--rounds", "0"], "--rounds 0"),
         (["attention", "--window", "0"], "phd_window=0"),
         (["attention", "--backends", "flex", "--device", "cpu"], "no backward on cpu"),
-        (["decode", "--kv-length", "5", "0"], "--kv-length=0"),
-        (["norm-rope", "--norms", "qc"], "--norms=qc"),
+        (["decode", "--kv-length", "5", "0"], "--kv-length 0"),
+        (["norm-rope", "--norms", "qc"], "--norms qc"),
         (["attention", "--device", "abacus"], "abacus"),
     ],
 )
@@ -143,17 +143,18 @@ def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "tiny-dense", "--options", "--vocab-size 300", "--device", "cpu", "--members", "K=2+graph"]
-    model = bench_members._configure(bench_members._parser().parse_args(words), "K=2+graph").model
+    model = bench_members._configure(bench_arguments.parser("members").parse_args(words), "K=2+graph").model
     assert model.phd_repeat == 2 and is_graphed(model)
     other = ["--preset", "dense-1.2b", "--members", "tensorwise+graph"]  # overlaps communication, which graphs cannot
-    assert is_graphed(bench_members._configure(bench_members._parser().parse_args(other), "tensorwise+graph").model)
+    args = bench_arguments.parser("members").parse_args(other)
+    assert is_graphed(bench_members._configure(args, "tensorwise+graph").model)
     assert warm_up_steps(model) == 2  # the third step is recorded, and the fourth is timed
     assert main(["bench", "train", *words]) == 1
     assert "K=2+graph was not measured: cuda_graph_impl=local: CUDA graphs need a" in capsys.readouterr().out
 
 
 def test_members_are_configured_and_named() -> None:
-    args = bench_members._parser().parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
+    args = bench_arguments.parser("members").parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
     model = bench_members._configure(args, "K=2+hybrid_star").model
     assert (model.phd_repeat, model.norm_scheme) == (2, "hybrid_star")
     assert "moe_router_padding_for_quantization" not in model.transformer

@@ -81,16 +81,16 @@ def test_reports_of_evaluate_and_parity_are_refused_before_anything_is_read(tmp_
 
 
 def test_reports_of_earlier_releases_are_recognised(tmp_path):
-    from phd_megatron.bench import measure as bench_measure
+    from phd_megatron.bench import results as bench_results
     from phd_megatron.cli import evaluate, parity
 
     kinds = {
         '{"loss": 1, "perplexity": 2, "tokens": 3, "samples": 4}': evaluate._REPORT,
         '{"tolerance": {}, "layouts": []}': parity._JSON,
         "relative errors against one rank, float32, at most": parity._MARKDOWN,
-        '{"settings": {}, "where": {}, "results": []}': bench_measure.REPORT,
-        "machine,device,dtype,torch,threads,date,policy": bench_measure.TABLE,
-        "model,prefill ms": bench_measure.TABLE,
+        '{"settings": {}, "where": {}, "results": []}': bench_results.REPORT,
+        "machine,device,dtype,torch,threads,date,policy": bench_results.TABLE,
+        "model,prefill ms": bench_results.TABLE,
     }
     for text, kind in kinds.items():
         (tmp_path / "old").write_text(text)
@@ -99,14 +99,14 @@ def test_reports_of_earlier_releases_are_recognised(tmp_path):
 
 
 def test_what_only_begins_like_a_bench_is_not_one(tmp_path):
-    from phd_megatron.bench import measure as bench_measure
+    from phd_megatron.bench import results as bench_results
 
     kinds = {
-        '{"where": "my house"}': bench_measure.REPORT,
-        '{"where": "here", "settings": {}}': bench_measure.REPORT,
-        '[{"where": 1, "results": 2}]': bench_measure.REPORT,
-        "model,price\nT,5000\n": bench_measure.TABLE,
-        "machine,device,dtype,torch,mine\n": bench_measure.TABLE,
+        '{"where": "my house"}': bench_results.REPORT,
+        '{"where": "here", "settings": {}}': bench_results.REPORT,
+        '[{"where": 1, "results": 2}]': bench_results.REPORT,
+        "model,price\nT,5000\n": bench_results.TABLE,
+        "machine,device,dtype,torch,mine\n": bench_results.TABLE,
     }
     for text, kind in kinds.items():
         (tmp_path / "mine").write_text(text)
@@ -123,7 +123,7 @@ def test_what_only_begins_like_a_bench_is_not_one(tmp_path):
     )
     for content in written:
         (tmp_path / "ours").write_text(json.dumps(content))
-        outputs.check_file(tmp_path / "ours", "--json", bench_measure.REPORT)
+        outputs.check_file(tmp_path / "ours", "--json", bench_results.REPORT)
 
 
 def test_output_into_a_device_is_written_through(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phd_megatron.config.catalog import nearest
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.serialize import read_yaml
 from phd_megatron.errors import UserError
 from phd_megatron.sweep.definition import SEED, Member, Sweep, check_fields, sweep_of
@@ -129,7 +130,7 @@ class Queue:
             **section.axes,
             SEED: section.seeds,
         }
-        data = {
+        data: dict[str, Plain] = {
             "name": f"{text}-{section.name}",
             "title": section.about,
             "base": {**self.base, "tokens": section.tokens},
