@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phd_megatron.cli.pretrain import asked_device
 from phd_megatron.console.arguments import Parser
 from phd_megatron.console.tables import print_table
 from phd_megatron.errors import UserError
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Compare, print, and say with the exit code whether all is equal."""
-    from phd_megatron.training.start import asked_device, load_config
+    from phd_megatron.training.start import load_config
 
     options, rest = build_parser().parse_known_args(argv)
     if Environment.read().launched:

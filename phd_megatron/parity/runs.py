@@ -203,7 +203,10 @@ def _run(cases: list[Case], ranks: int, work: Path, worker: Sequence[str], timeo
     """Run the cases; where one takes the launch down, it has failed and the others get a new launch."""
     waiting = list(cases)
     while waiting:
-        due = [{"directory": str(case.directory), "routing": case.routing} for case in waiting]
+        due = [
+            {"directory": str(case.directory), "device": case.config.parallel.device, "routing": case.routing}
+            for case in waiting
+        ]
         (work / "cases.json").write_text(json.dumps(due), encoding="utf-8")
         output = _launch([*worker, str(work / "cases.json")], ranks, work / "output.txt", timeout)
         while waiting and _has_ended(waiting[0], ranks):

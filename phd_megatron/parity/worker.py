@@ -1,7 +1,7 @@
 """What every rank of ``phd-megatron parity`` runs: several training runs one after the other in one set of processes.
 
-The argument is a JSON file with a list of runs: ``directory``, in which ``run.yaml`` lies, and ``routing``, null or the
-arguments of :class:`~phd_megatron.model.routing_replay.RoutingReplay`. Every rank leaves
+The argument is a JSON file with a list of runs: ``directory``, in which ``run.yaml`` lies, ``device`` as in there, and
+``routing``, null or the arguments of :class:`~phd_megatron.model.routing_replay.RoutingReplay`. Every rank leaves
 ``outcome_<rank>.json`` in the run's directory: what was counted about routing when the run ended, or the reason why it
 was refused. A crash leaves none.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 from phd_megatron.errors import UserError
 from phd_megatron.model.routing_replay import RoutingReplay
-from phd_megatron.training import start as pretrain
+from phd_megatron.training.start import pretrain
 
 CONFIG = "run.yaml"
 OUTCOME = "outcome_{rank}.json"
@@ -33,7 +33,7 @@ def main(path: str) -> None:
         outcome: dict[str, Any] = {}
         try:
             with _routing(case["routing"]) as replay:
-                pretrain.run(["--config", str(directory / CONFIG)])
+                pretrain(["--config", str(directory / CONFIG)], case["device"])
             if replay is not None:
                 outcome = {name: getattr(replay, name) for name in COUNTS}
         except UserError as error:

@@ -50,7 +50,7 @@ class Stepper:
     def __init__(
         self,
         models: Sequence[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         device: torch.device,
         micro_batch_size: int,
         seq_length: int,
@@ -77,7 +77,12 @@ class Stepper:
 
         ``on_gradients`` are called between backward and update, when every gradient is final. ``watched``: hooks on the
         model want to see this step.
+
+        Raises:
+            ValueError: without an optimizer.
         """
+        if self.optimizer is None:
+            raise ValueError("this stepper has no optimizer, so it only evaluates")
         for model in self.models:
             model.train()
             model.zero_grad_buffer()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.evaluation import EvenBatches
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.step import Stepper
-from phd_megatron.training.streams import open_stream
+from phd_megatron.training.streams import Sample, open_stream
 
 
 def crosses(before: int, after: int, total: int, parts: int) -> bool:
@@ -33,7 +33,9 @@ class Validation:
         UserError: when a step would reach two of the places of ``evals_per_run``.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, total: int, steps: int | None = None) -> None:
+    def __init__(
+        self, run: RunConfig, runtime: Runtime, dataset: Sequence[Sample], total: int, steps: int | None = None
+    ) -> None:
         training = run.training
         assert training.global_batch_size is not None
         self._training, self._total, self._steps = training, total, steps
