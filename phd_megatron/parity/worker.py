@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from phd_megatron.errors import UserError
 from phd_megatron.model.routing_replay import RoutingReplay
@@ -26,11 +26,18 @@ OUTCOME = "outcome_{rank}.json"
 COUNTS = ("rows", "changed", "largest_gap")
 
 
+class Routing(TypedDict):
+    """Arguments of :class:`~phd_megatron.model.routing_replay.RoutingReplay`; its directory as text."""
+
+    directory: str
+    record: bool
+
+
 def main(path: str) -> None:
     """Run all cases of the list."""
     for case in json.loads(Path(path).read_text(encoding="utf-8")):
         directory = Path(case["directory"])
-        outcome: dict[str, Any] = {}
+        outcome: dict[str, str | float] = {}
         try:
             with _routing(case["routing"]) as replay:
                 pretrain(["--config", str(directory / CONFIG)], case["device"])
@@ -44,7 +51,7 @@ def main(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _routing(arguments: dict[str, Any] | None) -> Iterator[RoutingReplay | None]:
+def _routing(arguments: Routing | None) -> Iterator[RoutingReplay | None]:
     if arguments is None:
         yield None
         return

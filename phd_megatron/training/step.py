@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -138,8 +137,8 @@ class Stepper:
 
 
 def forward_step(
-    batches: Iterator[Batch], model: Any, device: torch.device, by_copy: bool = False
-) -> tuple[Tensor, Callable[..., Any]]:
+    batches: Iterator[Batch], model: torch.nn.Module, device: torch.device, by_copy: bool = False
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """One micro-batch forward; the schedule calls the returned loss function on the last stage."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     output = model(

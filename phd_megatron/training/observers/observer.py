@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron.core.process_groups_config import ProcessGroupCollection
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-from phd_megatron.config.schema import RunConfig
-from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.interval import Interval
-from phd_megatron.training.metrics import Value
-from phd_megatron.training.state import TrainState
+    from phd_megatron.config.schema import RunConfig
+    from phd_megatron.runtime.context import Runtime
+    from phd_megatron.training.interval import Interval
+    from phd_megatron.training.metrics import Value
+    from phd_megatron.training.state import TrainState
 
 
 @dataclass
