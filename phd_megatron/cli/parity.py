@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from phd_megatron.cli.pretrain import asked_device
 from phd_megatron.cli.run_flags import run_options
 from phd_megatron.console.arguments import Parser, parse_own
 from phd_megatron.console.tables import print_table
@@ -61,7 +62,7 @@ def build_parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Compare, print, and say with the exit code whether all is equal."""
-    from phd_megatron.training.start import asked_device, load_config
+    from phd_megatron.training.start import load_config
 
     options, rest = parse_own(build_parser(), argv, run_options())
     if Environment.read().launched:

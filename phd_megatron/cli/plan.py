@@ -35,8 +35,7 @@ def run(argv: list[str]) -> int:
     from phd_megatron.config.resolve import resolve
     from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
     from phd_megatron.planning.run_plan import plan_run
-    from phd_megatron.sweep.members import fix_size
-    from phd_megatron.training.start import load_config
+    from phd_megatron.training.start import fix_size, load_config
 
     if args.ranks < 1:
         raise UserError(f"--ranks {args.ranks} is out of range; use a value at least 1")

@@ -163,13 +163,13 @@ def permutation(samples: int) -> np.ndarray:
     return np.random.RandomState(_PERMUTATION_SEED).permutation(samples)
 
 
-def forget_damaged_caches(datasets: Iterable[Samples]) -> int:
+def forget_damaged_caches(datasets: Iterable[Samples | None]) -> int:
     """Of all index caches that these datasets read; how many were damaged."""
     count = 0
     for dataset in datasets:
         if isinstance(dataset, IndexedGPTDataset):
             count += dataset.forget_damaged_cache()
-        elif hasattr(dataset, "dataset"):  # around another
+        elif dataset is not None and hasattr(dataset, "dataset"):  # around another
             count += forget_damaged_caches([dataset.dataset])
         else:  # made of blocks, of a blend's parts, of a pass's
             inner = (getattr(dataset, name, ()) for name in ("blocks", "datasets", "parts"))

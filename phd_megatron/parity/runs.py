@@ -24,7 +24,7 @@ from phd_megatron.config.serialize import dump_yaml
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
 from phd_megatron.parity.compare import FLOAT32, GRADIENTS, METRICS, STEPS, Comparison, Tolerance, compare
-from phd_megatron.parity.worker import CONFIG, COUNTS, OUTCOME
+from phd_megatron.parity.worker import CONFIG, COUNTS, OUTCOME, Routing
 from phd_megatron.runtime.environment import without_launcher
 from phd_megatron.training.start import complete
 
@@ -64,14 +64,14 @@ class Case:
     """One run: a model in a layout, in a directory of its own.
 
     Attributes:
-        routing: arguments of :class:`~phd_megatron.model.routing_replay.RoutingReplay`, or None.
+        routing: which experts are chosen, of a model whose choices are replayed.
         note: what it has to say about itself.
     """
 
     layout: Layout
     config: RunConfig
     directory: Path
-    routing: dict[str, object] | None = None
+    routing: Routing | None = None
     problem: str = ""
     refused: bool = False
     note: str = ""
@@ -168,7 +168,9 @@ def _cases(name: str, base: RunConfig, layouts: Sequence[Layout], work: Path, to
         config = layout.apply(shared)
         config.logging.metrics_file = str(directory / METRICS)
         config.logging.dump_gradients_dir = str(directory / GRADIENTS)
-        routing = {"directory": str(work / name / "routing"), "record": layout is SINGLE} if replayed else None
+        routing: Routing | None = None
+        if replayed:
+            routing = {"directory": str(work / name / "routing"), "record": layout is SINGLE}
         cases.append(Case(layout, config, directory, routing))
     return cases
 
@@ -203,7 +205,10 @@ def _run(cases: list[Case], ranks: int, work: Path, worker: Sequence[str], timeo
     """Run the cases; where one takes the launch down, it has failed and the others get a new launch."""
     waiting = list(cases)
     while waiting:
-        due = [{"directory": str(case.directory), "routing": case.routing} for case in waiting]
+        due = [
+            {"directory": str(case.directory), "device": case.config.parallel.device, "routing": case.routing}
+            for case in waiting
+        ]
         (work / "cases.json").write_text(json.dumps(due), encoding="utf-8")
         output = _launch([*worker, str(work / "cases.json")], ranks, work / "output.txt", timeout)
         while waiting and _has_ended(waiting[0], ranks):

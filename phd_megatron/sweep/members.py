@@ -134,6 +134,8 @@ def _make_absolute(config: RunConfig) -> None:
 
 
 def _planned(member: Member, config: RunConfig, ranks: int) -> PlannedMember:
+    from phd_megatron.training.start import fix_size
+
     complete = copy.deepcopy(config)
     resolve(complete)
     samples, iterations = fix_size(complete, ranks)
@@ -142,21 +144,6 @@ def _planned(member: Member, config: RunConfig, ranks: int) -> PlannedMember:
         config.checkpoint.save_interval = max(1, iterations // _SAVES)
     plan = plan_run(complete, samples, ranks)
     return PlannedMember(member.name, member.axes, config, iterations, complete.model.seq_length, plan)
-
-
-def fix_size(config: RunConfig, ranks: int) -> tuple[int, int]:
-    """Fill in the vocabulary and the batch of a resolved run, in place; its samples and (about) its iterations."""
-    from phd_megatron.data.datasets import resolve_tokenizer
-    from phd_megatron.runtime.parallel_dims import ParallelDims
-    from phd_megatron.training.schedule import plan_schedule
-
-    if config.model.vocab_size is None:
-        config.model.vocab_size = resolve_tokenizer(config).vocab_size
-    dims = ParallelDims.from_config(config.parallel, ranks)
-    if config.training.global_batch_size is None:
-        config.training.global_batch_size = config.training.micro_batch_size * dims.dp
-    samples = plan_schedule(config, config.training.global_batch_size).total
-    return samples, math.ceil(samples / config.training.global_batch_size)
 
 
 def _check_data(members: Sequence[PlannedMember]) -> None:

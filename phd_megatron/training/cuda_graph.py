@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,13 @@ from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
 Batch = dict[str, Tensor]
 ForwardBackward = Callable[[Iterator[Batch]], list[Tensor]]
+Finalization = tuple[list[nn.Module], Tensor | None, dict[str, Any]]
+"""Arguments of ``finalize_model_grads_func``: chunks, number of tokens, and what Megatron-Core adds by name."""
 
 _CACHE = "_fp8_workspaces"  #: attribute of Transformer Engine's modules: name to FP8 form of a weight
 
@@ -99,7 +104,7 @@ class StaticBatches:
         return [dict(buffers) for buffers in self._buffers]
 
 
-def _form(batches: Sequence[Batch]) -> list[dict[str, tuple[Any, ...]]]:
+def _form(batches: Sequence[Batch]) -> list[dict[str, tuple[torch.dtype | int, ...]]]:
     return [{name: (x.dtype, *x.shape) for name, x in sorted(batch.items())} for batch in batches]
 
 
@@ -108,14 +113,14 @@ class Recorded:
     """What forward and backward of a step leave: loss reports, and calls that make gradients final, not made yet."""
 
     reports: list[Tensor]
-    calls: list[tuple[list[Any], Tensor | None, dict[str, Any]]] = field(default_factory=list)
+    calls: list[Finalization] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: Any, run: ForwardBackward, batches: Sequence[Batch]) -> Recorded:
+    def of(cls, config: TransformerConfig, run: ForwardBackward, batches: Sequence[Batch]) -> Recorded:
         """Run, with ``config.finalize_model_grads_func`` kept for later."""
-        calls: list[tuple[list[Any], Tensor | None, dict[str, Any]]] = []
+        calls: list[Finalization] = []
 
-        def keep(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        def keep(model: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
             calls.append((model, num_tokens, options))
 
         finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, keep
@@ -124,7 +129,7 @@ class Recorded:
         finally:
             config.finalize_model_grads_func = finalize
 
-    def finalize(self, config: Any) -> None:
+    def finalize(self, config: TransformerConfig) -> None:
         """Make the calls. What was recorded stays as it is: the token count is summed over ranks in a copy."""
         for model, num_tokens, options in self.calls:
             tokens = None if num_tokens is None else num_tokens.clone()
@@ -158,7 +163,7 @@ class StepGraph:
         self, models: Sequence[nn.Module], warm_up: int, device: torch.device, log: Callable[[str], None]
     ) -> None:
         self._models, self._log = models, log
-        self._config: Any = models[0].config
+        self._config: TransformerConfig = models[0].config
         self._left = warm_up
         self._batches = StaticBatches(device)
         self._graph: torch.cuda.CUDAGraph | None = None

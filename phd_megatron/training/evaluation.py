@@ -22,11 +22,10 @@ from phd_megatron.model.build import build_model
 from phd_megatron.runtime import agreement
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
-from phd_megatron.training.index_check import with_whole_indices
 from phd_megatron.training.optimizer import in_run_precision
 from phd_megatron.training.run_data import agree_on_data, check_own_data
 from phd_megatron.training.step import Stepper
-from phd_megatron.training.streams import open_stream
+from phd_megatron.training.streams import open_stream, with_whole_indices
 
 
 def for_evaluation(

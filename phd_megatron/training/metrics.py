@@ -9,15 +9,23 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import LoggingConfig, RunConfig
 from phd_megatron.config.serialize import to_dict
 from phd_megatron.console.terminal import say
 from phd_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+Value: TypeAlias = float | str | Sequence[float] | Mapping[int, "Value"] | Mapping[str, "Value"] | None
+"""What stands in a row of metrics under one name: a number, or a table, such as of layer number to value."""
+Row: TypeAlias = dict[str, Value]
 
 
 @dataclass
@@ -39,9 +47,7 @@ class StepMetrics:
     mfu: float | None
     skipped_iterations: int
     validation_loss: float | None = None
-    router: dict[str, Any] = field(default_factory=dict)  #: of models with experts; its entries stand beside the others
-    #: name to layer number to value, of steps that have them (:mod:`phd_megatron.training.observers.layer_statistics`)
-    layer_statistics: dict[str, dict[int, float]] = field(default_factory=dict)
+    observed: Mapping[str, Value] = field(default_factory=dict)  #: by observers; its entries stand beside the others
 
 
 class Reporter:
@@ -61,17 +67,17 @@ class Reporter:
         options: LoggingConfig,
         enabled: bool,
         total_iterations: int,
-        run_values: dict[str, Any],
+        run_values: Mapping[str, Plain],
         default_tensorboard_dir: Path | None,
         run_id: str | None = None,
     ) -> None:
         self._run_id = run_id
         self.enabled = enabled
         self.total_iterations = total_iterations
-        self._sinks: list[Callable[[dict[str, Any]], None]] = []
+        self._sinks: list[Callable[[Row], None]] = []
         self._closers: list[Callable[[], None]] = []
-        self._progress: Any = None
-        self._task: Any = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
         if not enabled:
             return
         if options.metrics_file:
@@ -98,7 +104,7 @@ class Reporter:
 
     def advance(self, iteration: int) -> None:
         """Move the live display."""
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=iteration)
 
     def report(self, metrics: StepMetrics) -> None:
@@ -107,9 +113,7 @@ class Reporter:
             return
         self.log(log_line(metrics, self.total_iterations))
         values = asdict(metrics)
-        values |= values.pop("router")
-        if not metrics.layer_statistics:
-            del values["layer_statistics"]
+        values |= values.pop("observed")
         for sink in [*self._sinks]:
             try:
                 sink(values)
@@ -152,7 +156,7 @@ class Reporter:
         except OSError as error:
             raise UserError(f"tensorboard_dir={directory!r} cannot be written ({error}); choose another") from error
 
-        def sink(values: dict[str, Any]) -> None:
+        def sink(values: Row) -> None:
             for name, value in flat(values).items():
                 if name != "iteration" and isinstance(value, int | float):
                     writer.add_scalar(name, value, values["iteration"])
@@ -161,7 +165,7 @@ class Reporter:
         self._closers.append(writer.close)
         self._closers.append(_without_tracebacks_of("tensorboard"))
 
-    def _open_wandb(self, options: LoggingConfig, run_values: dict[str, Any]) -> None:
+    def _open_wandb(self, options: LoggingConfig, run_values: Mapping[str, Plain]) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise UserError(
                 f"wandb_project={options.wandb_project!r}, but wandb is not installed; pip install wandb, or leave the "
@@ -176,12 +180,11 @@ class Reporter:
     def _open_progress(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
-        )
-        self._task = self._progress.add_task("training", total=self.total_iterations)
-        self._progress.start()
-        self._closers.append(self._progress.stop)
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._progress = display = Progress(*columns, transient=True)
+        self._task = display.add_task("training", total=self.total_iterations)
+        display.start()
+        self._closers.append(display.stop)
 
 
 def make_directory(name: str, directory: str) -> None:
@@ -208,9 +211,9 @@ def open_reporter(run: RunConfig, is_main: bool, total_iterations: int, run_id: 
     return Reporter(run.logging, is_main, total_iterations, to_dict(run), default_dir, run_id)
 
 
-def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Value] | Mapping[int, Value], prefix: str = "") -> Row:
     """Tables by layer as a value for each, ``layer_statistics/residual_rms/3``: TensorBoard and wandb draw numbers."""
-    result: dict[str, Any] = {}
+    result: Row = {}
     for name, value in values.items():
         result |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return result
@@ -224,7 +227,7 @@ def _without_tracebacks_of(package: str) -> Callable[[], None]:
     """
     previous = threading.excepthook
 
-    def hook(args: Any) -> None:
+    def hook(args: threading.ExceptHookArgs) -> None:
         if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith(package)):
             previous(args)
 
@@ -285,7 +288,7 @@ def _first_row(path: Path) -> bytes:
     return first
 
 
-def _write_json(stream: Any, values: dict[str, Any]) -> None:
+def _write_json(stream: TextIO, values: Row) -> None:
     stream.write(json.dumps(values) + "\n")
 
 
@@ -305,7 +308,7 @@ def log_line(metrics: StepMetrics, total_iterations: int) -> str:
         f"processed tokens/s: {metrics.processed_tokens_per_second:.0f}",
     ]
     fields += [
-        f"{name.replace('_', ' ')}: {value:.6E}" for name, value in metrics.router.items() if isinstance(value, float)
+        f"{name.replace('_', ' ')}: {value:.6E}" for name, value in metrics.observed.items() if isinstance(value, float)
     ]
     if metrics.mfu is not None:
         fields.append(f"MFU: {metrics.mfu:.1%}")

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+"""One line, as JSON has it."""
+
 
 @dataclass(frozen=True)
 class Run:
     """A run's name and its logged steps, each iteration once, in order."""
 
     name: str
-    steps: list[dict[str, Any]]
+    steps: list[Row]
 
     def curve(self, field: str) -> tuple[list[float], list[float]]:
         """(consumed samples, values) of the steps that have ``field``."""
@@ -39,8 +42,8 @@ def read_run(name: str, path: Path) -> Run:
         ValueError: if a line is no JSON object with ``iteration`` and ``consumed_samples``, or there is none; or if
             another run begins in between. All rows of a run have one id; files of releases before have none.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    last: tuple[int, Any] = (0, None)
+    steps: dict[int, Row] = {}
+    last: tuple[int, str | None] = (0, None)
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:

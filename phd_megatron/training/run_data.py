@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from phd_megatron.checkpoint.store import TRAINING_STATE
 from phd_megatron.config.schema import RunConfig
@@ -20,7 +19,8 @@ from phd_megatron.data.verify import Fingerprint
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import agreement
 
-Record = dict[str, list[dict[str, Any]]]
+Facts = dict[str, str | int]
+Record = dict[str, list[Facts]]
 """Set ("training", "validation") -> fingerprints as plain values."""
 
 
@@ -164,11 +164,11 @@ def _changes(before: Record, found: Record, run: RunConfig) -> list[str]:
     return []
 
 
-def _ordered(item: dict[str, Any]) -> list[tuple[str, Any]]:
+def _ordered(item: Facts) -> list[tuple[str, str | int]]:
     return sorted(item.items())
 
 
-def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+def _difference(was: Facts, now: Facts) -> str:
     if (was["bin_bytes"], was["idx_bytes"]) != (now["bin_bytes"], now["idx_bytes"]):
         return (
             f".bin and .idx have {now['bin_bytes']} and {now['idx_bytes']} bytes, and had {was['bin_bytes']} and "

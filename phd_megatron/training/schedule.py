@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from megatron.core import num_microbatches_calculator as calculator
 
 from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.load import read_training_state
@@ -86,7 +87,7 @@ def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | N
         UserError: when a warm-up does not fit into the decay, the run is shorter than one batch, or a ramp-up does not
             reach the global batch size.
     """
-    training, optimizer, position = run.training, run.optimizer, position or Position()
+    training, position = run.training, position or Position()
     first_batch = _check_ramp_up(training.rampup_batch_size, global_batch_size)
     of_iteration = position.first_batch_size or global_batch_size
     step: int | None = None
@@ -106,10 +107,15 @@ def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | N
             f"train_samples={samples_at_end} is less than one batch of {first_batch} samples; raise it to "
             f"{first_batch} or more"
         )
+    kept = total
     if run.checkpoint.use_checkpoint_opt_param_scheduler and position.schedule_total is not None:
         kept = position.schedule_total
-    else:
-        kept = total
+    return Schedule(samples_at_end, step, of_iteration, kept, *_plan_rates(run, total, of_iteration))
+
+
+def _plan_rates(run: RunConfig, total: int, of_iteration: int) -> tuple[int, int, int | None]:
+    """Samples of the decay, of the warm-up, and of WSD's decay where there is one."""
+    optimizer = run.optimizer
 
     def length(iters: int | None, samples: int | None, default: int) -> int:
         return samples if samples is not None else iters * of_iteration if iters is not None else default
@@ -131,7 +137,7 @@ def plan_schedule(run: RunConfig, global_batch_size: int, position: Position | N
     wsd = None
     if optimizer.lr_decay_style == "WSD":
         wsd = length(optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_samples, max(decay // 10, 1))
-    return Schedule(samples_at_end, step, of_iteration, kept, decay, warmup, wsd)
+    return decay, warmup, wsd
 
 
 def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
@@ -148,7 +154,7 @@ def _check_ramp_up(ramp: list[int] | None, global_batch_size: int) -> int:
     return start
 
 
-def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_iteration: int, **rates: Any) -> str:
+def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_iteration: int, **rates: float) -> str:
     """What this start of the run will do, in two lines.
 
     Args:
@@ -176,3 +182,50 @@ def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_i
         f"{position.consumed_samples} samples are done\n"
         f"learning rate: {told}; {lengths}"
     )
+
+
+class Batches:
+    """The global batches of a run, one after the other, by Megatron-Core's calculator, of which a process has one.
+
+    Args:
+        run: the resolved configuration.
+        schedule: of this start.
+        rank: global rank, of which the first says when the batch grows.
+        ranks: data-parallel ones.
+
+    Attributes:
+        size: samples of a step, after the ramp-up if there is one.
+    """
+
+    def __init__(self, run: RunConfig, schedule: Schedule, rank: int, ranks: int) -> None:
+        training = run.training
+        assert training.global_batch_size is not None  # filled in by `start.complete`
+        self._samples, self._ramp, self.size = schedule.samples, training.rampup_batch_size, training.global_batch_size
+        calculator.reconfigure_num_microbatches_calculator(
+            rank, self._ramp, self.size, training.micro_batch_size, ranks
+        )
+
+    def at(self, consumed_samples: int) -> int:
+        """Samples of the step that starts there; 0 at the end, where less than a batch is left out as in Megatron."""
+        calculator.update_num_microbatches(consumed_samples, consistency_check=False)
+        samples: int = calculator.get_current_global_batch_size()
+        return samples if consumed_samples + samples <= self._samples else 0
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of each data-parallel rank in the step that :meth:`at` was asked for last."""
+        count: int = calculator.get_num_microbatches()
+        return count
+
+    def run_length(self, position: Position) -> tuple[int, int]:
+        """Steps of the whole run and the samples that they take: those done, and those to come with their ramp."""
+        steps, consumed = position.iteration, position.consumed_samples
+        while self._ramp is not None and consumed <= self._ramp[2] and (samples := self.at(consumed)):
+            consumed += samples
+            steps += 1
+        rest = max(0, self._samples - consumed) // self.size
+        return steps + rest, consumed + rest * self.size
+
+    def close(self) -> None:
+        """Let another run of this process have the calculator."""
+        calculator.destroy_num_microbatches_calculator()

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -50,7 +49,7 @@ class Stepper:
     def __init__(
         self,
         models: Sequence[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         device: torch.device,
         micro_batch_size: int,
         seq_length: int,
@@ -77,7 +76,12 @@ class Stepper:
 
         ``on_gradients`` are called between backward and update, when every gradient is final. ``watched``: hooks on the
         model want to see this step.
+
+        Raises:
+            ValueError: without an optimizer.
         """
+        if self.optimizer is None:
+            raise ValueError("this stepper has no optimizer, so it only evaluates")
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
@@ -133,8 +137,8 @@ class Stepper:
 
 
 def forward_step(
-    batches: Iterator[Batch], model: Any, device: torch.device, by_copy: bool = False
-) -> tuple[Tensor, Callable[..., Any]]:
+    batches: Iterator[Batch], model: torch.nn.Module, device: torch.device, by_copy: bool = False
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """One micro-batch forward; the schedule calls the returned loss function on the last stage."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     output = model(

@@ -1,18 +1,43 @@
-"""The micro-batches that a rank of the process groups reads of a dataset."""
+"""From a dataset to the micro-batches of this rank, and before that: is its index whole?"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 from megatron.core import parallel_state
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.loader import SampleStream
+from phd_megatron.data.samples import Samples
 from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.runtime import agreement
 from phd_megatron.runtime.context import Runtime
 
+Sets = TypeVar("Sets", bound="tuple[Samples | None, ...]")
 
-def open_stream(run: RunConfig, runtime: Runtime, dataset: Any) -> SampleStream:
+
+def with_whole_indices(build: Callable[[], Sets], local_rank: int) -> Sets:
+    """What ``build`` makes of the data, with index caches that are as they were written; collective.
+
+    A process that is alone has compared them as it opened them (`data/index_cache.py`). Of several, all open the files
+    and the first of a node reads them; where it finds damage, all build again, and the first to come writes.
+
+    Raises:
+        UserError: on all ranks, when one cannot look.
+    """
+    from phd_megatron.data.gpt_index import forget_damaged_caches
+    from phd_megatron.data.index_cache import is_alone
+
+    built = build()
+    if is_alone():
+        return built
+    looks = not local_rank or not agreement.rank()
+    damaged = agreement.everywhere(lambda: forget_damaged_caches(built) if looks else 0)
+    return build() if any(agreement.gather(damaged)) else built
+
+
+def open_stream(run: RunConfig, runtime: Runtime, dataset: Samples) -> SampleStream:
     """This rank's micro-batches of ``dataset``."""
     return SampleStream(
         dataset,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.evaluation import EvenBatches
+from phd_megatron.data.samples import Samples
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.training.step import Stepper
@@ -33,7 +32,9 @@ class Validation:
         UserError: when a step would reach two of the places of ``evals_per_run``.
     """
 
-    def __init__(self, run: RunConfig, runtime: Runtime, dataset: Any, total: int, steps: int | None = None) -> None:
+    def __init__(
+        self, run: RunConfig, runtime: Runtime, dataset: Samples, total: int, steps: int | None = None
+    ) -> None:
         training = run.training
         assert training.global_batch_size is not None
         self._training, self._total, self._steps = training, total, steps

@@ -20,20 +20,20 @@ from phd_megatron.training.pretrain import Trainer
 
 def in_clip_norm(trainer: Trainer, parameters: list[Any]) -> set[int]:
     """Numbers of the parameters whose gradients this rank adds up for the clip norm: planted gradients are found."""
-    trainer.models[0].zero_grad_buffer()
+    trainer.state.models[0].zero_grad_buffer()
     for number, parameter in enumerate(parameters, 1):
         parameter.main_grad.fill_(number)
     found = set()
-    for part in trainer.optimizer.chained_optimizers:
+    for part in trainer.state.optimizer.chained_optimizers:
         part._copy_model_grads_to_main_grads()
         found |= {int(gradient.flatten()[0]) - 1 for gradient in part.get_main_grads_for_grad_norm()}
-    trainer.optimizer.zero_grad()
-    trainer.models[0].zero_grad_buffer()
+    trainer.state.optimizer.zero_grad()
+    trainer.state.models[0].zero_grad_buffer()
     return found
 
 
 def is_decayed(trainer: Trainer, parameter: Any) -> bool:
-    for part in trainer.optimizer.chained_optimizers:
+    for part in trainer.state.optimizer.chained_optimizers:
         if parameter in part.model_param_group_index_map:
             group, _ = part.model_param_group_index_map[parameter]
             return bool(part.optimizer.param_groups[group]["wd_mult"] > 0)
@@ -49,7 +49,7 @@ def owner(data: torch.Tensor, parameters: list[Any]) -> int:
 
 
 def audit(trainer: Trainer, directory: Path) -> None:
-    module: Any = trainer.models[0].module
+    module: Any = trainer.state.models[0].module
     parameters = list(module.parameters())
     counted = in_clip_norm(trainer, parameters)
     rows, values = [], {}

@@ -20,10 +20,10 @@ def break_training() -> None:
     from megatron.core import parallel_state
 
     from phd_megatron.model import gradients
-    from phd_megatron.training import pretrain
+    from phd_megatron.training import state
 
     gradients.sum_marked_gradients = lambda model, tp_group: None
-    build = pretrain.build_model
+    build = state.build_model
 
     def build_model(run, *rest):
         stages = run.parallel.pipeline_model_parallel_size
@@ -34,7 +34,7 @@ def break_training() -> None:
             dict(models[0].named_parameters())[WRONG].register_hook(lambda gradient: gradient * 1.001)
         return models
 
-    pretrain.build_model = build_model
+    state.build_model = build_model
 
 
 if __name__ == "__main__":

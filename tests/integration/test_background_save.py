@@ -59,11 +59,12 @@ class Run:
 
 def tensors(trainer: Any) -> dict[str, torch.Tensor]:
     """Copies of all parameters and of Adam's moments, by the names that a checkpoint gives them."""
-    model = trainer.models[0]
+    model = trainer.state.models[0]
     while hasattr(model, "module"):
         model = model.module
     found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    (inner,) = (part.optimizer for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]))
+    optimizer = trainer.state.optimizer
+    (inner,) = (part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer]))
     for name, parameter in model.named_parameters():
         for moment, value in inner.state[parameter].items():
             if moment != "step":
@@ -106,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         def step(self: Any, *rest: Any) -> Any:
             found = one_step(self, *rest)
-            done = self.progress.iteration
+            done = self.state.counters.iteration
             result.tracker[done] = store.read_tracker(save)
             result.try_lock(f"after step {done}")
             if done - 2 in go_on:
@@ -115,7 +116,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             return found
 
         def saving(self: Any, *rest: Any, **more: Any) -> None:
-            result.at_save[self.progress.iteration] = tensors(self)
+            result.at_save[self.state.counters.iteration] = tensors(self)
             do_save(self, *rest, **more)
 
         def committing(root: Any, iteration: int, *rest: Any) -> Any:

@@ -30,11 +30,11 @@ FLOPS = 3 * FORWARD  # backward costs twice as much
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    from phd_megatron.training import pretrain
+    from phd_megatron.training import interval, pretrain
     from phd_megatron.training.step import Stepper
 
     now = [0.0]
-    monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(interval, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def takes(seconds: float, owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)

@@ -101,7 +101,7 @@ def test_a_process_keeps_no_model_of_the_run_before(config: Path, tmp_path: Path
     script.write_text(
         f"""
 import gc, os
-from phd_megatron.training import start as pretrain
+from phd_megatron.cli import pretrain
 
 for run in ("first", "second"):
     pretrain.run([*{words!r}, "--metrics-file", {str(tmp_path)!r} + "/" + run])

@@ -32,17 +32,17 @@ def options(documents: Path, **more: object) -> list[str]:
 @pytest.fixture
 def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The optimizer of each run, as the real trainer built it, and what its groups were at each step."""
-    from phd_megatron.training import pretrain
+    from phd_megatron.training import state
 
     found: list[Any] = []
-    build = pretrain.build_optimizer
+    build = state.build_optimizer
 
     def keep(*args: Any) -> Any:
         built = build(*args)
         found.append(built)
         return built
 
-    monkeypatch.setattr(pretrain, "build_optimizer", keep)
+    monkeypatch.setattr(state, "build_optimizer", keep)
     return found
 
 

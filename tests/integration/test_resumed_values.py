@@ -70,9 +70,10 @@ def at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     train = pretrain.Trainer.train
 
     def look(trainer: Any, *args: Any) -> Any:
-        states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+        optimizer = trainer.state.optimizer
+        states = [state for part in optimizer.chained_optimizers for state in part.optimizer.state.values()]
         moments = {(float(state["step"]), bool(state["exp_avg_sq"].any())) for state in states}
-        found.append((trainer, [{**group} for group in trainer.optimizer.param_groups], moments))
+        found.append((trainer, [{**group} for group in optimizer.param_groups], moments))
         return train(trainer, *args)
 
     monkeypatch.setattr(pretrain.Trainer, "train", look)
@@ -107,13 +108,14 @@ def test_whose_hyper_parameters_hold(saved: Path, tmp_path: Path, at_the_first_s
         fallen = (group["max_lr"] - group["min_lr"]) * STOPPED / STEPS
         assert group["lr"] == pytest.approx(group["max_lr"] - fallen, rel=1e-9)
     assert {group["wd_mult"] for group in groups} == {0.0, 1.0}
-    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+    state = trainer.state
+    for part in getattr(state.optimizer, "chained_optimizers", [state.optimizer]):
         assert part.config.clip_grad == others["clip_grad"]
     lines = read_metrics(metrics)
     assert [line["iteration"] for line in lines] == [*range(STOPPED + 1, STEPS + 1)]
     for line in lines:  # the rate of the next step
         assert line["learning_rate"] == pytest.approx(rates["learning_rate"](line["iteration"]), rel=1e-9)
-    assert trainer.scheduler.num_steps == STEPS * 4 and trainer.progress.consumed_samples == STEPS * 4
+    assert state.scheduler.num_steps == STEPS * 4 and state.counters.consumed_samples == STEPS * 4
 
 
 @pytest.fixture(scope="module")

@@ -423,7 +423,7 @@ sys.path.insert(0, {root!r})
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import ByteTokenizer
-from phd_megatron.training.index_check import with_whole_indices
+from phd_megatron.training.streams import with_whole_indices
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
 run = RunConfig()

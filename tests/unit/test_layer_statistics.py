@@ -232,7 +232,8 @@ def test_every_logger_gets_them(tmp_path):
         numbers |= dict.fromkeys(("tokens_per_second", "processed_tokens_per_second", "tflops_per_gpu", "mfu"), 1.0)
         counts = dict.fromkeys(("consumed_samples", "consumed_tokens", "global_batch_size", "skipped_iterations"), 1)
         step = 1 if tables else 2
-        reporter.report(StepMetrics(iteration=step, **numbers, **counts, router=router, layer_statistics=tables))
+        observed = {**({"layer_statistics": tables} if tables else {}), **router}
+        reporter.report(StepMetrics(iteration=step, **numbers, **counts, observed=observed))
     reporter.close()
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["layer_statistics"] == {"residual_rms": {"1": 0.5, "2": 0.25}, "copy_cosine": {"1": 0.75}}

@@ -31,7 +31,7 @@ def step(**more: Any) -> StepMetrics:
 
 
 def test_the_line_of_the_log() -> None:
-    fields = log_line(step(router={"z_loss": 0.125, "tokens_per_expert": {1: [2, 3]}}), 90).split(" | ")
+    fields = log_line(step(observed={"z_loss": 0.125, "tokens_per_expert": {1: [2, 3]}}), 90).split(" | ")
     assert re.fullmatch(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration        7/      90", fields[0])
     said = {name: value.split(" |")[0].strip() for name, value in (field.split(":", 1) for field in fields[1:])}
     assert said == {
@@ -59,8 +59,8 @@ def test_the_line_of_the_metrics_file(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "new" / "metrics.jsonl"
     for _ in range(2):  # a second start goes on with the same file
         opened = reporter(metrics_file=str(path))
-        opened.report(step(router={"z_loss": 0.125}, validation_loss=3.5))
-        opened.report(step(layer_statistics={"residual_rms": {1: 0.5}}))
+        opened.report(step(observed={"z_loss": 0.125}, validation_loss=3.5))
+        opened.report(step(observed={"layer_statistics": {"residual_rms": {1: 0.5}}}))
         opened.close()
     reporter(enabled=False, metrics_file=str(path)).report(step())
     first, second, *again = map(json.loads, path.read_text().splitlines())

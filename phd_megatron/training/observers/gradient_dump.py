@@ -9,16 +9,49 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.model.initialisation import sharded_tensors
+from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.observers.observer import Observer, Step
+
+
+class GradientDump(Observer):
+    """Writes the gradients of the steps that ``--dump-gradients-iterations`` names.
+
+    Args:
+        directory: gets a folder for each of these steps.
+        iterations: the steps.
+        rank: of this process, for the file names.
+    """
+
+    def __init__(self, directory: str, iterations: Sequence[int], rank: int) -> None:
+        self._directory, self._iterations, self._rank = directory, iterations, rank
+
+    @classmethod
+    def of_run(cls, run: RunConfig, runtime: Runtime, first: int, last: int) -> GradientDump | None:
+        """Only where a dump is asked for, and can be."""
+        directory, iterations = run.logging.dump_gradients_dir, run.logging.dump_gradients_iterations
+        if not directory:
+            return None
+        check_places(directory, iterations, runtime.world_size)
+        if note := check_steps(iterations, first, last):
+            runtime.log(note)
+        return cls(directory, iterations, runtime.rank)
+
+    def on_gradients(self, step: Step) -> None:
+        """Write them in a step that is named."""
+        if step.iteration in self._iterations:
+            place = iteration_place(self._directory, step.iteration)
+            dump_gradients(step.state.models, place, self._rank, step.groups.dp_cp)
 
 
 def iteration_place(directory: str | Path, iteration: int) -> Path:
@@ -76,17 +109,21 @@ def _is_dump(path: Path) -> bool:
         return False
 
 
-def dump_gradients(models: Sequence[DistributedDataParallel], directory: Path, rank: int, dp_cp_group: Any) -> None:
+def dump_gradients(
+    models: Sequence[DistributedDataParallel], directory: Path, rank: int, dp_cp_group: ProcessGroup
+) -> None:
     """Write this rank's final gradients to ``directory/rank_<n>.safetensors``."""
     tensors: dict[str, Tensor] = {}
-    places: dict[str, Any] = {}
+    places: dict[str, dict[str, str | list[int]]] = {}
     for model in models:
         _gather_reduced_shards(model)
         module = model.module
         while hasattr(module, "module"):
             module = module.module
         gradients = {
-            parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): parameter
+            parameter.untyped_storage().data_ptr() + parameter.storage_offset() * parameter.element_size(): (
+                parameter.main_grad
+            )
             for parameter in module.parameters()
         }
         written = 0
@@ -99,7 +136,7 @@ def dump_gradients(models: Sequence[DistributedDataParallel], directory: Path, r
             tensors[name] = gradient.float().cpu().contiguous().clone()
             places[name] = {"key": part.key, "shape": [int(n) for n in part.global_shape], "offset": offset}
             written += tensors[name].numel()
-        expected = sum(parameter.numel() for parameter in gradients.values())
+        expected = sum(gradient.numel() for gradient in gradients.values())
         if written != expected:
             raise RuntimeError(
                 f"gradients of {written} elements found, of {expected} in the parameters of this model chunk"
@@ -119,13 +156,17 @@ def _gather_reduced_shards(model: DistributedDataParallel) -> None:
             torch.distributed.all_gather(list(shards), shards[group.rank()].clone(), group=group)
 
 
-def _gradient_of(data: Tensor, parameters: dict[int, Any]) -> Tensor | None:
-    """The main gradient of the parameter (or of the row block of it) whose memory ``data`` is; None for a buffer."""
+def _gradient_of(data: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
+    """The main gradient of the parameter (or of the row block of it) whose memory ``data`` is; None for a buffer.
+
+    Args:
+        gradients: by the address of their parameter.
+    """
     address = data.untyped_storage().data_ptr() + data.storage_offset() * data.element_size()
-    for start, parameter in parameters.items():
+    for start, gradient in gradients.items():
         begin = (address - start) // data.element_size()
-        if 0 <= begin < parameter.numel():
-            return parameter.main_grad.view(-1)[begin : begin + data.numel()].view(data.shape)
+        if 0 <= begin < gradient.numel():
+            return gradient.view(-1)[begin : begin + data.numel()].view(data.shape)
     return None
 
 

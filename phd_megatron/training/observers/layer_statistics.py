@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 
+from phd_megatron.config.schema import RunConfig
 from phd_megatron.model.layer_statistics import ATTENDED, LayerRecorder
+from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.metrics import Value
+from phd_megatron.training.observers.observer import Observer, Step
 
 STATISTICS = (
     "gradient_norm",
@@ -29,6 +33,51 @@ def is_due(every: int, iteration: int) -> bool:
     return every > 0 and (iteration == 1 or iteration % every == 0)
 
 
+class LayerStatisticsObserver(Observer):
+    """Takes the statistics of the first step of a run and of every so many; each has a row of metrics.
+
+    Args:
+        every: so many steps.
+        length: original tokens of a sequence.
+    """
+
+    def __init__(self, every: int, length: int) -> None:
+        self._every, self._length = every, length
+        self._taking: LayerStatistics | None = None
+        self._found: dict[str, dict[int, float]] = {}
+
+    @classmethod
+    def of_run(cls, run: RunConfig, runtime: Runtime, first: int, last: int) -> LayerStatisticsObserver | None:
+        """Only where statistics are asked for."""
+        every = run.logging.log_layer_statistics
+        return cls(every, run.model.seq_length) if every else None
+
+    @contextmanager
+    def around_step(self, step: Step) -> Iterator[None]:
+        """With hooks on the model; collective."""
+        if not is_due(self._every, step.iteration):
+            yield
+            return
+        models = step.state.models
+        scale = step.state.loss_scale  # of this step; the optimizer may change it
+        step.watched = True
+        self._taking = LayerStatistics(models, step.groups, self._length)
+        with self._taking.watching():
+            yield
+        self._found = self._taking.collect(step.state.model_config.num_layers, scale)
+        self._taking, step.reported = None, bool(self._found)
+
+    def on_gradients(self, step: Step) -> None:
+        """Their norms."""
+        if self._taking is not None:
+            self._taking.take_gradients()
+
+    def on_report(self, step: Step) -> Mapping[str, Value]:
+        """The statistics of this step, by name and layer number."""
+        found, self._found = self._found, {}
+        return {"layer_statistics": found} if found else {}
+
+
 class LayerStatistics:
     """Statistics of one step. Forward and backward run inside :meth:`watching`, then come the two other methods.
 
@@ -38,7 +87,7 @@ class LayerStatistics:
         length: original tokens of a sequence.
     """
 
-    def __init__(self, models: Sequence[DistributedDataParallel], groups: Any, length: int) -> None:
+    def __init__(self, models: Sequence[DistributedDataParallel], groups: ProcessGroupCollection, length: int) -> None:
         self._models, self._groups = models, groups
         self._recorder = LayerRecorder(models, groups, length)
         self._squares: dict[int, Tensor] = {}
@@ -84,7 +133,9 @@ class LayerStatistics:
         return {name: values for name, values in found.items() if values}
 
 
-def own_gradients(model: DistributedDataParallel, groups: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+def own_gradients(
+    model: DistributedDataParallel, groups: ProcessGroupCollection
+) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
     """Parameters with the flat part of their final gradient that no other rank gives: together, all ranks give all.
 
     With the distributed optimizer a rank has reduced its shard of each bucket alone; without it all data-parallel ranks

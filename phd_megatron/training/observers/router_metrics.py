@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from phd_megatron.config.moe import MoE, router_losses
-from phd_megatron.config.schema import ModelConfig
+from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.model.moe import PHDRouter
+from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.metrics import Row, Value
+from phd_megatron.training.observers.observer import Observer, Step
+
+
+class RouterMetrics(Observer):
+    """Adds what routers counted since the last row of metrics.
+
+    Args:
+        options: of the resolved run.
+        ranks: data-parallel ones.
+        device: of this rank.
+    """
+
+    def __init__(self, options: ModelConfig, ranks: int, device: torch.device) -> None:
+        self._options, self._ranks, self._device = options, ranks, device
+
+    @classmethod
+    def of_run(cls, run: RunConfig, runtime: Runtime, first: int, last: int) -> RouterMetrics | None:
+        """Only of a model with experts."""
+        if MoE.from_model(run.model) is None:
+            return None
+        return cls(run.model, runtime.dims.dp, runtime.device)
+
+    def on_report(self, step: Step) -> Mapping[str, Value]:
+        """Collective."""
+        microbatches = step.interval.microbatches * self._ranks
+        return collect_router_metrics(step.state.models, self._options, microbatches, self._device)
 
 
 @torch.no_grad()
 def collect_router_metrics(
     models: Sequence[nn.Module], options: ModelConfig, num_microbatches: int, device: torch.device
-) -> dict[str, Any]:
+) -> Row:
     """What the routers counted since the last call; collective, the same on all ranks.
 
     Args:
