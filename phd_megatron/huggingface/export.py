@@ -23,7 +23,7 @@ from phd_megatron.huggingface.family import Family
 from phd_megatron.huggingface.json_values import Fields
 from phd_megatron.huggingface.mapping import Rule, model_rules, some_names
 from phd_megatron.huggingface.model_card import model_card
-from phd_megatron.huggingface.shards import Log, parse_size, plan_shards, write_json, write_shards
+from phd_megatron.huggingface.shards import Log, Written, parse_size, plan_shards, write_json, write_shards
 from phd_megatron.runtime.output import new_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,19 +98,7 @@ def export_checkpoint(
             logits = ", and its logits with the Megatron model's" if verify == "full" else ""
             log(f"verifying: loading the result and comparing every tensor with the checkpoint{logits}")
             verify_export(directory, source, model.rules, model.dtype, verify)
-    return ExportReport(
-        output=Path(output),
-        checkpoint=source.directory,
-        model_class=model.family.model_class,
-        tensors_read=len(model.rules),
-        tensors_written=written.tensors,
-        parameters=written.parameters,
-        bytes_written=written.bytes,
-        largest_shard=written.largest,
-        shards=len(shards),
-        dtype=model.dtype_name,
-        verified=verify,
-    )
+    return _report(Path(output), model, written, len(shards), verify)
 
 
 @dataclass(frozen=True)
@@ -138,6 +126,22 @@ def _model_of(source: MegatronCheckpoint, dtype: str, native: bool, log: Log) ->
     rules = model_rules(architecture, family)
     check_complete(source, rules)
     return _Model(source, architecture, family, rules, _target_dtype(source, rules, dtype), tokens, generation)
+
+
+def _report(output: Path, model: _Model, written: Written, shards: int, verified: Verify) -> ExportReport:
+    return ExportReport(
+        output=output,
+        checkpoint=model.source.directory,
+        model_class=model.family.model_class,
+        tensors_read=len(model.rules),
+        tensors_written=written.tensors,
+        parameters=written.parameters,
+        bytes_written=written.bytes,
+        largest_shard=written.largest,
+        shards=shards,
+        dtype=model.dtype_name,
+        verified=verified,
+    )
 
 
 def _write_texts(directory: Path, model: _Model, parameters: int, title: str) -> None:
