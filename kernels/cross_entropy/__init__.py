@@ -7,11 +7,9 @@ with their gradient. All sums are in float32. :func:`cross_entropy_reference` is
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 
@@ -41,9 +39,14 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> Tensor:
     return lse - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # logits, labels, log-sum-exp
+    first: int  # of this rank's part of the vocabulary
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
+    def forward(ctx: _Saved, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
         from .cross_entropy_kernels import BLOCK, WARPS, cross_entropy_statistics_kernel
 
         columns, rows = logits.size(-1), labels.numel()
@@ -66,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         from .cross_entropy_kernels import BLOCK, WARPS, cross_entropy_gradient_kernel
 
         logits, labels, lse = ctx.saved_tensors

@@ -8,7 +8,7 @@ entries. All copies and query heads of a KV group are packed into the rows of on
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ MOST_ROWS = 64  # packed copies and heads of a program; with more of them the ca
 OWN_PART = 4  # parts that there must be room for before the hidden keys become one
 ROWS, MANY = 4, 256  # rows of a program of the merge, where that leaves more than so many programs
 WIDEST = 256  # head dimension
+
+
+class Hidden(NamedTuple):
+    """What the cache holds of copies 2 to K."""
+
+    key: Tensor  # [b, groups, K - 1, r, d]
+    value: Tensor
+    position: Tensor  # [b, r]
 
 
 def decode_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -68,54 +76,11 @@ def decode_attention(
     hidden = _checked_hidden(
         query, query_position, key, value, key_position, hidden_key, hidden_value, hidden_position, policy
     )
-    copies, batch, heads, width = query.shape
-    problem = decode_problem(query.device, query.dtype, width)
+    problem = decode_problem(query.device, query.dtype, query.size(3))
     if problem is not None:
         raise UserError(f"the decode kernel cannot run here: {problem}")
-    from .decode_kernels import combine_kernel, split_kernel
-
-    groups, length = key.size(1), key.size(2)
-    packed, bundles = copies * (heads // groups), batch * groups
-    block = min(block_of(packed), MOST_ROWS)
-    blocks = -(-packed // block)
-    keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
-    merged = parts if parts > 1 else 0  # a single part is the output
-    found = torch.empty(bundles, merged, packed, width, dtype=torch.float32, device=query.device)
-    lse = torch.empty(bundles, merged, packed, dtype=torch.float32, device=query.device)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
-    shared: dict[str, Any] = {
-        "COPIES": copies,
-        "RATIO": heads // groups,
-        "D": width,
-        "BLOCK_D": block_of(width),
-        "PDL": parts > 1 and _starts_early(query.device),
-    }
-    split_kernel[parts, bundles, blocks](
-        *(grouped, query_position, key, value, key_position.contiguous()),
-        *(*hidden[:2], hidden[2].contiguous(), found, lse, grouped_out),
-        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
-        *(hidden[0].stride()[:4], hidden[1].stride()[:4], grouped_out.stride()[:4]),
-        *(width**-0.5 if scale is None else scale, groups, length, hidden[2].size(1), keys),
-        HIDDEN=policy.repeat - 1,
-        WINDOW=policy.window,
-        CHUNK=policy.chunk or 0,
-        LONG=keys > LONG_PART,
-        ALONE=parts == 1,
-        PRECISION=precision(query.dtype),
-        BLOCK_M=block,
-        **shared,
-    )
-    if parts > 1:
-        rows = ROWS if bundles * packed > ROWS * MANY else 1
-        combine_kernel[-(-packed // rows), bundles](
-            *(found, lse, grouped_out, grouped_out.stride()[:4], groups, parts),
-            BLOCK_P=covering(parts),
-            ROWS=rows,
-            **({"launch_pdl": True} if shared["PDL"] else {}),
-            **shared,
-        )
-    return out
+    scale = query.size(3) ** -0.5 if scale is None else scale
+    return _launch(query, query_position, key, value, key_position, hidden, policy, scale)
 
 
 def decode_attention_reference(
@@ -140,9 +105,9 @@ def decode_attention_reference(
     keys, values, position = key, value, key_position
     copy = torch.ones(key.size(2), dtype=torch.long, device=query.device)
     if policy.repeat > 1:
-        slots = hidden[2].size(1)
-        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((key, hidden[0]), (value, hidden[1])))
-        position = torch.cat([key_position, hidden[2].repeat(1, policy.repeat - 1)], 1)  # [b, L + (K - 1) * r]
+        slots = hidden.position.size(1)
+        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((key, hidden.key), (value, hidden.value)))
+        position = torch.cat([key_position, hidden.position.repeat(1, policy.repeat - 1)], 1)  # [b, L + (K - 1) * r]
         later = torch.arange(2, policy.repeat + 1, device=query.device).repeat_interleave(slots)
         copy = torch.cat([copy, later])
     query_copy = torch.arange(policy.repeat - copies + 1, policy.repeat + 1, device=query.device)
@@ -153,6 +118,67 @@ def decode_attention_reference(
     scores = torch.einsum("cbgrd,bgkd->bgcrk", grouped, keys) * scale
     weights = scores.masked_fill(~seen[:, None, :, None], float("-inf")).softmax(-1).nan_to_num(0.0)
     return torch.einsum("bgcrk,bgkd->cbgrd", weights, values).reshape(query.shape)
+
+
+def _launch(
+    query: Tensor,
+    query_position: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_position: Tensor,
+    hidden: Hidden,
+    policy: KVPolicy,
+    scale: float,
+) -> Tensor:
+    """A launch for the parts and, where there are several, one that puts them together."""
+    from .decode_kernels import split_kernel
+
+    copies, batch, heads, width = query.shape
+    groups, length = key.size(1), key.size(2)
+    packed, bundles = copies * (heads // groups), batch * groups
+    block = min(block_of(packed), MOST_ROWS)
+    blocks = -(-packed // block)
+    keys, parts = _parts(bundles * blocks, length, policy.repeat > 1, query.device)
+    merged = parts if parts > 1 else 0  # a single part is the output
+    found = torch.empty(bundles, merged, packed, width, dtype=torch.float32, device=query.device)
+    lse = torch.empty(bundles, merged, packed, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grouped, grouped_out = (x.unflatten(2, (groups, -1)) for x in (query, out))  # [Kq, b, groups, ratio, d]
+    early = parts > 1 and _starts_early(query.device)
+    shared = {"COPIES": copies, "RATIO": heads // groups, "D": width, "BLOCK_D": block_of(width), "PDL": early}
+    split_kernel[parts, bundles, blocks](
+        *(grouped, query_position, key, value, key_position.contiguous()),
+        *(hidden.key, hidden.value, hidden.position.contiguous(), found, lse, grouped_out),
+        *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
+        *(hidden.key.stride()[:4], hidden.value.stride()[:4], grouped_out.stride()[:4]),
+        *(scale, groups, length, hidden.position.size(1), keys),
+        HIDDEN=policy.repeat - 1,
+        WINDOW=policy.window,
+        CHUNK=policy.chunk or 0,
+        LONG=keys > LONG_PART,
+        ALONE=parts == 1,
+        PRECISION=precision(query.dtype),
+        BLOCK_M=block,
+        **shared,
+    )
+    if parts > 1:
+        _combine(found, lse, grouped_out, shared)
+    return out
+
+
+def _combine(found: Tensor, lse: Tensor, out: Tensor, shared: dict[str, int]) -> None:
+    """Put the parts ``[b * groups, parts, Kq * ratio, d]`` together in ``out [Kq, b, groups, ratio, d]``."""
+    from .decode_kernels import combine_kernel
+
+    bundles, parts, packed, _ = found.shape
+    rows = ROWS if bundles * packed > ROWS * MANY else 1
+    combine_kernel[-(-packed // rows), bundles](
+        *(found, lse, out, out.stride()[:4], out.size(2), parts),
+        BLOCK_P=covering(parts),
+        ROWS=rows,
+        **({"launch_pdl": True} if shared["PDL"] else {}),
+        **shared,
+    )
 
 
 def _parts(bundles: int, length: int, hidden: bool, device: torch.device) -> tuple[int, int]:
@@ -184,8 +210,8 @@ def _checked_hidden(
     hidden_value: Tensor | None,
     hidden_position: Tensor | None,
     policy: KVPolicy,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden keys, values and positions; empty stand-ins, never read, for a vanilla model."""
+) -> Hidden:
+    """Empty stand-ins, never read, for a vanilla model."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape or query.size(2) % key.size(1):
         raise ValueError(f"{shapes}: [Kq, b, heads, d] over [b, groups, L, d] is needed, heads a multiple of groups")
@@ -201,9 +227,9 @@ def _checked_hidden(
         if policy.repeat > 1:
             raise ValueError(f"{policy.name} has hidden copies: pass hidden_key, hidden_value and hidden_position")
         empty = key[:, :, None, :0]
-        return empty, empty, key.new_zeros(key.size(0), 0, dtype=torch.long)
+        return Hidden(empty, empty, key.new_zeros(key.size(0), 0, dtype=torch.long))
     wanted = (*key.shape[:2], policy.repeat - 1, hidden_position.size(1), key.size(3))
     if hidden_key.shape != wanted or hidden_value.shape != wanted:
         found = f"{tuple(hidden_key.shape)} and {tuple(hidden_value.shape)}"
         raise ValueError(f"hidden key and value are {found}, not {wanted}")
-    return hidden_key, hidden_value, hidden_position
+    return Hidden(hidden_key, hidden_value, hidden_position)

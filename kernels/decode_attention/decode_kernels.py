@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from phd_megatron.kernels.phd_attention.fused_tiles import LOG2_E, hidden_visible, load_tile
+from phd_megatron.kernels.phd_attention.triton_tiles import LOG2_E, hidden_visible, load_tile
 from phd_megatron.kernels.triton_support import Tile, tuned
 
 TILES = (

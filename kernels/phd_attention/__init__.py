@@ -7,23 +7,22 @@
   part in plain torch;
 - ``triton``: everything in one fused kernel; ``sdpa_triton``: the vendor's kernel, and Triton for the local part;
 - ``flex``: FlexAttention with a block mask.
+
+What is so about each is a row of :data:`BACKENDS`.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.triton_support import triton_problem
 from phd_megatron.phd.kv_policy import KVPolicy
 
+from .backends import AUTOMATIC, BACKENDS, load
 from .causal import causal_kernel
 from .exchange import COMM_TYPES, ContextParallel
 
@@ -37,83 +36,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-
-class Backend(NamedTuple):
-    """One implementation: where it is, and where it can run.
-
-    Attributes:
-        about: in a few words.
-        attend: ``module:function`` over whole sequences, imported when it is first called.
-        context_parallel: the same over ranks, or None.
-        problem: ``(device, dtype, head_dim)`` to the reason why it cannot run there, or None.
-    """
-
-    about: str
-    attend: str
-    context_parallel: str | None
-    problem: Callable[[torch.device, torch.dtype, int], str | None]
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, **options: Any) -> Tensor:
-        return _load(self.attend)(query, key, value, policy, **options)
-
-
-def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    return None
-
-
-def _triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if head_dim > WIDEST_TRITON:
-        return f"its tiles hold head dimensions up to {WIDEST_TRITON}, not {head_dim}"
-    return triton_problem(device, dtype)
-
-
-def _flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
-        return f"FlexAttention has no backward on {device.type}"
-    return None if dtype.itemsize <= 4 else f"FlexAttention does not compute in {str(dtype).removeprefix('torch.')}"
-
-
-WIDEST_TRITON = 256  # head dimension
-
-BACKENDS = {
-    "reference": Backend(
-        "dense mask, exact and slow",
-        "reference:reference_attention",
-        "context_parallel:reference_context_parallel",
-        _anywhere,
-    ),
-    "sdpa": Backend(
-        "the vendor's causal kernel and a local part in torch",
-        "sdpa:sdpa_attention",
-        "context_parallel:sdpa_context_parallel",
-        _anywhere,
-    ),
-    "flex": Backend("FlexAttention with a block mask", "flex:flex_attention", None, _flex),
-    "triton": Backend(
-        "one fused kernel",
-        "fused:triton_attention",
-        "fused_context_parallel:triton_context_parallel",
-        _triton,
-    ),
-    "sdpa_triton": Backend(
-        "the vendor's causal kernel for each copy, and one Triton kernel for the hidden window and the merge",
-        "beside:sdpa_triton_attention",
-        "beside_context_parallel:sdpa_triton_context_parallel",
-        _triton,
-    ),
-}
-
-# `auto` takes the first that can run: the quickest that has been measured on a machine of its kind
-# (docs/benchmarks.md). On a GPU `triton` alone is slower than what the vendor's kernel leaves.
-AUTOMATIC = {"cuda": ("sdpa_triton", "sdpa"), "cpu": ("sdpa",)}
-
-
-@cache
-def _load(name: str) -> Callable[..., Tensor]:
-    module, function = name.split(":")
-    found: Callable[..., Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-    return found
 
 
 def phd_attention(
@@ -158,7 +80,7 @@ def phd_attention(
         raise UserError(
             f"phd_attention_backend={name!r} has no form for context_parallel_size={context.size}; use one of {able}"
         )
-    return _load(path)(query, key, value, policy, context, scale=scale)
+    return load(path)(query, key, value, policy, context, scale=scale)
 
 
 def choose_backend(
@@ -192,7 +114,7 @@ def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, bac
         for other, why in problems.items():
             if why is not None:
                 reason += f" but {other}, which cannot run: {why}"
-    if "sdpa" in name:
+    if BACKENDS[name].vendor_kernel:
         try:
             reason += f"; {causal_kernel(device, dtype, head_dim)[1]}"
         except ValueError as error:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,28 +23,42 @@ from torch.nn.functional import pad
 PLAIN_ROWS = 256  # query rows at a time in the plain path, so that its scores stay small
 
 Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
-Extra: TypeAlias = tuple[Any, ...]  # what an operator wants back in its backward: random state, lengths
+Extra: TypeAlias = tuple[Tensor | int | None, ...]  # what an operator wants back in its backward: lengths, random state
 Forward: TypeAlias = tuple[Tensor, Tensor, Extra]
-
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 _FLOATS = _HALF | {torch.float32, torch.float64}
+
+
+class Call(NamedTuple):
+    """One forward of an operator as its backward takes it: what went in and what came out.
+
+    ``out`` and ``lse`` may be those of further keys too; the gradients are then what these keys have of them.
+    """
+
+    q: Tensor  # [B, H, s, d]
+    k: Tensor  # [B, G, keys, d]
+    v: Tensor
+    out: Tensor  # [B, H, s, d]
+    lse: Tensor  # [B, H, >= s]
+    extra: Extra
+    scale: float
+    causal: bool = True
 
 
 class CausalKernel(NamedTuple):
     """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
 
     ``forward(q, k, v, scale, causal=True) -> out, lse [B, H, >= s], extra``;
-    ``backward(grad, q, k, v, out, lse, extra, scale, causal=True) -> dq, dk, dv``. Without ``causal`` every query sees
-    every key, and there may be any number of keys. The limits say what may even be tried: outside them cuDNN was seen
-    to return NaN (float32) and to crash the process instead of refusing. ``shares_keys``: ``k`` and ``v`` may be one
-    sequence's expanded over ``B``, which is then no loss, so that the copies of PHD's queries can be the batch of one
-    call; dk and dv still come for each.
+    ``backward(grad, call) -> dq, dk, dv``. Without ``causal`` every query sees every key, and there may be any number
+    of keys. The limits say what may even be tried: outside them cuDNN was seen to return NaN (float32) and to crash the
+    process instead of refusing. ``shares_keys``: ``k`` and ``v`` may be one sequence's expanded over ``B``, which is
+    then no loss, so that the copies of PHD's queries can be the batch of one call; dk and dv still come for each.
     """
 
     name: str
     forward: Callable[..., Forward]
-    backward: Callable[..., Three]
+    backward: Callable[[Tensor, Call], Three]
     dtypes: frozenset[torch.dtype] = _FLOATS
     multiple: int = 1  # of the head dimension
     widest: int = 1 << 30  # head dimension
@@ -60,19 +75,9 @@ def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bo
     return out, lse, ()
 
 
-def _cpu_flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
+def _cpu_flash_backward(grad: Tensor, call: Call) -> Three:
     op = _aten("_scaled_dot_product_flash_attention_for_cpu_backward")
-    return op(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    return op(grad, call.q, call.k, call.v, call.out, call.lse, 0.0, call.causal, scale=call.scale)
 
 
 def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
@@ -80,20 +85,11 @@ def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: b
     return out, lse, tuple(extra[:6])
 
 
-def _cuda_flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    cum_q, cum_k, max_q, max_k, seed, offset = extra
+def _cuda_flash_backward(grad: Tensor, call: Call) -> Three:
+    *lengths, seed, offset = call.extra  # lengths: where sequences of queries and of keys begin, the longest of both
     op = _aten("_scaled_dot_product_flash_attention_backward")
-    return op(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
+    tensors = (grad, call.q, call.k, call.v, call.out, call.lse)
+    return op(*tensors, *lengths, 0.0, call.causal, seed, offset, scale=call.scale)
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
@@ -102,27 +98,17 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool =
     return out, lse.view(q.shape[:3]), tuple(extra[:6])
 
 
-def _cudnn_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    cum_q, cum_k, max_q, max_k, seed, offset = extra
+def _cudnn_backward(grad: Tensor, call: Call) -> Three:
+    *lengths, seed, offset = call.extra
     op = _aten("_scaled_dot_product_cudnn_attention_backward")
-    lse = lse.unsqueeze(-1)
-    return op(grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale)
+    tensors = (grad, call.q, call.k, call.v, call.out, call.lse.unsqueeze(-1))
+    return op(*tensors, seed, offset, None, *lengths, 0.0, call.causal, scale=call.scale)
 
 
 # The flash-attn packages, 2 (2.7 or later) and 3: tensors [b, s, heads, d], log-sum-exp [b, heads, s].
 
 
-def _package(name: str) -> Any:
+def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
@@ -141,30 +127,20 @@ def _package_2_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bo
     return out.transpose(1, 2), lse, (state,)
 
 
-def _package_2_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+def _package_2_backward(grad: Tensor, call: Call) -> Three:
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, call.q, call.k, call.v, call.out))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _package("flash_attn.flash_attn_interface")._flash_attn_backward(
-        *(grad, q, k, v, out, lse.contiguous(), dq, dk, dv),
+        *(grad, q, k, v, out, call.lse.contiguous(), dq, dk, dv),
         dropout_p=0.0,
-        softmax_scale=scale,
-        causal=causal,
+        softmax_scale=call.scale,
+        causal=call.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        rng_state=extra[0],
+        rng_state=call.extra[0],
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -175,26 +151,16 @@ def _package_3_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bo
     return found[0].transpose(1, 2), found[1], ()
 
 
-def _package_3_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+def _package_3_backward(grad: Tensor, call: Call) -> Three:
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, call.q, call.k, call.v, call.out))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _package("flash_attn_interface")._flash_attn_backward(
-        *(grad, q, k, v, out, lse.contiguous()),
+        *(grad, q, k, v, out, call.lse.contiguous()),
         dq=dq,
         dk=dk,
         dv=dv,
-        softmax_scale=scale,
-        is_causal=causal,
+        softmax_scale=call.scale,
+        is_causal=call.causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -207,22 +173,12 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bo
     return out, lse, (seed, offset)
 
 
-def _efficient_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    ratio = q.size(1) // k.size(1)
-    wide_k, wide_v = (x.repeat_interleave(ratio, 1) for x in (k, v))
+def _efficient_backward(grad: Tensor, call: Call) -> Three:
+    ratio = call.q.size(1) // call.k.size(1)
+    k, v = (x.repeat_interleave(ratio, 1) for x in (call.k, call.v))
     op = _aten("_scaled_dot_product_efficient_attention_backward")
-    wanted = [True, True, True, False]
-    dq, dk, dv, _ = op(grad, q, wide_k, wide_v, None, out, lse, *extra, 0.0, wanted, causal, scale=scale)
+    tensors, wanted = (grad, call.q, k, v, None, call.out, call.lse), [True, True, True, False]
+    dq, dk, dv, _ = op(*tensors, *call.extra, 0.0, wanted, call.causal, scale=call.scale)
     return dq, dk.unflatten(1, (-1, ratio)).sum(2), dv.unflatten(1, (-1, ratio)).sum(2)
 
 
@@ -249,21 +205,11 @@ def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool =
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2), ()
 
 
-def _plain_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    extra: Extra,
-    scale: float,
-    causal: bool = True,
-) -> Three:
-    dtype, length, groups = q.dtype, q.size(2), k.size(1)
+def _plain_backward(grad: Tensor, call: Call) -> Three:
+    dtype, length, groups, scale, causal = call.q.dtype, call.q.size(2), call.k.size(1), call.scale, call.causal
     accumulate = torch.promote_types(dtype, torch.float32)
-    grad, q, out = (x.unflatten(1, (groups, -1)).to(accumulate) for x in (grad, q, out))
-    k, v, lse = k.to(accumulate), v.to(accumulate), lse.unflatten(1, (groups, -1))
+    grad, q, out = (x.unflatten(1, (groups, -1)).to(accumulate) for x in (grad, call.q, call.out))
+    k, v, lse = call.k.to(accumulate), call.v.to(accumulate), call.lse.unflatten(1, (groups, -1))
     delta = (grad * out).sum(-1)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for start in range(0, length, PLAIN_ROWS):
@@ -285,16 +231,14 @@ def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
     return v.repeat_interleave(ratio, 1), lse, ()
 
 
-def _single_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Extra, scale: float
-) -> Three:
-    dtype, ratio = q.dtype, q.size(1) // k.size(1)
+def _single_backward(grad: Tensor, call: Call) -> Three:
+    dtype, ratio = call.q.dtype, call.q.size(1) // call.k.size(1)
     accumulate = torch.promote_types(dtype, torch.float32)
-    grad, q, out = (x.to(accumulate) for x in (grad, q, out))
-    wide_k, wide_v = (x.repeat_interleave(ratio, 1).to(accumulate) for x in (k, v))
-    weights = ((q * wide_k).sum(-1) * scale - lse).exp()[..., None]
+    grad, q, out = (x.to(accumulate) for x in (grad, call.q, call.out))
+    wide_k, wide_v = (x.repeat_interleave(ratio, 1).to(accumulate) for x in (call.k, call.v))
+    weights = ((q * wide_k).sum(-1) * call.scale - call.lse).exp()[..., None]
     # One sum for both terms: with a single key they cancel to exactly 0, where a flash kernel leaves rounding noise.
-    slope = weights * (grad * (wide_v - out)).sum(-1, keepdim=True) * scale
+    slope = weights * (grad * (wide_v - out)).sum(-1, keepdim=True) * call.scale
     grads = (slope * q, weights * grad)
     dk, dv = (x.unflatten(1, (-1, ratio)).sum(2).to(dtype) for x in grads)
     return (slope * wide_k).to(dtype), dk, dv
@@ -349,8 +293,8 @@ def _causal_kernel(
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
 
 
-class Call(NamedTuple):
-    """One forward of a kernel, as its backward needs it."""
+class Block(NamedTuple):
+    """How a block of keys was computed that is merged with others: with the tensors, what its backward needs."""
 
     kernel: CausalKernel
     causal: bool
@@ -358,7 +302,7 @@ class Call(NamedTuple):
     padding: int  # rows by which the kernel's log-sum-exp is longer than the queries
 
     @classmethod
-    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Call]:
+    def run(cls, q: Tensor, kv: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor, Block]:
         """Output and log-sum-exp of ``q [G, H, rows, d]`` over ``kv [2, G, 1, keys, d]``."""
         kernel, _ = causal_kernel(q.device, q.dtype, q.size(-1), causal)
         out, lse, extra = kernel.forward(q, kv[0], kv[1], scale, causal)
@@ -368,7 +312,7 @@ class Call(NamedTuple):
     def backward(self, grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Three:
         """dq, dk and dv; ``out`` and ``lse`` are those of all keys, not of these alone."""
         lse = pad(lse, [0, self.padding], value=float("inf")) if self.padding else lse.contiguous()
-        return self.kernel.backward(grad, q, kv[0], kv[1], out, lse, self.extra, scale, self.causal)
+        return self.kernel.backward(grad, Call(q, kv[0], kv[1], out, lse, self.extra, scale, self.causal))
 
 
 def _probe(
@@ -397,13 +341,15 @@ def _probe(
         k, v = (x[:1].expand(x.shape) for x in (k, v))
     try:
         out, lse, extra = kernel.forward(q, k, v, scale, causal)
-        got = (out, lse[..., :5], *kernel.backward(grad, q, k, v, out, lse, extra, scale, causal))
+        grads = kernel.backward(grad, Call(q, k, v, out, lse, extra, scale, causal))
+        got = (out, lse[..., :5], *grads)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError, ImportError) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     want_out, want_lse, _ = _plain_forward(q, k, v, scale, causal)
-    want = (want_out, want_lse, *_plain_backward(grad, q, k, v, want_out, want_lse, (), scale, causal))
+    plain = Call(q, k, v, want_out, want_lse, (), scale, causal)
+    want = (want_out, want_lse, *_plain_backward(grad, plain))
     for found, expected in zip(got, want, strict=True):
         if found.shape != expected.shape:
             return f"it returns shape {tuple(found.shape)} where {tuple(expected.shape)} is right"

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ class ContextParallel:
         ValueError: if ``comm_type`` is neither.
     """
 
-    group: Any
+    group: dist.ProcessGroup
     comm_type: str = "all_gather"
     sent: Counter[str] = field(default_factory=Counter)
     trace: list[Event] | None = None

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from phd_megatron.phd.kv_policy import KVPolicy
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +39,7 @@ def mask_of(policy: KVPolicy, length: int, query_copies: int, token_major: bool 
 
 
 @lru_cache(maxsize=16)
-def _block_mask(policy: KVPolicy, length: int, query_copies: int, token_major: bool, device: torch.device) -> Any:
+def _block_mask(policy: KVPolicy, length: int, query_copies: int, token_major: bool, device: torch.device) -> BlockMask:
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = mask_of(policy, length, query_copies, token_major)
@@ -44,7 +47,7 @@ def _block_mask(policy: KVPolicy, length: int, query_copies: int, token_major: b
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Any:
+def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)

@@ -15,13 +15,13 @@ Needs torch alone, since it also ships inside an exported Hugging Face model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .causal import SINGLE, Three, causal_kernel
+from .causal import SINGLE, Call, CausalKernel, Extra, Three, causal_kernel
 from .folding import as_heads, as_rows, dense, fold_keys, fold_queries, unfold_keys, unfold_queries
 from .local import local_backward, local_forward, local_plan
 
@@ -60,9 +60,17 @@ def _vanilla(query: Tensor, key: Tensor, value: Tensor) -> Three:
     return dense(q), dense(k), dense(v)
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # queries as part (a) takes them, key, value, output, log-sum-exp
+    extra: Extra
+    kernel: CausalKernel
+    policy: KVPolicy
+    scale: float
+
+
 class _PHDAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
+    def forward(ctx: _Saved, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
         copies, length, batch, _, width = query.shape
         kernel = SINGLE if length == 1 else causal_kernel(query.device, query.dtype, width)[0]
         if policy.repeat == 1:  # vanilla: views in, a view out
@@ -84,18 +92,18 @@ class _PHDAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, key, value, result, lse = ctx.saved_tensors
         policy, scale, kernel, extra = ctx.policy, ctx.scale, ctx.kernel, ctx.extra
         if policy.repeat == 1:
             out, gradient = result[0].permute(1, 2, 0, 3), dense(grad[0].permute(1, 2, 0, 3))
-            grads = kernel.backward(gradient, q, key, value, out, lse, extra, scale)
+            grads = kernel.backward(gradient, Call(q, key, value, out, lse, extra, scale))
             return *(x.permute(2, 0, 1, 3).unsqueeze(0) for x in grads), None, None
         copies, length, batch, _, _ = result.shape
         groups, hidden = key.size(3), slice(max(0, copies - policy.repeat + 1), None)
         out_rows, grad_rows = fold_queries(result, groups), fold_queries(grad, groups)
         k, v = (fold_keys(x[:1]).transpose(1, 2) for x in (key, value))
-        dq, dk, dv = kernel.backward(as_heads(grad_rows), q, k, v, as_heads(out_rows), lse, extra, scale)
+        dq, dk, dv = kernel.backward(as_heads(grad_rows), Call(q, k, v, as_heads(out_rows), lse, extra, scale))
         dq_rows, q_rows = as_rows(dq, copies)[:, :, hidden], as_rows(q, copies)[:, :, hidden]
         grad_rows, out_rows = grad_rows[:, :, hidden], out_rows[:, :, hidden]
         total = as_rows(lse[..., :length], copies)[:, :, hidden].unsqueeze(-1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Window(NamedTuple):
         _, length, batch, groups, _, _ = query.shape
         hidden, rows = key.size(0), key.size(1)
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        def grid(meta: dict[str, int]) -> tuple[int, int]:
             return -(
                 -rows * hidden // entries_of_a_tile(hidden, self.policy.chunk or 0, meta["BLOCK_N"])
             ), batch * groups
@@ -61,7 +61,7 @@ class Window(NamedTuple):
             **self._constants(query),
         )
 
-    def _constants(self, query: Tensor) -> dict[str, Any]:
+    def _constants(self, query: Tensor) -> dict[str, int | str]:
         copies, width = query.size(0), query.size(5)
         return {
             "COPIES": copies,
@@ -76,7 +76,7 @@ class Window(NamedTuple):
         }
 
 
-def _query_grid(rows: int, bundles: int) -> Any:
+def _query_grid(rows: int, bundles: int) -> Callable[[dict[str, int]], tuple[int, int]]:
     return lambda meta: (-(-rows // meta["BLOCK_M"]), bundles)
 
 

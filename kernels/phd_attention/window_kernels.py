@@ -2,7 +2,7 @@
 
 Both are bound by memory: the window is a tile or two of keys. So each tensor is read once and written once, and what
 the vendor's kernel returned, one tensor for each copy, is read where it lies. Rows are packed as in
-:mod:`.fused_tiles`, hidden copies alone: ``COPIES`` counts those among the queries, and copy numbers start at
+:mod:`.triton_tiles`, hidden copies alone: ``COPIES`` counts those among the queries, and copy numbers start at
 ``FIRST_COPY``. Positions start at ``start`` for queries and at ``hidden_start`` for hidden keys, which is earlier where
 a context-parallel slice has a halo.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from phd_megatron.kernels.triton_support import Tile, tuned
 
-from .fused_tiles import (
+from .triton_tiles import (
     LN_2,
     LOG2_E,
     TUNING_KEY,

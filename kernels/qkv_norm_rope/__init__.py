@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from phd_megatron.errors import UserError
-from phd_megatron.kernels.qkv_rope import rope_reference, split_qkv_reference
+from phd_megatron.kernels.phd_attention import BACKENDS
+from phd_megatron.kernels.qkv_rope import Three, rope_reference, split_qkv_reference
 from phd_megatron.kernels.triton_support import covering, triton_problem
 
 WIDEST = 512  # head dimension; a program holds a tile of rows of this width in registers
 PROGRAMS = 2048  # of the backward, about: each leaves one partial gradient of a norm's weight
 COLUMNS, SUMMED_ROWS = 16, 256  # of a tile of those partial gradients when they are added up
-
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 def qkv_norm_rope_problem(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -36,13 +34,16 @@ def width_problem(head_dim: int) -> str | None:
 
 
 def is_chosen(attention_backend: str, problem: str | None) -> bool:
-    """Whether a model uses the kernel: with a Triton backend of attention, and by itself on a GPU where it can run.
+    """Whether a model uses the kernel: where the backend of attention says so, and by itself on a GPU that can run it.
 
     Args:
         attention_backend: ``phd_attention_backend``.
         problem: why it cannot run on the GPU, or that there is none; None where it can.
     """
-    return "triton" in attention_backend or (attention_backend == "auto" and problem is None)
+    if attention_backend == "auto":
+        return problem is None
+    backend = BACKENDS.get(attention_backend)
+    return backend is not None and backend.fused_norms
 
 
 @cache
@@ -101,7 +102,7 @@ def qkv_norm_rope_reference(
     return parts[0], parts[1], parts[2]
 
 
-def _constants(mixed: Tensor, heads_per_group: int, table: Tensor | None, norms: tuple[bool, ...]) -> dict[str, Any]:
+def _constants(mixed: Tensor, heads_per_group: int, table: Tensor | None, norms: tuple[bool, ...]) -> dict[str, int]:
     width = mixed.size(-1) // (heads_per_group + 2)
     half = 0 if table is None else table.size(-1)
     return {
@@ -116,10 +117,18 @@ def _constants(mixed: Tensor, heads_per_group: int, table: Tensor | None, norms:
     }
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # projection, table, weights
+    constants: dict[str, int]
+    eps: float
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...  # None may be among them
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Saved,
         mixed: Tensor,
         heads_per_group: int,
         table: Tensor | None,
@@ -141,7 +150,7 @@ class _NormRope(torch.autograd.Function):
             value = torch.empty_like(key)
         turn = mixed if table is None else table.contiguous()
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        def grid(meta: dict[str, int]) -> tuple[int, int]:
             return -(-rows * batch // meta["BLOCK_R"]), groups * (heads_per_group + 2)
 
         norm_rope_forward_kernel[grid](
@@ -155,7 +164,7 @@ class _NormRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from .norm_rope_kernels import norm_rope_backward_kernel, norm_weight_gradient_kernel
 
         mixed, turn, *weights = ctx.saved_tensors
@@ -166,7 +175,7 @@ class _NormRope(torch.autograd.Function):
         normed = any(w is not None for w in weights)
         programs = min(-(-PROGRAMS // (groups * heads)), rows * batch)
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        def grid(meta: dict[str, int]) -> tuple[int, int]:
             return programs if normed else -(-rows * batch // meta["BLOCK_R"]), groups * heads
 
         shape = (programs if normed else 0, groups, heads, constants["D"])

@@ -7,11 +7,13 @@ and :func:`rope_reference` are the definitions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,7 +22,7 @@ def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([half.cos(), half.sin()]).to(dtype)
 
 
-def split_qkv_rope(mixed: Tensor, heads_per_group: int, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv_rope(mixed: Tensor, heads_per_group: int, table: Tensor | None) -> Three:
     """Split ``[rows, b, groups, (heads_per_group + 2) * d]`` and turn query and key.
 
     Args:
@@ -40,7 +42,7 @@ def rope(x: Tensor, table: Tensor) -> Tensor:
     return _Rope.apply(x, table)
 
 
-def split_qkv_reference(mixed: Tensor, heads_per_group: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv_reference(mixed: Tensor, heads_per_group: int) -> Three:
     """The split through ordinary operations."""
     split = mixed.unflatten(-1, (heads_per_group + 2, -1))  # [rows, b, groups, heads_per_group + 2, d]
     return split[..., :-2, :].flatten(2, 3), split[..., -2, :], split[..., -1, :]
@@ -54,22 +56,29 @@ def rope_reference(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor]  # the table
+    heads_per_group: int
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...  # None may be among them
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: _Saved, x: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(table)
         return _turn(x, table, torch.empty(x.shape, dtype=x.dtype, device=x.device), 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors
         return _turn(grad, table, torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), -1), None
 
 
 class _SplitRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mixed: Tensor, heads_per_group: int, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: _Saved, mixed: Tensor, heads_per_group: int, table: Tensor | None) -> Three:
         ctx.save_for_backward(table)
         ctx.heads_per_group = heads_per_group
         split = mixed.unflatten(-1, (heads_per_group + 2, -1))  # [rows, b, groups, heads_per_group + 2, d]
@@ -83,7 +92,7 @@ class _SplitRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Saved, *grads: Tensor) -> tuple[Tensor, None, None]:
         (table,) = ctx.saved_tensors
         query, key, value = grads
         groups, width = key.size(2), key.size(3)

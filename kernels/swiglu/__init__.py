@@ -6,12 +6,10 @@ Both ways write both halves of the input's gradient in place instead of joining 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from phd_megatron.kernels.triton_support import runs_on_gpu
 
@@ -34,9 +32,14 @@ def swiglu_reference(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+    shape: torch.Size
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+    def forward(ctx: _Saved, gate_and_up: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         ctx.save_for_backward(gate_and_up, activated)
@@ -44,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: _Saved, grad: Tensor) -> Tensor:
         gate_and_up, activated = ctx.saved_tensors
         gate, up = gate_and_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_and_up)
@@ -56,7 +59,7 @@ class _SwiGLU(torch.autograd.Function):
 
 class _TritonSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+    def forward(ctx: _Saved, gate_and_up: Tensor) -> Tensor:
         from .swiglu_kernels import BLOCK, swiglu_forward_kernel
 
         rows = gate_and_up.contiguous().flatten(0, -2)
@@ -70,7 +73,7 @@ class _TritonSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: _Saved, grad: Tensor) -> Tensor:
         from .swiglu_kernels import BLOCK, swiglu_backward_kernel
 
         (rows,) = ctx.saved_tensors

@@ -10,12 +10,23 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
 
 OLDEST = (3, 6)
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+Grid: TypeAlias = tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]]  # programs, or by a tile's constants
+Argument: TypeAlias = Tensor | float | str | tuple[int, ...] | tuple[Tensor, ...]
+
+
+class Kernel(Protocol):
+    """What ``triton.jit`` and :func:`tuned` make: indexed with a grid it is launched."""
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]: ...
 
 
 class Tile(NamedTuple):
@@ -56,7 +67,7 @@ def runs_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and triton_problem(device, dtype) is None
 
 
-def tuned(space: Sequence[Tile], key: Sequence[str], **options: Any) -> Callable[[Any], Any]:
+def tuned(space: Sequence[Tile], key: Sequence[str], **options: list[str]) -> Callable[[Kernel], Kernel]:
     """Decorator: the quickest of ``space`` for each value of the arguments ``key`` and each set of data types.
 
     The choice is kept on disk in Triton's cache, so a shape is tuned once a machine. The last of ``space`` is its
@@ -64,7 +75,7 @@ def tuned(space: Sequence[Tile], key: Sequence[str], **options: Any) -> Callable
     """
     import triton
 
-    def decorate(kernel: Any) -> Any:
+    def decorate(kernel: Kernel) -> Kernel:
         if interpreted():
             return FixedTile(kernel, space[-1].constants)
         tiles = space if os.environ.get("PHD_TRITON_TUNE", "1") != "0" else space[-1:]
@@ -77,11 +88,11 @@ def tuned(space: Sequence[Tile], key: Sequence[str], **options: Any) -> Callable
 class FixedTile:
     """A kernel with the constants of one tile, launched like a tuned one."""
 
-    def __init__(self, kernel: Any, constants: dict[str, int]) -> None:
+    def __init__(self, kernel: Kernel, constants: dict[str, int]) -> None:
         self.fn, self.constants = kernel, constants
 
-    def __getitem__(self, grid: Callable[[dict[str, Any]], tuple[int, ...]]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        def launch(*args: Argument, **kwargs: Argument) -> None:
             self.fn[grid](*args, **kwargs, **self.constants)
 
         return launch

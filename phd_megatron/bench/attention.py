@@ -126,16 +126,16 @@ def _able(args: argparse.Namespace, device: Any, dtype: Any, width: int) -> tupl
 
     names, notes = [], []
     for name in args.backends or sorted(BACKENDS, key=lambda name: name != "sdpa"):
-        if name == "reference" and args.backends is None and args.only_phd:
-            notes.append("PHD reference is not timed: --only-phd")
-            continue
         if args.backends is not None:
             choose_backend(device, dtype, width, backend=name)  # refuses what was asked for and cannot be
+        elif BACKENDS[name].dense_mask and args.only_phd:
+            notes.append(f"PHD {name} is not timed: --only-phd")
+            continue
         problem = BACKENDS[name].problem(device, dtype, width)
         if problem is not None:
             notes.append(f"PHD {name} is not timed: {problem}")
             continue
-        if "triton" in name and interpreted() and args.backends is None:
+        if BACKENDS[name].triton and interpreted() and args.backends is None:
             notes.append(
                 f"PHD {name} is not timed: it would be interpreted; name it with --backends to do it all the same"
             )
@@ -158,7 +158,7 @@ def _worst_error(policy: Any, args: argparse.Namespace, width: int, device: Any,
 
     def both(backend: str, *inputs: Any) -> list[Any]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out = phd_attention(*leaves, policy, backend=backend)
+        out = phd_attention(leaves[0], leaves[1], leaves[2], policy, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
     expected = both("reference", query.double(), key.double(), value.double())
@@ -228,14 +228,12 @@ def _contenders(
             add(name, causal_by(kernel), *flat(length), unsure=True)
     for name in backends:
         scores = batch * args.heads * rows * rows * dtype.itemsize
-        if name == "reference" and scores > REFERENCE_BYTES:
-            notes.append(f"PHD reference is not timed: its scores alone take {scores / 2**20:.0f} MiB")
+        if BACKENDS[name].dense_mask and scores > REFERENCE_BYTES:
+            notes.append(f"PHD {name} is not timed: its scores alone take {scores / 2**20:.0f} MiB")
             continue
         phd(name)
-        if name == "triton":
-            phd(name, deterministic=False)
-        if name == "flex":
-            phd(name, token_major=True)
+        for options in BACKENDS[name].variants:
+            phd(name, **options)
     if not args.only_phd:
         if rows * rows > DENSE_MASK_BYTES:
             notes.append(f"dense-mask SDPA is not timed: its mask takes {rows * rows / 2**30:.0f} GiB")

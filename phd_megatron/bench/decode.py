@@ -124,7 +124,8 @@ def _error(policy: Any, given: list[Any]) -> float:
     from phd_megatron.kernels.decode_attention import decode_attention, decode_attention_reference
 
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in given]
-    return relative_error([decode_attention(*given, policy)], [decode_attention_reference(*wide, policy)])
+    narrow, wide = [*given, policy], [*wide, policy]
+    return relative_error([decode_attention(*narrow)], [decode_attention_reference(*wide)])
 
 
 def _contenders(inputs: list[tuple[Any, list[Any]]], kernel: bool, device: Any) -> list[Contender]:

@@ -88,6 +88,7 @@ class PHDSelfAttention(SelfAttention):
             )
         if self.v_layernorm is not None:
             value = self.v_layernorm(value)
+        assert table is not None  # every model of ours has RoPE
         return rope(query, table), rope(key, table), value
 
     def _wants_fused_norms(self, mixed: Tensor) -> bool:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +13,7 @@ from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.phd_attention import choose_backend
 from phd_megatron.kernels.qkv_norm_rope import is_chosen, width_problem
 from phd_megatron.norm.schemes import norm_plan
 from phd_megatron.runtime.capabilities import Capabilities, version_text
@@ -128,17 +128,15 @@ def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
 
     dtype = torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
     model, name = run.model, "PHD attention"
-    width = _head_dim(model)
     try:
-        door = importlib.import_module("phd_megatron.kernels.phd_attention")
-        implementation, reason = door.choose_backend(
-            torch.device(capabilities.device), dtype, width, backend=model.phd_attention_backend
+        chosen, reason = choose_backend(
+            torch.device(capabilities.device), dtype, _head_dim(model), backend=model.phd_attention_backend
         )
     except UserError:
         raise
     except Exception as error:  # what is broken is reported; the report must not break with it
         return Operation(name, "not available", f"{type(error).__name__}: {error}")
-    return Operation(name, str(implementation), str(reason))
+    return Operation(name, chosen, reason)
 
 
 def _head_dim(model: ModelConfig) -> int:

@@ -89,28 +89,28 @@ def put_in_place(module: Any, every_tile: bool) -> None:
 
 def attention(dtype: torch.dtype, width: int, every_tile: bool) -> None:
     """The fused kernel and the one beside a vendor's, with grouped queries and three copies."""
-    from phd_megatron.kernels.phd_attention import beside, fused, window
+    from phd_megatron.kernels.phd_attention import sdpa_triton, triton, window
     from phd_megatron.phd.kv_policy import KVPolicy
 
-    for module in (fused, window):
+    for module in (triton, window):
         put_in_place(module, every_tile)
     policy = KVPolicy(3, 16, 32)
-    for attend in (fused.triton_attention, beside.sdpa_triton_attention):
+    for attend in (triton.triton_attention, sdpa_triton.sdpa_triton_attention):
         leaves = [torch.zeros(3, 128, 1, heads, width, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
         attend(*leaves, policy).sum().backward()
     if every_tile:
         leaves = [torch.zeros(3, 128, 1, heads, width, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
-        fused.triton_attention(*leaves, policy, deterministic=False).sum().backward()
+        triton.triton_attention(*leaves, policy, deterministic=False).sum().backward()
         leaves = [torch.zeros(1, 1, 1, 1, width, dtype=dtype, requires_grad=True) for _ in range(3)]
-        fused.triton_attention(*leaves, KVPolicy(1)).sum().backward()  # every size is 1
+        triton.triton_attention(*leaves, KVPolicy(1)).sum().backward()  # every size is 1
         # Two slices of a context-parallel rank.
-        rows = fused.Rows(64, (64, 192), (0, 15))
-        problem = fused.Problem.of(torch.zeros(3, 128, 1, 8, width), 2, policy, rows, 1.0)
+        rows = triton.Rows(64, (64, 192), (0, 15))
+        problem = triton.Problem.of(torch.zeros(3, 128, 1, 8, width), 2, policy, rows, 1.0)
         query, keys = (torch.zeros(3, 128, 1, 8, width, dtype=dtype), torch.zeros(1, 256, 1, 2, width, dtype=dtype))
         hidden = torch.zeros(2, 143, 1, 2, width, dtype=dtype)
-        both = fused.Keys(keys, keys, hidden, hidden)
-        out, lse = fused.fused_forward(query, both, problem)
-        fused.fused_backward(query, query, both, out, lse, both, problem)
+        both = triton.Keys(keys, keys, hidden, hidden)
+        out, lse = triton.launch_forward(query, both, problem)
+        triton.launch_backward(query, query, both, out, lse, both, problem)
 
 
 def norm_rope(dtype: torch.dtype, width: int, every_tile: bool) -> None:
@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     driver.set_active(NoDevice())
     # Only compiling is wanted here, so the CPU counts as a GPU.
-    for operation in ("phd_attention", "qkv_norm_rope", "decode_attention"):
+    for operation in ("phd_attention.backends", "qkv_norm_rope", "decode_attention"):
         module = importlib.import_module(f"phd_megatron.kernels.{operation}")
         module.triton_problem = lambda *_: None
     for operation in (attention, norm_rope, decode, cross_entropy):

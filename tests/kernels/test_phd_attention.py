@@ -8,15 +8,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 import phd_megatron.kernels.phd_attention as front_door
+from phd_megatron.config import schema
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
-from phd_megatron.kernels.phd_attention import BACKENDS, attention_backends, causal, choose_backend, phd_attention, sdpa
+from phd_megatron.kernels.phd_attention import (
+    BACKENDS,
+    COMM_TYPES,
+    attention_backends,
+    causal,
+    choose_backend,
+    phd_attention,
+    sdpa,
+)
 from phd_megatron.kernels.phd_attention.flex import flex_attention
 from phd_megatron.kernels.phd_attention.reference import reference_attention
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -384,6 +394,27 @@ def test_table_for_doctor() -> None:
     assert all(reason for _, _, reason in rows)
 
 
+def test_the_schema_offers_every_backend_and_every_exchange() -> None:
+    assert get_args(schema.Backend) == ("auto", *BACKENDS)
+    assert get_args(get_type_hints(schema.ParallelConfig)["cp_comm_type"]) == COMM_TYPES
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_row_names_files_of_its_backend_and_says_what_they_do(name: str) -> None:
+    row, folder = BACKENDS[name], Path(front_door.__file__).parent
+    named = {name: row.attend, f"{name}_context_parallel": row.context_parallel}
+    for module, path in named.items():
+        source = folder / f"{module}.py"
+        assert source.exists() == (path is not None)
+        if path is not None:
+            assert path.startswith(f"{module}:") and f"\ndef {path.partition(':')[2]}(" in source.read_text("utf-8")
+    text = (folder / f"{name}.py").read_text("utf-8")
+    assert row.vendor_kernel == ("causal_kernel(" in text)
+    assert row.dense_mask == ("policy.mask(" in text)
+    assert all(f"{option}: bool" in text for options in row.variants for option in options)
+    assert row.triton == row.fused_norms == (name in ("triton", "sdpa_triton"))
+
+
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     front_door._choose.cache_clear()
     query, key, value, _ = make(KVPolicy(2, 4, 8), 9, dtype=torch.float32)
@@ -445,8 +476,8 @@ class Package:
         targets = rest if self.version == 2 else [options[name] for name in ("dq", "dk", "dv")]
         masked = options["causal" if self.version == 2 else "is_causal"]
         assert not options["deterministic"] and (self.version == 3 or options["rng_state"] == "state")
-        inputs = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-        found = causal._plain_backward(*inputs, lse, (), softmax_scale, masked)
+        grad, *inputs = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        found = causal._plain_backward(grad, causal.Call(*inputs, lse, (), softmax_scale, masked))
         for target, value in zip(targets, found, strict=True):
             target.copy_(value.transpose(1, 2))
 

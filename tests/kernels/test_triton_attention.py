@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set, and there is no GPU", allow_module_level=True)
 
-from phd_megatron.kernels.phd_attention import beside, fused, phd_attention, window
-from phd_megatron.kernels.phd_attention.fused import triton_attention
-from phd_megatron.kernels.phd_attention.fused_tiles import first_hidden, hidden_visible, last_hidden_query
+from phd_megatron.kernels.phd_attention import causal, phd_attention, sdpa_triton, triton, window
+from phd_megatron.kernels.phd_attention.triton import triton_attention
+from phd_megatron.kernels.phd_attention.triton_tiles import first_hidden, hidden_visible, last_hidden_query
 from phd_megatron.kernels.triton_support import FixedTile
 from phd_megatron.phd.kv_policy import KVPolicy
 
@@ -75,7 +75,7 @@ FULL = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16 x 16 in the interpreter."""
-    for kernel in [x for module in (fused, window) for x in vars(module).values()]:
+    for kernel in [x for module in (triton, window) for x in vars(module).values()]:
         if isinstance(kernel, FixedTile):
             monkeypatch.setattr(kernel, "constants", {"BLOCK_M": 16, "BLOCK_N": 16})
     yield
@@ -153,8 +153,12 @@ def test_an_operator_that_takes_no_shared_keys(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, nan_memory: None
 ) -> None:
     """There is a call for each copy then."""
-    chosen = beside.causal_kernel
-    monkeypatch.setattr(beside, "causal_kernel", lambda *given: (chosen(*given)[0]._replace(shares_keys=False), ""))
+    genuine = sdpa_triton.causal_kernel
+
+    def choose(*given: Any) -> tuple[causal.CausalKernel, str]:
+        return genuine(*given)[0]._replace(shares_keys=False), ""
+
+    monkeypatch.setattr(sdpa_triton, "causal_kernel", choose)
     check(case, dtype, "sdpa_triton")
 
 

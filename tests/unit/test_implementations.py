@@ -15,6 +15,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.qkv_norm_rope import is_chosen
 from phd_megatron.runtime.capabilities import Capabilities, probe
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.implementations import (
@@ -47,6 +48,22 @@ def rows(machine: Capabilities, **values: Any) -> dict[str, tuple[str, str]]:
     run = make(**values)
     on_cpu = replace(machine, device="cpu")  # this machine has no other attention
     return {row.name: (row.implementation, row.reason) for row in operations(run, on_cpu)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "on_cpu", "on_gpu"),
+    [
+        ("auto", False, True),
+        ("reference", False, False),
+        ("sdpa", False, False),
+        ("flex", False, False),
+        ("triton", True, True),  # asked for: where it cannot run it says so itself
+        ("sdpa_triton", True, True),
+    ],
+)
+def test_norms_and_rope_come_in_one_kernel_or_not(backend: str, on_cpu: bool, on_gpu: bool) -> None:
+    assert is_chosen(backend, "there is no CUDA device") == on_cpu
+    assert is_chosen(backend, None) == on_gpu
 
 
 def test_transformer_engine_or_not() -> None:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from phd_megatron.kernels.triton_support import Tile, tuned
 
-from .fused_tiles import (
+from .triton_tiles import (
     LN_2,
     LOG2_E,
     TUNING_KEY,

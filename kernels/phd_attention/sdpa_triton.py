@@ -9,18 +9,20 @@ where the vendor's layout is the model's. Nothing is folded, padded or kept twic
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from .causal import SINGLE, CausalKernel, causal_kernel
+from .causal import SINGLE, Call, CausalKernel, Extra, causal_kernel
 from .folding import dense
 from .sdpa import sdpa_attention
 from .window import Window
+
+Copies: TypeAlias = Tensor | list[Tensor]  # what one call returned for all copies, or one call for each
 
 
 def sdpa_triton_attention(
@@ -29,7 +31,7 @@ def sdpa_triton_attention(
     """PHD attention, positions ``0..s-1``, with gradients. Shapes as :func:`.sdpa.sdpa_attention`'s."""
     if policy.repeat == 1:
         return sdpa_attention(query, key, value, policy, scale=scale)
-    return _Beside.apply(query, key, value, policy, query.size(-1) ** -0.5 if scale is None else scale)
+    return _SdpaTriton.apply(query, key, value, policy, query.size(-1) ** -0.5 if scale is None else scale)
 
 
 def _batch(x: Tensor) -> Tensor:
@@ -50,10 +52,12 @@ class _Calls(NamedTuple):
     """Part (a): the vendor's kernel over all copies, in one call or in one for each."""
 
     kernel: CausalKernel
-    extras: list[Any]
+    extras: list[Extra]
 
     @classmethod
-    def forward(cls, kernel: CausalKernel, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[_Calls, Any, Any]:
+    def forward(
+        cls, kernel: CausalKernel, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[_Calls, Copies, Copies]:
         """With it, outputs ``[copies, b * heads, s, d]`` and log-sum-exps ``[copies, b * heads, >= s]``.
 
         ``k``, ``v`` are those of one batch entry. Where there are several calls, both are lists of such tensors.
@@ -64,28 +68,38 @@ class _Calls(NamedTuple):
         found = [kernel.forward(x, k, v, scale) for x in q.split(1)]
         return cls(kernel, [extra for *_, extra in found]), [x for x, _, _ in found], [x for _, x, _ in found]
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> Any:
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Copies, Copies, Copies]:
         """dq, dk and dv of each copy: tensors, or lists of them."""
         if self.kernel.shares_keys:
-            return self.kernel.backward(grad, q, *_expanded(q, k, v), out, lse, self.extras[0], scale)
+            return self.kernel.backward(grad, Call(q, *_expanded(q, k, v), out, lse, self.extras[0], scale))
         parts = zip(grad.split(1), q.split(1), out.split(1), lse.split(1), self.extras, strict=True)
-        found = [self.kernel.backward(g, x, k, v, o, row_lse, extra, scale) for g, x, o, row_lse, extra in parts]
-        return tuple(list(x) for x in zip(*found, strict=True))
+        found = [self.kernel.backward(g, Call(x, k, v, o, rows, extra, scale)) for g, x, o, rows, extra in parts]
+        dq, dk, dv = zip(*found, strict=True)
+        return list(dq), list(dk), list(dv)
 
 
-def _expanded(q: Tensor, *tensors: Tensor) -> list[Tensor]:
+def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """``[1, b * groups, s, d]`` for all copies, in the same memory."""
-    return [x.expand(q.size(0), -1, -1, -1) for x in tensors]
+    return k.expand(q.size(0), -1, -1, -1), v.expand(q.size(0), -1, -1, -1)
 
 
-def _each(found: Tensor | list[Tensor], batch: int) -> list[Tensor]:
+def _each(found: Copies, batch: int) -> list[Tensor]:
     """Per copy ``[s, b, heads, d]``, views."""
     return [x for part in (found if isinstance(found, list) else [found]) for x in _model(part, batch)]
 
 
-class _Beside(torch.autograd.Function):
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # query, key, value, output, log-sum-exp
+    calls: _Calls
+    policy: KVPolicy
+    scale: float
+
+
+class _SdpaTriton(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
+    def forward(ctx: _Saved, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float) -> Tensor:
         copies, length, batch, _, width = query.shape
         kernel = SINGLE if length == 1 else causal_kernel(query.device, query.dtype, width)[0]
         first = max(0, copies - policy.repeat + 1)  # copies before it see originals alone: one, or none if pruned
@@ -114,7 +128,7 @@ class _Beside(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         copies, length, batch = query.shape[:3]
         first = max(0, copies - ctx.policy.repeat + 1)
@@ -144,7 +158,7 @@ class _Beside(torch.autograd.Function):
         return query_grad, key_grad, value_grad, None, None
 
 
-def _in_place(found: Tensor | list[Tensor], query: Tensor) -> Tensor | None:
+def _in_place(found: Copies, query: Tensor) -> Tensor | None:
     """What one call returned, where that is dense in the model's layout ``[copies, s, b, heads, d]``."""
     if isinstance(found, list):
         return None
@@ -162,7 +176,7 @@ def _lse_rows(lse: Tensor, batch: int, groups: int, length: int) -> Tensor:
     return lse[..., :length].unflatten(1, (batch, groups, -1)).movedim(4, 1)
 
 
-def _add_up(found: Tensor | list[Tensor], target: Tensor, batch: int) -> None:
+def _add_up(found: Copies, target: Tensor, batch: int) -> None:
     """Sum over copies ``[copies, b * groups, s, d]`` into ``target`` ``[s, b, groups, d]``, rounded once."""
     parts = _each(found, batch)
     if len(parts) == 2:

@@ -8,17 +8,17 @@ every layer. With ``p2p`` the ring is waited for before the kernel starts, so no
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.phd.kv_policy import Halo, KVPolicy
 
 from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
 from .folding import unit_stride
-from .fused import Keys, Problem, Rows, fused_backward, fused_forward
+from .triton import Keys, Problem, Rows, launch_backward, launch_forward
 
 
 def triton_context_parallel(
@@ -32,13 +32,20 @@ def triton_context_parallel(
 ) -> Tensor:
     """This rank's queries over the whole sequence. Shapes and errors as :func:`sdpa_context_parallel`'s."""
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return _FusedRanks.apply(query, key, value, policy, context, scale)
+    return _TritonRanks.apply(query, key, value, policy, context, scale)
 
 
-class _FusedRanks(torch.autograd.Function):
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # query, own originals, hidden keys with halos, output, log-sum-exp
+    problem: Problem
+    context: ContextParallel
+    halos: Sequence[Halo]
+
+
+class _TritonRanks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Saved,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -61,21 +68,21 @@ class _FusedRanks(torch.autograd.Function):
         rows = Rows(len(slices[0]), tuple(part.start for part in slices), widths)
         problem = Problem.of(query, key.size(3), policy, rows, scale)
         keys = _keys(_in_order(originals.everything()), hidden)
-        out, lse = fused_forward(query, keys, problem)
+        out, lse = launch_forward(query, keys, problem)
         ctx.save_for_backward(query, own, hidden, out, lse)
         ctx.problem, ctx.context, ctx.halos = problem, context, halos
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, own, hidden, out, lse = ctx.saved_tensors
-        problem: Problem = ctx.problem
+        problem = ctx.problem
         context, repeat, half = ctx.context, problem.policy.repeat, problem.rows.length
         everything = _in_order(Originals(own, context).everything())
         grads = torch.empty_like(everything), torch.empty_like(hidden)
         into = _keys(*grads)
-        query_grad = fused_backward(grad, query, _keys(everything, hidden), out, lse, into, problem)
+        query_grad = launch_backward(grad, query, _keys(everything, hidden), out, lse, into, problem)
         by_rank, homeward = _by_rank(grads[0], context.size), OriginalGradients(context)
         both = own.new_empty(2, repeat, *own.shape[1:])
         if repeat > 1:

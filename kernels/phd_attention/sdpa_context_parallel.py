@@ -15,17 +15,16 @@ ranks are fetched a second time then, because keeping them would need the memory
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from .causal import Call
+from .causal import Block
 from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
 from .folding import as_heads, as_rows, fold_keys, fold_queries, unfold_keys, unfold_queries
 from .local import Blocks, local_backward, local_forward, local_plan
@@ -116,10 +115,21 @@ def attend_over_ranks(
     return _ContextParallelAttention.apply(query, key, value, policy, context, scale, window)
 
 
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # queries, own originals, output, log-sum-exp; hidden keys and halos, if any
+    shape: _Shape
+    blocks: list[Block]
+    context: ContextParallel
+    scale: float
+    window: type[SliceWindow]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...  # None may be among them
+
+
 class _ContextParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Saved,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -139,8 +149,8 @@ class _ContextParallelAttention(torch.autograd.Function):
         q_rows = fold_queries(query, key.size(3))  # [G, s_rank, Kq, r, d]
         q = as_heads(q_rows)  # [G, Kq*r, s_rank, d]
         context.note("compute", 0)
-        out, lse, call = Call.run(q, own.unsqueeze(2), scale, causal=True)
-        calls = [call]
+        out, lse, block = Block.run(q, own.unsqueeze(2), scale, causal=True)
+        blocks = [block]
         out = out.to(torch.promote_types(q.dtype, torch.float32))
         if hidden is not None:
             near = halo.wait()
@@ -153,26 +163,27 @@ class _ContextParallelAttention(torch.autograd.Function):
         for step, (sources, kv) in enumerate(originals, start=1):
             context.note("compute", step)
             first, stop = shape.block(sources)
-            found, found_lse, call = Call.run(q[:, :, first:].contiguous(), _block_keys(kv, stop), scale, causal=False)
-            calls.append(call)
+            late, both = q[:, :, first:].contiguous(), _block_keys(kv, stop)
+            found, found_lse, block = Block.run(late, both, scale, causal=False)
+            blocks.append(block)
             _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
         result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
         ctx.save_for_backward(q, own, result, lse, hidden, *(near or ()))
-        ctx.shape, ctx.calls, ctx.context, ctx.scale, ctx.window = shape, calls, context, scale, window
+        ctx.shape, ctx.blocks, ctx.context, ctx.scale, ctx.window = shape, blocks, context, scale, window
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, own, result, lse, hidden, *near = ctx.saved_tensors
-        shape, calls, context, scale = ctx.shape, ctx.calls, ctx.context, ctx.scale
+        shape, blocks, context, scale = ctx.shape, ctx.blocks, ctx.context, ctx.scale
         copies, _, batch, _, _ = result.shape
         groups = own.size(1) // batch
         originals, homeward = Originals(own, context), OriginalGradients(context)
         out_rows, grad_rows = fold_queries(result, groups), fold_queries(grad, groups)
         out, gradient = as_heads(out_rows), as_heads(grad_rows)
         context.note("compute", 0)
-        dq, dk, dv = calls[0].backward(gradient, q, own.unsqueeze(2), out, lse, scale)
+        dq, dk, dv = blocks[0].backward(gradient, q, own.unsqueeze(2), out, lse, scale)
         accumulate = torch.promote_types(q.dtype, torch.float32)
         dq = dq.to(accumulate)
         if hidden is not None:
@@ -182,19 +193,19 @@ class _ContextParallelAttention(torch.autograd.Function):
                 keys, values = torch.cat([near[index], hidden[:, :, part]], 2)
                 halo = near[index].size(2)
                 local = ctx.window(shape.policy, scale, shape.slices[index].start, halo)
-                rest = local.gradients(
+                near_grads = local.gradients(
                     *(grad_rows[where], as_rows(q, copies)[where], keys, values, out_rows[where]),
                     *(as_rows(lse, copies)[where], as_rows(dq, copies)[where]),
                 )
-                both = torch.stack([x.to(q.dtype) for x in rest])  # [2, G, halo + s_rank/2, i, d]
+                both = torch.stack([x.to(q.dtype) for x in near_grads])  # [2, G, halo + s_rank/2, i, d]
                 dnear.append(both[:, :, :halo])
                 dhidden.append(both[:, :, halo:])
             returning = HaloGradients(dnear, shape.halos, context)
-        for step, ((sources, kv), call) in enumerate(zip(originals, calls[1:], strict=True), start=1):
+        for step, ((sources, kv), block) in enumerate(zip(originals, blocks[1:], strict=True), start=1):
             context.note("compute", step)
             first, stop = shape.block(sources)
             q_part, out_part, grad_part, lse_part = (x[:, :, first:].contiguous() for x in (q, out, gradient, lse))
-            more, *rest = call.backward(grad_part, q_part, _block_keys(kv, stop), out_part, lse_part, scale)
+            more, *rest = block.backward(grad_part, q_part, _block_keys(kv, stop), out_part, lse_part, scale)
             dq[:, :, first:] += more
             homeward.add(sources, _block_gradients(rest, kv, stop))
         doriginals = homeward.total(torch.stack([dk, dv]).squeeze(2)).unsqueeze(3)  # [2, G, s_rank, 1, d]
@@ -246,89 +257,3 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
         more.to(out.dtype), (more_lse - merged).exp().unsqueeze(-1).to(out.dtype)
     )
     lse.copy_(merged)
-
-
-# -------------------------------------------------------------------- the same thing, plainly
-
-
-def reference_context_parallel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    policy: KVPolicy,
-    context: ContextParallel,
-    *,
-    scale: float | None = None,
-) -> Tensor:
-    """As :func:`sdpa_context_parallel`, with one dense mask over global positions and plain autograd."""
-    copies, rows, _, heads, width = query.shape
-    repeat, groups, size = policy.repeat, key.size(3), context.size
-    scale = width**-0.5 if scale is None else scale
-    length = rows * size
-    slices = [policy.context_parallel_slices(length, size, rank) for rank in range(size)]
-    mine = [n for part in slices[context.rank] for n in part]
-    everyone = [n for parts in slices for part in parts for n in part]
-    originals = torch.stack([key[0], value[0]]).transpose(1, 2)  # [2, b, s_rank, g, d]
-    gathered = _GatherOriginals.apply(originals.contiguous(), context)  # [size, 2, b, s_rank, g, d]
-    keys = [gathered.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)]  # [2, b, s, g, d]
-    position, copy = [everyone], [[1] * length]
-    if repeat > 1:
-        halos = policy.halos(length, size)
-        hidden = torch.stack([key[1:], value[1:]]).permute(0, 3, 2, 1, 4, 5)  # [2, b, s_rank, i, g, d]
-        hidden, *near = _FetchHalos.apply(hidden.contiguous(), halos, context)
-        held = [(hidden, mine)]
-        for halo in halos:
-            if halo.receiver == context.rank != halo.sender:
-                held.append((near[0 if halo.slice == context.rank else 1], list(halo.positions)))
-        for tensor, places in held:
-            keys.append(tensor.flatten(2, 3))
-            position.append([n for n in places for _ in range(repeat - 1)])
-            copy.append(list(range(2, repeat + 1)) * len(places))
-    device = query.device
-    key_position, key_copy = (torch.tensor([*chain(*lists)], device=device) for lists in (position, copy))
-    query_position = torch.tensor(mine, device=device).repeat(copies)[:, None]
-    query_copy = torch.arange(repeat - copies + 1, repeat + 1, device=device).repeat_interleave(rows)[:, None]
-    mask = policy.visible(query_position, query_copy, key_position, key_copy)  # [Kq*s_rank, keys]
-    all_keys, all_values = torch.cat(keys, 2)  # [b, keys, g, d]
-    q = query.flatten(0, 1).unflatten(2, (groups, heads // groups))  # [Kq*s_rank, b, g, r, d]
-    scores = torch.einsum("qbgrd,bkgd->bgrqk", q, all_keys) * scale
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("bgrqk,bkgd->qbgrd", weights, all_values).reshape(query.shape)
-
-
-class _GatherOriginals(torch.autograd.Function):
-    """``[2, ...]`` of every rank, by rank; the gradient is summed over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, context: ContextParallel) -> Tensor:
-        ctx.context = context
-        return Originals(own, context).everything()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        context, homeward = ctx.context, OriginalGradients(ctx.context)
-        for step in range(1, context.size):  # the order of a ring
-            source = (context.rank - step) % context.size
-            homeward.add(range(source, source + 1), grad[source : source + 1])
-        return homeward.total(grad[context.rank].contiguous()), None
-
-
-class _FetchHalos(torch.autograd.Function):
-    """``hidden`` itself and what :class:`HaloKeys` brings for both slices.
-
-    Gradients go back to where the positions are held. ``hidden`` passes through, so that the backward of a rank that
-    sees no halo runs all the same and receives what others found.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, halos: Any, context: ContextParallel) -> tuple[Tensor, ...]:
-        ctx.halos, ctx.context = halos, context
-        return hidden.clone(), *(x.clone() for x in HaloKeys(hidden, halos, context).wait())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, own: Tensor, *near: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = own.clone(memory_format=torch.contiguous_format)
-        HaloGradients(near, ctx.halos, ctx.context).add_to(gradient)
-        return gradient, None, None

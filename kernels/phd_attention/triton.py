@@ -1,26 +1,26 @@
 """PHD attention in one Triton kernel (backend ``triton``).
 
-The kernels are in :mod:`.fused_forward` and :mod:`.fused_backward`; here they get their tensors and autograd.
+The kernels are in :mod:`.triton_forward` and :mod:`.triton_backward`; here they get their tensors and autograd.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from phd_megatron.kernels.triton_support import block_of, precision
 from phd_megatron.phd.kv_policy import KVPolicy
 
 from .folding import unit_stride
-from .fused_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
-from .fused_forward import forward_kernel
+from .triton_backward import delta_kernel, key_gradient_kernel, query_gradient_kernel
+from .triton_forward import forward_kernel
 
 DELTA_ROWS = 64  # packed rows of one program of the delta kernel
 
-Strides = tuple[int, ...]
+Numbers: TypeAlias = tuple[int, ...]
 
 
 class Rows(NamedTuple):
@@ -55,7 +55,7 @@ class Keys(NamedTuple):
         hidden = slice(1 if key.size(0) > 1 else 0, None)
         return cls(key[:1], value[:1], key[hidden], value[hidden])
 
-    def strides(self) -> tuple[Strides, ...]:
+    def strides(self) -> tuple[Numbers, ...]:
         """Of copies, rows, batch and groups."""
         return tuple(x.stride()[:4] for x in self)
 
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
         """Packed rows of all slices of one sequence and group."""
         return len(self.rows.starts) * self.rows.length * self.copies * self.ratio
 
-    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+    def constants(self, dtype: torch.dtype) -> dict[str, int | str]:
         """What all three kernels are specialised on."""
         return {
             "SLICES": len(self.rows.starts),
@@ -96,19 +96,20 @@ class Problem(NamedTuple):
             "PRECISION": precision(dtype),
         }
 
-    def places(self) -> tuple[Any, ...]:
+    def places(self) -> tuple[int, Numbers, Numbers, Numbers]:
+        """Length of a slice; positions of its first token and first hidden row, and that row's index, by slice."""
         return self.rows.length, self.rows.starts, self.rows.hidden_starts, self.rows.hidden_bases
 
-    def query_grid(self, meta: dict[str, Any]) -> tuple[int, int]:
+    def query_grid(self, meta: dict[str, int]) -> tuple[int, int]:
         rows = self.rows.length * self.copies * self.ratio
         return len(self.rows.starts) * -(-rows // meta["BLOCK_M"]), self.batch * self.groups
 
-    def grouped(self, x: Tensor) -> Strides:
+    def grouped(self, x: Tensor) -> Numbers:
         """Strides of ``[Kq, s, b, heads, d]`` seen as ``[Kq, s, b, groups, ratio, d]``, the last left out."""
         return x.unflatten(3, (self.groups, self.ratio)).stride()[:5]
 
 
-def fused_forward(query: Tensor, keys: Keys, problem: Problem) -> tuple[Tensor, Tensor]:
+def launch_forward(query: Tensor, keys: Keys, problem: Problem) -> tuple[Tensor, Tensor]:
     """Output like ``query`` and its packed log-sum-exp."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(problem.batch * problem.groups, problem.packed, dtype=torch.float32, device=query.device)
@@ -121,7 +122,7 @@ def fused_forward(query: Tensor, keys: Keys, problem: Problem) -> tuple[Tensor, 
     return out, lse
 
 
-def fused_backward(
+def launch_backward(
     grad: Tensor,
     query: Tensor,
     keys: Keys,
@@ -158,7 +159,7 @@ def fused_backward(
     if problem.policy.repeat > 1:
         entries = (problem.rows.length + max(problem.rows.halos)) * (problem.policy.repeat - 1)
 
-    def key_grid(meta: dict[str, Any]) -> tuple[int, int]:
+    def key_grid(meta: dict[str, int]) -> tuple[int, int]:
         hidden = len(problem.rows.starts) * -(-entries // meta["BLOCK_N"])
         return -(-length // meta["BLOCK_N"]) + hidden, bundles
 
@@ -189,26 +190,32 @@ def triton_attention(
             the pass over keys, which saves two of seven matrix products of the backward.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return _Fused.apply(query, key, value, policy, scale, deterministic)
+    return _TritonAttention.apply(query, key, value, policy, scale, deterministic)
 
 
-class _Fused(torch.autograd.Function):
+class _Saved(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]  # query, key, value, output, log-sum-exp
+    problem: Problem
+    deterministic: bool
+
+
+class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float, deterministic: bool
+        ctx: _Saved, query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, scale: float, deterministic: bool
     ) -> Tensor:
         query, key, value = (unit_stride(x) for x in (query, key, value))
         problem = Problem.of(query, key.size(3), policy, Rows(query.size(1)), scale)
-        out, lse = fused_forward(query, Keys.of(key, value), problem)
+        out, lse = launch_forward(query, Keys.of(key, value), problem)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.problem, ctx.deterministic = problem, deterministic
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         key_grad, value_grad = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
         keys, into = Keys.of(key, value), Keys.of(key_grad, value_grad)
-        query_grad = fused_backward(grad, query, keys, out, lse, into, ctx.problem, deterministic=ctx.deterministic)
+        query_grad = launch_backward(grad, query, keys, out, lse, into, ctx.problem, deterministic=ctx.deterministic)
         return query_grad, key_grad, value_grad, None, None, None

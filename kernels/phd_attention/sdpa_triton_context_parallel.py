@@ -1,4 +1,4 @@
-"""Context parallelism as in :mod:`.context_parallel`; the hidden window is computed by :mod:`.window` (Triton)."""
+"""Context parallelism as in :mod:`.sdpa_context_parallel`; the hidden window is computed by :mod:`.window` (Triton)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phd_megatron.phd.kv_policy import KVPolicy
 
-from .context_parallel import attend_over_ranks
 from .exchange import ContextParallel
+from .sdpa_context_parallel import attend_over_ranks
 from .window import Window
 
 
@@ -28,7 +28,7 @@ def sdpa_triton_context_parallel(
 
 
 class TritonWindow(NamedTuple):
-    """:class:`.context_parallel.SliceWindow` in Triton."""
+    """:class:`.sdpa_context_parallel.SliceWindow` in Triton."""
 
     policy: KVPolicy
     scale: float
