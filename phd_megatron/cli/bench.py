@@ -1,4 +1,4 @@
-"""``phd-megatron bench``: measurements, each ``run(args)`` of ``bench/<name>.py`` with its flags in ``bench/arguments.py``."""
+"""``phd-megatron bench``: each a module ``bench/<name>.py`` with ``run(args)``, its flags in ``bench/arguments.py``."""
 
 from __future__ import annotations
 
