@@ -14,10 +14,10 @@ from phd_megatron.config.load import merge_layers
 from phd_megatron.config.presets import OURS, PRESETS, Preset
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.console.tables import short
 from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
 from phd_megatron.planning.run_plan import RunPlan, plan_run
-from phd_megatron.planning.units import short
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = 257  # vocabulary of the byte tokenizer, which tiny presets are meant for

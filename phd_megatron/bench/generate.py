@@ -252,7 +252,7 @@ def _replays(
         with decode_kernel(model.model) if fast else nullcontext():
             return timing.captured(from_nothing), timing.captured(same_step)
     except RuntimeError as error:  # out of memory, or an operation that cannot be recorded: the others go on
-        model.timing.is_eager(error)
+        model.timing.note_eager(error)
         torch.cuda.synchronize(ids.device)
         return prefill, decode
 

@@ -53,7 +53,7 @@ class Contender:
         """Milliseconds."""
         return statistics.median((self.cpu_times if cpu else self.times)[step])
 
-    def is_eager(self, error: RuntimeError) -> None:
+    def note_eager(self, error: RuntimeError) -> None:
         """Note and say that its steps cannot be recorded."""
         self.eager = str(error).splitlines()[0]
         show(f"{self.name} is launched operation by operation, and Python's time counts: {self.eager}")
@@ -154,7 +154,7 @@ def _prepared(contender: Contender, step: Step, repeats: int, device: torch.devi
         replay()
         return replay
     except RuntimeError as error:
-        contender.is_eager(error)
+        contender.note_eager(error)
         torch.cuda.synchronize(device)
         return steps
 

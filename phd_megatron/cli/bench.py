@@ -1,4 +1,4 @@
-"""``phd-megatron bench``: one table of measurements, each a module ``bench/<name>.py`` with ``run(flags)``."""
+"""``phd-megatron bench``: each a module ``bench/<name>.py`` with ``run(args)``, its flags in ``bench/arguments.py``."""
 
 from __future__ import annotations
 

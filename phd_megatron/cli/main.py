@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from phd_megatron import __version__
 from phd_megatron.cli.stop import CLEAN_UP, clean_stop
 from phd_megatron.console.say_once import say_once
-from phd_megatron.console.terminal import has_no_room, show, unwritable, warn
+from phd_megatron.console.terminal import has_no_room, hearing, show, unwritable, warn
 from phd_megatron.errors import UserError, for_terminal
 from phd_megatron.runtime.launcher import die_with_launcher
 from phd_megatron.runtime.open_files import is_lack_of_files, lack_of_files, raise_limit
@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> int:
     raise_limit()
     # transformers fetches kernels for some families, and where flash-attn is missing; huggingface_hub reads this once.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with clean_stop() if name in CLEAN_UP else nullcontext():
+    with hearing(), clean_stop() if name in CLEAN_UP else nullcontext():
         code: int = importlib.import_module(_module(name)).run(rest)
     return code
 

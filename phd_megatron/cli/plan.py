@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from phd_megatron.cli.run_flags import run_options
 from phd_megatron.console.arguments import Parser, parse_own
-from phd_megatron.console.tables import print_table
+from phd_megatron.console.tables import print_table, short
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
@@ -64,8 +64,6 @@ def run(argv: list[str]) -> int:
 
 def _work(plan: RunPlan, iterations: int) -> list[list[str]]:
     """What there is to compute."""
-    from phd_megatron.planning.units import short
-
     return [
         ["parameters", short(plan.parameters)],
         ["of these active for a token", short(plan.active_parameters)],

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 from phd_megatron.cli.run_flags import run_options
 from phd_megatron.config.catalog import nearest
 from phd_megatron.console.arguments import Parser, parse_own, parse_strictly
-from phd_megatron.console.tables import print_table
+from phd_megatron.console.tables import print_table, short
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
-from phd_megatron.planning.units import short
 
 if TYPE_CHECKING:
     from phd_megatron.sweep.definition import Sweep

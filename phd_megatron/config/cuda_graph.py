@@ -3,7 +3,7 @@
 The one scope is Megatron-Core's ``full_iteration``: forward and backward of all micro-batches. What is recorded is a
 list of kernels and addresses. So nothing inside may depend on a number that the host reads, on Python that runs in
 every step, or on a tensor that moves. What the machine and the layout must bring is
-:mod:`phd_megatron.runtime.cuda_graph`'s.
+:mod:`phd_megatron.runtime.requirements`'s.
 """
 
 from __future__ import annotations

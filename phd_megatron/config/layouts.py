@@ -46,12 +46,40 @@ MEANINGS = {
 }
 #: the default: every feature alone, then the combinations in which they meet; what does not fit a model is left out
 COVERING = (
-    *("tp2", "tp2+sp", "pp2", "dp2", "cp2", "ep2", "dp2+overlap", "dp2+nodist", "pp2+vpp2", "cp2+p2p"),
-    *("tp2+sp+recompute", "tp2+pp2", "tp2+sp+pp2+vpp2", "tp2+sp+dp2+overlap", "pp2+vpp2+dp2+overlap", "pp4", "tp4+sp"),
-    *("tp2+sp+cp2", "cp2+pp2", "cp4", "cp4+p2p", "ep2+pp2", "tp2+sp+ep2", "tp2+sp+etp1+ep2", "ep4", "cp2+ep2"),
-    *("tp2+sp+pp2+dp2+overlap", "tp2+sp+cp2+pp2", "tp2+sp+cp2+dp2", "pp2+vpp2+cp2+dp2+overlap"),
-    *("tp2+sp+pp2+vpp2+ep2", "tp2+sp+pp2+ep4+etp1", "dp8+overlap"),
-)  # fmt: skip
+    "tp2",
+    "tp2+sp",
+    "pp2",
+    "dp2",
+    "cp2",
+    "ep2",
+    "dp2+overlap",
+    "dp2+nodist",
+    "pp2+vpp2",
+    "cp2+p2p",
+    "tp2+sp+recompute",
+    "tp2+pp2",
+    "tp2+sp+pp2+vpp2",
+    "tp2+sp+dp2+overlap",
+    "pp2+vpp2+dp2+overlap",
+    "pp4",
+    "tp4+sp",
+    "tp2+sp+cp2",
+    "cp2+pp2",
+    "cp4",
+    "cp4+p2p",
+    "ep2+pp2",
+    "tp2+sp+ep2",
+    "tp2+sp+etp1+ep2",
+    "ep4",
+    "cp2+ep2",
+    "tp2+sp+pp2+dp2+overlap",
+    "tp2+sp+cp2+pp2",
+    "tp2+sp+cp2+dp2",
+    "pp2+vpp2+cp2+dp2+overlap",
+    "tp2+sp+pp2+vpp2+ep2",
+    "tp2+sp+pp2+ep4+etp1",
+    "dp8+overlap",
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from phd_megatron.config.plain import Annotations, Plain, Values
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
+from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
 __all__ = ["LoadedConfig", "dump_yaml", "from_dict", "load_run_config", "load_yaml", "to_dict"]
@@ -50,7 +51,7 @@ def load_run_config(argv: list[str], *, transformer_fields: Annotations, saved: 
     if "--help" in argv or "-h" in argv:
         from phd_megatron.config.help import help_text
 
-        print(help_text(transformer_fields))
+        show(help_text(transformer_fields))
         raise SystemExit(0)
     flags = parse_flags(argv, transformer_fields)
     yaml_values: dict[str, Plain] = {}

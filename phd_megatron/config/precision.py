@@ -12,19 +12,31 @@ from phd_megatron.config.cuda_graph import drop_graph
 from phd_megatron.config.schema import ModelConfig, RunConfig
 
 DEPENDENT = (
-    *("fp8_*", "tp_only_amax_red", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
-    *("num_layers_at_end_in_bf16", "moe_router_padding_for_quantization", "activation_func_fp8_input_store"),
+    "fp8_*",
+    "tp_only_amax_red",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+    "moe_router_padding_for_quantization",
+    "activation_func_fp8_input_store",
 )
 """``TransformerConfig`` fields (and a pattern) that have no effect without ``fp8``."""
 
 _LIBRARIES = (
-    *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_*", "gradient_accumulation_fusion"),
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "tp_comm_*",
+    "gradient_accumulation_fusion",
     "cross_entropy_*",
 )
 """Fields that choose among implementations of which some need a GPU's libraries."""
 
 _DELAYED_ONLY = {
-    **{"fp8_margin": 0, "fp8_amax_history_len": 1, "fp8_amax_compute_algo": "most_recent", "fp8_wgrad": True},
+    "fp8_margin": 0,
+    "fp8_amax_history_len": 1,
+    "fp8_amax_compute_algo": "most_recent",
+    "fp8_wgrad": True,
     "tp_only_amax_red": False,
 }
 """Read by the delayed recipe alone, with Megatron-Core's defaults."""

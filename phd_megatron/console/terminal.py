@@ -3,7 +3,8 @@
 :func:`show` prints what a command is asked for. Where that cannot be written the command has failed, and
 ``cli/main.py`` ends it with a message and exit code 2. :func:`say` is a line of the log of what works for long: where
 nobody can see it any more, since the terminal or the log's disk is lost, the run goes on to its checkpoint.
-:func:`warn` is for standard error, and never fails.
+:func:`warn` is for standard error, and never fails. Modules that others may use without this program warn through
+Python's ``logging``, which a command hears (:func:`hearing`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 #: there is no room for what is written: of the disk, a quota, a limit on file sizes; or the disk does not answer
@@ -67,6 +69,24 @@ def warn(message: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):
         drop_unwritten(sys.stderr)
+
+
+@contextmanager
+def hearing() -> Iterator[None]:
+    """What our modules tell ``logging`` is said by :func:`warn` inside, unless somebody has set ``logging`` up."""
+    import logging
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not logging.getLogger().handlers:
+                warn(self.format(record))
+
+    logger, handler = logging.getLogger("phd_megatron"), Said(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def has_no_room(error: BaseException) -> bool:

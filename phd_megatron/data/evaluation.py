@@ -46,7 +46,7 @@ class Evaluation:
         )
 
 
-class Progress:
+class EvaluationProgress:
     """Says every ``seconds`` how far an evaluation is.
 
     Args:

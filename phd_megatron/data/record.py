@@ -21,8 +21,13 @@ from phd_megatron.errors import UserError
 
 RECORD = "training_data.json"
 _FIELDS = (
-    *("data_path", "split", "train_data_path", "valid_data_path", "test_data_path"),
-    *("eod_mask_loss", "seq_length"),
+    "data_path",
+    "split",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "eod_mask_loss",
+    "seq_length",
 )
 _LARGEST = 1 << 20  # bytes of a record
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
+from phd_megatron.data.evaluation import Evaluation, EvaluationProgress, evaluation_dataset
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
 
@@ -25,7 +25,7 @@ def evaluate_model(
     size = run.training.micro_batch_size
     dataset = evaluation_dataset(run, tokenizer, split, samples, size)
     total = torch.zeros(2, dtype=torch.float64)
-    progress = Progress(samples, say)
+    progress = EvaluationProgress(samples, say)
     stream = SampleStream(dataset, size, num_workers=run.data.num_workers)
     try:
         for number, batch in enumerate(stream.microbatches(0, len(dataset) // size), 1):

@@ -33,8 +33,14 @@ _SIZES = re.compile(r".*(_size|_dim|_embd|_inner|_model|_rank)|n_positions")
 _FEW, _HARMLESS = 512, 1 << 20  # a field that a class does not read may have a default above the files'
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "gpt_neox.embed_in.weight")
 _AT_LEAST_ONE = (
-    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("intermediate_size", "max_position_embeddings"),
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
 )
 #: one for each layer, in some families
 _LISTS = ("intermediate_size", "num_attention_heads", "num_key_value_heads")

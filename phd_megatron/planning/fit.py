@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.vocabulary import padded_vocab_size
+from phd_megatron.console.tables import gib
 from phd_megatron.errors import UserError
 from phd_megatron.planning.memory import estimate_memory
 from phd_megatron.planning.parameters import count_parameters
-from phd_megatron.planning.units import gib
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
 

@@ -48,7 +48,11 @@ def use_transformer_engine(transformer_impl: str, capabilities: Capabilities) ->
 
 
 _ONLY_THERE = (
-    *("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap", "use_te_activation_func"),
+    "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+    "tp_comm_overlap",
+    "use_te_activation_func",
 )
 
 

@@ -211,8 +211,13 @@ class Watch:
         self._beat += 1
         entry = {
             **self._me,
-            **{"beat": self._beat, "count": self._count, "iteration": self._iteration, "phase": self._phase},
-            **{"still": time.monotonic() - self._moved, "waits": processes.waits(self._main), "ended": ended},
+            "beat": self._beat,
+            "count": self._count,
+            "iteration": self._iteration,
+            "phase": self._phase,
+            "still": time.monotonic() - self._moved,
+            "waits": processes.waits(self._main),
+            "ended": ended,
         }
         self._store.set(f"watch/{self._rank}", json.dumps(entry))
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phd_megatron.console.tables import short
 from phd_megatron.errors import UserError
-from phd_megatron.planning.units import short
 from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import AXES, Axis, common_end, read_curve
 from phd_megatron.sweep.document import (

@@ -16,7 +16,7 @@ from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLITS
-from phd_megatron.data.evaluation import Evaluation, Progress, evaluation_dataset
+from phd_megatron.data.evaluation import Evaluation, EvaluationProgress, evaluation_dataset
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
 from phd_megatron.runtime import agreement
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
     stepper = Stepper(models, None, runtime.device, size, model.seq_length, model.phd_repeat)
     batch = _batch(run, runtime.dims)
     total = torch.zeros(stepper.report_shape, dtype=torch.float64, device=runtime.device)
-    progress = Progress(samples, runtime.log)
+    progress = EvaluationProgress(samples, runtime.log)
     stream = open_stream(run, runtime, dataset)
     try:
         batches = stream.microbatches(0, len(dataset) // batch * stages)

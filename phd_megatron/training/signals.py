@@ -74,11 +74,6 @@ class ExitController:
     def __exit__(self, *_: object) -> None:
         self.uninstall()
 
-    @property
-    def signal_here(self) -> bool:
-        """Whether this rank got a signal; not agreed with the others, so decide nothing collective by it."""
-        return self._received != 0
-
     def should_exit(self, iteration: int) -> str | None:
         """Reason to stop after ``iteration`` steps, the same on all ranks, or None. Collective: every rank calls it."""
         overtime = self._limit is not None and time.monotonic() - self._started >= self._limit
@@ -91,10 +86,6 @@ class ExitController:
         if self._interval and steps > 0 and steps % self._interval == 0:
             return f"reached exit_interval = {self._interval}"
         return None
-
-    def signal_anywhere(self) -> bool:
-        """Whether any rank got a signal. Collective; for long stretches between steps, such as evaluation."""
-        return bool(agreement.maximum([self._received])[0])
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._owner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from phd_megatron.checkpoint.state import whole_parameters
 from phd_megatron.training.cuda_graph import Batch, StepGraph
 
 
@@ -98,7 +99,7 @@ class Stepper:
         for model in self.models:
             model.eval()
         total = torch.zeros(self.report_shape, dtype=torch.float64, device=self.device)
-        with synced_parameters(self.models), self.graph.outside() if self.graph is not None else nullcontext():
+        with whole_parameters(self.models), self.graph.outside() if self.graph is not None else nullcontext():
             for _ in range(num_batches):
                 total += self._run(batches, num_microbatches, forward_only=True)
         for model in self.models:
@@ -165,16 +166,3 @@ def summed_loss_by_copy(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tens
     copies = [summed_loss(copy, loss_mask) for copy in losses]
     loss, num_tokens, _ = copies[-1]
     return loss, num_tokens, torch.stack([report for _, _, report in copies])
-
-
-@contextmanager
-def synced_parameters(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Parameters are whole inside: with overlapped gathering they otherwise arrive layer by layer."""
-    overlapping = [model for model in models if getattr(model, "use_forward_hook", False)]
-    for model in overlapping:
-        model.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for model in overlapping:
-            model.enable_forward_pre_hook()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from phd_megatron.cli.stop import CLEAN_UP
 from phd_megatron.cli.sweep import _verdict
 from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.console.tables import print_table
+from phd_megatron.console.terminal import hearing
 from phd_megatron.errors import DIVERGED, RunLost, UserError, for_terminal, shown
 from phd_megatron.sweep.store import Status
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parser() -> Parser:
@@ -72,6 +77,31 @@ def test_tables_in_files_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
         "a           1",
         "longer  12345",
     ]
+
+
+def test_only_the_console_prints() -> None:
+    """Everything else speaks through :mod:`phd_megatron.console.terminal`."""
+    found = []
+    for path in [*(ROOT / "phd_megatron").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert [place for place in found if not place.startswith("phd_megatron/console/terminal.py")] == []
+
+
+def test_a_command_hears_what_modules_tell_logging(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("phd_megatron.data.somewhere")
+    root = logging.getLogger()
+    before, root.handlers[:] = root.handlers[:], []
+    try:
+        with hearing():
+            logger.warning("a file of %s is damaged", "x")
+            logger.info("a detail")
+            root.addHandler(logging.NullHandler())
+            logger.warning("heard by who set logging up")
+    finally:
+        root.handlers[:] = before
+    assert capsys.readouterr().err == "a file of x is damaged\n"
 
 
 def test_values_in_messages_are_short() -> None:

@@ -23,10 +23,9 @@ from phd_megatron.config.serialize import assign
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.context import Runtime, install_backend
-from phd_megatron.runtime.cuda_graph import graph_machine_problems
 from phd_megatron.runtime.implementations import operations
 from phd_megatron.runtime.parallel_dims import ParallelDims
-from phd_megatron.runtime.requirements import require
+from phd_megatron.runtime.requirements import graph_machine_problems, require
 
 HOPPER = Capabilities("cuda", "NVIDIA H100", (9, 0), (12, 9), (2, 11), "")
 GRAPH = {"cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"}

@@ -14,13 +14,13 @@ from phd_megatron.config.load import merge_layers
 from phd_megatron.config.presets import preset_values
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from phd_megatron.console.tables import gib, short
 from phd_megatron.errors import UserError
 from phd_megatron.planning.fit import refuse_what_cannot_fit
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.parameters import count_parameters
 from phd_megatron.planning.peak import device_hours, peak_tflops
 from phd_megatron.planning.run_plan import RunPlan, plan_run
-from phd_megatron.planning.units import gib, short
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
 

@@ -23,8 +23,15 @@ from .queue import Experiment
 from .source import sources
 
 COLUMNS = (
-    *("iteration", "consumed_samples", "consumed_tokens", "consumed_flops", "lm_loss", "grad_norm", "learning_rate"),
-    *("iteration_seconds", "validation_loss"),
+    "iteration",
+    "consumed_samples",
+    "consumed_tokens",
+    "consumed_flops",
+    "lm_loss",
+    "grad_norm",
+    "learning_rate",
+    "iteration_seconds",
+    "validation_loss",
 )
 _DIGITS = 6
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton")
