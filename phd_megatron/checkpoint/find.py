@@ -294,6 +294,7 @@ def saved_iteration(checkpoint: Path) -> int | None:
 
 
 def misnamed_message(checkpoint: Path, inside: int | None) -> str:
+    """Why a checkpoint whose directory says another iteration than its content is not loaded."""
     return (
         f"{checkpoint} holds the state of iteration {inside}, by its {TRAINING_STATE}: somebody renamed or copied it, "
         f"and a run that goes on from it would replace its own later checkpoints. Call it iter_{inside:07d} again, "

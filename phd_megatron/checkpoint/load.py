@@ -159,8 +159,7 @@ def load_checkpoint(
     if restored is not None:
         match.check_sharding(path, common)
         configured = _configured_groups(restored)
-    may_lack = _FROM_ZERO if finetune else frozenset()
-    state, absent = _request(path, reader, models, restored, may_lack, load_rng, runtime)
+    state, absent = _request(path, reader, models, restored, finetune, load_rng, runtime)
     loaded = _read(path, reader, state, models)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
@@ -199,7 +198,7 @@ def _request(
     reader: CheckpointReader,
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
-    may_lack: frozenset[str],
+    finetune: bool,
     load_rng: bool,
     runtime: RuntimeLike,
 ) -> tuple[ShardedStateDict, frozenset[str]]:
@@ -208,7 +207,7 @@ def _request(
     state = sharded_state(models, optimizer, None, is_loading=True)
     if optimizer is not None:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
-    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack)
+    absent = match.check_contents(path, state, stored, optimizer is not None, _FROM_ZERO if finetune else frozenset())
     if absent:
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
     for key in sorted(absent & _FROM_ZERO):

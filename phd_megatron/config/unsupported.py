@@ -1,5 +1,7 @@
-"""What is accepted as a name and not as a value: features that are not built, and ``TransformerConfig`` fields that the
-model would silently ignore or get wrong. One row each; building the feature deletes its row.
+"""What is accepted as a name and not as a value.
+
+Features that are not built, and ``TransformerConfig`` fields that the model would silently ignore or get wrong. One row
+each; building the feature deletes its row.
 
 Field references are to Megatron-Core 0.16.1.
 """

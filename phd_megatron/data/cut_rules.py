@@ -1,4 +1,4 @@
-"""Where a long text can be cut so that tokenizing its pieces gives the ids of the whole.
+r"""Where a long text can be cut so that tokenizing its pieces gives the ids of the whole.
 
 That depends on the tokenizer. Here are the ones about which it is known, by the parts of their ``tokenizer.json``; with
 any other a text is tokenized in one go. A piece that is not the first is tokenized behind a few characters of the text
@@ -8,7 +8,7 @@ A cut is at a place of one of three kinds, always between characters that no nor
 white space:
 
 ``line``
-    after a line feed between two other characters: ``X\\n|Y``;
+    after a line feed between two other characters: ``X\n|Y``;
 ``space``
     before a single space between two others: ``X| Y``;
 ``stop``

@@ -1,6 +1,6 @@
-"""Megatron's indexed data: ``PREFIX.bin`` holds token ids, ``PREFIX.idx`` says where each sequence lies.
+r"""Megatron's indexed data: ``PREFIX.bin`` holds token ids, ``PREFIX.idx`` says where each sequence lies.
 
-Layout of .idx (megatron.core.datasets.indexed_dataset): 9 bytes ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code,
+Layout of .idx (megatron.core.datasets.indexed_dataset): 9 bytes ``MMIDIDX\0\0``, u64 version 1, u8 dtype code,
 u64 sequences n, u64 document marks d, int32[n] lengths in tokens, int64[n] byte offsets, int64[d] document marks
 (0, then the number of sequences after each document). This module writes it in bounded memory and checks it without
 importing Megatron, which takes seconds and holds the whole index as Python lists while writing.
@@ -104,8 +104,10 @@ class IndexedWriter:
 
 @dataclass(frozen=True)
 class IndexedInfo:
-    """A pair whose header and sizes were looked at. ``lengths`` int32 and ``pointers`` int64 [sequences], ``marks``
-    int64 [documents + 1] lie in the index."""
+    """A pair whose header and sizes were looked at.
+
+    ``lengths`` int32 and ``pointers`` int64 [sequences], ``marks`` int64 [documents + 1] lie in the index.
+    """
 
     prefix: str
     dtype: np.dtype[np.generic]

@@ -194,8 +194,9 @@ class LayerRecorder:
         return match.any(1).to(device), match.int().argmax(1).to(device), visible.to(device), kinds.to(device)
 
     def _keys(self, policy: KVPolicy, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the keys at these positions, copy-major: ``[n, K*positions]``, which the sampled queries of the last copy
-        see, and their :func:`key_kinds`; no kinds with K = 1.
+        """Which keys at these positions, copy-major, the sampled queries of the last copy see, ``[n, K*positions]``.
+
+        And their :func:`key_kinds`; none with K = 1.
         """
         query_position = sampled_positions(self.length)[:, None]
         key_copy = torch.arange(1, policy.repeat + 1).repeat_interleave(len(positions))
