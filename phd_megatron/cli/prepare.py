@@ -17,6 +17,7 @@ def _number(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = Parser(
         prog="phd-megatron prepare",
         description="Turn text into Megatron .bin/.idx data. Each document ends with the end-of-document token.",

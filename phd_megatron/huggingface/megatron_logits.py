@@ -69,8 +69,10 @@ def fill(model: GPTModel, source: MegatronCheckpoint, dtype: torch.dtype) -> Non
 
 @torch.no_grad()
 def hidden_states_and_logits(model: GPTModel, tokens: Tensor, true_vocab_size: int) -> dict[str, Tensor]:
-    """By name, ``[b, n, h]`` after each layer but the last, of the last copy and of the originals, and logits
-    ``[b, n, vocabulary]`` of ``tokens`` [b, n]."""
+    """Hidden states by name and logits ``[b, n, vocabulary]`` of ``tokens`` ``[b, n]``.
+
+    The states are ``[b, n, h]`` after each layer but the last, of the last copy and of the originals.
+    """
     batch, length = tokens.shape
     found: dict[str, Tensor] = {}
 

@@ -1,5 +1,6 @@
-"""Forward and backward of a whole step as one CUDA graph (``cuda_graph_impl: local``, ``cuda_graph_scope:
-full_iteration``).
+"""Forward and backward of a whole step as one CUDA graph.
+
+That is ``cuda_graph_impl: local`` with ``cuda_graph_scope: full_iteration``.
 
 Megatron-Core's ``FullCudaGraphWrapper`` (0.16.1) does not fit: it keeps graph, inputs and step count on the class, so
 the second model of a process would replay the first; it records the finalisation of gradients, which there reads the

@@ -48,8 +48,7 @@ def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
 
 
 def rotary_table(config: PHDConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at float32 positions ``[b, rows]``; the first half of sines is
-    negated."""
+    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at positions ``[b, rows]``, the first half of sines negated."""
     # Made on the fly: a buffer would be lost when transformers builds the model on the meta device.
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
     frequency = 1.0 / config.rope_parameters["rope_theta"] ** exponent
