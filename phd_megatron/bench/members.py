@@ -191,7 +191,7 @@ def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: An
 def _time(name: str, config: RunConfig, stepper: Any, args: argparse.Namespace, runtime: Any) -> Measured:
     import torch
 
-    from phd_megatron.config.vocabulary import padded_vocab_size
+    from phd_megatron.config.architecture import padded_vocab_size
     from phd_megatron.planning.flops import forward_flops
 
     model, size, count, cuda = config.model, args.micro_batch_size, args.num_microbatches, not runtime.on_cpu

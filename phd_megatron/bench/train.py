@@ -231,7 +231,7 @@ def _measure(steps: dict[str, Step], batches: list[Any], rounds: int) -> dict[st
 
 
 def _show(args: argparse.Namespace, runs: dict[str, RunConfig], seconds: dict[str, list[float]], runtime: Any) -> int:
-    from phd_megatron.config.vocabulary import padded_vocab_size
+    from phd_megatron.config.architecture import padded_vocab_size
     from phd_megatron.planning.flops import forward_flops
     from phd_megatron.planning.peak import peak_tflops
 

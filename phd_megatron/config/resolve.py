@@ -6,8 +6,7 @@ stay as they are.
 
 from __future__ import annotations
 
-import math
-
+from phd_megatron.config.architecture import NEEDED, fill_in, kv_policy_and_note
 from phd_megatron.config.catalog import fields, nearest
 from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
@@ -19,7 +18,6 @@ from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
 
 EVAL_INTERVAL = 1000  # steps, where neither eval_interval nor evals_per_run is given
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def resolve(config: RunConfig) -> list[str]:
@@ -36,7 +34,7 @@ def resolve(config: RunConfig) -> list[str]:
     raise_all(
         [
             f"{name} is not set; give --{name.replace('_', '-')} N, or `{name}: N` below `model:`"
-            for name in _REQUIRED
+            for name in NEEDED
             if getattr(config.model, name) is None
         ]
     )
@@ -49,20 +47,7 @@ def resolve(config: RunConfig) -> list[str]:
 
 
 def _resolve_model(model: ModelConfig) -> list[str]:
-    assert model.hidden_size is not None and model.num_attention_heads is not None  # checked by resolve
-    notes = []
-    if model.ffn_hidden_size is None:
-        model.ffn_hidden_size = 4 * model.hidden_size
-        notes.append(f"ffn_hidden_size={model.ffn_hidden_size}: 4 * hidden_size")
-    if model.num_query_groups is None:
-        model.num_query_groups = model.num_attention_heads
-    if model.kv_channels is None:
-        model.kv_channels = model.hidden_size // model.num_attention_heads
-    if model.max_position_embeddings is None:
-        model.max_position_embeddings = model.seq_length
-    if model.init_method_std is None:
-        model.init_method_std = 1 / math.sqrt(2.5 * model.hidden_size)
-        notes.append(f"init_method_std={model.init_method_std:.6g}: 1/sqrt(2.5 * hidden_size)")
+    notes = fill_in(model)
     scheme = norm_scheme(model.norm_scheme)
     if model.norm_scheme in ALIASES:
         alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
@@ -131,12 +116,7 @@ def _unfitting_init(model: ModelConfig) -> list[str]:
 
 
 def _resolve_phd(model: ModelConfig) -> list[str]:
-    from phd_megatron.phd.kv_policy import KVPolicy  # imports torch
-
-    try:
-        policy, note = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    policy, note = kv_policy_and_note(model)
     if model.phd_repeat > 1:
         model.phd_window, model.phd_chunk = policy.window, policy.chunk
     return [] if note is None else [note]

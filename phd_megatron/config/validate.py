@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.cuda_graph import graph_problems
 from phd_megatron.config.facts import Needs, violates
@@ -60,7 +61,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={heads}; set kv_channels (the "
             f"head dimension) or use hidden_size={(model.hidden_size // heads + 1) * heads}"
         )
-    width = channels or (model.hidden_size // heads if heads and model.hidden_size else None)
+    width = head_dim(model)
     if width and (rotary := int(width * model.rotary_percent)) < 2:
         yield (
             f"rotary_percent={model.rotary_percent} of kv_channels={width} is below the 2 that RoPE turns together: "

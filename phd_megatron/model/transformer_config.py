@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from phd_megatron.config.architecture import kv_policy
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
@@ -67,7 +68,7 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         UserError: for a combination that Megatron-Core or PHD attention cannot compute.
     """
     model, parallel = run.model, run.parallel
-    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    policy = kv_policy(model)
     scheme, layers = norm_scheme(model.norm_scheme), model.num_layers or 0
     dtype = params_dtype(run)
     split = PipelineSplit.from_config(parallel)

@@ -19,8 +19,8 @@ from phd_megatron.checkpoint.format import TOKENIZER
 from phd_megatron.checkpoint.load import load_checkpoint
 from phd_megatron.checkpoint.run_directory import RunDirectory, lies_in
 from phd_megatron.checkpoint.saver import CheckpointSaver
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import Tokenizer, inherit_generation
 from phd_megatron.errors import DIVERGED, UserError
