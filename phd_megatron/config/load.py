@@ -9,14 +9,15 @@ from typing import Any
 from phd_megatron.config.aliases import Set
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
-from phd_megatron.config.inherit import drop_what_is_lost, inherited, not_taken_over, schedule_of
 from phd_megatron.config.presets import preset_values
+from phd_megatron.config.resume import drop_what_is_lost, inherited, not_taken_over, schedule_of
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
+from phd_megatron.config.serialize import dump_yaml, flatten, from_dict, load_yaml, of_values, read_yaml, to_dict
 from phd_megatron.errors import UserError
 
 __all__ = ["LoadedConfig", "dump_yaml", "from_dict", "load_run_config", "load_yaml", "to_dict"]
 
+Layer = tuple[Mapping[str, Any], str | Mapping[str, str]]
 SavedConfig = Mapping[str, Any] | Callable[[str], Mapping[str, Any] | None] | None
 
 
@@ -67,7 +68,7 @@ def load_run_config(
 
     preset = preset_values(flags.preset) if flags.preset is not None else {}
     _check_conditions_before(flags, {**preset, **saved_values, **yaml_values})
-    merged = merge_layers(
+    values, origins, notes = _merged(
         [
             (preset, f"preset {flags.preset}"),
             (saved_values, f"saved in {load}"),
@@ -76,35 +77,37 @@ def load_run_config(
             (schedule_of(everything, given), f"saved in {load}"),
         ]
     )
-    drop_what_is_lost(merged.config, merged.origins, f"saved in {load}")
-    merged.notes[:0] = [*flags.notes, *not_taken_over(everything, merged.config, str(load))]
-    _check_conditions_after(flags, merged.config)
-    return merged
+    drop_what_is_lost(values, origins, f"saved in {load}")
+    _check_conditions_after(flags, values)
+    notes = [*flags.notes, *not_taken_over(everything, values, str(load)), *notes]
+    return LoadedConfig(of_values(values), origins, notes)
 
 
-def merge_layers(layers: Sequence[tuple[Mapping[str, Any], str | Mapping[str, str]]]) -> LoadedConfig:
+def merge_layers(layers: Sequence[Layer]) -> LoadedConfig:
     """Defaults, then each layer of ``field -> checked value`` with where its values are from; later ones win."""
-    merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), [])
-    for values, origin in layers:
-        _overlay(merged, values, dict.fromkeys(values, origin) if isinstance(origin, str) else origin)
-    return merged
+    values, origins, notes = _merged(layers)
+    return LoadedConfig(of_values(values), origins, notes)
 
 
-def _overlay(merged: LoadedConfig, values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    for group in ALTERNATIVES:
-        given = [name for name in group if name in values and values[name] != fields()[name].default]
-        for name in group:
-            if not given or name in values or lookup(merged.config, name) == fields()[name].default:
-                continue
-            old, place = lookup(merged.config, name), merged.origins[name]
-            assign(merged.config, name, fields()[name].default)
-            merged.origins[name] = "default"
-            merged.notes.append(
-                f"{name}={old!r} ({place}) is replaced by {given[0]}={values[given[0]]!r} ({origins[given[0]]})"
-            )
-    for name, value in values.items():
-        assign(merged.config, name, value)
-        merged.origins[name] = origins[name]
+def _merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What some layer says, where each field is from, and which values were replaced by an alternative."""
+    values: dict[str, Any] = {}
+    origins, notes = dict.fromkeys(fields(), "default"), []
+    for layer, origin in layers:
+        layer_origins = dict.fromkeys(layer, origin) if isinstance(origin, str) else origin
+        for group in ALTERNATIVES:
+            given = [name for name in group if name in layer and layer[name] != fields()[name].default]
+            for name in group:
+                if not given or name in layer or values.get(name, fields()[name].default) == fields()[name].default:
+                    continue
+                notes.append(
+                    f"{name}={values.pop(name)!r} ({origins[name]}) is replaced by {given[0]}={layer[given[0]]!r} "
+                    f"({layer_origins[given[0]]})"
+                )
+                origins[name] = "default"
+        values |= layer
+        origins |= layer_origins
+    return values, origins, notes
 
 
 def _check_conditions_before(flags: ParsedFlags, weaker: Mapping[str, Any]) -> None:
@@ -118,10 +121,10 @@ def _check_conditions_before(flags: ParsedFlags, weaker: Mapping[str, Any]) -> N
                 )
 
 
-def _check_conditions_after(flags: ParsedFlags, config: RunConfig) -> None:
+def _check_conditions_after(flags: ParsedFlags, values: Mapping[str, Any]) -> None:
     for name, alias in flags.aliases.items():
         needs = None if isinstance(alias, Set) else alias.needs
-        if needs is not None and lookup(config, needs) is None:
+        if needs is not None and values.get(needs) is None:
             raise UserError(
                 f"--{name.replace('_', '-')} without --{needs.replace('_', '-')}: the number is missing; give it"
             )

@@ -12,10 +12,10 @@ from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
 from phd_megatron.config.precision import switched_off
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
-from phd_megatron.config.unsupported import raise_all, refuse_unsupported
+from phd_megatron.config.unsupported import refuse_unsupported
 from phd_megatron.config.validate import problems
-from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
+from phd_megatron.errors import UserError, raise_all
+from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, NormScheme, norm_scheme
 
 EVAL_INTERVAL = 1000  # steps, where neither eval_interval nor evals_per_run is given
 
@@ -38,21 +38,23 @@ def resolve(config: RunConfig) -> list[str]:
             if getattr(config.model, name) is None
         ]
     )
-    raise_all([*problems(config), *_unknown_scheme(config.model), *_unfitting_init(config.model)])
-    notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
+    scheme, unknown = _scheme_of(config.model)
+    raise_all([*problems(config), *unknown, *_unfitting_init(config.model, scheme)])
+    assert scheme is not None  # else it was unknown
+    notes = _resolve_model(config.model, scheme) + _resolve_phd(config.model)
+    notes += _resolve_stages(config) + warnings(config)
     if config.training.eval_interval is None and config.training.evals_per_run is None:
         config.training.eval_interval = EVAL_INTERVAL
     raise_all(problems(config))
     return switched_off_notes + notes
 
 
-def _resolve_model(model: ModelConfig) -> list[str]:
+def _resolve_model(model: ModelConfig, scheme: NormScheme) -> list[str]:
     notes = fill_in(model)
-    scheme = norm_scheme(model.norm_scheme)
     if model.norm_scheme in ALIASES:
         alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
         notes.append(f"norm_scheme={model.norm_scheme}: another name of {alias}")
-    notes += _like_another_scheme(model)
+    notes += _like_another_scheme(model, scheme)
     if model.init == "auto":
         model.init = scheme.default_init
         notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
@@ -63,11 +65,10 @@ def _resolve_model(model: ModelConfig) -> list[str]:
     return notes
 
 
-def _like_another_scheme(model: ModelConfig) -> list[str]:
+def _like_another_scheme(model: ModelConfig, scheme: NormScheme) -> list[str]:
     """Schemes that treat some layers otherwise have none of those in a shallow model."""
     assert model.num_layers is not None  # checked by resolve
-    scheme, pre = norm_scheme(model.norm_scheme), norm_scheme("pre")
-    layers = range(model.num_layers)
+    pre, layers = NORM_SCHEMES["pre"], range(model.num_layers)
     if model.norm_scheme == "pre" or scheme.embed_norm:
         return []
     if any(scheme.plan(i, model.num_layers) != pre.plan(i, model.num_layers) for i in layers):
@@ -94,21 +95,20 @@ def _resolve_stages(config: RunConfig) -> list[str]:
     return [f"virtual_pipeline_model_parallel_size={chunks}: {layers} layers / ({stages} stages x {per_chunk})"]
 
 
-def _unknown_scheme(model: ModelConfig) -> list[str]:
+def _scheme_of(model: ModelConfig) -> tuple[NormScheme | None, list[str]]:
+    """The norm scheme, or what to say when there is none of that name."""
     try:
-        norm_scheme(model.norm_scheme)
+        return norm_scheme(model.norm_scheme), []
     except ValueError as error:
         hint = nearest(model.norm_scheme, [*NORM_SCHEMES, *ALIASES])
-        return [f"{error}; {hint}" if hint else str(error)]
-    return []
+        return None, [f"{error}; {hint}" if hint else str(error)]
 
 
-def _unfitting_init(model: ModelConfig) -> list[str]:
+def _unfitting_init(model: ModelConfig, scheme: NormScheme | None) -> list[str]:
     """DeepNorm's scaled residual and its initial values belong together."""
-    try:
-        has_gain = norm_scheme(model.norm_scheme).init_gain is not None
-    except ValueError:
-        return []  # said by _unknown_scheme
+    if scheme is None:
+        return []
+    has_gain = scheme.init_gain is not None
     if model.init == "auto" or (model.init == "deepnorm") == has_gain:
         return []
     cure = "which brings its own; use init=auto" if has_gain else "which has no scaled residual; use another init"

@@ -28,8 +28,20 @@ def from_dict(data: Mapping[str, Any], where: str = "configuration") -> RunConfi
     Raises:
         UserError: for an unknown section or field, or a value of the wrong type. ``where`` names the source.
     """
+    return of_values(flatten(data, where, None))
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """Field name -> value: all of ours, then what is given of ``TransformerConfig``; independent of ``config``."""
+    flat = {name: value for section in to_dict(config).values() for name, value in section.items()}
+    further: dict[str, Any] = flat.pop(PASSTHROUGH)
+    return flat | further
+
+
+def of_values(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with these values, checked before, and defaults for other fields."""
     config = RunConfig()
-    for name, value in flatten(data, where, None).items():
+    for name, value in values.items():
         assign(config, name, value)
     return config
 

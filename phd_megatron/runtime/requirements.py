@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.unsupported import raise_all
+from phd_megatron.errors import raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.cuda_graph import graph_machine_problems
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
