@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from phd_megatron.config.moe import MoE
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import BlockNorm, norm_plan
+from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, BlockNorm, NormScheme, norm_plan, norm_scheme
 
 if TYPE_CHECKING:
     from phd_megatron.phd.kv_policy import KVPolicy
@@ -22,12 +22,34 @@ NEEDED = ("num_layers", "hidden_size", "num_attention_heads")
 """Sizes that follow from no other field."""
 
 
-def fill_in(model: ModelConfig) -> list[str]:
-    """Write down the sizes that a model leaves to be derived from :data:`NEEDED`.
+def complete(model: ModelConfig) -> list[str]:
+    """Write down all that a model leaves to be derived from :data:`NEEDED`; a second call changes nothing.
 
     Returns:
         What is worth telling, one line each.
+
+    Raises:
+        UserError: for PHD's numbers.
     """
+    notes, scheme = _fill_in_sizes(model), norm_scheme(model.norm_scheme)
+    if model.norm_scheme in ALIASES:
+        alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
+        notes.append(f"norm_scheme={model.norm_scheme}: another name of {alias}")
+    notes += _like_another_scheme(model, scheme)
+    if model.init == "auto":
+        model.init = scheme.default_init
+        notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
+    has_experts = model.transformer.get("num_moe_experts") is not None
+    if has_experts and model.transformer.get("moe_ffn_hidden_size") is None:
+        model.transformer["moe_ffn_hidden_size"] = model.ffn_hidden_size
+        notes.append(f"moe_ffn_hidden_size={model.ffn_hidden_size}: ffn_hidden_size")
+    policy, note = _kv_policy(model)
+    if model.phd_repeat > 1:
+        model.phd_window, model.phd_chunk = policy.window, policy.chunk
+    return notes if note is None else [*notes, note]
+
+
+def _fill_in_sizes(model: ModelConfig) -> list[str]:
     assert model.hidden_size is not None and model.num_attention_heads is not None
     notes = []
     if model.ffn_hidden_size is None:
@@ -50,6 +72,17 @@ def is_resolved(model: ModelConfig) -> bool:
     return all(getattr(model, name) for name in sizes)
 
 
+def _like_another_scheme(model: ModelConfig, scheme: NormScheme) -> list[str]:
+    """Schemes that treat some layers otherwise have none of those in a shallow model."""
+    assert model.num_layers is not None
+    pre, layers = NORM_SCHEMES["pre"], range(model.num_layers)
+    if model.norm_scheme == "pre" or scheme.embed_norm:
+        return []
+    if any(scheme.plan(i, model.num_layers) != pre.plan(i, model.num_layers) for i in layers):
+        return []
+    return [f"norm_scheme={model.norm_scheme}: with num_layers={model.num_layers} every block is that of pre"]
+
+
 def head_dim(model: ModelConfig) -> int | None:
     """Width of one head; None while the model does not say enough."""
     if model.kv_channels is None and model.hidden_size and model.num_attention_heads:
@@ -64,10 +97,10 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
 
 def kv_policy(model: ModelConfig) -> KVPolicy:
     """Which keys a query of this model sees."""
-    return kv_policy_and_note(model)[0]
+    return _kv_policy(model)[0]
 
 
-def kv_policy_and_note(model: ModelConfig) -> tuple[KVPolicy, str | None]:
+def _kv_policy(model: ModelConfig) -> tuple[KVPolicy, str | None]:
     """The same, and in words what was defaulted, if anything was.
 
     Raises:
@@ -116,7 +149,7 @@ class Architecture:
 def architecture_of(model: ModelConfig) -> Architecture:
     """The record of a model that says all of :data:`NEEDED`, resolved or not."""
     full = replace(model)
-    fill_in(full)
+    _fill_in_sizes(full)
     assert full.num_layers and full.hidden_size and full.num_attention_heads
     assert full.ffn_hidden_size and full.num_query_groups and full.kv_channels  # filled in
     assert full.max_position_embeddings and full.init_method_std

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phd_megatron.config.aliases import Set
+from phd_megatron.config.aliases import Accept, Set
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
 from phd_megatron.config.presets import preset_values
@@ -64,22 +64,20 @@ def load_run_config(
     saved_data = (saved(load) if load is not None else None) if callable(saved) else saved
     everything = {} if saved_data is None else flatten(saved_data, f"configuration saved in {load}", None)
     given = {**yaml_values, **flags.values}
-    saved_values = inherited(everything, given)
-
     preset = preset_values(flags.preset) if flags.preset is not None else {}
-    _check_conditions_before(flags, {**preset, **saved_values, **yaml_values})
+    saved_values, schedule = inherited(everything, given), schedule_of(everything, given)
     values, origins, notes = _merged(
         [
             (preset, f"preset {flags.preset}"),
             (saved_values, f"saved in {load}"),
             (yaml_values, str(flags.config)),
             (flags.values, {name: f"flag {flag}" for name, flag in flags.origins.items()}),
-            (schedule_of(everything, given), f"saved in {load}"),
+            (schedule, f"saved in {load}"),
         ]
     )
     drop_what_is_lost(values, origins, f"saved in {load}")
-    _check_conditions_after(flags, values)
     notes = [*flags.notes, *not_taken_over(everything, values, str(load)), *notes]
+    _check_conditions(flags, {**preset, **saved_values, **yaml_values}, values)
     return LoadedConfig(of_values(values), origins, notes)
 
 
@@ -110,7 +108,8 @@ def _merged(layers: Sequence[Layer]) -> tuple[dict[str, Any], dict[str, str], li
     return values, origins, notes
 
 
-def _check_conditions_before(flags: ParsedFlags, weaker: Mapping[str, Any]) -> None:
+def _check_conditions(flags: ParsedFlags, weaker: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Rows of aliases that depend on other values: those of weaker sources, and those of all."""
     for name, alias in flags.aliases.items():
         if isinstance(alias, Set) and alias.only_over and alias.field in weaker:
             old = weaker[alias.field]
@@ -119,12 +118,7 @@ def _check_conditions_before(flags: ParsedFlags, weaker: Mapping[str, Any]) -> N
                     f"--{name.replace('_', '-')} means {alias.field}={alias.value!r}, but {alias.field}={old!r} is "
                     f"configured; leave the flag out, or give --{alias.field.replace('_', '-')} itself"
                 )
-
-
-def _check_conditions_after(flags: ParsedFlags, values: Mapping[str, Any]) -> None:
-    for name, alias in flags.aliases.items():
-        needs = None if isinstance(alias, Set) else alias.needs
-        if needs is not None and values.get(needs) is None:
+        elif isinstance(alias, Accept) and alias.needs is not None and values.get(alias.needs) is None:
             raise UserError(
-                f"--{name.replace('_', '-')} without --{needs.replace('_', '-')}: the number is missing; give it"
+                f"--{name.replace('_', '-')} without --{alias.needs.replace('_', '-')}: the number is missing; give it"
             )

@@ -14,7 +14,6 @@ from typing import Any
 from phd_megatron.config.cuda_graph import is_full_iteration
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import values_of
-from phd_megatron.errors import raise_all
 
 Test = Callable[[Any, RunConfig], bool]
 
@@ -312,8 +311,3 @@ def refusals(config: RunConfig) -> list[str]:
                 found.append(f"{name}={value!r}: {row.reason}; {row.cure}")
                 break
     return found
-
-
-def refuse_unsupported(config: RunConfig) -> None:
-    """Raise ``UserError`` with every refusal at once, if there is any."""
-    raise_all(refusals(config))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phd_megatron.config.architecture import head_dim
-from phd_megatron.config.catalog import ALTERNATIVES, fields
+from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
 from phd_megatron.config.cuda_graph import graph_problems
 from phd_megatron.config.facts import violates
 from phd_megatron.config.moe import moe_problems
@@ -15,6 +15,7 @@ from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig,
 from phd_megatron.config.serialize import values_of
 from phd_megatron.config.values import is_optional
 from phd_megatron.errors import raise_all, shown
+from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
 
 _EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
 
@@ -84,6 +85,19 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"max_position_embeddings={model.max_position_embeddings} is below seq_length={model.seq_length}; raise it "
             "or leave it out"
         )
+
+
+def _norms(model: ModelConfig) -> Iterator[str]:
+    """The scheme is known, and DeepNorm's scaled residual and its initial values are together."""
+    try:
+        has_gain = norm_scheme(model.norm_scheme).init_gain is not None
+    except ValueError as error:
+        hint = nearest(model.norm_scheme, [*NORM_SCHEMES, *ALIASES])
+        yield f"{error}; {hint}" if hint else str(error)
+        return
+    if model.init != "auto" and (model.init == "deepnorm") != has_gain:
+        cure = "which brings its own; use init=auto" if has_gain else "which has no scaled residual; use another init"
+        yield f"init={model.init} does not fit norm_scheme={model.norm_scheme}, {cure}"
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -186,6 +200,7 @@ def problems(config: RunConfig) -> list[str]:
         *moe_problems(config.model),
         *precision_problems(config),
         *graph_problems(config),
+        *_norms(config.model),
     ]
 
 
