@@ -21,6 +21,7 @@ quickstart:  ## the whole path on real text, on the CPU
 figures:     ## docs/img from the code's own definitions
 	$(PYTHON) tools/draw_figures.py
 	$(PYTHON) tools/draw_kernels.py
+	$(PYTHON) tools/draw_house.py
 
 clean:       ## caches and build products; not .venv, not runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

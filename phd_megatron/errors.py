@@ -29,6 +29,13 @@ class RunLost(UserError):
     exit_code = 1
 
 
+def raise_all(problems: list[str]) -> None:
+    """Raise one ``UserError`` for all problems; return when there are none."""
+    if problems:
+        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  - "
+        raise UserError(head + "\n  - ".join(problems))
+
+
 @contextmanager
 def naming(temporary: str | os.PathLike[str], final: str | os.PathLike[str]) -> Iterator[None]:
     """A refusal from within says ``final`` where it means ``temporary``, a place that is gone when it is read."""

@@ -83,7 +83,7 @@ def batch_of(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def sample_flops(model: ModelConfig) -> float:
     """FLOPs of training on one sample, by formula (:mod:`phd_megatron.planning.flops`)."""
-    from phd_megatron.config.vocabulary import padded_vocab_size
+    from phd_megatron.config.architecture import padded_vocab_size
     from phd_megatron.planning.flops import forward_flops
 
     rows = padded_vocab_size(vocabulary_of(model), model.make_vocab_size_divisible_by)

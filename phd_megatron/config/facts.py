@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -55,6 +55,10 @@ class Needs:
     def __init__(self, *names: str, reason: str) -> None:
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "reason", reason)
+
+    def are_met(self, values: Mapping[str, Any]) -> bool:
+        """Whether one of them is set, by these values; what is not among them is not set."""
+        return any(values.get(name) not in (None, False) for name in self.names)
 
 
 class Belongs(enum.Enum):

@@ -10,7 +10,7 @@ from phd_megatron.config.catalog import FieldInfo, fields, sections
 from phd_megatron.config.plain import Annotations, Plain
 from phd_megatron.config.presets import PRESETS
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import lookup
+from phd_megatron.config.serialize import values_of
 from phd_megatron.config.unsupported import is_refused_by_name
 from phd_megatron.config.values import describe, simplify
 
@@ -60,12 +60,12 @@ def _plain(value: Plain) -> str:
 
 def format_config(config: RunConfig, origins: Mapping[str, str]) -> str:
     """The whole configuration, one line a field: value and where it is from (``derived`` if resolving filled it)."""
-    lines = []
+    lines, values = [], values_of(config)
     for section in sections():
         lines.append(f"{section}:")
         names = [name for name, info in fields().items() if info.section == section]
         for name in [*names, *(config.model.transformer if section == "model" else ())]:
-            value, origin = lookup(config, name), origins.get(name, "default")
+            value, origin = values[name], origins.get(name, "default")
             if origin == "default":
                 is_default = name in fields() and value == fields()[name].default
                 origin = "" if is_default else "derived"

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from phd_megatron.config.aliases import Set
+from phd_megatron.config.aliases import Accept, Set
 from phd_megatron.config.catalog import ALTERNATIVES, fields
 from phd_megatron.config.flags import ParsedFlags, parse_flags
-from phd_megatron.config.inherit import drop_what_is_lost, inherited, not_taken_over, schedule_of
 from phd_megatron.config.plain import Annotations, Plain, Values
 from phd_megatron.config.presets import preset_values
+from phd_megatron.config.resume import drop_what_is_lost, inherited, not_taken_over, schedule_of
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import assign, dump_yaml, flatten, from_dict, load_yaml, lookup, read_yaml, to_dict
+from phd_megatron.config.serialize import dump_yaml, flatten, from_dict, load_yaml, of_values, read_yaml, to_dict
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
 
 __all__ = ["LoadedConfig", "dump_yaml", "from_dict", "load_run_config", "load_yaml", "to_dict"]
 
+Layer = tuple[Values, str | Mapping[str, str]]
 SavedConfig = Values | Callable[[str], Values | None] | None
 
 
@@ -62,51 +63,52 @@ def load_run_config(argv: list[str], *, transformer_fields: Annotations, saved: 
     saved_data = (saved(str(load)) if load is not None else None) if callable(saved) else saved
     everything = {} if saved_data is None else flatten(saved_data, f"configuration saved in {load}", None)
     given = {**yaml_values, **flags.values}
-    saved_values = inherited(everything, given)
-
     preset = preset_values(flags.preset) if flags.preset is not None else {}
-    _check_conditions_before(flags, {**preset, **saved_values, **yaml_values})
-    merged = merge_layers(
+    saved_values, schedule = inherited(everything, given), schedule_of(everything, given)
+    values, origins, notes = _merged(
         [
             (preset, f"preset {flags.preset}"),
             (saved_values, f"saved in {load}"),
             (yaml_values, str(flags.config)),
             (flags.values, {name: f"flag {flag}" for name, flag in flags.origins.items()}),
-            (schedule_of(everything, given), f"saved in {load}"),
+            (schedule, f"saved in {load}"),
         ]
     )
-    drop_what_is_lost(merged.config, merged.origins, f"saved in {load}")
-    merged.notes[:0] = [*flags.notes, *not_taken_over(everything, merged.config, str(load))]
-    _check_conditions_after(flags, merged.config)
-    return merged
+    drop_what_is_lost(values, origins, f"saved in {load}")
+    notes = [*flags.notes, *not_taken_over(everything, values, str(load)), *notes]
+    _check_conditions(flags, {**preset, **saved_values, **yaml_values}, values)
+    return LoadedConfig(of_values(values), origins, notes)
 
 
-def merge_layers(layers: Sequence[tuple[Values, str | Mapping[str, str]]]) -> LoadedConfig:
+def merge_layers(layers: Sequence[Layer]) -> LoadedConfig:
     """Defaults, then each layer of ``field -> checked value`` with where its values are from; later ones win."""
-    merged = LoadedConfig(RunConfig(), dict.fromkeys(fields(), "default"), [])
-    for values, origin in layers:
-        _overlay(merged, values, dict.fromkeys(values, origin) if isinstance(origin, str) else origin)
-    return merged
+    values, origins, notes = _merged(layers)
+    return LoadedConfig(of_values(values), origins, notes)
 
 
-def _overlay(merged: LoadedConfig, values: Values, origins: Mapping[str, str]) -> None:
-    for group in ALTERNATIVES:
-        given = [name for name in group if name in values and values[name] != fields()[name].default]
-        for name in group:
-            if not given or name in values or lookup(merged.config, name) == fields()[name].default:
-                continue
-            old, place = lookup(merged.config, name), merged.origins[name]
-            assign(merged.config, name, fields()[name].default)
-            merged.origins[name] = "default"
-            merged.notes.append(
-                f"{name}={old!r} ({place}) is replaced by {given[0]}={values[given[0]]!r} ({origins[given[0]]})"
-            )
-    for name, value in values.items():
-        assign(merged.config, name, value)
-        merged.origins[name] = origins[name]
+def _merged(layers: Sequence[Layer]) -> tuple[dict[str, Plain], dict[str, str], list[str]]:
+    """What some layer says, where each field is from, and which values were replaced by an alternative."""
+    values: dict[str, Plain] = {}
+    origins, notes = dict.fromkeys(fields(), "default"), []
+    for layer, origin in layers:
+        layer_origins = dict.fromkeys(layer, origin) if isinstance(origin, str) else origin
+        for group in ALTERNATIVES:
+            given = [name for name in group if name in layer and layer[name] != fields()[name].default]
+            for name in group:
+                if not given or name in layer or values.get(name, fields()[name].default) == fields()[name].default:
+                    continue
+                notes.append(
+                    f"{name}={values.pop(name)!r} ({origins[name]}) is replaced by {given[0]}={layer[given[0]]!r} "
+                    f"({layer_origins[given[0]]})"
+                )
+                origins[name] = "default"
+        values |= layer
+        origins |= layer_origins
+    return values, origins, notes
 
 
-def _check_conditions_before(flags: ParsedFlags, weaker: Values) -> None:
+def _check_conditions(flags: ParsedFlags, weaker: Values, values: Values) -> None:
+    """Rows of aliases that depend on other values: those of weaker sources, and those of all."""
     for name, alias in flags.aliases.items():
         if isinstance(alias, Set) and alias.only_over and alias.field in weaker:
             old = weaker[alias.field]
@@ -115,12 +117,7 @@ def _check_conditions_before(flags: ParsedFlags, weaker: Values) -> None:
                     f"--{name.replace('_', '-')} means {alias.field}={alias.value!r}, but {alias.field}={old!r} is "
                     f"configured; leave the flag out, or give --{alias.field.replace('_', '-')} itself"
                 )
-
-
-def _check_conditions_after(flags: ParsedFlags, config: RunConfig) -> None:
-    for name, alias in flags.aliases.items():
-        needs = None if isinstance(alias, Set) else alias.needs
-        if needs is not None and lookup(config, needs) is None:
+        elif isinstance(alias, Accept) and alias.needs is not None and values.get(alias.needs) is None:
             raise UserError(
-                f"--{name.replace('_', '-')} without --{needs.replace('_', '-')}: the number is missing; give it"
+                f"--{name.replace('_', '-')} without --{alias.needs.replace('_', '-')}: the number is missing; give it"
             )

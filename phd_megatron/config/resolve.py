@@ -6,20 +6,17 @@ stay as they are.
 
 from __future__ import annotations
 
-import math
-
-from phd_megatron.config.catalog import fields, nearest
+from phd_megatron.config.architecture import NEEDED, complete
+from phd_megatron.config.catalog import fields
 from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
 from phd_megatron.config.precision import switched_off
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
-from phd_megatron.config.unsupported import raise_all, refuse_unsupported
+from phd_megatron.config.unsupported import refusals
 from phd_megatron.config.validate import problems
-from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
+from phd_megatron.errors import UserError, raise_all
 
 EVAL_INTERVAL = 1000  # steps, where neither eval_interval nor evals_per_run is given
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 
 
 def resolve(config: RunConfig) -> list[str]:
@@ -32,62 +29,20 @@ def resolve(config: RunConfig) -> list[str]:
         UserError: with every problem found: missing architecture, values out of range, features not available.
     """
     switched_off_notes = switched_off(config.model) + switched_off_graph(config.model)
-    refuse_unsupported(config)
+    raise_all(refusals(config))
     raise_all(
         [
             f"{name} is not set; give --{name.replace('_', '-')} N, or `{name}: N` below `model:`"
-            for name in _REQUIRED
+            for name in NEEDED
             if getattr(config.model, name) is None
         ]
     )
-    raise_all([*problems(config), *_unknown_scheme(config.model), *_unfitting_init(config.model)])
-    notes = _resolve_model(config.model) + _resolve_phd(config.model) + _resolve_stages(config) + warnings(config)
+    raise_all(problems(config))
+    notes = [*complete(config.model), *_resolve_stages(config), *warnings(config)]
     if config.training.eval_interval is None and config.training.evals_per_run is None:
         config.training.eval_interval = EVAL_INTERVAL
     raise_all(problems(config))
     return switched_off_notes + notes
-
-
-def _resolve_model(model: ModelConfig) -> list[str]:
-    assert model.hidden_size is not None and model.num_attention_heads is not None  # checked by resolve
-    notes = []
-    if model.ffn_hidden_size is None:
-        model.ffn_hidden_size = 4 * model.hidden_size
-        notes.append(f"ffn_hidden_size={model.ffn_hidden_size}: 4 * hidden_size")
-    if model.num_query_groups is None:
-        model.num_query_groups = model.num_attention_heads
-    if model.kv_channels is None:
-        model.kv_channels = model.hidden_size // model.num_attention_heads
-    if model.max_position_embeddings is None:
-        model.max_position_embeddings = model.seq_length
-    if model.init_method_std is None:
-        model.init_method_std = 1 / math.sqrt(2.5 * model.hidden_size)
-        notes.append(f"init_method_std={model.init_method_std:.6g}: 1/sqrt(2.5 * hidden_size)")
-    scheme = norm_scheme(model.norm_scheme)
-    if model.norm_scheme in ALIASES:
-        alias, model.norm_scheme = model.norm_scheme, ALIASES[model.norm_scheme]
-        notes.append(f"norm_scheme={model.norm_scheme}: another name of {alias}")
-    notes += _like_another_scheme(model)
-    if model.init == "auto":
-        model.init = scheme.default_init
-        notes.append(f"init={model.init}: the default of norm_scheme={model.norm_scheme}")
-    has_experts = model.transformer.get("num_moe_experts") is not None
-    if has_experts and model.transformer.get("moe_ffn_hidden_size") is None:
-        model.transformer["moe_ffn_hidden_size"] = model.ffn_hidden_size
-        notes.append(f"moe_ffn_hidden_size={model.ffn_hidden_size}: ffn_hidden_size")
-    return notes
-
-
-def _like_another_scheme(model: ModelConfig) -> list[str]:
-    """Schemes that treat some layers otherwise have none of those in a shallow model."""
-    assert model.num_layers is not None  # checked by resolve
-    scheme, pre = norm_scheme(model.norm_scheme), norm_scheme("pre")
-    layers = range(model.num_layers)
-    if model.norm_scheme == "pre" or scheme.embed_norm:
-        return []
-    if any(scheme.plan(i, model.num_layers) != pre.plan(i, model.num_layers) for i in layers):
-        return []
-    return [f"norm_scheme={model.norm_scheme}: with num_layers={model.num_layers} every block is that of pre"]
 
 
 def _resolve_stages(config: RunConfig) -> list[str]:
@@ -107,39 +62,6 @@ def _resolve_stages(config: RunConfig) -> list[str]:
     parallel.num_layers_per_virtual_pipeline_stage = None
     parallel.virtual_pipeline_model_parallel_size = chunks
     return [f"virtual_pipeline_model_parallel_size={chunks}: {layers} layers / ({stages} stages x {per_chunk})"]
-
-
-def _unknown_scheme(model: ModelConfig) -> list[str]:
-    try:
-        norm_scheme(model.norm_scheme)
-    except ValueError as error:
-        hint = nearest(model.norm_scheme, [*NORM_SCHEMES, *ALIASES])
-        return [f"{error}; {hint}" if hint else str(error)]
-    return []
-
-
-def _unfitting_init(model: ModelConfig) -> list[str]:
-    """DeepNorm's scaled residual and its initial values belong together."""
-    try:
-        has_gain = norm_scheme(model.norm_scheme).init_gain is not None
-    except ValueError:
-        return []  # said by _unknown_scheme
-    if model.init == "auto" or (model.init == "deepnorm") == has_gain:
-        return []
-    cure = "which brings its own; use init=auto" if has_gain else "which has no scaled residual; use another init"
-    return [f"init={model.init} does not fit norm_scheme={model.norm_scheme}, {cure}"]
-
-
-def _resolve_phd(model: ModelConfig) -> list[str]:
-    from phd_megatron.phd.kv_policy import KVPolicy  # imports torch
-
-    try:
-        policy, note = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if model.phd_repeat > 1:
-        model.phd_window, model.phd_chunk = policy.window, policy.chunk
-    return [] if note is None else [note]
 
 
 def warnings(config: RunConfig) -> list[str]:

@@ -1,16 +1,89 @@
-"""May a run with this configuration continue from a checkpoint that was saved with that one?"""
+"""What a run that loads a checkpoint takes over from the run that saved it, and what it may change.
+
+It takes over no place to write, no identity and nothing that belongs to one start: a checkpoint may come from somebody
+else, or from a run that somebody still needs.
+"""
 
 from __future__ import annotations
 
 from phd_megatron.config.catalog import fields, role
-from phd_megatron.config.facts import FORM
-from phd_megatron.config.plain import Plain
+from phd_megatron.config.facts import FORM, PIPELINE_CUT, PLACE, SCHEDULE, Belongs
+from phd_megatron.config.plain import Plain, Values
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import lookup
-from phd_megatron.config.unsupported import raise_all
+from phd_megatron.config.serialize import of_values, values_of
+from phd_megatron.errors import raise_all, shown
+
+_ENDS = {"train_iters": "lr_decay_iters", "train_samples": "lr_decay_samples"}
+"""Length of a run -> length of a schedule that follows from it."""
 
 _ADDS_FROM_ZERO = ("phd_copy_embedding", "none")
 """Field and value from which ``finetune`` may add parameters, because they start at zero and change nothing."""
+
+
+def inherited(saved: Values, given: Values) -> dict[str, Plain]:
+    """The saved values that a run takes over which is given those; name -> value."""
+    stages = given.get("pipeline_model_parallel_size")
+    is_cut_anew = stages not in (None, saved.get("pipeline_model_parallel_size"))
+    return {
+        name: value
+        for name, value in saved.items()
+        if role(name).is_inherited and not (is_cut_anew and _belongs(name, PIPELINE_CUT))
+    }
+
+
+def schedule_of(saved: Values, given: Values) -> dict[str, Plain]:
+    """With ``use_checkpoint_opt_param_scheduler`` the saved schedule, which then wins over what is given; else nothing.
+
+    A decay as long as the run is written down as such, so that a longer run does not stretch it.
+    """
+    if not given.get("use_checkpoint_opt_param_scheduler"):
+        return {}
+    schedule = {name: value for name, value in saved.items() if _belongs(name, SCHEDULE)}
+    if all(schedule.get(name) is None for name in _ENDS.values()):
+        schedule |= {decay: saved[length] for length, decay in _ENDS.items() if saved.get(length) is not None}
+    return schedule
+
+
+def drop_what_is_lost(values: dict[str, Plain], origins: dict[str, str], source: str) -> None:
+    """Forget inherited values that mean nothing without what was not inherited, such as save_interval without save."""
+    while lost := [name for name in _without_their_needs(values) if origins[name] == source]:  # one may need another
+        for name in lost:
+            del values[name]
+            origins[name] = "default"
+
+
+def for_reading(saved: RunConfig) -> RunConfig:
+    """What a command takes over from a checkpoint that it only reads: nothing that names a place or is of one start."""
+    values = {name: value for name, value in values_of(saved).items() if role(name).is_inherited}
+    while lost := _without_their_needs(values):
+        for name in lost:
+            del values[name]
+    return of_values(values)
+
+
+def _without_their_needs(values: Values) -> list[str]:
+    needing = {name: info.needs for name, info in fields().items() if info.needs is not None}
+    return [
+        name
+        for name, needs in needing.items()
+        if name in values and values[name] != fields()[name].default and not needs.are_met(values)
+    ]
+
+
+def not_taken_over(saved: Values, values: Values, load: str) -> list[str]:
+    """What to tell of places that the saved run wrote to and this one does not."""
+    left = [
+        f"{name}={shown(value)}"
+        for name, value in saved.items()
+        if role(name) is PLACE and value is not None and values.get(name) is None
+    ]
+    if not left:
+        return []
+    return [f"not taken over from {load}: {', '.join(left)}; where a run writes is said anew at each start"]
+
+
+def _belongs(name: str, group: Belongs) -> bool:
+    return name in fields() and group in fields()[name].groups
 
 
 def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
@@ -24,8 +97,9 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
             that has no parameters may change.
     """
     notes, refused = [], []
-    for name in _all_names(saved, new):
-        before, after = lookup(saved, name), lookup(new, name)
+    old, given = values_of(saved), values_of(new)
+    for name in {**old, **given}:  # ours first
+        before, after = old.get(name), given.get(name)
         what = role(name)
         if before == after or not what.is_inherited:
             continue
@@ -35,7 +109,7 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
             notes.append(f"changed since the checkpoint: {change}")
         elif name == "vocab_size" and after is None:
             continue  # the tokenizer has not been read yet
-        elif name == "phd_repeat" and before > 1 and lookup(saved, "phd_copy_embedding") == "vector":
+        elif name == "phd_repeat" and saved.model.phd_repeat > 1 and saved.model.phd_copy_embedding == "vector":
             refused.append(
                 f"phd_repeat={after}: the checkpoint in {new.checkpoint.load} has a learned vector for each of its "
                 f"phd_repeat={before} copies but the first, which another number of copies has no place for; keep "
@@ -52,11 +126,6 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
             )
     raise_all(refused)
     return notes
-
-
-def _all_names(*configs: RunConfig) -> list[str]:
-    extra = {name: None for config in configs for name in config.model.transformer}
-    return [*fields(), *extra]
 
 
 def _show(name: str, value: Plain) -> str:

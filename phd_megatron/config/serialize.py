@@ -29,8 +29,21 @@ def from_dict(data: Values, where: str = "configuration") -> RunConfig:
     Raises:
         UserError: for an unknown section or field, or a value of the wrong type. ``where`` names the source.
     """
+    return of_values(flatten(data, where, None))
+
+
+def values_of(config: RunConfig) -> dict[str, Plain]:
+    """Field name -> value: all of ours, then what is given of ``TransformerConfig``; independent of ``config``."""
+    flat = {name: value for section in to_dict(config).values() for name, value in section.items()}
+    further = flat.pop(PASSTHROUGH)
+    assert isinstance(further, dict)
+    return flat | further
+
+
+def of_values(values: Values) -> RunConfig:
+    """The configuration with these values, checked before, and defaults for other fields."""
     config = RunConfig()
-    for name, value in flatten(data, where, None).items():
+    for name, value in values.items():
         assign(config, name, value)
     return config
 

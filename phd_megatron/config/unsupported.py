@@ -12,12 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from phd_megatron.config.catalog import fields
 from phd_megatron.config.cuda_graph import is_full_iteration
 from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.serialize import lookup
-from phd_megatron.errors import UserError
+from phd_megatron.config.serialize import values_of
 
 Test = Callable[[Plain, RunConfig], bool]
 
@@ -305,22 +303,9 @@ def is_refused_by_name(name: str) -> bool:
 def refusals(config: RunConfig) -> list[str]:
     """What this release cannot honour, one sentence each with value, reason and cure."""
     found = []
-    for name in (*fields(), *config.model.transformer):
-        value = lookup(config, name)
+    for name, value in values_of(config).items():
         for row in UNSUPPORTED:
             if fnmatchcase(name, row.field) and row.refused(value, config):
                 found.append(f"{name}={value!r}: {row.reason}; {row.cure}")
                 break
     return found
-
-
-def refuse_unsupported(config: RunConfig) -> None:
-    """Raise ``UserError`` with every refusal at once, if there is any."""
-    raise_all(refusals(config))
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raise one ``UserError`` for all problems; return when there are none."""
-    if problems:
-        head = "" if len(problems) == 1 else f"{len(problems)} problems:\n  - "
-        raise UserError(head + "\n  - ".join(problems))

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from phd_megatron.config.catalog import ALTERNATIVES, fields
+from phd_megatron.config.architecture import head_dim
+from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
 from phd_megatron.config.cuda_graph import graph_problems
-from phd_megatron.config.facts import Needs, violates
+from phd_megatron.config.facts import violates
 from phd_megatron.config.moe import moe_problems
 from phd_megatron.config.precision import precision_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
-from phd_megatron.config.serialize import lookup
-from phd_megatron.config.unsupported import raise_all
+from phd_megatron.config.serialize import values_of
 from phd_megatron.config.values import is_optional
-from phd_megatron.errors import shown
+from phd_megatron.errors import raise_all, shown
+from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, norm_scheme
 
 _EXACT_POSITIONS = 2**24  # whole numbers that RoPE's float32 angles start from
 
 
-def _ranges(config: RunConfig) -> Iterator[str]:
+def _ranges(values: Mapping[str, Any]) -> Iterator[str]:
     for name, info in fields().items():
-        value = lookup(config, name)
+        value = values[name]
         if value is not None and (rule := violates(value, info.bounds)):
             yield f"{name}={shown(value)} is out of range; use a value of {rule}" + (
                 ", or null" if is_optional(info.annotation) else ""
             )
 
 
-def _needs(config: RunConfig) -> Iterator[str]:
+def _needs(values: Mapping[str, Any]) -> Iterator[str]:
     for name, info in fields().items():
-        if info.needs is None or lookup(config, name) == info.default or is_met(info.needs, config):
+        if info.needs is None or values[name] == info.default or info.needs.are_met(values):
             continue
         cure = f"set {' or '.join(info.needs.names)}, or leave it out"
-        yield f"{name}={shown(lookup(config, name))} without {info.needs.reason}; {cure}"
+        yield f"{name}={shown(values[name])} without {info.needs.reason}; {cure}"
 
 
-def is_met(needs: Needs, config: RunConfig) -> bool:
-    """Whether one of the fields that something needs is set."""
-    return any(lookup(config, name) not in (None, False) for name in needs.names)
-
-
-def _exclusive(config: RunConfig) -> Iterator[str]:
+def _exclusive(values: Mapping[str, Any]) -> Iterator[str]:
     for group in ALTERNATIVES:
-        given = [name for name in group if lookup(config, name) != fields()[name].default]
+        given = [name for name in group if values[name] != fields()[name].default]
         if len(given) > 1:
-            values = " and ".join(f"{name}={lookup(config, name)!r}" for name in given)
-            yield f"{values} exclude each other; give one of them"
+            both = " and ".join(f"{name}={values[name]!r}" for name in given)
+            yield f"{both} exclude each other; give one of them"
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
@@ -60,7 +57,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={heads}; set kv_channels (the "
             f"head dimension) or use hidden_size={(model.hidden_size // heads + 1) * heads}"
         )
-    width = channels or (model.hidden_size // heads if heads and model.hidden_size else None)
+    width = head_dim(model)
     if width and (rotary := int(width * model.rotary_percent)) < 2:
         yield (
             f"rotary_percent={model.rotary_percent} of kv_channels={width} is below the 2 that RoPE turns together: "
@@ -88,6 +85,19 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"max_position_embeddings={model.max_position_embeddings} is below seq_length={model.seq_length}; raise it "
             "or leave it out"
         )
+
+
+def _norms(model: ModelConfig) -> Iterator[str]:
+    """The scheme is known, and DeepNorm's scaled residual and its initial values are together."""
+    try:
+        has_gain = norm_scheme(model.norm_scheme).init_gain is not None
+    except ValueError as error:
+        hint = nearest(model.norm_scheme, [*NORM_SCHEMES, *ALIASES])
+        yield f"{error}; {hint}" if hint else str(error)
+        return
+    if model.init != "auto" and (model.init == "deepnorm") != has_gain:
+        cure = "which brings its own; use init=auto" if has_gain else "which has no scaled residual; use another init"
+        yield f"init={model.init} does not fit norm_scheme={model.norm_scheme}, {cure}"
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -131,15 +141,15 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
         )
 
 
-def _training(config: RunConfig) -> Iterator[str]:
+def _training(config: RunConfig, values: Mapping[str, Any]) -> Iterator[str]:
     ramp, training, parallel = config.training.rampup_batch_size, config.training, config.parallel
     if ramp is not None and len(ramp) != 3:
         yield f"rampup_batch_size={ramp} is not START INCREMENT SAMPLES; write three numbers"
     if ramp is not None:
-        by_step = [n for n in ("train_iters", "lr_decay_iters", "lr_warmup_iters") if lookup(config, n)]
+        by_step = [n for n in ("train_iters", "lr_decay_iters", "lr_warmup_iters") if values[n]]
         if by_step:
             yield (
-                f"rampup_batch_size={ramp} with {by_step[0]}={lookup(config, by_step[0])}: a step has no fixed size "
+                f"rampup_batch_size={ramp} with {by_step[0]}={values[by_step[0]]}: a step has no fixed size "
                 f"during the ramp; use {by_step[0].replace('iters', 'samples')}"
             )
     if training.global_batch_size is not None and training.global_batch_size % max(1, training.micro_batch_size):
@@ -177,18 +187,20 @@ def _profile(config: RunConfig) -> Iterator[str]:
 
 def problems(config: RunConfig) -> list[str]:
     """Everything wrong with the values themselves, whatever the layout."""
+    values = values_of(config)
     return [
-        *_ranges(config),
-        *_needs(config),
-        *_exclusive(config),
+        *_ranges(values),
+        *_needs(values),
+        *_exclusive(values),
         *_model(config.model),
         *_data(config.data),
         *_optimizer(config.optimizer),
-        *_training(config),
+        *_training(config, values),
         *_profile(config),
         *moe_problems(config.model),
         *precision_problems(config),
         *graph_problems(config),
+        *_norms(config.model),
     ]
 
 

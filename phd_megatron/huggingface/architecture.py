@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phd_megatron.config.moe import MoE
+from phd_megatron.config import architecture
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.config.transformer_fields import transformer_role
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import BlockNorm, norm_plan
-from phd_megatron.phd.kv_policy import KVPolicy
 
 #: fields that :class:`~phd_megatron.config.moe.MoE` speaks for
 _EXPERTS = (
@@ -21,32 +19,11 @@ _EXPERTS = (
 _NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A decoder as both formats describe it. Sizes in elements; ``vocab_size`` is the true one."""
+@dataclass(frozen=True, kw_only=True)
+class Architecture(architecture.Architecture):
+    """A decoder as both formats describe it; ``vocab_size`` is the true one."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    heads: int
-    groups: int
-    head_dim: int
     vocab_size: int
-    max_position_embeddings: int
-    rotary_base: float
-    rotary_percent: float
-    normalization: str
-    epsilon: float
-    gated: bool
-    qkv_bias: bool
-    linear_bias: bool
-    tied: bool
-    init_std: float
-    norm_scheme: str
-    policy: KVPolicy
-    copy_positions: str = "token"
-    copy_embedding: str = "none"
-    moe: MoE | None = None
 
     @classmethod
     def from_model(cls, model: ModelConfig, vocab_size: int) -> Architecture:
@@ -62,42 +39,12 @@ class Architecture:
                     f"{name}={value!r}: the exported model has nothing that corresponds to it, so its logits would "
                     "differ; train without it to export"
                 )
-        missing = [n for n in ("num_layers", "hidden_size", "num_attention_heads") if getattr(model, n) is None]
+        missing = [name for name in architecture.NEEDED if getattr(model, name) is None]
         if missing:
             raise UserError(
                 f"the checkpoint's configuration does not say {', '.join(missing)}; use one that was resolved"
             )
-        assert model.num_layers and model.hidden_size and model.num_attention_heads
-        policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-        return cls(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
-            heads=model.num_attention_heads,
-            groups=model.num_query_groups or model.num_attention_heads,
-            head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
-            vocab_size=vocab_size,
-            max_position_embeddings=model.max_position_embeddings or model.seq_length,
-            rotary_base=model.rotary_base,
-            rotary_percent=model.rotary_percent,
-            normalization=model.normalization,
-            epsilon=model.layernorm_epsilon,
-            gated=model.gated_linear_unit,
-            qkv_bias=model.add_qkv_bias or model.add_bias_linear,
-            linear_bias=model.add_bias_linear,
-            tied=not model.untie_embeddings_and_output_weights,
-            init_std=model.init_method_std or (2.5 * model.hidden_size) ** -0.5,
-            norm_scheme=model.norm_scheme,
-            policy=policy,
-            copy_positions=model.phd_copy_positions if policy.repeat > 1 else "token",
-            copy_embedding=model.phd_copy_embedding if policy.repeat > 1 else "none",
-            moe=MoE.from_model(model),
-        )
-
-    @property
-    def blocks(self) -> tuple[BlockNorm, ...]:
-        """Norm record of every layer."""
-        return norm_plan(self.norm_scheme, self.num_layers)
+        return cls(**vars(architecture.architecture_of(model)), vocab_size=vocab_size)
 
     @property
     def copies(self) -> dict[str, int | str | None]:

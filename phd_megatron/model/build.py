@@ -11,8 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from phd_megatron.config.architecture import kv_policy
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
@@ -158,7 +159,7 @@ def _precision(run: RunConfig) -> _Fields:
 
 def _copies_and_norms(run: RunConfig, keep_copies: bool) -> _Fields:
     model = run.model
-    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    policy = kv_policy(model)
     scheme, layers = norm_scheme(model.norm_scheme), model.num_layers or 0
     split = PipelineSplit.from_config(run.parallel)
     # Rows between stages are K * s everywhere, so a head without a decoder layer on its stage gets all copies.

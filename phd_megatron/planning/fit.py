@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.console.tables import gib
 from phd_megatron.errors import UserError
 from phd_megatron.planning.memory import estimate_memory

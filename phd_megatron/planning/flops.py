@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phd_megatron.config.moe import MoE
+from phd_megatron.config.architecture import Architecture, architecture_of, is_resolved
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
-from phd_megatron.phd.kv_policy import KVPolicy
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,18 @@ def forward_flops(model: ModelConfig, padded_vocab_size: int) -> ForwardFlops:
     the shared experts. With pruning the QKV projection of the last layer still covers all copies: query, key and value
     are one matrix product (about 0.2 % of the whole).
     """
-    layers, hidden, ffn = model.num_layers, model.hidden_size, model.ffn_hidden_size
-    heads, groups, head_dim = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    if not (layers and hidden and ffn and heads and groups and head_dim):
+    if not is_resolved(model):
         raise UserError("FLOPs need a resolved model configuration: sizes are still missing")
-    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
+    a = architecture_of(model)
+    layers, hidden, heads, head_dim, policy = a.num_layers, a.hidden_size, a.heads, a.head_dim, a.policy
     tokens = model.seq_length
-    qkv = 2 * hidden * head_dim * (heads + 2 * groups)
+    qkv = 2 * hidden * head_dim * (heads + 2 * a.groups)
     projection = 2 * heads * head_dim * hidden
     last_copies = 1 if model.phd_last_layer_pruning else policy.repeat
     linear = tokens * (policy.repeat * layers * qkv)
     for layer in range(layers):
         rows = tokens * (policy.repeat if layer < layers - 1 else last_copies)
-        linear += rows * (projection + _ffn(model, layer))
+        linear += rows * (projection + _ffn(a, layer))
     per_pair = 4 * heads * head_dim  # scores and weighted sum
     original, hidden_pairs = policy.pairs(tokens)
     last_original, last_hidden = policy.pairs(tokens, last_copies)
@@ -66,12 +64,11 @@ def forward_flops(model: ModelConfig, padded_vocab_size: int) -> ForwardFlops:
     )
 
 
-def _ffn(model: ModelConfig, layer: int) -> int:
+def _ffn(a: Architecture, layer: int) -> int:
     """Operations of the FFN of the layer with this 0-based index, for one row."""
-    assert model.hidden_size and model.ffn_hidden_size
-    per_width = 2 * model.hidden_size * (3 if model.gated_linear_unit else 2)
-    moe = MoE.from_model(model)
+    per_width = 2 * a.hidden_size * (3 if a.gated else 2)
+    moe = a.moe
     if moe is None or not moe.layers[layer]:
-        return per_width * model.ffn_hidden_size
-    router = 2 * model.hidden_size * (moe.experts + moe.shared_gate)
+        return per_width * a.ffn_hidden_size
+    router = 2 * a.hidden_size * (moe.experts + moe.shared_gate)
     return router + per_width * (moe.topk * moe.ffn_hidden_size + moe.shared_hidden_size)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from phd_megatron.config.moe import MoE
-from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.architecture import Architecture, architecture_of
+from phd_megatron.config.schema import RunConfig
 from phd_megatron.planning.parameters import Parameters
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -72,12 +72,12 @@ def _stage(
         expert_shards = max(1, dims.world_size // (dims.etp * dims.ep * dims.pp))
     rows = run.training.micro_batch_size * run.model.seq_length / dims.cp
     in_flight = dims.pp - stage if chunks == 1 else dims.pp  # micro-batches whose backward pass is still to come
-    every = [_activations(run, index, dims, element) for index in held]
+    a = architecture_of(run.model)
+    every = [_activations(a, index, dims, element) for index in held]
     kept = in_flight * sum(every)
     if run.model.transformer.get("recompute_granularity") == "full":
-        stream = run.model.hidden_size or 0
-        kept = in_flight * len(held) * element * stream / (dims.tp if dims.sp else 1) + max(every, default=0.0)
-    activations = rows * run.model.phd_repeat * kept
+        kept = in_flight * len(held) * element * a.hidden_size / (dims.tp if dims.sp else 1) + max(every, default=0.0)
+    activations = rows * a.policy.repeat * kept
     if last:
         # Logits; Megatron-Core's loss keeps their fp32 softmax and gradient too, ours on a GPU overwrites them.
         ours = half and not run.model.transformer.get("cross_entropy_loss_fusion")
@@ -90,24 +90,20 @@ def _stage(
     )
 
 
-def _activations(run: RunConfig, index: int, dims: ParallelDims, element: int) -> float:
+def _activations(a: Architecture, index: int, dims: ParallelDims, element: int) -> float:
     """Bytes that one row keeps in the layer with this 0-based index."""
-    model = run.model
-    assert model.hidden_size and model.num_attention_heads and model.num_query_groups and model.kv_channels
-    stream = model.hidden_size / (dims.tp if dims.sp else 1)
-    query, key = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    stream = a.hidden_size / (dims.tp if dims.sp else 1)
+    query, key = a.heads * a.head_dim, a.groups * a.head_dim
     # query, key, value; query and key again after RoPE; context and its log-sum-exp
-    attention = (query + 2 * key) + (query + key) + query + model.num_attention_heads * 4 / element
+    attention = (query + 2 * key) + (query + key) + query + a.heads * 4 / element
     # input and output of two norms; what the FFN reads and the two sums are among them
-    return element * (4 * stream + attention / dims.tp + _ffn(model, index, dims, stream))
+    return element * (4 * stream + attention / dims.tp + _ffn(a, index, dims, stream))
 
 
-def _ffn(model: ModelConfig, index: int, dims: ParallelDims, stream: float) -> float:
+def _ffn(a: Architecture, index: int, dims: ParallelDims, stream: float) -> float:
     """Elements that one row keeps in the FFN: up and gate projections and the activation."""
-    widths = 3 if model.gated_linear_unit else 2
-    moe = MoE.from_model(model)
+    widths, moe = 3 if a.gated else 2, a.moe
     if moe is None or not moe.layers[index]:
-        assert model.ffn_hidden_size is not None
-        return widths * model.ffn_hidden_size / dims.tp
+        return widths * a.ffn_hidden_size / dims.tp
     routed = moe.topk * (2 * stream + widths * moe.ffn_hidden_size / dims.etp)
     return routed + widths * moe.shared_hidden_size / dims.tp + moe.experts

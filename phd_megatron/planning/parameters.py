@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from phd_megatron.config.moe import MoE
+from phd_megatron.config.architecture import Architecture, architecture_of, is_resolved
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
-from phd_megatron.norm.schemes import BlockNorm, norm_plan, norm_scheme
+from phd_megatron.norm.schemes import BlockNorm, norm_scheme
 
 
 @dataclass(frozen=True)
@@ -54,50 +54,44 @@ def count_parameters(model: ModelConfig, padded_vocab_size: int) -> Parameters:
     Raises:
         UserError: when sizes are still missing.
     """
-    layers, hidden = model.num_layers, model.hidden_size
-    if not (layers and hidden and model.ffn_hidden_size and model.num_attention_heads and model.kv_channels):
+    if not is_resolved(model):
         raise UserError("parameters need a resolved model configuration: sizes are still missing")
-    norm = hidden * _per_unit(model)
-    tied = not model.untie_embeddings_and_output_weights
+    a = architecture_of(model)
+    hidden = a.hidden_size
+    norm = hidden * _per_unit(a)
     return Parameters(
-        layers=tuple(_layer(model, index, block) for index, block in enumerate(norm_plan(model.norm_scheme, layers))),
+        layers=tuple(_layer(a, index, block) for index, block in enumerate(a.blocks)),
         embedding=padded_vocab_size * hidden,
-        head=0 if tied else padded_vocab_size * hidden,
+        head=0 if a.tied else padded_vocab_size * hidden,
         final_norm=norm,
-        embed_norm=norm if norm_scheme(model.norm_scheme).embed_norm else 0,
-        copy_embedding=(model.phd_repeat - 1) * hidden if model.phd_copy_embedding == "vector" else 0,
+        embed_norm=norm if norm_scheme(a.norm_scheme).embed_norm else 0,
+        copy_embedding=(a.policy.repeat - 1) * hidden if a.copy_embedding == "vector" else 0,
     )
 
 
-def _per_unit(model: ModelConfig) -> int:
+def _per_unit(a: Architecture) -> int:
     """Parameters of a norm for each of its dimensions."""
-    return 2 if model.normalization == "LayerNorm" else 1
+    return 2 if a.normalization == "LayerNorm" else 1
 
 
-def _layer(model: ModelConfig, index: int, block: BlockNorm) -> LayerParameters:
-    hidden, heads, groups, head_dim = (
-        model.hidden_size,
-        model.num_attention_heads,
-        model.num_query_groups,
-        model.kv_channels,
-    )
-    assert hidden and heads and groups and head_dim and model.ffn_hidden_size  # checked by the caller
+def _layer(a: Architecture, index: int, block: BlockNorm) -> LayerParameters:
+    hidden, heads, groups, head_dim = a.hidden_size, a.heads, a.groups, a.head_dim
     qkv_width = head_dim * (heads + 2 * groups)
     attention = hidden * qkv_width + heads * head_dim * hidden
-    if model.add_bias_linear:
+    if a.linear_bias:
         attention += hidden  # of the output projection
-    if model.add_bias_linear or model.add_qkv_bias:
+    if a.qkv_bias:
         attention += qkv_width
     norms = hidden * sum(bool(x) for s in (block.attention, block.mlp) for x in (s.input_norm, s.output_norm))
     widths = {"q": heads, "k": groups} if block.qk_norm_width == "full" else {}
     norms += head_dim * sum(widths.get(name, 1) for name in block.heads)
-    whole = norms * _per_unit(model)
+    whole = norms * _per_unit(a)
 
-    branches = 2 if model.gated_linear_unit else 1
-    moe = MoE.from_model(model)
+    branches = 2 if a.gated else 1
+    moe = a.moe
     if moe is None or not moe.layers[index]:
-        bias = branches * model.ffn_hidden_size + hidden if model.add_bias_linear else 0
-        return LayerParameters(attention + _ffn(hidden, model.ffn_hidden_size, branches) + bias, 0, 0, whole)
+        bias = branches * a.ffn_hidden_size + hidden if a.linear_bias else 0
+        return LayerParameters(attention + _ffn(hidden, a.ffn_hidden_size, branches) + bias, 0, 0, whole)
     one = _ffn(hidden, moe.ffn_hidden_size, branches)
     shared = _ffn(hidden, moe.shared_hidden_size, branches)
     router = hidden * (moe.experts + moe.shared_gate)

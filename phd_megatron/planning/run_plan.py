@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.unsupported import raise_all
-from phd_megatron.config.vocabulary import padded_vocab_size
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, raise_all
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.memory import Memory, estimate_memory
 from phd_megatron.planning.parameters import count_parameters

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from phd_megatron.config.moe import layer_pattern
+from phd_megatron.config.architecture import Architecture, architecture_of
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.runtime.capabilities import Capabilities, Version, version_text
@@ -128,16 +128,16 @@ def size_problems(run: RunConfig, dims: ParallelDims) -> Iterator[str]:
     what an expert gets is Megatron-Core's (``TEGroupedMLP``, ``SequentialMLP``). Embedding, router and head are no FP8
     products.
     """
-    name = fp8_recipe(run.model)
-    if name is None or not fp8_layers(run.model):
+    name, layers = fp8_recipe(run.model), fp8_layers(run.model)
+    if name is None or not layers:
         return
-    for size in _widths(run.model, dims, RECIPES[name]):
+    for size in _widths(architecture_of(run.model), layers, dims, RECIPES[name]):
         if not size.fits:
             yield (
                 f"fp8_recipe={name}: {size.formula} = {size.value} is not a multiple of {size.multiple}, which the "
                 f"widths of FP8 products are; use {size.cure}, or leave fp8 out"
             )
-    rows = list(_rows(run, dims, RECIPES[name]))
+    rows = list(_rows(run, layers, dims, RECIPES[name]))
     if wrong := [size for size in rows if not size.fits]:
         found = "; ".join(f"{size.formula} = {size.value} is not a multiple of {size.multiple}" for size in wrong)
         yield (
@@ -146,13 +146,10 @@ def size_problems(run: RunConfig, dims: ParallelDims) -> Iterator[str]:
         )
 
 
-def _widths(model: ModelConfig, dims: ParallelDims, recipe: Recipe) -> Iterator[Size]:
-    heads, groups, channels = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    hidden, ffn, layers = model.hidden_size, model.ffn_hidden_size, fp8_layers(model)
-    assert heads and groups and channels and hidden and ffn and model.num_layers  # completed by resolve
+def _widths(a: Architecture, layers: range, dims: ParallelDims, recipe: Recipe) -> Iterator[Size]:
+    heads, groups, channels, moe = a.heads, a.groups, a.head_dim, a.moe
     unit, tp = recipe.multiple, ("tensor_model_parallel_size", dims.tp)
-    extra = model.transformer
-    yield _width("hidden_size", hidden, ("", 1), recipe.shard_width if dims.sp else unit)
+    yield _width("hidden_size", a.hidden_size, ("", 1), recipe.shard_width if dims.sp else unit)
     for number, what in (
         (heads + 2 * groups, f"(num_attention_heads {heads} + 2 x num_query_groups {groups})"),
         (heads, f"num_attention_heads {heads}"),
@@ -160,21 +157,12 @@ def _widths(model: ModelConfig, dims: ParallelDims, recipe: Recipe) -> Iterator[
         formula, width = f"{what} x kv_channels {channels}{_over(tp)}", number * channels // dims.tp
         step = unit * dims.tp // math.gcd(unit * dims.tp, number)
         yield Size(formula, width, unit, f"kv_channels={_round_up(channels, step)}")
-    pattern = (False,) * model.num_layers
-    if extra.get("num_moe_experts") is not None:
-        pattern = layer_pattern(extra.get("moe_layer_freq", 1), model.num_layers)
-    kinds = {pattern[layer] for layer in layers}
-    if False in kinds:
-        yield _width("ffn_hidden_size", ffn, tp, unit)
-    if True in kinds:
-        yield _width(
-            "moe_ffn_hidden_size",
-            extra.get("moe_ffn_hidden_size") or ffn,
-            ("expert_tensor_parallel_size", dims.etp),
-            unit,
-        )
-        if shared := extra.get("moe_shared_expert_intermediate_size"):
-            yield _width("moe_shared_expert_intermediate_size", shared, tp, unit)
+    if moe is None or not all(moe.layers[layer] for layer in layers):
+        yield _width("ffn_hidden_size", a.ffn_hidden_size, tp, unit)
+    if moe is not None and any(moe.layers[layer] for layer in layers):
+        yield _width("moe_ffn_hidden_size", moe.ffn_hidden_size, ("expert_tensor_parallel_size", dims.etp), unit)
+        if moe.shared_hidden_size:
+            yield _width("moe_shared_expert_intermediate_size", moe.shared_hidden_size, tp, unit)
 
 
 def _width(field: str, total: int, parts: tuple[str, int], multiple: int) -> Size:
@@ -186,13 +174,13 @@ def _over(parts: tuple[str, int]) -> str:
     return f" / {parts[0]} {parts[1]}" if parts[1] > 1 else ""
 
 
-def _rows(run: RunConfig, dims: ParallelDims, recipe: Recipe) -> Iterator[Size]:
+def _rows(run: RunConfig, fp8: range, dims: ParallelDims, recipe: Recipe) -> Iterator[Size]:
     """Rows of the products of a micro-batch: of all copies, and of the last one where the last layer is pruned."""
     model, size, layers = run.model, run.training.micro_batch_size, run.model.num_layers
     assert layers is not None  # checked by resolve
     kinds = [(model.phd_repeat, "")]
     lone_head = dims.split.layers(layers)[-1] == 0  # its last layer computes all copies
-    if model.phd_repeat > 1 and model.phd_last_layer_pruning and not lone_head and layers - 1 in fp8_layers(model):
+    if model.phd_repeat > 1 and model.phd_last_layer_pruning and not lone_head and layers - 1 in fp8:
         kinds.append((1, " of the last copy, alone in the last layer,"))
     cp, tp = ("context_parallel_size", dims.cp), ("tensor_model_parallel_size", dims.tp)
     for copies, about in kinds:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
@@ -134,17 +135,13 @@ def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
     model, name = run.model, "PHD attention"
     try:
         chosen, reason = choose_backend(
-            torch.device(capabilities.device), dtype, _head_dim(model), backend=model.phd_attention_backend
+            torch.device(capabilities.device), dtype, head_dim(model) or 64, backend=model.phd_attention_backend
         )
     except UserError:
         raise
     except Exception as error:  # what is broken is reported; the report must not break with it
         return Operation(name, "not available", f"{type(error).__name__}: {error}")
     return Operation(name, chosen, reason)
-
-
-def _head_dim(model: ModelConfig) -> int:
-    return model.kv_channels or (model.hidden_size or 0) // (model.num_attention_heads or 1) or 64
 
 
 def _layers(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:
@@ -174,7 +171,7 @@ def _ours(capabilities: Capabilities, reason: str) -> tuple[str, str]:
 def _norm_rope(model: ModelConfig, capabilities: Capabilities) -> tuple[str, str]:
     if model.normalization != "RMSNorm":
         return _TORCH, "the Triton kernel knows RMSNorm alone"
-    problem = capabilities.triton_problem or width_problem(_head_dim(model))
+    problem = capabilities.triton_problem or width_problem(head_dim(model) or 64)
     if is_chosen(model.phd_attention_backend, problem):
         return _TRITON, "one kernel with the split of QKV; norms of full width are torch's"
     if model.phd_attention_backend == "auto":

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from phd_megatron.config.architecture import kv_policy
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, TrainingConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.pipeline_split import PipelineSplit
@@ -201,11 +202,8 @@ class ParallelDims:
                 f"{_round_up(model.seq_length, share)}"
             )
         if self.cp > 1:
-            from phd_megatron.phd.kv_policy import KVPolicy  # imports torch
-
-            policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
             try:
-                policy.context_parallel_slices(model.seq_length, self.cp, 0)
+                kv_policy(model).context_parallel_slices(model.seq_length, self.cp, 0)
             except ValueError as error:
                 raise UserError(str(error)) from None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.unsupported import raise_all
+from phd_megatron.errors import raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine

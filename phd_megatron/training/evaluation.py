@@ -10,10 +10,10 @@ import torch
 
 from phd_megatron.checkpoint.load import load_checkpoint
 from phd_megatron.config.cuda_graph import drop_graph
-from phd_megatron.config.inherit import for_reading
 from phd_megatron.config.layouts import Layout
 from phd_megatron.config.precision import for_cpu
 from phd_megatron.config.resolve import resolve
+from phd_megatron.config.resume import for_reading
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SPLITS
 from phd_megatron.data.evaluation import Evaluation, EvaluationProgress, evaluation_dataset

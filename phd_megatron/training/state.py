@@ -12,8 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from phd_megatron.checkpoint.load import load_checkpoint
 from phd_megatron.checkpoint.run_directory import RunDirectory
 from phd_megatron.checkpoint.saver import CheckpointSaver
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
 from phd_megatron.runtime.context import Runtime

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from megatron.core import parallel_state
 
+from phd_megatron.config.architecture import kv_policy
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.samples import Samples
-from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.runtime import agreement
 from phd_megatron.runtime.context import Runtime
 
@@ -55,5 +55,4 @@ def _context_parallel_slices(run: RunConfig, runtime: Runtime) -> tuple[range, .
     model, size = run.model, runtime.dims.cp
     if size == 1:
         return None
-    policy, _ = KVPolicy.from_options(model.phd_repeat, model.phd_window, model.phd_chunk)
-    return policy.context_parallel_slices(model.seq_length, size, parallel_state.get_context_parallel_rank())
+    return kv_policy(model).context_parallel_slices(model.seq_length, size, parallel_state.get_context_parallel_rank())

@@ -10,8 +10,8 @@ import pytest
 
 from phd_megatron.config.catalog import PASSTHROUGH, fields
 from phd_megatron.config.facts import Role, role_of
-from phd_megatron.config.inherit import for_reading
 from phd_megatron.config.load import load_run_config
+from phd_megatron.config.resume import for_reading
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign
 from phd_megatron.config.transformer_fields import ROLES

@@ -16,9 +16,8 @@ import yaml
 
 from phd_megatron.config.catalog import PASSTHROUGH, fields, role
 from phd_megatron.config.facts import PIPELINE_CUT, SCHEDULE
-from phd_megatron.config.inherit import for_reading, inherited, schedule_of
 from phd_megatron.config.load import load_run_config
-from phd_megatron.config.resume import check_resume
+from phd_megatron.config.resume import check_resume, for_reading, inherited, schedule_of
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, from_dict, lookup, to_dict
 from phd_megatron.config.unsupported import is_refused_by_name

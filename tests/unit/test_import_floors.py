@@ -6,79 +6,28 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from draw_house import PICTURE, draw, facts, facts_of
+from house import FLOOR, FLOORS, PACKAGE, ROOT, edges, imports, modules, room
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "phd_megatron"
-
-FLOORS = (
-    ("config", "phd", "norm", "console"),
-    ("kernels", "runtime"),
-    ("model",),
-    ("checkpoint",),
-    ("data", "huggingface", "planning"),
-    ("training",),
-    ("sweep", "parity", "bench"),
-    ("cli",),
-)
-FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_ONLY = ("config", "phd", "norm", "kernels")
 HEAVY = ("torch", "megatron", "transformers")
-
-
-def modules() -> dict[str, Path]:
-    """Every module by its import name; ``kernels/<op>`` counts as ``phd_megatron.kernels.<op>``."""
-    found = {}
-    for base, prefix in ((PACKAGE, "phd_megatron"), (ROOT / "kernels", "phd_megatron.kernels")):
-        for path in sorted(base.rglob("*.py")):
-            parts = [prefix, *path.relative_to(base).with_suffix("").parts]
-            found[".".join(parts)] = path
-    return found
-
-
 MODULES = modules()
-
-
-def imports(name: str, path: Path) -> Iterator[tuple[str, int]]:
-    """Absolute names a file imports anywhere, lazily too, with the line."""
-    package = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = [*base, *(node.module.split(".") if node.module else [])]
-            yield from ((".".join([*stem, alias.name]), node.lineno) for alias in node.names)
-
-
-def part(name: str) -> str | None:
-    """``phd_megatron.norm.schemes`` to ``norm``; None outside the floors."""
-    words = name.split(".")
-    return words[1] if words[0] == "phd_megatron" and len(words) > 1 and words[1] in FLOOR else None
-
-
-def edges() -> Iterator[tuple[str, str, str]]:
-    """(importing part, imported part, where) over the whole package."""
-    for name, path in MODULES.items():
-        for target, line in imports(name, path):
-            source, goal = part(name), part(target)
-            if source and goal and source != goal:
-                yield source, goal, f"{path.relative_to(ROOT)}:{line}"
 
 
 def test_every_folder_has_a_floor() -> None:
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders <= set(FLOOR), f"give these a floor here and in docs/architecture.md: {folders - set(FLOOR)}"
+    assert folders <= set(FLOOR), (
+        f"give these a floor in tools/house.py and in docs/architecture.md: {folders - set(FLOOR)}"
+    )
 
 
 def test_imports_never_go_up() -> None:
     assert [e for e in edges() if FLOOR[e[1]] > FLOOR[e[0]]] == []
 
 
-def test_parts_of_one_floor_do_not_import_each_other_in_circles() -> None:
+def test_rooms_of_one_floor_do_not_import_each_other_in_circles() -> None:
     graph: dict[str, set[str]] = {name: set() for name in FLOOR}
     for source, goal, _ in edges():
         graph[source].add(goal)
@@ -89,7 +38,25 @@ def test_parts_of_one_floor_do_not_import_each_other_in_circles() -> None:
     assert [name for name in graph if reaches(name, name)] == []
 
 
-@pytest.mark.parametrize("name", sorted(m for m in MODULES if part(m) in TORCH_ONLY))
+def test_the_picture_shows_todays_rooms_floors_and_imports() -> None:
+    assert facts_of(PICTURE.read_text("utf-8")) == facts(), "draw it again: python tools/draw_house.py"
+
+
+def test_the_picture_is_drawn_alike_each_time_and_shows_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert draw() == draw()
+    assert facts_of(draw()) == facts()
+    others = [edge for edge in edges() if edge[:2] != ("model", "norm")]
+    monkeypatch.setattr("draw_house.edges", lambda: iter([*others, ("config", "cli", "here")]))
+    assert facts()[1] == {edge[:2] for edge in others} | {("config", "cli")} == facts_of(draw())[1]
+    assert facts_of(PICTURE.read_text("utf-8")) != facts()
+
+
+def test_the_document_lists_the_same_floors() -> None:
+    (block,) = re.findall(r"## Floors\n.*?```\n(.*?)```", (ROOT / "docs/architecture.md").read_text("utf-8"), re.DOTALL)
+    assert [set(line.split()) for line in reversed(block.splitlines())] == [set(names) for names in FLOORS]
+
+
+@pytest.mark.parametrize("name", sorted(m for m in MODULES if room(m) in TORCH_ONLY))
 def test_ground_floor_needs_neither_megatron_nor_transformers(name: str) -> None:
     roots = {target.split(".")[0] for target, _ in imports(name, MODULES[name])}
     assert not roots & {"megatron", "transformers"}

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.presets import PRESETS, preset_values
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
-from phd_megatron.config.vocabulary import padded_vocab_size
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import NORM_SCHEMES
 from phd_megatron.planning.parameters import count_parameters
