@@ -21,13 +21,8 @@ _MOST_TOKENS = 1_000_000
 _TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
 #: options of sampling with the values that leave every token its probability
 _SAMPLING: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
+    **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0},
+    **{"epsilon_cutoff": 0.0, "eta_cutoff": 0.0},
 }
 
 
