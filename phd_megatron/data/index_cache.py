@@ -6,7 +6,7 @@
 
 Type and shape are compared whenever the files are opened. The numbers are compared once for each start and node, before
 the first step: by a process that is alone as it opens them, of several by the first of a node
-(`training/index_check.py`), since an index may have ten gigabytes and need not be read by every rank. What is damaged
+(`training/streams.py`), since an index may have ten gigabytes and need not be read by every rank. What is damaged
 after that is not noticed. Files without checksums, of releases before, are built again.
 """
 

@@ -179,3 +179,10 @@ def test_neither_starting_nor_writing_a_trace_is_time_of_a_step(
     observer.close()
     assert (tmp_path / "steps_2-3_rank_0.operations.json").is_file()
     assert clock[0] == 4 * 2.0 + 50.0 + 50.0 + 1000.0 and interval.seconds == 4 * 2.0
+
+
+def test_a_step_with_statistics_has_a_row_of_its_own(tmp_path: Path) -> None:
+    """Of the first step and every second one, whatever the log interval; the row of the others has none."""
+    rows = train(tmp_path, log_interval=100, log_layer_statistics=2)
+    assert {row["iteration"]: "layer_statistics" in row for row in rows} == {1: True, 2: True, 4: True, 5: False}
+    assert set(rows[0]["layer_statistics"]["gradient_norm"]) == {"1", "2"}
