@@ -185,3 +185,10 @@ def test_damaged_lease_does_not_lock_out(tmp_path: Path, monkeypatch: pytest.Mon
 def test_unwritable_directory_is_a_plain_refusal(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose a writable --save directory"):
         lock(tmp_path / "absent").acquire()
+
+
+def test_a_lock_file_of_somebody_else_stays(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).write_text("of somebody")
+    with pytest.raises(UserError, match=r"is not what a run of phd-megatron wrote.*move it away"):
+        RunLock(tmp_path).acquire()
+    assert (tmp_path / LOCK_NAME).read_text() == "of somebody"
