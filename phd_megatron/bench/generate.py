@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from phd_megatron.bench import timing
 from phd_megatron.bench.place import Place, choose_place
 from phd_megatron.bench.plots import draw_latency
-from phd_megatron.bench.results import Content, settings_of, write_json, write_table
+from phd_megatron.bench.results import settings_of, write_json, write_table
 from phd_megatron.bench.timing import Contender, Step, measure, median_ratio
+from phd_megatron.config.plain import Plain
 from phd_megatron.console.tables import print_table
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     columns, rows, records = _results(models, not place.on_cuda)
     title = f"batch {args.batch}, prompt of {args.prompt} tokens, medians of {args.rounds} interleaved rounds"
     print_table(title, columns, rows)
-    report: dict[str, Content] = {"settings": settings_of(args), "where": where, "torch": torch.__version__}
+    report: dict[str, Plain] = {"settings": settings_of(args), "where": where, "torch": torch.__version__}
     write_json(args.json, {**report, "worst_error": worst, "rows": records})
     write_table(args.csv, columns, rows)
     if args.plot is not None:
@@ -257,7 +258,7 @@ def _replays(
         return prefill, decode
 
 
-def _results(models: Sequence[Model], with_cpu: bool) -> tuple[list[str], list[list[str]], list[dict[str, Content]]]:
+def _results(models: Sequence[Model], with_cpu: bool) -> tuple[list[str], list[list[str]], list[dict[str, Plain]]]:
     """Columns and rows of the table, and JSON records. Ratios are to the first contender, round by round."""
     columns = ["model"]
     for part in (PREFILL, DECODE):
@@ -265,7 +266,7 @@ def _results(models: Sequence[Model], with_cpu: bool) -> tuple[list[str], list[l
     rows, records = [], []
     vanilla = models[0].timing
     for model in models:
-        record: dict[str, Content] = {"variant": model.variant, "repeat": model.repeat}
+        record: dict[str, Plain] = {"variant": model.variant, "repeat": model.repeat}
         samples: dict[str, Sequence[float]] = {}
         record["samples"] = samples
         row = [model.name]

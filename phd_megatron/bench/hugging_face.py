@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from phd_megatron.bench.results import Content
+    from phd_megatron.config.plain import Plain
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Settings:
         dtype: of the weights.
     """
 
-    llama: dict[str, Content]
+    llama: dict[str, Plain]
     optimizer: OptimizerConfig
     weights: dict[str, np.ndarray]
     dtype: str
@@ -65,7 +65,7 @@ class HuggingFaceStep:
         import torch
 
         model, options = config.model, config.optimizer
-        llama: dict[str, Content] = {
+        llama: dict[str, Plain] = {
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
             "intermediate_size": model.ffn_hidden_size,

@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from phd_megatron.bench.arguments import MEMBERS
-from phd_megatron.bench.results import Content, settings_of, write_json
+from phd_megatron.bench.results import settings_of, write_json
 from phd_megatron.bench.training_step import OurStep, batch_of, random_tokens, sample_flops, say_peak
 from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.load import load_run_config
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ParallelConfig, RunConfig
 from phd_megatron.console.tables import print_table
@@ -238,7 +239,7 @@ def _show(args: argparse.Namespace, measured: Sequence[Measured], runtime: Runti
 def _write(args: argparse.Namespace, measured: Sequence[Measured], runtime: Runtime) -> None:
     from phd_megatron.planning.peak import peak_tflops
 
-    report: dict[str, Content] = {"settings": settings_of(args)}
+    report: dict[str, Plain] = {"settings": settings_of(args)}
     report["where"] = f"{runtime.describe()}, {runtime.device_name}"
     report["peak_tflops"] = peak_tflops(args.peak_tflops, runtime.device_name)
     report["members"] = [vars(member) for member in measured]

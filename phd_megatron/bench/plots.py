@@ -10,16 +10,16 @@ from phd_megatron.console.plots import pyplot
 from phd_megatron.runtime.output import save_figure
 
 if TYPE_CHECKING:
-    from phd_megatron.bench.results import Content
+    from phd_megatron.config.plain import Plain
 
 _VARYING = ("policy", "head_dim", "batch", "norms")
 
 
-def draw_lines(target: Path, option: str, lines: Sequence[Mapping[str, Content]], x: str, y: str) -> None:
+def draw_lines(target: Path, option: str, lines: Sequence[Mapping[str, Plain]], x: str, y: str) -> None:
     """One line per name and per value of what else varies, ``y`` over ``x``; ``option`` named the file."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5))
-    series: dict[str, list[tuple[Content, Content]]] = {}
+    series: dict[str, list[tuple[Plain, Plain]]] = {}
     varying = [k for k in _VARYING if len({str(line.get(k)) for line in lines}) > 1]
     for line in lines:
         if line.get(y) is not None and line.get(x) is not None:

@@ -13,12 +13,9 @@ from pathlib import Path
 
 from phd_megatron.bench.place import Place
 from phd_megatron.bench.plots import draw_lines
+from phd_megatron.config.plain import Plain
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.output import PLOT, Kind, check_file, json_report, text_report, write_file
-
-Value = str | int | float | None
-Content = Value | Sequence["Content"] | Mapping[str, "Content"]
-"""What JSON holds."""
 
 #: of kernels, ``generate``, ``members`` and ``train``
 REPORT = json_report(
@@ -42,9 +39,9 @@ class Row:
 
     name: str
     numbers: dict[str, float]
-    details: dict[str, Content] = field(default_factory=dict)
+    details: dict[str, Plain] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Content]:
+    def as_dict(self) -> dict[str, Plain]:
         """Flat, as the files have it."""
         return {"name": self.name, **self.numbers, **self.details}
 
@@ -55,9 +52,9 @@ class Result:
 
     shape: dict[str, str | int | float]
     rows: list[Row]
-    details: dict[str, Content] = field(default_factory=dict)
+    details: dict[str, Plain] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Content]:
+    def as_dict(self) -> dict[str, Plain]:
         """As the JSON has it."""
         return {"shape": self.shape, "rows": [row.as_dict() for row in self.rows], **self.details}
 
@@ -79,18 +76,18 @@ def check_reports(args: argparse.Namespace) -> None:
         check_file(target, f"--{name}", kind)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Content]:
+def settings_of(args: argparse.Namespace) -> dict[str, Plain]:
     """The flags, without those that name files."""
     return {name: value for name, value in vars(args).items() if name not in _OUTPUTS}
 
 
-def write_json(target: Path | None, report: Mapping[str, Content]) -> None:
+def write_json(target: Path | None, report: Mapping[str, Plain]) -> None:
     """Write a report where ``--json`` asks for one."""
     if target is not None:
         write_file(target, "--json", REPORT, json.dumps(report, indent=1) + "\n")
 
 
-def write_table(target: Path | None, columns: Sequence[str], rows: Sequence[Sequence[Content]]) -> None:
+def write_table(target: Path | None, columns: Sequence[str], rows: Sequence[Sequence[Plain]]) -> None:
     """Write lines where ``--csv`` asks for them."""
     if target is not None:
         file = io.StringIO(newline="")
@@ -113,7 +110,7 @@ class Report:
 
         self._args, self._x, self._y = args, x, y
         self._results: list[Result] = []
-        self._where: dict[str, Content] = {
+        self._where: dict[str, Plain] = {
             "machine": place.machine,
             "device": str(place.device),
             "dtype": place.dtype_name,

@@ -56,6 +56,25 @@ def layer_pattern(frequency: int | list[int], num_layers: int) -> tuple[bool, ..
     return tuple(map(bool, frequency))
 
 
+SAID_BY_MOE = frozenset(
+    {
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_layer_freq",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+        "moe_router_score_function",
+        "moe_router_pre_softmax",
+        "moe_router_enable_expert_bias",
+        "moe_router_num_groups",
+        "moe_router_group_topk",
+        "moe_router_topk_scaling_factor",
+    }
+)
+"""``TransformerConfig`` fields whose meaning for a model a :class:`MoE` holds."""
+
+
 @dataclass(frozen=True)
 class MoE:
     """Sizes of a resolved model with experts.

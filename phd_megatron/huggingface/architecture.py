@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from phd_megatron.config import architecture
+from phd_megatron.config.moe import SAID_BY_MOE
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.config.transformer_fields import transformer_role
 from phd_megatron.errors import UserError
 
-#: fields that :class:`~phd_megatron.config.moe.MoE` speaks for
-_EXPERTS = (
-    *("num_moe_experts", "moe_router_topk", "moe_layer_freq", "moe_ffn_hidden_size"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_score_function"),
-    *("moe_router_pre_softmax", "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
-    "moe_router_topk_scaling_factor",
-)
 _NEUTRAL = {"softmax_type": "vanilla", "glu_linear_offset": 0.0, "mlp_chunks_for_prefill": 1}
 
 
@@ -33,7 +27,7 @@ class Architecture(architecture.Architecture):
             UserError: for something the exported model could not honour.
         """
         for name, value in model.transformer.items():
-            unset = value is None or value is False or _NEUTRAL.get(name) == value or name in _EXPERTS
+            unset = value is None or value is False or _NEUTRAL.get(name) == value or name in SAID_BY_MOE
             if not unset and transformer_role(name).is_architecture:
                 raise UserError(
                     f"{name}={value!r}: the exported model has nothing that corresponds to it, so its logits would "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,10 +22,20 @@ from torch import Tensor
 from phd_megatron.phd.kv_policy import KVPolicy
 
 if TYPE_CHECKING:
-    from phd_megatron.model.moe import PHDRouter
+    from megatron.core.transformer import TransformerConfig
 
 _ACTIVE: ContextVar[RoutingReplay | None] = ContextVar("routing_replay", default=None)
 _INDICES = "indices"
+
+
+class Router(Protocol):
+    """What is asked of a router; ``copies`` are those of each token among its rows."""
+
+    config: TransformerConfig
+    layer_number: int | None
+
+    @property
+    def copies(self) -> int: ...
 
 
 @dataclass
@@ -56,7 +66,7 @@ class RoutingReplay:
             _ACTIVE.reset(token)
 
 
-def choices_of(router: PHDRouter) -> LayerChoices | None:
+def choices_of(router: Router) -> LayerChoices | None:
     """What a router asks for its experts while a replay is active, in the place of Megatron-Core's ``RouterReplay``."""
     replay = _ACTIVE.get()
     return None if replay is None else LayerChoices(replay, router)
@@ -65,7 +75,7 @@ def choices_of(router: PHDRouter) -> LayerChoices | None:
 class LayerChoices:
     """The choices of one router. Called once a micro-batch, and once more where activations are recomputed."""
 
-    def __init__(self, replay: RoutingReplay, router: PHDRouter) -> None:
+    def __init__(self, replay: RoutingReplay, router: Router) -> None:
         from megatron.core import parallel_state  # here: this module is loaded before the device is chosen
 
         self._replay, self._router = replay, router

@@ -104,7 +104,7 @@ class Copy:
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("CI", None)
         environment |= more or {}
-        place = self.root.parent / f"{self.root.name}.tmp"
+        place = self.root.parent / f"{self.root.name}.files"
         words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--show-capture=no"]
         words += ["-m", "not gpu and not full", "--no-header", f"--basetemp={place}", *tests]
         process = subprocess.Popen(
