@@ -293,3 +293,17 @@ def test_what_is_not_known_is_not_cut(change: dict, tmp_path: Path) -> None:
     assert rules_of(content) is not None
     model = {**content["model"], **change.get("model", {})}
     assert rules_of({**content, **change, "model": model}) is None
+
+
+@pytest.mark.parametrize("content", ["a b", "a\u00a0b", "a\n"])
+def test_white_space_in_a_token_that_is_normalised_forbids_cuts(content):
+    """Where the normalised text holds the token, and so no place in it, is not where the text does."""
+    for normalizer, normalized, cut in ((N.NFC(), True, False), (N.NFC(), False, True), (None, True, True)):
+        tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(BYTES)}, merges=[]))
+        tokenizer.pre_tokenizer = P.ByteLevel(add_prefix_space=False)
+        if normalizer is not None:
+            tokenizer.normalizer = normalizer
+        tokenizer.add_tokens([AddedToken(content, special=False, normalized=normalized)])
+        assert (rules_of(json.loads(tokenizer.to_str())) is not None) is cut, (normalizer, normalized)
+    tokenizer.normalizer = N.NFC()
+    assert rules_of(json.loads(tokenizer.to_str())) is None

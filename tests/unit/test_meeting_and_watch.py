@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
 
 from phd_megatron.errors import UserError
 from phd_megatron.runtime import launcher
+from phd_megatron.runtime import watch as watch_module
 from phd_megatron.runtime.environment import Environment, without_launcher
 from phd_megatron.runtime.meeting import meet
 from phd_megatron.runtime.watch import Pace, Watch, died_together
@@ -236,3 +239,38 @@ def test_the_flight_recorder_is_on_and_own_settings_stay(monkeypatch: pytest.Mon
     assert int(os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0 and int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
     assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == os.environ["TORCH_FR_DUMP_TEMP_FILE"]
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == "runs/mine/nccl_trace_rank_"
+
+
+def test_a_process_that_stood_still_blames_nobody(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 1000 s in which it was stopped itself, a rank has heard nothing of the others for so long."""
+    store, late = HashStore(), [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0], time=time.time)
+    monkeypatch.setattr(watch_module, "time", clock)
+    mine, other = (Watch(store, rank, 2, timeout=6000.0) for rank in range(2))
+    mine.pace = Pace(beat=0.05, silence=300.0, stuck=3600.0, end=3600.0)
+    other._publish()
+    mine._read(1)
+    mine.start()
+    try:
+        before, said, deadline = mine._seen[1].since, "", time.monotonic() + 120
+        late[0] = 1000.0
+        while mine._seen[1].since == before and "warning" not in said:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            said += capfd.readouterr().err
+    finally:
+        mine.stop()
+    assert "warning" not in said
+
+
+def test_whether_torchrun_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        assert not launcher.launcher_is_gone({**agent, **address}, 0.3)
+    assert launcher.launcher_is_gone({**agent, **address}, 0.3)
+    assert not launcher.launcher_is_gone(address, 0.3), "the store is this rank's own"
+    assert not launcher.launcher_is_gone({**agent, **address, "MASTER_PORT": "words"}, 0.3)
+    assert not launcher.launcher_is_gone(agent, 0.3)

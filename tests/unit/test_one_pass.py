@@ -203,3 +203,12 @@ def test_data_of_its_own_for_each_split(data):
     assert str(select_samples(run, BYTES, "valid", None)).startswith(f"the validation split of {data / 'b'} ")
     with pytest.raises(UserError, match="gives the test split nothing"):
         select_samples(run, BYTES, "test", None)
+
+
+@pytest.mark.parametrize("tokens", [2 * SEQ, 2 * SEQ + 1, 3 * SEQ])
+def test_a_sample_needs_the_token_after_it(tmp_path, tokens):
+    (tmp_path / "text.txt").write_text("x" * (tokens - 1))  # and the end of the document
+    prepare([tmp_path / "text.txt"], tmp_path / "d", progress=False)
+    run = make_run(tmp_path / "d")
+    run.data.split = "0,100,0"
+    assert select_samples(run, BYTES, "valid", None).available == (tokens - 1) // SEQ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -216,3 +217,13 @@ def test_spread_reaches_both_ends(size: int) -> None:
     assert all(begin % 16 == 0 and 0 <= begin <= end <= size for begin, end in parts)
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(parts))
     assert len(parts) == (1 if size <= 64 else 4)
+
+
+@pytest.mark.parametrize(("last", "refused"), [(2, True), (3, False), (4, True)])
+def test_documents_count_all_sequences(tmp_path: Path, last: int, refused: bool) -> None:
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 3)
+    index = header + struct.pack("<3i", 2, 4, 1) + struct.pack("<3q", 0, 8, 24) + struct.pack("<3q", 0, 1, last)
+    (tmp_path / "data.idx").write_bytes(index)
+    (tmp_path / "data.bin").write_bytes(struct.pack("<7i", *range(7)))
+    with pytest.raises(UserError, match="damaged") if refused else contextlib.nullcontext():
+        verify(check_indexed(str(tmp_path / "data")), 31)
