@@ -171,6 +171,7 @@ def test_of_processes_above_a_launcher_is_looked_for() -> None:
     assert not launcher.is_orphan(20, above.get)
     assert launcher.is_orphan(30, above.get) and launcher.is_orphan(1, above.get)
     assert not launcher.is_orphan(0, above.get), "a parent outside of the container cannot be seen"
+    assert not launcher.is_orphan(40, above.get), "what cannot be seen may be one"
     assert not launcher.is_orphan(1, {1: (b"python\0/usr/bin/torchrun\0", 0)}.get), "torchrun as process 1"
 
 
