@@ -120,3 +120,12 @@ def test_bits_that_differ_are_named(make_checkpoint, tmp_path):
         with pytest.raises(VerificationError, match=f"do not give {mcore}.weight back"):
             verify.verify_export(tmp_path / "hf", source, rules, torch.float32, "tensors")
         export_checkpoint(source.directory, tmp_path / "hf", verify="none", overwrite=True)
+
+
+def test_what_the_other_process_said_last_is_the_reason(make_checkpoint):
+    """It is made to build a model that the checkpoint does not fit."""
+    from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+
+    source = MegatronCheckpoint(make_checkpoint())
+    with pytest.raises(VerificationError, match=r"\(exit code \d\): .*Error: .*; --verify tensors"):
+        verify._megatron_outputs(source, torch.float32, {"hidden_size": 48})

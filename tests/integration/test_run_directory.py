@@ -409,7 +409,7 @@ def test_a_checkpoint_that_does_not_say_where_the_run_was(
     assert start_of(accepted(["pretrain", *flags(fresh), "--no-verify-checkpoint"])) == 0
 
 
-@pytest.mark.parametrize("kind", ["list", "words", "tracker"])
+@pytest.mark.parametrize("kind", ["list", "words", "torch", "tracker"])
 def test_a_random_number_state_of_another_type_is_refused(
     documents: Path,
     tmp_path: Path,
@@ -424,6 +424,7 @@ def test_a_random_number_state_of_another_type_is_refused(
         state = capture(device)  # type: ignore[arg-type]
         changed = {"words": {**state, "python": {"version": 3, "words": "?", "gauss": None}}}
         changed["tracker"] = {**state, "tracker": {"model-parallel-rng": 7}}
+        changed["torch"] = {**state, "torch": torch.zeros(3, dtype=torch.uint8)}
         return changed.get(kind, [1, 2])
 
     with monkeypatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import LoggingConfig, ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.training import metrics
 from phd_megatron.training.metrics import Reporter, StepMetrics, flat, log_line, make_directory, run_of_rows
 from phd_megatron.training.metrics_reader import read_run
 
@@ -243,3 +245,11 @@ def test_what_is_said_of_routers(runtime: Any) -> None:
     }
     dense, options = model_with()
     assert collect_router_metrics([dense], options, 4, torch.device("cpu")) == {}
+
+
+def test_how_threads_tell_of_errors_is_as_before_in_the_end() -> None:
+    before = threading.excepthook
+    undo = metrics._without_tracebacks_of("tensorboard")
+    assert threading.excepthook is not before
+    undo()
+    assert threading.excepthook is before

@@ -392,3 +392,29 @@ def test_norms_follow_the_plan(runtime):
         layer(0, "input_layernorm") in names["hybrid_star"] and layer(1, "input_layernorm") not in names["hybrid_star"]
     )
     assert layer(1, "self_attention.v_layernorm") in names["hybrid"]
+
+
+@pytest.mark.parametrize("output_norm", [None, "branch", "sum"])
+def test_dropout_on_a_branch(runtime, output_norm):
+    """Of the branch alone, never of the residual, in training alone, and after a norm of the branch."""
+    from phd_megatron.model.residual import SublayerResidual
+    from phd_megatron.model.transformer_config import build_transformer_config
+    from phd_megatron.norm.schemes import SublayerNorm
+
+    config = build_transformer_config(make_run())
+    residual = SublayerResidual(config, SublayerNorm(output_norm=output_norm), drop_copies=False)
+    branch, before = torch.full((64, 2, 32), 3.0), torch.full((64, 2, 32), 10.0)
+    join = residual(True, False)
+    value = 1.0 if output_norm == "branch" else 3.0
+    if output_norm == "sum":
+        norm = residual.output_norm
+        kept, dropped = join((branch, None), before, 0.0), join((branch, None), before, 0.75)
+        torch.testing.assert_close(kept, norm(before + 3.0))
+        assert dropped.std() > 0.1 > kept.std()
+        torch.testing.assert_close(residual(False, False)((branch, None), before, 0.75), kept)
+        return
+    torch.testing.assert_close(join((branch, None), before, 0.0), before + value)
+    found = join((branch, torch.zeros(32)), before, 0.75) - before
+    assert set(found.unique().round(decimals=3).tolist()) == {0.0, 4 * value}
+    assert 0.15 < (found > 0).float().mean() < 0.35
+    torch.testing.assert_close(residual(False, False)((branch, None), before, 0.75), before + value)

@@ -167,3 +167,12 @@ def test_bad_inputs(tmp_path):
         find_files([write(tmp_path / "x.pdf", "x")])
     with pytest.raises(UserError, match="empty corpus"):
         find_files([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.parquet"])
+def test_a_file_that_is_gone_when_its_turn_comes_is_named(tmp_path, name):
+    write(tmp_path / name, "{}")
+    files = find_files([tmp_path / name])
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(No such file.*check the file and its rights"):
+        list(read_pieces(files, ReadReport()))
