@@ -13,6 +13,7 @@ import pytest
 from phd_megatron.bench import arguments as bench_arguments
 from phd_megatron.bench import attention as bench_attention
 from phd_megatron.bench import members as bench_members
+from phd_megatron.bench import train as bench_train
 from phd_megatron.bench.timing import Contender
 from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
@@ -139,6 +140,23 @@ def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (first["copies"], second["copies"]) == (1, 3) and first["breakdown"]["GEMM"] > 0
     printed = capsys.readouterr().out
     assert "original tokens/s" in printed and "milliseconds of one profiled step" in printed
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_steps_are_timed_only_where_losses_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    """Against Hugging Face's with the same weights, or with others."""
+    weights = bench_train._our_weights
+    monkeypatch.setattr(
+        bench_train, "_our_weights", lambda config: {name: factor * value for name, value in weights(config).items()}
+    )
+    words = ["--seq-length", "32", "--micro-batch-size", "1", "--rounds", "1", "--device", "cpu"]
+    code = main(["bench", "train", *words, "--json", str(tmp_path / "times.json")])
+    said = capsys.readouterr()
+    assert code == (0 if factor == 1 else 2)
+    assert ("so a timing would compare different things" in said.err) is (factor != 1)
+    assert (tmp_path / "times.json").exists() is (factor == 1)
 
 
 def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
