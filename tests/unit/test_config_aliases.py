@@ -213,6 +213,7 @@ def test_switches_and_their_negations() -> None:
 
 def test_help_names_every_row() -> None:
     text = help_text(TRANSFORMER_FIELDS)
+    assert text.index("--phd-repeat") < text.index("\n\nMegatron-LM's other flags:\n") < text.index("--norm-epsilon")
     for row in (
         "--norm-epsilon: same as --layernorm-epsilon",
         "--disable-bias-linear: sets add_bias_linear to false",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -180,3 +181,15 @@ def test_statistics_of_initial_weights(runtime, scheme, init, experts):
 def test_deepnorm_and_its_init_go_together(scheme, init):
     with pytest.raises(UserError, match=f"init={init} does not fit norm_scheme={scheme}"):
         make_run(norm_scheme=scheme, init=init)
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_norms_without_a_number_have_megatrons(runtime, name):
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from phd_megatron.norm.modules import norm_class
+
+    config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False)
+    megatrons = inspect.signature(WrappedTorchNorm.__new__).parameters["eps"].default
+    assert norm_class(name)(config, 8).eps == megatrons == 1e-5
+    assert norm_class(name)(config, 8, 1e-3).eps == 1e-3

@@ -227,3 +227,11 @@ def test_documents_count_all_sequences(tmp_path: Path, last: int, refused: bool)
     (tmp_path / "data.bin").write_bytes(struct.pack("<7i", *range(7)))
     with pytest.raises(UserError, match="damaged") if refused else contextlib.nullcontext():
         verify(check_indexed(str(tmp_path / "data")), 31)
+
+
+def test_an_index_of_no_document_is_refused(tmp_path: Path) -> None:
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 0)
+    (tmp_path / "data.idx").write_bytes(header + struct.pack("<3i", 2, 4, 1) + struct.pack("<3q", 0, 8, 24))
+    (tmp_path / "data.bin").write_bytes(struct.pack("<7i", *range(7)))
+    with pytest.raises(UserError, match="of its document marks there is none, and the first should be 0"):
+        verify(check_indexed(str(tmp_path / "data")), 31)
