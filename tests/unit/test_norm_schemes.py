@@ -193,3 +193,40 @@ def test_norms_without_a_number_have_megatrons(runtime, name):
     megatrons = inspect.signature(WrappedTorchNorm.__new__).parameters["eps"].default
     assert norm_class(name)(config, 8).eps == megatrons == 1e-5
     assert norm_class(name)(config, 8, 1e-3).eps == 1e-3
+
+
+@pytest.mark.parametrize("shares_tokens", [True, False])
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
+def test_megatron_is_told_whose_gradients_to_sum(runtime, name, shares_tokens):
+    """Of norms whose ranks see their share of the tokens, by an attribute of each parameter."""
+    from phd_megatron.norm.modules import norm_class
+
+    config = SimpleNamespace(params_dtype=torch.float32, sequence_parallel=shares_tokens)
+    parameters = [*norm_class(name)(config, 8).parameters()]
+    assert len(parameters) == (1 if name == "RMSNorm" else 2)
+    assert all(parameter.sequence_parallel is shares_tokens for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "rank", "size", "place"),
+    [
+        (4, 1, 0, 32, (0, 32)),
+        (4, 2, 1, 16, (0, 16)),
+        (2, 4, 0, 16, (0, 8)),
+        (2, 4, 1, 16, (0, 8)),
+        (2, 4, 3, 16, (8, 16)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_a_norm_over_all_heads_is_sharded_as_they_are(runtime, kind, heads, ranks, rank, size, place):
+    from phd_megatron.model.full_width_norm import FullWidthNorm
+
+    config = SimpleNamespace(layernorm_epsilon=1e-5, normalization=kind, params_dtype=torch.float32)
+    norm = FullWidthNorm(config, heads, 8, SimpleNamespace(size=lambda: ranks, rank=lambda: rank))
+    is_whole = heads < ranks  # several ranks share a head
+    assert norm.place == slice(*place) and len([*norm.parameters()]) == (1 if kind == "RMSNorm" else 2)
+    for parameter in norm.parameters():
+        assert parameter.shape == (size,)
+        assert getattr(parameter, "sum_gradient_over_tensor_parallel", False) is is_whole
+        assert getattr(parameter, "tensor_model_parallel", False) is not is_whole
+        assert is_whole or parameter.partition_dim == 0
