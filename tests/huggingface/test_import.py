@@ -329,6 +329,10 @@ def damage(directory, what):
         content = load_file(shards[-1])
         content.pop(sorted(content)[0])
         save_file(content, shards[-1], metadata={"format": "pt"})
+    elif what == "not finite":
+        content = load_file(shards[-1])
+        content[max(content)].view(-1)[-1] = float("inf")
+        save_file(content, shards[-1], metadata={"format": "pt"})
     elif what == "quantised":
         content = load_file(shards[0])
         key = min(key for key in content if content[key].dim() == 2)
@@ -351,6 +355,7 @@ def damage(directory, what):
         ("missing shard", "is missing; copy the whole directory again"),
         ("truncated", "is damaged"),
         ("missing tensor", "which its config.json describes"),
+        ("not finite", "holds values that are not finite"),
         ("quantised", "is of type I8; export it unquantised"),
         ("vocabulary", "do not fit config.json"),
         ("no config", "config.json is missing"),

@@ -1,5 +1,6 @@
 """The sample stream: same samples for any DP size, from any position, with and without workers."""
 
+import multiprocessing
 import os
 import signal
 
@@ -109,6 +110,7 @@ def test_workers_ignore_signals_and_the_global_generator_is_left_alone():
     pids = {int(batch["labels"][0, 0]) for batch in stream.microbatches(0, 6)}
     assert len(pids) == 2 and os.getpid() not in pids
     stream.close()
+    assert not pids & {process.pid for process in multiprocessing.active_children()}, "close ends them"
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -298,3 +299,17 @@ def test_members_have_devices_of_their_own_or_share_them(monkeypatch: pytest.Mon
     assert local.device_slots(Launcher(parallel=3), "cpu") == [None, None, None]
     with pytest.raises(UserError, match="5 members at once of 1 ranks, 1 to a device, need 5 CUDA devices"):
         local.device_slots(Launcher(parallel=5), "cuda")
+
+
+def test_a_member_that_cannot_be_read_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = a_store(tmp_path)
+    path = store.home(store.entries[0].name) / "run.yaml"
+
+    def broken(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(
+        UserError, match=rf"{path} cannot be read \(Input/output error\); give the sweep another --output"
+    ):
+        a_store(tmp_path)
