@@ -48,6 +48,8 @@ def use_transformer_engine(transformer_impl: str, capabilities: Capabilities) ->
     return False, capabilities.transformer_engine_problem
 
 
+_USUAL_WIDTH = 64
+"""Of a head, where a model does not say it."""
 _ONLY_THERE = (
     "moe_grouped_gemm",
     "moe_permute_fusion",
@@ -135,7 +137,10 @@ def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
     model, name = run.model, "PHD attention"
     try:
         chosen, reason = choose_backend(
-            torch.device(capabilities.device), dtype, head_dim(model) or 64, backend=model.phd_attention_backend
+            torch.device(capabilities.device),
+            dtype,
+            head_dim(model) or _USUAL_WIDTH,
+            backend=model.phd_attention_backend,
         )
     except UserError:
         raise
@@ -171,7 +176,7 @@ def _ours(capabilities: Capabilities, reason: str) -> tuple[str, str]:
 def _norm_rope(model: ModelConfig, capabilities: Capabilities) -> tuple[str, str]:
     if model.normalization != "RMSNorm":
         return _TORCH, "the Triton kernel knows RMSNorm alone"
-    problem = capabilities.triton_problem or width_problem(head_dim(model) or 64)
+    problem = capabilities.triton_problem or width_problem(head_dim(model) or _USUAL_WIDTH)
     if is_chosen(model.phd_attention_backend, problem):
         return _TRITON, "one kernel with the split of QKV; norms of full width are torch's"
     if model.phd_attention_backend == "auto":

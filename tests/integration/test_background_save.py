@@ -159,7 +159,7 @@ def test_a_checkpoint_holds_the_tensors_of_its_step_bit_for_bit(run: Run, iterat
     dcp.load(found, storage_reader=reader, no_dist=True)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
-    common = torch.load(path / "common.pt", weights_only=False)
+    common = torch.load(path / "common.pt", weights_only=True)
     assert common["opt_param_scheduler"]["num_steps"] == iteration
     assert json.loads((path / "training_state.json").read_text())["iteration"] == iteration
 

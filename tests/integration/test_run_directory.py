@@ -439,7 +439,7 @@ def test_a_table_of_contents_with_the_wrong_kinds_is_refused(
     own: Path, refused: Callable[..., str], accepted: Callable[..., str]
 ) -> None:
     path = own / FOURTH / ".metadata"
-    table = pickle.loads(path.read_bytes())  # of our own making
+    table = pickle.loads(path.read_bytes())  # written by the run above
     entries = table.state_dict_metadata
     (random,) = [key for key in entries if key.startswith("rng_state/")]
     weight = "embedding.word_embeddings.weight"
@@ -469,7 +469,7 @@ def test_a_common_state_of_another_type_is_refused(
     own: Path, refused: Callable[..., str], change: Callable[[dict[str, object]], object], said: str
 ) -> None:
     path = own / FOURTH / "common.pt"
-    torch.save(change(torch.load(path, weights_only=False)), path)
+    torch.save(change(torch.load(path, weights_only=True)), path)
     refused(["pretrain", *flags({"load": own, "save": own}), "--no-verify-checkpoint"], str(path), said)
 
 
