@@ -8,7 +8,7 @@
 #   bash tests/gpu/run.sh copies     copies told apart: parity, and what a step costs
 #   bash tests/gpu/run.sh paired     a paired comparison of trainings, three seeds, on all GPUs that are visible
 #   bash tests/gpu/run.sh evidence   the next trainings of docs/results/trained/queue.yaml (how.md beside it)
-#   bash tests/gpu/run.sh layouts    parity of layouts over several GPUs
+#   bash tests/gpu/run.sh layouts    over several GPUs: parity of layouts, FP8, resharding, a killed rank
 #   bash tests/gpu/run.sh PART...    parts by name: the functions below
 #
 # first, second and third take about ten minutes each on an H100 with 16 idle cores, and no part takes more than its
@@ -106,9 +106,15 @@ paired() {
         --data-path "$out/data/stdlib" --parallel "$((3 * $(python3 -c 'import torch; print(torch.cuda.device_count())')))"
 }
 evidence() { # PHD_EVIDENCE_SECONDS for this command (540), PHD_EVIDENCE_PIECE for all of the machine's
-    OUT="$out" PYTHONPATH="$PWD/tools:$PYTHONPATH" python3 -W ignore -m evidence run || status=1
+    local command
+    for command in rates run; do
+        OUT="$out" PYTHONPATH="$PWD/tools:$PYTHONPATH" python3 -W ignore -m evidence "$command" || status=1
+    done
 }
-layouts() { check 560 tests/gpu/test_cuda_layouts.py; }
+layouts() {
+    check 560 -s -n 4 tests/gpu/test_cuda_layouts.py tests/gpu/test_cuda_several.py \
+        tests/gpu/test_cuda_graph_step.py::test_data_parallel_ranks
+}
 
 first=(doctor kernel_tests model_tests te_tests sync_tests graph_tests)
 second=(train graphs experts generate decode)

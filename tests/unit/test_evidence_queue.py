@@ -12,6 +12,7 @@ import pytest
 import yaml
 from evidence.piece import DONE, open_piece
 from evidence.queue import Queue, read_queue
+from evidence.rates import choose_rates, write_rates
 from evidence.schedule import Load, Speed, choose, end_times, fits
 from evidence.source import find_commit, sources, tree_hash
 from evidence.work import Work
@@ -83,6 +84,32 @@ def test_comparisons_wait_for_their_rates(tmp_path: Path) -> None:
     found = queue(tmp_path, HEAD, rates={"code": {"pre": {"lr": 4e-3}}}, rates_like={"star": "pre"}, variants=VARIANTS)
     members = found.plan(found.sections[1], "code", tmp_path, {"data_path": ["x"]})
     assert [(m.name, m.config.optimizer.lr) for m in members] == [("pre-seed1", 4e-3), ("star-seed1", 4e-3)]
+
+
+def run_of(section: str, variant: str, lr: float, warm_up: float, loss: float) -> dict[str, object]:
+    return {
+        **{"section": section, "text": "code", "axes": {"variant": variant}},
+        **{"config": {"lr": lr, "lr_warmup_tokens": warm_up}, "steps": {"validation_loss": [9.0, None, loss, None]}},
+    }
+
+
+def test_a_rate_is_the_best_of_the_grids_that_is_not_at_an_edge(tmp_path: Path) -> None:
+    found = queue(tmp_path, RATES, {**RATES, "name": "short"}, HEAD, rates={"prose": {"pre": {"lr": 7.0}}})
+    pre = [run_of("rates", "pre", lr, 100, loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 2.5))]
+    star = [run_of("rates", "star", lr, 100, loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0))]
+    chosen = {"lr": 2.0, "lr_warmup_tokens": 100}
+    assert choose_rates(found, [*pre, *star]) == {"prose": {"pre": {"lr": 7.0}}, "code": {"pre": chosen}}
+    # a rate of another warm-up is no neighbour
+    assert "star" not in choose_rates(found, [*pre, *star, run_of("short", "star", 4.0, 10, 2.1)])["code"]
+    higher = [*star, run_of("rates", "star", 4.0, 100, 2.1)]
+    assert choose_rates(found, [*pre, *higher])["code"] == {"pre": chosen, "star": chosen}
+    # what has been compared, and what stands in the file, stays
+    compared = run_of("head", "star", 1.0, 100, 2.2)
+    assert choose_rates(found, [*higher, compared])["code"]["star"] == {"lr": 1.0, "lr_warmup_tokens": 100}
+    write_rates(found, choose_rates(found, pre))
+    again = read_queue(tmp_path / "queue.yaml", {})
+    better = [run_of("short", "pre", lr, 10, loss) for lr, loss in ((1.0, 1.0), (2.0, 0.5), (4.0, 1.0))]
+    assert choose_rates(again, better) == {"prose": {"pre": {"lr": 7.0}}, "code": {"pre": chosen}}
 
 
 def test_a_variant_that_this_version_does_not_have_blocks_itself_alone(tmp_path: Path) -> None:

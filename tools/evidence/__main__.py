@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     hard.add_argument("--counted", type=int, default=60_000_000, help="tokens of the training part")
     commands.add_parser("status", help="what of the queue has been run, what is next, what waits")
     commands.add_parser("run", help="take the next experiments that fit the time (tests/gpu/run.sh evidence)")
+    commands.add_parser("rates", help="write the rates that the grids give so far into rates.yaml")
     fold = commands.add_parser("fold", help="put the records that a piece left into runs/")
     fold.add_argument("file", type=Path)
     commands.add_parser("report", help="write README.md and its figures from runs/")
@@ -125,6 +126,16 @@ def _fold(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rates(args: argparse.Namespace) -> int:
+    from .piece import DONE, queue_file, work_folder
+    from .rates import choose_rates, read_records, write_rates
+
+    queue = _queue(queue_file())
+    rates = choose_rates(queue, read_records([queue.runs, work_folder() / DONE]))
+    print(f"{write_rates(queue, rates)}: {', '.join(f'{text} {name}' for text, of in rates.items() for name in of)}")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from .report import write_report
 
@@ -138,6 +149,7 @@ _COMMANDS = {
     "ngram": _ngram,
     "status": _status,
     "run": _run,
+    "rates": _rates,
     "fold": _fold,
     "report": _report,
 }

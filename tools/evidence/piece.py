@@ -80,6 +80,16 @@ class Piece:
         return {path.name: path for path in sorted(home.iterdir()) if path.is_dir() and not path.name.startswith(".")}
 
 
+def work_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Folder on the GPU machine that outlives a command."""
+    return Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence")).resolve()
+
+
+def queue_file(environment: Mapping[str, str] = os.environ) -> Path:
+    """The queue of the checkout, or another one."""
+    return Path(environment.get("PHD_EVIDENCE_QUEUE", ROOT / "docs/results/trained/queue.yaml"))
+
+
 def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     """The piece that the environment describes, begun by an earlier command or now.
 
@@ -88,7 +98,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     """
     now = time.time()
     seconds = _number(environment, "SECONDS", 540)
-    work = Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence")).resolve()
+    work = work_folder(environment)
     name, end = time.strftime("%Y-%m-%d-%H%M", time.gmtime(now)), now + _number(environment, "PIECE", seconds)
     previous = ""
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -102,7 +112,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     write(work / _FILE, json.dumps({"name": name, "end": end}) + "\n")
     return Piece(
         name=name,
-        queue=Path(environment.get("PHD_EVIDENCE_QUEUE", ROOT / "docs/results/trained/queue.yaml")),
+        queue=queue_file(environment),
         work=work,
         out=Path(environment.get("OUT", "runs/gpu")),
         archives=Path(environment.get("PHD_EVIDENCE_ARCHIVES", ROOT / ".corpus/ship")),

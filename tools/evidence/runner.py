@@ -45,11 +45,19 @@ class Evaluating:
 
 
 @dataclass
+class Device:
+    """A GPU (or the CPU) that takes several runs at once: as ``CUDA_VISIBLE_DEVICES`` names it, and what it gives."""
+
+    name: str | None
+    speed: Speed
+
+
+@dataclass
 class Running:
-    """A member in one of the places: training, then perhaps an evaluation."""
+    """A member at work: training, then perhaps an evaluation."""
 
     prepared: Prepared
-    place: str | None
+    device: Device
     training: MemberProcess | None
     evaluating: Evaluating | None = None
     evaluations: dict[str, Any] = field(default_factory=dict)
@@ -66,13 +74,13 @@ class Runner:
                 f"no text: {piece.archives} holds no archive and {piece.work / 'texts'} no folder; carry .corpus/ship"
             )
         self.about = describe_piece(piece.name, self.texts)
-        self.launcher = Launcher(parallel=piece.parallel, members_per_device=piece.parallel)
-        self.free = device_slots(self.launcher, "auto")
-        self.speed = Speed(piece.flops, _memory(), piece.filled_by, piece.start_seconds)
+        self.launcher = Launcher(parallel=piece.parallel * _visible_devices(), members_per_device=piece.parallel)
+        speed = Speed(piece.flops, _memory(), piece.filled_by, piece.start_seconds)
+        self.devices = [Device(name, speed) for name in dict.fromkeys(device_slots(self.launcher, "auto"))]
         self.running: list[Running] = []
         self.work = Work(piece, queue, self.texts)
         self.failed: set[str] = set()
-        self._spoke = 0.0
+        self._spoke: dict[str | None, float] = {}
 
     # ---------------------------------------------------------------- the command
 
@@ -85,9 +93,10 @@ class Runner:
         try:
             while time.time() < self.piece.stop_at:
                 ended += self._poll()
-                self._measured()
-                while self.free and time.time() < self.piece.stop_at - _NO_START_SECONDS and self._start_next():
-                    pass
+                for device in self.devices:
+                    self._measured(device)
+                    while time.time() < self.piece.stop_at - _NO_START_SECONDS and self._start_next(device):
+                        pass
                 if not self.running:
                     self._say("nothing that is left fits the time that is left")
                     break
@@ -98,19 +107,25 @@ class Runner:
             self._write_output()
         return ended
 
-    def _start_next(self) -> bool:
+    def _on(self, device: Device) -> list[Running]:
+        return [running for running in self.running if running.device is device]
+
+    def _start_next(self, device: Device) -> bool:
+        on_it = self._on(device)
+        if len(on_it) == self.piece.parallel:
+            return False
         at_hand = {running.prepared.experiment.name for running in self.running} | self.failed
         candidates = [self.work.prepare(experiment) for experiment in self.work.waiting(at_hand)[:_LOOK_AHEAD]]
-        at_work = [running.prepared.load for running in self.running]
+        at_work = [running.prepared.load for running in on_it]
         left = self.piece.piece_end - self.piece.command_end + self.piece.stop_at - time.time()
-        chosen = choose(at_work, [c.load for c in candidates], left, self._measured())
+        chosen = choose(at_work, [c.load for c in candidates], left, self._measured(device))
         if chosen is None:
             return False
-        prepared, place = candidates[chosen], self.free.pop(0)
+        prepared = candidates[chosen]
         name = prepared.experiment.name
         trained = prepared.is_trained
-        training = None if trained else MemberProcess(prepared.store, prepared.member.name, self.launcher, place)
-        self.running.append(Running(prepared, place, training))
+        training = None if trained else MemberProcess(prepared.store, prepared.member.name, self.launcher, device.name)
+        self.running.append(Running(prepared, device, training))
         self._say(f"{name}: {'evaluated' if trained else 'started'}, {len(self.running)} at work")
         return True
 
@@ -157,7 +172,7 @@ class Runner:
         with (prepared.home / "evaluate.txt").open("wb") as log:
             process = subprocess.Popen(
                 command,
-                env=member_environment(self.launcher, running.place),
+                env=member_environment(self.launcher, running.device.name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -186,24 +201,24 @@ class Runner:
 
     def _release(self, running: Running) -> None:
         self.running.remove(running)
-        self.free.append(running.place)
 
     # ---------------------------------------------------------------- speed
 
-    def _measured(self) -> Speed:
-        """What the GPU does now, by the last step that each run has logged; what was known, until all have."""
-        rates = []
-        for running in self.running:
+    def _measured(self, device: Device) -> Speed:
+        """What a device does now, by the last step that each run on it has logged; what was known, until all have."""
+        rates, on_it = [], self._on(device)
+        for running in on_it:
             step = last_step(running.prepared.store, running.prepared.member.name)
             if running.training is not None and step.get("tokens_per_second"):
                 rates.append(step["tokens_per_second"] * step["consumed_flops"] / step["consumed_tokens"])
-        if not rates or len(rates) < len(self.running):
-            return self.speed
-        self.speed = self.speed.seen(rates, all_places=len(rates) == self.piece.parallel)
-        if time.time() - self._spoke > _SPEAK_SECONDS:
-            self._spoke = time.time()
-            self._say(f"{len(rates)} at work, together {sum(rates):.3g} FLOP/s; {self.speed}")
-        return self.speed
+        if not rates or len(rates) < len(on_it):
+            return device.speed
+        device.speed = device.speed.seen(rates, all_places=len(rates) == self.piece.parallel)
+        if time.time() - self._spoke.get(device.name, 0.0) > _SPEAK_SECONDS:
+            self._spoke[device.name] = time.time()
+            where = "" if device.name is None else f"GPU {device.name}: "
+            self._say(f"{where}{len(rates)} at work, together {sum(rates):.3g} FLOP/s; {device.speed}")
+        return device.speed
 
     # ---------------------------------------------------------------- the end
 
@@ -251,6 +266,12 @@ def _tail(home: Path) -> str:
         if (home / name).exists():
             parts.append(f"== {name}\n{(home / name).read_text('utf-8', 'replace')[-_TAIL:]}")
     return "\n".join(parts)
+
+
+def _visible_devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def _memory() -> float:
