@@ -238,6 +238,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "python -m evidence fold runs/gpu/evidence.json": Skip(
             "of a GPU's results; tests/unit/test_evidence_report.py"
         ),
+        "python -m evidence rates": Skip("rewrites the checkout; tests/unit/test_evidence_queue.py"),
         "python -m evidence report": Skip("rewrites the checkout; tests/unit/test_evidence_report.py"),
     },
 }

@@ -37,7 +37,7 @@ samples=$((memory > 120000 ? 4 : 2))
 kernel_tests() {
     PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
-model_tests() { check 180 tests/gpu/test_cuda_parity.py; }
+model_tests() { check 240 tests/gpu/test_cuda_parity.py; }
 sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
 graph_tests() { check 300 -s tests/gpu/test_cuda_graph_step.py; }

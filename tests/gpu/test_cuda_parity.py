@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def program(*words: str, timeout: float = 300) -> str:
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "4"},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -90,20 +91,24 @@ def results(corpus: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     root = tmp_path_factory.mktemp("cuda")
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     wanted = {item.callspec.params.get("model") for item in items}
-    for device in DEVICES:
-        cases = []
-        for name, (scheme, repeat, further) in MODELS.items():
-            if name not in wanted:
-                continue
-            out = root / device / name
-            cases.append(
-                [
-                    *("pretrain", *SHAPE, "--data-path", str(corpus)),
-                    *("--norm-scheme", scheme, "--phd-repeat", str(repeat), *further),
-                    *("--metrics-file", str(out / "metrics.jsonl"), "--dump-gradients-dir", str(out / "gradients")),
-                ]
-            )
-        run_cases(device, cases, root / f"{device}.json")
+    with ThreadPoolExecutor(max_workers=len(DEVICES)) as pool:
+        started = []
+        for device in DEVICES:
+            cases = []
+            for name, (scheme, repeat, further) in MODELS.items():
+                if name not in wanted:
+                    continue
+                out = root / device / name
+                cases.append(
+                    [
+                        *("pretrain", *SHAPE, "--data-path", str(corpus)),
+                        *("--norm-scheme", scheme, "--phd-repeat", str(repeat), *further),
+                        *("--metrics-file", str(out / "metrics.jsonl"), "--dump-gradients-dir", str(out / "gradients")),
+                    ]
+                )
+            started.append(pool.submit(run_cases, device, cases, root / f"{device}.json"))
+        for each in started:
+            each.result()
     return root
 
 

@@ -86,30 +86,45 @@ def test_comparisons_wait_for_their_rates(tmp_path: Path) -> None:
     assert [(m.name, m.config.optimizer.lr) for m in members] == [("pre-seed1", 4e-3), ("star-seed1", 4e-3)]
 
 
-def run_of(section: str, variant: str, lr: float, warm_up: float, loss: float) -> dict[str, object]:
+def run_of(section: str, variant: str, lr: float, loss: float, state: str = "finished") -> dict[str, object]:
+    """A record as far as rates are chosen from it."""
     return {
-        **{"section": section, "text": "code", "axes": {"variant": variant}},
-        **{"config": {"lr": lr, "lr_warmup_tokens": warm_up}, "steps": {"validation_loss": [9.0, None, loss, None]}},
+        **{"name": f"code-{section}-{variant}-lr={lr:g}-seed9", "state": state},
+        **{"config": {"lr": lr, "lr_warmup_tokens": 10 if section == "short" else 100}},
+        **{"steps": {"validation_loss": [9.0, None, loss, None]}},
     }
 
 
-def test_a_rate_is_the_best_of_the_grids_that_is_not_at_an_edge(tmp_path: Path) -> None:
-    found = queue(tmp_path, RATES, {**RATES, "name": "short"}, HEAD, rates={"prose": {"pre": {"lr": 7.0}}})
-    pre = [run_of("rates", "pre", lr, 100, loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0), (4.0, 2.5))]
-    star = [run_of("rates", "star", lr, 100, loss) for lr, loss in ((1.0, 3.0), (2.0, 2.0))]
-    chosen = {"lr": 2.0, "lr_warmup_tokens": 100}
-    assert choose_rates(found, [*pre, *star]) == {"prose": {"pre": {"lr": 7.0}}, "code": {"pre": chosen}}
-    # a rate of another warm-up is no neighbour
-    assert "star" not in choose_rates(found, [*pre, *star, run_of("short", "star", 4.0, 10, 2.1)])["code"]
-    higher = [*star, run_of("rates", "star", 4.0, 100, 2.1)]
-    assert choose_rates(found, [*pre, *higher])["code"] == {"pre": chosen, "star": chosen}
+def test_a_rate_is_the_best_of_a_whole_grid_and_not_at_its_edge(tmp_path: Path) -> None:
+    grid = {**RATES, "seeds": [9], "axes": {"lr": [1e-3, 2e-3, 4e-3]}}
+    found = queue(tmp_path, grid, {**grid, "name": "short"}, HEAD, rates={"prose": {"pre": {"lr": 7.0}}})
+    assert {run_of("rates", "pre", 1e-3, 0)["name"], run_of("short", "star", 4e-3, 0)["name"]} < {
+        experiment.name for experiment in found.experiments
+    }
+
+    def chosen(*records: dict[str, object]) -> dict[str, object]:
+        rates = choose_rates(found, records)
+        assert rates.pop("prose") == {"pre": {"lr": 7.0}}
+        return rates.get("code", {})
+
+    best = {"lr": 2e-3, "lr_warmup_tokens": 100}
+    pre = [run_of("rates", "pre", lr, loss) for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 2.5))]
+    assert chosen(*pre) == {"pre": best}
+    assert chosen(*pre[:2]) == chosen(*pre[1:]) == {}, "the grid is not whole"
+    edge = [run_of("rates", "star", lr, loss) for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 1.9))]
+    assert chosen(*pre, *edge) == {"pre": best}
+    # what diverged is a neighbour, and never the best
+    assert chosen(*edge[:2], run_of("rates", "star", 4e-3, 1.0, "diverged")) == {"star": best}
+    # another warm-up with a better run, in a grid that is not whole and in one that is
+    short = [run_of("short", "pre", lr, loss) for lr, loss in ((1e-3, 1.6), (2e-3, 1.5), (4e-3, 1.7))]
+    assert chosen(*pre, *short[:2]) == {"pre": best}
+    assert chosen(*pre, *short) == {"pre": {"lr": 2e-3, "lr_warmup_tokens": 10}}
     # what has been compared, and what stands in the file, stays
-    compared = run_of("head", "star", 1.0, 100, 2.2)
-    assert choose_rates(found, [*higher, compared])["code"]["star"] == {"lr": 1.0, "lr_warmup_tokens": 100}
+    compared = {**run_of("rates", "pre", 1e-3, 2.2), "name": "code-head-pre-seed1"}
+    assert chosen(*pre, compared) == {"pre": {"lr": 1e-3, "lr_warmup_tokens": 100}}
     write_rates(found, choose_rates(found, pre))
     again = read_queue(tmp_path / "queue.yaml", {})
-    better = [run_of("short", "pre", lr, 10, loss) for lr, loss in ((1.0, 1.0), (2.0, 0.5), (4.0, 1.0))]
-    assert choose_rates(again, better) == {"prose": {"pre": {"lr": 7.0}}, "code": {"pre": chosen}}
+    assert choose_rates(again, [*pre, *short]) == {"prose": {"pre": {"lr": 7.0}}, "code": {"pre": best}}
 
 
 def test_a_variant_that_this_version_does_not_have_blocks_itself_alone(tmp_path: Path) -> None:

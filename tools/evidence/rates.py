@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from phd_megatron.sweep.store import write
 from .queue import RATE, RATES, VARIANT, Queue
 
 WARM_UP = "lr_warmup_tokens"
+Rate = tuple[tuple[str, float], ...]  #: fields that belong together, and their values
 Rates = dict[str, dict[str, dict[str, float]]]
 
 _HEADER = """\
@@ -23,38 +25,46 @@ _HEADER = """\
 
 
 def read_records(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Records of finished runs, of the checkout and of the piece that is going on."""
-    found = [json.loads(path.read_text("utf-8")) for folder in folders for path in sorted(folder.glob("*.json"))]
-    return [record for record in found if record["state"] == "finished"]
+    """Records of runs that have ended, of the checkout and of the piece that is going on."""
+    return [json.loads(path.read_text("utf-8")) for folder in folders for path in sorted(folder.glob("*.json"))]
 
 
 def choose_rates(queue: Queue, records: Iterable[Mapping[str, Any]]) -> Rates:
-    """The queue's rates and those that its grids now give.
+    """The queue's rates and those that its grids now give: of a variant's grids, each of which has been run whole.
 
     Args:
         queue: whose ``rates`` stay as they are.
-        records: of finished runs; one that has been compared already says its variant's rate.
+        records: one that has been compared already says its variant's rate.
     """
     rates: Rates = {text: {name: dict(rate) for name, rate in of.items()} for text, of in queue.rates.items()}
-    sections = {section.name: section for section in queue.sections}
-    grids: dict[tuple[str, str], dict[tuple[float, float], float]] = {}
-    for record in records:
-        section = sections.get(record["section"])
-        text, variant = record["text"], record["axes"].get(VARIANT)
-        rate = record["config"].get(RATE), record["config"].get(WARM_UP)
-        if section is None or None in rate:
-            continue
-        if section.rates == "chosen" and variant not in queue.rates_like and not section.fields:
-            rates.setdefault(text, {}).setdefault(variant, _fields(*rate))
-        elif section.is_grid:
-            loss = [loss for loss in record["steps"]["validation_loss"] if loss is not None][-1]
-            grids.setdefault((text, variant), {})[rate] = loss
-    for (text, variant), losses in grids.items():
-        best = min(losses, key=losses.__getitem__)
-        beside = [rate for rate, warm_up in losses if warm_up == best[1]]
-        if min(beside) < best[0] < max(beside):
-            rates.setdefault(text, {}).setdefault(variant, _fields(*best))
+    recorded = {record["name"]: record for record in records}
+    grids: dict[tuple[str, str, str], list[str]] = {}
+    for experiment in queue.experiments:
+        section, variant = experiment.section, experiment.member.axes[VARIANT]
+        if section.is_grid:
+            grids.setdefault((section.name, experiment.text, variant), []).append(experiment.name)
+        elif experiment.name in recorded and variant not in queue.rates_like and not section.fields:
+            rates.setdefault(experiment.text, {}).setdefault(variant, dict([*_rate(recorded[experiment.name])]))
+    losses: dict[tuple[str, str], dict[Rate, float]] = {}
+    for (_, text, variant), names in grids.items():
+        if all(name in recorded for name in names):
+            losses.setdefault((text, variant), {}).update((_rate(recorded[n]), _loss(recorded[n])) for n in names)
+    for (text, variant), by_rate in losses.items():
+        best = min(by_rate, key=by_rate.__getitem__)
+        beside = [dict(rate)[RATE] for rate in by_rate if dict(rate)[WARM_UP] == dict(best)[WARM_UP]]
+        if min(beside) < dict(best)[RATE] < max(beside):
+            rates.setdefault(text, {}).setdefault(variant, dict(best))
     return rates
+
+
+def _rate(record: Mapping[str, Any]) -> Rate:
+    return tuple((name, record["config"][name]) for name in (RATE, WARM_UP))
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    """On the validation part at the end; infinite for a run that diverged."""
+    found = [loss for loss in record["steps"]["validation_loss"] if loss is not None]
+    return float(found[-1]) if record["state"] == "finished" else math.inf
 
 
 def write_rates(queue: Queue, rates: Rates) -> Path:
@@ -62,7 +72,3 @@ def write_rates(queue: Queue, rates: Rates) -> Path:
     path = queue.path.with_name(RATES)
     write(path, _HEADER + yaml.safe_dump(rates))
     return path
-
-
-def _fields(rate: float, warm_up: float) -> dict[str, float]:
-    return {RATE: rate, WARM_UP: warm_up}

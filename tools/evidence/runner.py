@@ -75,8 +75,11 @@ class Runner:
             )
         self.about = describe_piece(piece.name, self.texts)
         self.launcher = Launcher(parallel=piece.parallel * _visible_devices(), members_per_device=piece.parallel)
-        speed = Speed(piece.flops, _memory(), piece.filled_by, piece.start_seconds)
-        self.devices = [Device(name, speed) for name in dict.fromkeys(device_slots(self.launcher, "auto"))]
+        names = dict.fromkeys(device_slots(self.launcher, "auto"))
+        self.devices = [
+            Device(name, Speed(piece.flops, _free_memory(number), piece.filled_by, piece.start_seconds))
+            for number, name in enumerate(names)
+        ]
         self.running: list[Running] = []
         self.work = Work(piece, queue, self.texts)
         self.failed: set[str] = set()
@@ -274,8 +277,8 @@ def _visible_devices() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _memory() -> float:
-    """Bytes of the GPU; no limit without one."""
+def _free_memory(number: int) -> float:
+    """Bytes of a visible GPU that nobody else holds; no limit without one."""
     import torch
 
-    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else float("inf")
+    return float(torch.cuda.mem_get_info(number)[0]) if torch.cuda.is_available() else float("inf")
