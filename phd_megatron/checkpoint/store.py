@@ -203,7 +203,7 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):  # the caller looks what is left
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _new(path: Path) -> Path:

@@ -34,7 +34,8 @@ def test_table_json_csv_and_plot(tmp_path, capsys):
     rows = list(csv.reader(places[1].open()))
     assert len(rows) == 8 and rows[0][0] == "model" and rows[1][0] == "vanilla"
     assert "<svg" in places[2].read_text()
-    assert "swa K=3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "swa K=3" in said and f" on CPU, {torch.get_num_threads()} threads, torch {torch.__version__}\n" in said
 
 
 def test_naive_repetition_reads_every_token_k_times():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from phd_megatron.console.terminal import warn
+
 ROOT = Path(__file__).resolve().parents[2]
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
@@ -56,6 +58,13 @@ def test_a_command_whose_output_is_lost_says_so(unbuffered: str) -> None:
         assert done.returncode == 1 and "Traceback" in done.stderr, "another disk's"
         lost = command("print('a warning', file=sys.stderr)")
         assert python(lost, unbuffered, stdout=subprocess.PIPE, stderr=full).returncode == 2
+
+
+def test_a_warning_that_is_lost_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        warn("nobody reads this")
+        full.flush()  # would fail if it still held the line
 
 
 SAY = """

@@ -140,13 +140,18 @@ def test_ids_that_a_start_did_not_look_at(tmp_path: Path) -> None:
     count = 8 << 20
     with IndexedWriter(tmp_path, np.uint16) as writer:
         tokens = np.ones(count, np.uint16)
-        tokens[100_000] = 7
+        tokens[100_000] = 7  # between two parts
         writer.add(tokens, np.array([count]), np.array([1]))
         writer.finish()
     info = check_indexed(str(tmp_path / "data"))
     verify(info, 5)
     with pytest.raises(UserError, match=r"token id 7 \(7 at token 100000 of 8388608\)"):
         TokenFiles(info, 5).get(0, 99_000, 2000)
+    with (tmp_path / "data.bin").open("r+b") as stream:
+        stream.seek(2 * (count - 3))
+        stream.write(np.array([8], np.uint16).tobytes())
+    with pytest.raises(UserError, match=r"token id 8 \(8 at token 8388605 of 8388608\)"):
+        verify(check_indexed(str(tmp_path / "data")), 5)
 
 
 def test_a_refusal_of_a_worker_is_the_message_alone(prefix: Path) -> None:
