@@ -49,7 +49,7 @@ class Call(NamedTuple):
 class CausalKernel(NamedTuple):
     """One way to run part (a) on ``q [B, H, s, d]``, ``k, v [B, G, s, d]`` with H a multiple of G.
 
-    ``forward(q, k, v, scale, causal=True) -> out, lse [B, H, >= s], extra``;
+    ``forward(q, k, v, scale, causal) -> out, lse [B, H, >= s], extra``;
     ``backward(grad, call) -> dq, dk, dv``. Without ``causal`` every query sees every key, and there may be any number
     of keys. The limits say what may even be tried: outside them cuDNN was seen to return NaN (float32) and to crash the
     process instead of refusing. ``shares_keys``: ``k`` and ``v`` may be one sequence's expanded over ``B``, which is
@@ -70,7 +70,7 @@ def _aten(name: str) -> Any:
     return getattr(torch.ops.aten, name)
 
 
-def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _cpu_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     out, lse = _aten("_scaled_dot_product_flash_attention_for_cpu")(q, k, v, 0.0, causal, scale=scale)
     return out, lse, ()
 
@@ -80,7 +80,7 @@ def _cpu_flash_backward(grad: Tensor, call: Call) -> Three:
     return op(grad, call.q, call.k, call.v, call.out, call.lse, 0.0, call.causal, scale=call.scale)
 
 
-def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     out, lse, *extra = _aten("_scaled_dot_product_flash_attention")(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse, tuple(extra[:6])
 
@@ -92,7 +92,7 @@ def _cuda_flash_backward(grad: Tensor, call: Call) -> Three:
     return op(*tensors, *lengths, 0.0, call.causal, seed, offset, scale=call.scale)
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     op = _aten("_scaled_dot_product_cudnn_attention")
     out, lse, *extra = op(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out, lse.view(q.shape[:3]), tuple(extra[:6])
@@ -112,7 +112,7 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _package_2_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _package_2_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     out, lse, _, state = _package("flash_attn.flash_attn_interface")._flash_attn_forward(
         *(x.transpose(1, 2) for x in (q, k, v)),
         dropout_p=0.0,
@@ -145,7 +145,7 @@ def _package_2_backward(grad: Tensor, call: Call) -> Three:
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _package_3_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _package_3_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     inputs = (x.transpose(1, 2) for x in (q, k, v))
     found = _package("flash_attn_interface")._flash_attn_forward(*inputs, softmax_scale=scale, causal=causal)
     return found[0].transpose(1, 2), found[1], ()
@@ -166,7 +166,7 @@ def _package_3_backward(grad: Tensor, call: Call) -> Three:
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))  # this operator has no grouped queries
     op = _aten("_scaled_dot_product_efficient_attention")
     out, lse, seed, offset = op(q, k, v, None, True, 0.0, causal, scale=scale)
@@ -191,7 +191,7 @@ def _plain_scores(q: Tensor, k: Tensor, rows: slice, scale: float, causal: bool)
     return scores.masked_fill_(position > position[rows, None], -math.inf)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Forward:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     length, groups = q.size(2), k.size(1)
     grouped, k, v = q.unflatten(1, (groups, -1)).to(accumulate), k.to(accumulate), v.to(accumulate)

@@ -75,13 +75,13 @@ class _PHDAttention(torch.autograd.Function):
         kernel = SINGLE if length == 1 else causal_kernel(query.device, query.dtype, width)[0]
         if policy.repeat == 1:  # vanilla: views in, a view out
             q, key, value = _vanilla(query, key, value)
-            out, lse, extra = kernel.forward(q, key, value, scale)
+            out, lse, extra = kernel.forward(q, key, value, scale, True)
             result = out.permute(2, 0, 1, 3).unsqueeze(0)
         else:
             q_rows = fold_queries(query, key.size(3))
             k, v = (fold_keys(x[:1]).transpose(1, 2) for x in (key, value))
             q = as_heads(q_rows)
-            out, lse, extra = kernel.forward(q, k, v, scale)
+            out, lse, extra = kernel.forward(q, k, v, scale, True)
             hidden = slice(max(0, copies - policy.repeat + 1), None)
             if hidden.start < copies:
                 _merge(as_rows(out, copies), as_rows(lse[..., :length], copies), q_rows, key, value, policy, scale)

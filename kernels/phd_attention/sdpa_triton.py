@@ -63,9 +63,9 @@ class _Calls(NamedTuple):
         ``k``, ``v`` are those of one batch entry. Where there are several calls, both are lists of such tensors.
         """
         if kernel.shares_keys:
-            out, lse, extra = kernel.forward(q, *_expanded(q, k, v), scale)
+            out, lse, extra = kernel.forward(q, *_expanded(q, k, v), scale, True)
             return cls(kernel, [extra]), out, lse
-        found = [kernel.forward(x, k, v, scale) for x in q.split(1)]
+        found = [kernel.forward(x, k, v, scale, True) for x in q.split(1)]
         return cls(kernel, [extra for *_, extra in found]), [x for x, _, _ in found], [x for _, x, _ in found]
 
     def backward(

@@ -1,7 +1,8 @@
 """What the fields of Megatron-Core's ``TransformerConfig`` are that stand below ``model.transformer``.
 
 The counterpart of the annotations in :mod:`phd_megatron.config.schema`, for fields that are not ours to declare. What
-is of no use here at all has a row in :mod:`phd_megatron.config.unsupported` instead. Megatron-Core 0.16.1.
+is of no use here at all has a row in :mod:`phd_megatron.config.unsupported` instead. Fields of all versions
+of Megatron-Core that this package runs on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROLES: dict[str, Role] = {
     "moe_router_group_topk": SHAPE,
     "moe_router_load_balancing_type": RECIPE,
     "moe_router_bias_update_rate": RECIPE,
+    "moe_router_quantile_balancing_ema": RECIPE,
     "moe_aux_loss_coeff": RECIPE,
     "moe_z_loss_coeff": RECIPE,
     # A capacity holds for training alone: inference drops nothing.
@@ -58,6 +60,8 @@ ROLES: dict[str, Role] = {
     "distribute_saved_activations": COMPUTING,
     "num_microbatches_with_partial_activation_checkpoints": COMPUTING,
     "offload_modules": COMPUTING,
+    "activation_offload_fraction": COMPUTING,
+    "mlp_chunks_for_training": COMPUTING,
     "disable_parameter_transpose_cache": COMPUTING,
     "clone_scatter_output_in_embedding": COMPUTING,
     "deallocate_pipeline_outputs": COMPUTING,

@@ -3,7 +3,7 @@
 Features that are not built, and ``TransformerConfig`` fields that the model would silently ignore or get wrong. One row
 each; building the feature deletes its row.
 
-Field references are to Megatron-Core 0.16.1.
+Fields are those of all versions of Megatron-Core that this package runs on (``runtime/mcore_versions.py``).
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ _FLAT_CP_CURE = "use context_parallel_size and cp_comm_type"
 _NO_GRAPH = "it has no effect without cuda_graph_impl"
 _LAYER_GRAPHS = "graphs of single layers are not supported: Megatron-Core's know the inputs of its own layers alone"
 _GRAPH_CURE = "use cuda_graph_impl local with cuda_graph_scope full_iteration"
+_SHARDS = "weights cut further than tensor parallelism cuts them have not been held against one rank"
+_INTERLEAVED = "gate and value are the two halves of a weight, as in exports"
+_OP_FUSER = "it needs the operation fuser of Transformer Engine, which is not used here"
+_MUP = "its multipliers would act beside the norm scheme and its initial weights"
 _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
@@ -106,6 +110,10 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("overlap_moe_expert_parallel_comm", _SCHEDULE),
     Unsupported("ep_overlap_early_attn_memory_release", _SCHEDULE),
     Unsupported("delay_wgrad_compute", _SCHEDULE),
+    Unsupported("high_priority_a2a_comm_stream", _SCHEDULE),
+    Unsupported("overlap_dispatch_backward_with_experts_wgrad", _SCHEDULE),
+    Unsupported("*gtp_weight_remat_size", _SHARDS),
+    Unsupported("*tensor_parallel_num_weight_shards", _SHARDS),
     Unsupported("use_ring_exchange_p2p", "it needs a PyTorch built with ring exchange"),
     Unsupported("tp_comm_overlap", _TE, _TE_CURE, _with_local_layers),
     Unsupported(
@@ -122,18 +130,37 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("moe_enable_deepep", _FLEX, "use moe_token_dispatcher_type alltoall"),
     Unsupported("moe_flex_dispatcher_backend", _FLEX, "use moe_token_dispatcher_type alltoall"),
     Unsupported("moe_deepep_num_sms", _FLEX),
-    Unsupported("moe_hybridep_num_sms", _FLEX),
+    Unsupported("moe_*hybridep*", _FLEX),
+    Unsupported("moe_ncclep_*", _FLEX),
+    Unsupported("moe_flex_dispatcher_num_sms", _FLEX),
     Unsupported("moe_permute_fusion", _TE, _TE_CURE, _with_local_layers),
     Unsupported("moe_router_fusion", _TE, _TE_CURE, _with_local_layers),
     Unsupported("moe_latent_size", "latent projections around experts are not available, and not in any export"),
+    Unsupported("moe_mlp_glu_interleave_size", _INTERLEAVED),
+    Unsupported("moe_shared_expert_glu_interleave_size", _INTERLEAVED),
+    Unsupported("moe_single_grouped_*", "one tensor for all experts has other checkpoint keys, which no export knows"),
+    Unsupported("moe_paged_stash*", _OP_FUSER),
+    Unsupported("moe_expert_rank_capacity_factor", _OP_FUSER),
     Unsupported(
         "moe_router_load_balancing_type",
         "Sinkhorn balances the rows of one rank, so each layout would route differently",
         "use aux_loss, seq_aux_loss or global_aux_loss",
         _holds("sinkhorn"),
     ),
+    Unsupported(
+        "moe_router_load_balancing_type",
+        "quantile balancing has not been held against one rank for any layout",
+        "use aux_loss, seq_aux_loss or global_aux_loss",
+        _holds("quantile_balancing"),
+    ),
+    Unsupported(
+        "moe_router_quantile_balancing_ema",
+        "quantile balancing has not been held against one rank for any layout",
+        refused=_not(0),
+    ),
     Unsupported("moe_input_jitter_eps", "noise on the router's input would differ from layout to layout"),
     Unsupported("moe_router_force_load_balancing", "it routes at random, for measurements only"),
+    Unsupported("moe_router_force_biased", "it routes at random, for measurements only"),
     Unsupported("moe_enable_routing_replay", "nothing here records or replays routes"),
     Unsupported("moe_apply_probs_on_input", "probabilities scale what experts put out, as in exports"),
     Unsupported(
@@ -168,6 +195,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("fp8_multi_head_attention", _ATTENTION),
     Unsupported("fp8_recipe", "it names Python code that would be imported", _RECIPES, _holds("custom")),
     Unsupported("fp8_quantizer_factory", "it names Python code that would be imported", _RECIPES),
+    Unsupported("fp8_output_proj", "the output layer is Megatron-Core's local one, which multiplies in bfloat16"),
     Unsupported("fp8_*", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
     Unsupported("tp_only_amax_red", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
     Unsupported("first_last_layers_bf16", _NO_FP8, "set fp8 to hybrid or e4m3", _without("fp8")),
@@ -214,6 +242,7 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("qk_clip_*", "PHD attention does not report its largest logit"),
     Unsupported("log_max_attention_logit", "PHD attention does not report its largest logit"),
     Unsupported("batch_invariant_mode", _ATTENTION),
+    Unsupported("flash_attention_version", _ATTENTION, "use phd_attention_backend"),
     Unsupported("test_mode", "its checks read biases that RMSNorm does not have"),
     # --- positions
     Unsupported("rotary_interleaved", "RoPE turns halves, as in the Hugging Face export"),
@@ -230,6 +259,10 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("activation_func_clamp_value", "the FFN is SwiGLU or GELU, as in the export"),
     Unsupported("use_fused_weighted_squared_relu", "the FFN is SwiGLU or GELU, as in the export"),
     Unsupported("use_te_activation_func", _TE, _TE_CURE, _with_local_layers),
+    Unsupported("fused_residual_rmsnorm", "residuals are added by the norm scheme, outside of the norms"),
+    Unsupported("use_transformer_engine_op_fuser", "its fused FFN takes its own activation, which exports do not have"),
+    Unsupported("use_grouped_gemm_for_*", _OP_FUSER),
+    Unsupported("mlp_chunks_for_training", "it has not been run with repeated tokens", refused=_not(1)),
     Unsupported("mtp_*", "multi-token prediction is not available; the loss sees the last copy only"),
     Unsupported("heterogeneous_block_specs", _LAYERS),
     Unsupported("hetereogenous_dist_checkpoint", _LAYERS),
@@ -239,6 +272,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("calculate_per_token_loss", "the loss is always a mean over tokens", "leave it out", _not(True)),
     # --- initialisation
     Unsupported("embedding_init_method_std", "weights are drawn by init and init_method_std", "set init_method_std"),
+    Unsupported("use_mup", _MUP, "set init, init_method_std and decoupled_lr by hand"),
+    Unsupported("mup_*", _MUP, "set init, init_method_std and decoupled_lr by hand"),
     Unsupported("perform_initialization", "weights are always drawn by name, for any layout alike", refused=_not(True)),
     Unsupported(
         "use_cpu_initialization", "weights are always drawn on the CPU, for any layout alike", refused=_not(True)
@@ -278,8 +313,13 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("fine_grained_activation_offloading", "it is not available yet", "use recompute_granularity"),
     Unsupported("offload_modules", "activation offloading is not available yet", refused=_not(None, [])),
     Unsupported("min_offloaded_tensor_size", "activation offloading is not available yet"),
+    Unsupported("fine_grained_offloading_max_inflight_offloads", "activation offloading is not available yet"),
+    Unsupported("activation_offload_fraction", "activation offloading is not available yet", refused=_not(1)),
+    Unsupported("delay_offload_until_cuda_graph", "activation offloading is not available yet"),
+    Unsupported("delta_offload_bytes_across_pp_ranks", "activation offloading is not available yet"),
     Unsupported("enable_cuda_graph", "Megatron-Core has renamed it", _GRAPH_CURE),
     Unsupported("external_cuda_graph", _LAYER_GRAPHS, _GRAPH_CURE),
+    Unsupported("cuda_graph_modules", _LAYER_GRAPHS, _GRAPH_CURE),
     Unsupported("cuda_graph_impl", _LAYER_GRAPHS, f"{_GRAPH_CURE}, or none", _graph_of_layers),
     Unsupported("cuda_graph_scope", _NO_GRAPH, _GRAPH_CURE, _without("cuda_graph_impl")),
     Unsupported("cuda_graph_warmup_steps", _NO_GRAPH, _GRAPH_CURE, _without("cuda_graph_impl")),
@@ -291,6 +331,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("inference_*", _INFERENCE, "use `phd-megatron generate`"),
     Unsupported("use_inference_optimized_layers", _INFERENCE, "use `phd-megatron generate`"),
     Unsupported("symmetric_ar_type", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("nccl_all_reduce_for_prefill", _INFERENCE, "use `phd-megatron generate`"),
+    Unsupported("moe_pad_experts_for_cuda_graph_inference", _INFERENCE, "use `phd-megatron generate`"),
     Unsupported("mlp_chunks_for_prefill", _INFERENCE, "use `phd-megatron generate`", _not(1)),
 )
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -62,16 +63,17 @@ class IndexedGPTDataset(GPTDataset):
         """Sequences of the data."""
         return len(low_level_dataset)
 
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a sample and its documents.
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, ...]:
+        """Token ids of a sample, its documents, and what else Megatron-Core says of them.
 
         Raises:
             UserError: when the index does not fit the data, which a damaged cache does not.
         """
         try:
-            text, documents = super()._query_document_sample_shuffle_indices(idx)
+            found = super()._query_document_sample_shuffle_indices(idx)
+            text = found[0]
             if text.shape == (self.config.sequence_length + 1,) and int(text.min()) >= 0:  # a short one is padded
-                return text, documents
+                return tuple(found)
             reason = "it is too short"
         except (IndexError, ValueError) as error:
             reason = str(error)

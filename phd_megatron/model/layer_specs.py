@@ -26,6 +26,7 @@ from phd_megatron.model.attention import PHDCoreAttention, PHDSelfAttention, PHD
 from phd_megatron.model.layer_modules import LayerModules, layer_modules
 from phd_megatron.model.moe import moe_spec
 from phd_megatron.model.residual import SublayerResidual
+from phd_megatron.runtime.mcore_versions import submodules
 
 if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
@@ -86,7 +87,7 @@ def layer_spec(config: PHDTransformerConfig, layer_number: int) -> ModuleSpec:
     drop_after = last_layer and not prune and config.last_layer_drops_copies
     normed_residual = block.mlp.residual == "normed"
     ffn = _ffn_spec(config, layer_number)
-    inside_ffn = getattr(ffn.submodules, "linear_fc1", modules.column) is not modules.column
+    inside_ffn = getattr(submodules(ffn), "linear_fc1", modules.column) is not modules.column
     layer = ModuleSpec(module=TransformerLayer)
     input_norm = norm if block.attention.input_norm and qkv_linear is modules.column else IdentityOp
     if block.attention.residual == "normed":

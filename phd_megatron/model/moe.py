@@ -5,7 +5,7 @@ Rows that a router sees are *processed* tokens: K copies of every original one, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from phd_megatron.model.routing_replay import choices_of
+from phd_megatron.runtime.mcore_versions import submodules
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,8 +41,10 @@ class PHDRouter(TopKRouter):
         entropy: ``[2]`` sum of :func:`routing_entropy` since then over this rank's rows, and their number.
     """
 
-    def __init__(self, config: PHDTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+    def __init__(
+        self, config: PHDTransformerConfig, pg_collection: ProcessGroupCollection | None = None, **further: Any
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, **further)
         self.router_replay = choices_of(self)
         self.losses: dict[str, Tensor] = {}
         self.load: Tensor | None = None
@@ -80,8 +83,8 @@ class PHDRouter(TopKRouter):
         aux_loss: Tensor,
         aux_loss_name: str,
         reduce_group: ProcessGroup,
-        reduce_group_has_dp: bool = False,
-        valid_token_count: Tensor | None = None,
+        *rest: Any,
+        **further: Any,
     ) -> Tensor:
         """Add the gradient of ``aux_loss``, whose sum over ``reduce_group`` is the loss of the rows of that group."""
         return self._attach(activation, aux_loss, aux_loss_coeff, aux_loss_name, reduce_group)
@@ -135,9 +138,10 @@ def moe_spec(config: PHDTransformerConfig, activation: type | None) -> ModuleSpe
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
     )
-    spec.submodules.router = PHDRouter
-    spec.submodules.experts.submodules.activation_func = activation
-    spec.submodules.shared_experts.submodules.activation_func = activation
+    parts = submodules(spec)
+    parts.router = PHDRouter
+    for experts in (parts.experts, parts.shared_experts):
+        submodules(experts).activation_func = activation
     return spec
 
 

@@ -103,6 +103,7 @@ def test_the_decode_kernel_generates_the_same(make_model, policy, monkeypatch):
     monkeypatch.setattr(decoding, "decode_attention", spy)
     with decode_kernel(model):
         found = generate(model, tokens, 6, **options)
+    assert generate(model, tokens, 6, **options).sequences.tolist() == expected.sequences.tolist()
     assert found.sequences.tolist() == expected.sequences.tolist()
     for a, b in zip(found.logits, expected.logits, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()

@@ -18,11 +18,20 @@ from phd_megatron.checkpoint import checksums
 from phd_megatron.cli.main import main
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.export import _bos, export_checkpoint
-from phd_megatron.huggingface.weights import Place, check_config
+from phd_megatron.huggingface.weights import Place, check_config, read_json
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 4, "phd_chunk": 8}
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def test_a_json_file_without_end_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    with path.open("wb") as stream:
+        stream.write(b"{}")
+        stream.truncate((1 << 28) + 1)  # takes no room
+    with pytest.raises(UserError, match=r"config.json has 268,435,457 bytes, and 268,435,456 are read; copy it again"):
+        read_json(path)
 
 
 def edited(name, **values):

@@ -30,6 +30,16 @@ def diverged(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save
 
 
+def test_the_last_model_is_not_left_out_but_refused(
+    documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In between a run goes on without such a save, since the next one may be well; after the end there is none."""
+    options = {**TINY_MODEL, "data-path": documents, "split": "90,10,0", "micro-batch-size": 2, "train-iters": 1}
+    options |= {"eval-iters": 0, "device": "cpu", "lr": 1e15, "save": tmp_path / "run"}
+    assert main(["pretrain", *flags(options)]) == 2
+    assert "after iteration 1 parameter " in capsys.readouterr().err and not list(tmp_path.glob("run/iter_*"))
+
+
 @pytest.fixture(scope="module")
 def exported(diverged: Path) -> Path:
     output = diverged / "hf"

@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from phd_megatron.bench import arguments as bench_arguments
 from phd_megatron.bench import attention as bench_attention
 from phd_megatron.bench import members as bench_members
 from phd_megatron.bench import train as bench_train
-from phd_megatron.bench.timing import Contender
+from phd_megatron.bench.timing import BOTH, FORWARD, Contender, differentiable
 from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
@@ -56,6 +57,19 @@ def test_a_sweep_as_csv_and_plot(tmp_path: Path) -> None:
     assert shapes == {(k, s) for k in "12" for s in ("16", "32")}
     assert all(float(line["milliseconds"]) > 0 and float(line["tflops"]) > 0 for line in lines)
     assert plot.stat().st_size > 1000
+
+
+def test_what_is_timed_is_the_function() -> None:
+    calls, x = [], torch.ones(2, requires_grad=True)
+
+    def square() -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return x * x
+
+    timed = differentiable("square", square, [x], torch.ones(2))
+    timed.steps[FORWARD]()
+    timed.steps[BOTH]()
+    assert calls == [False, True]
 
 
 def test_useful_flops() -> None:

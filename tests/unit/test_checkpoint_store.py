@@ -195,6 +195,15 @@ def test_of_a_link_to_a_checkpoint_elsewhere_only_the_link_is_deleted(tmp_path: 
     assert store.is_complete(elsewhere) and (elsewhere / "__0_0.distcp").read_text() == "weights"
 
 
+def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "iter_0000001"
+    path.mkdir()
+    (path / "data").write_text("x")
+    monkeypatch.setattr(store, "_delete", lambda path: None)
+    with pytest.raises(CheckpointError, match=f"cannot delete {path}: check its permissions"):
+        store.remove_checkpoint(path)
+
+
 def test_a_directory_of_any_name_that_holds_a_damaged_checkpoint_is_no_empty_one(tmp_path: Path) -> None:
     best = save_today(tmp_path, 100, "").rename(tmp_path / "best")
     assert latest(best) == (best, [])

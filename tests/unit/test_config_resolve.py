@@ -315,6 +315,8 @@ REFUSED_VALUES: dict[str, Any] = {
     **{
         "use_cpu_initialization": False,
         "mlp_chunks_for_prefill": 2,
+        "mlp_chunks_for_training": 2,
+        "activation_offload_fraction": 0.5,
         "barrier_with_L1_time": False,
         "offload_modules": ["core_attn"],
     },
@@ -328,10 +330,12 @@ def test_each_refusal_tells_value_reason_and_cure(row: Any) -> None:
     value = REFUSED_VALUES.get(row.field, 2 if row.field.endswith("*") else True)
     if row.field == "recompute_modules":
         value = RECOMPUTED.get(row.reason.split()[0], value)
+    if row.reason.startswith("quantile"):
+        value = "quantile_balancing" if row.field.endswith("type") else 0.5
     config = make(**{name: value})
     if value is not True and row.field == "recompute_modules":
         config.model.transformer["recompute_granularity"] = "selective"
-    needs_experts = row.field.startswith("moe_") and "*" not in row.field
+    needs_experts = row.field.startswith("moe_") and row.field != "moe_*"
     if needs_experts or row.reason.startswith(("moe_act is", "there are no")):
         config.model.transformer["num_moe_experts"] = 4
     if "Transformer Engine's" in row.reason:  # the machine that a run is planned for may have them

@@ -42,6 +42,18 @@ def make_run(**values: Any) -> RunConfig:
     return run
 
 
+@pytest.mark.parametrize(("half", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, torch.float32)])
+def test_the_model_is_cast_where_half_precision_is_asked_for(
+    runtime: Runtime, half: str | None, dtype: torch.dtype
+) -> None:
+    from phd_megatron.model.build import build_model
+    from phd_megatron.training.optimizer import in_run_precision
+
+    run = make_run(**({half: True} if half else {}))
+    (model,) = in_run_precision(build_model(run, VOCAB, torch.device("cpu")), run)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def build(run: RunConfig) -> Any:
     """Wrapped model, optimizer and scheduler as a run has them, and the bare model as it was before any step."""
     from phd_megatron.model.build import build_model

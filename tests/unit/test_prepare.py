@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from phd_megatron.cli import prepare as command
-from phd_megatron.data import indexed, readers
+from phd_megatron.data import indexed, preprocess, readers
 from phd_megatron.data.bpe import train_bpe
 from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.output import Output, read_sidecar
@@ -78,6 +79,21 @@ def test_megatron_reads_exactly_what_was_written(corpus, tmp_path, spec):
     assert sidecar["tokenizer"]["spec"] == spec
     assert sidecar["bin_bytes"] == (tmp_path / "d.bin").stat().st_size
     assert not (tmp_path / "d.partial").exists()
+
+
+@pytest.mark.parametrize(("name", "stride"), [("text.txt", 3), ("text.txt.gz", 9)])
+def test_a_tokenizer_is_trained_on_a_part_by_the_size_that_is_estimated(tmp_path, monkeypatch, name, stride):
+    """300 characters of which 100 may be read; of a compressed file four times its size is expected."""
+    seen = []
+    monkeypatch.setattr(preprocess, "SAMPLE_CHARACTERS", 100)
+    monkeypatch.setattr(preprocess, "train_bpe", lambda texts, size, step, directory: seen.append(step))
+    monkeypatch.setattr(preprocess, "load_tokenizer", lambda spec: None)
+    path = tmp_path / name
+    path.write_bytes(b"x" * (300 if name == "text.txt" else 225))
+    source = SimpleNamespace(files=[path], texts=lambda: iter(()))
+    with pytest.raises(AttributeError):  # nothing was trained
+        preprocess._make_tokenizer("bpe:300", source, tmp_path, [])
+    assert seen == [stride]
 
 
 def test_workers_do_not_change_a_byte(corpus, tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ def child() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
             process.kill()
 
 
+def test_the_stack_of_no_thread_is_the_main_threads() -> None:
+    assert "test_the_stack_of_no_thread_is_the_main_threads" in processes.stack(None)
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    assert processes.stack(ended.ident) in ("it has ended", processes.stack(None)), "an identity may be used again"
+
+
 def letter(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 

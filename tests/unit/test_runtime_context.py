@@ -2,12 +2,13 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from phd_megatron.cli import doctor
-from phd_megatron.errors import UserError
-from phd_megatron.runtime.context import choose_device, choose_threads
+from phd_megatron.errors import RunLost, UserError
+from phd_megatron.runtime.context import Runtime, choose_device, choose_threads
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.preflight import compare_ranks
 
@@ -34,6 +35,17 @@ def test_place_from_torchrun():
 def test_broken_environment_is_refused(variables, message):
     with pytest.raises(UserError, match=message):
         Environment.read(variables)
+
+
+def test_an_error_that_a_lost_rank_caused_is_told_in_its_words():
+    place = SimpleNamespace(
+        _lost_others=lambda error: isinstance(error, RuntimeError),
+        watch=SimpleNamespace(explain=lambda error: f"rank 1 has died: {error}"),
+    )
+    with pytest.raises(RunLost, match="rank 1 has died: gloo"), Runtime.naming_lost_ranks(place):
+        raise RuntimeError("gloo")
+    with pytest.raises(KeyError), Runtime.naming_lost_ranks(place):
+        raise KeyError("mine")
 
 
 def test_threads(monkeypatch):

@@ -251,6 +251,16 @@ def test_a_status_of_other_types_is_refused(tmp_path: Path, capsys: pytest.Captu
     refused(capsys, ["sweep", "status", str(tmp_path / "out")], str(path), "delete it to start the member again")
 
 
+def test_a_status_says_why_a_member_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = a_store(tmp_path)
+    first, second, *_ = (entry.name for entry in store.entries)
+    said = {"state": "failed", "message": "no room left", "exit_code": 2, "seconds": 1.0, "starts": 1}
+    (store.home(first) / "status.json").write_text(json.dumps(said))
+    assert main(["sweep", "status", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert f"{first}: no room left" in shown and not any(line.startswith(f"{second}:") for line in shown)
+
+
 def test_a_metrics_file_of_other_types_shows_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = a_store(tmp_path)
     name = store.entries[0].name

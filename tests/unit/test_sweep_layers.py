@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from phd_megatron.sweep import figures
 from phd_megatron.sweep.curves import read_curve
 from phd_megatron.sweep.document import Figure, Heading, Table, Text
 from phd_megatron.sweep.layers import LABELS, layer_blocks, shown_steps
@@ -91,6 +95,15 @@ def test_values_that_only_some_members_have(tmp_path: Path) -> None:
     _, *figures, table, _ = layer_blocks({"": {"k1": panels[""]["k1"]}}, tmp_path / "k1")
     assert [figure.stem for figure in figures] == [f"layers_{name}" for name in STATISTICS[:5]]  # type: ignore[union-attr]
     assert list(table.head) == ["members", *list(LABELS.values())[:5]]  # type: ignore[union-attr]
+
+
+def test_layers_are_marked_by_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, *where: drawn.append(figure))
+    figures.draw_layers({"": {"k1": [[1.0, 2.0], [3.0, 4.0]]}}, [1, 2], tmp_path, "layers", "rms", False)
+    (figure,) = drawn
+    ticks = [tick for axes in figure.axes for tick in axes.get_xticks()]
+    assert ticks and all(tick == round(tick) for tick in ticks)
 
 
 def test_shown_steps() -> None:
