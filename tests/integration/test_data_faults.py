@@ -134,6 +134,13 @@ def test_index_that_does_not_fit(part: int, name: str, data: Path, refused: Call
     refused(pretrain(data, eval_iters=1), f"{data}.idx is damaged", word, "prepare or copy the data again")
 
 
+def test_a_negative_length_whose_places_fit(data: Path, refused: Callable[..., str]) -> None:
+    lengths, pointers, _ = parts(data)
+    lengths[[0, 4]] = [-5, lengths[0] + lengths[4] + 5]
+    pointers[1:] = 2 * np.cumsum(lengths[:-1])
+    refused(pretrain(data), f"{data}.idx is damaged: sequence 0 of 400", "has -5 tokens", "again")
+
+
 def test_every_command_and_all_ranks_look(data: Path, refused: Callable[..., str], torchrun: Callable[..., object],
                                           documents: Path, tmp_path: Path) -> None:  # fmt: skip
     save = tmp_path / "save"

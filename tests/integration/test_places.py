@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from phd_megatron.checkpoint.run_file import RunFile, write_run
 from phd_megatron.cli.main import main
+from phd_megatron.training.pretrain import Trainer
 
 from .conftest import TINY_MODEL, flags, read_metrics
 
@@ -255,3 +257,21 @@ def test_an_empty_word_is_no_place(
     said = capsys.readouterr()
     assert f"{name.replace('-', '_')}=" in said.err + said.out and "is empty" in said.err + said.out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_place_another_has_taken_writes_nothing_more(
+    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, genuine = tmp_path / "A", Trainer._save_in_between
+
+    def save_in_between(trainer: Trainer, last: bool) -> None:
+        if trainer.state.counters.iteration == 2:
+            write_run(save, RunFile("another"))
+        genuine(trainer, last)
+
+    monkeypatch.setattr(Trainer, "_save_in_between", save_in_between)
+    options: dict[str, object] = {**TINY_MODEL, "data-path": documents, "micro-batch-size": 2, "train-iters": 3}
+    options |= {"eval-iters": 0, "device": "cpu", "save": save, "save-interval": 1}
+    assert main(["pretrain", *flags(options)]) == 2
+    assert f"another run has begun to save into {save}" in capsys.readouterr().err
+    assert [path.name for path in save.glob("iter_*")] == ["iter_0000001"]

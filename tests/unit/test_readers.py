@@ -98,7 +98,8 @@ def test_python_source_honours_its_coding_line(tmp_path):
     latin = "# -*- coding: latin-1 -*-\nname = 'é'\n"
     write(tmp_path / "a.py", latin.encode("latin-1"))
     write(tmp_path / "b.py", b"\xef\xbb\xbfx = 1\r\n")
-    assert documents([tmp_path]) == [latin, "x = 1\r\n"]
+    write(tmp_path / "c.txt", b"\xef\xbb\xbfwords")
+    assert documents([tmp_path]) == [latin, "x = 1\r\n", "words"]
 
 
 BAD = {

@@ -22,6 +22,7 @@ from phd_megatron.sweep.definition import read_sweep
 from phd_megatron.sweep.local import LocalRun
 from phd_megatron.sweep.members import plan_members
 from phd_megatron.sweep.options import Launcher
+from phd_megatron.sweep.progress import COLUMNS, MembersDisplay
 from phd_megatron.sweep.report import write_report
 from phd_megatron.sweep.store import Status, Store, create, open_store
 
@@ -225,6 +226,13 @@ def logged(store: Store, name: str, losses: list[float], validation: float | Non
 def table(text: str, heading: str) -> list[list[str]]:
     section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"][2:]
+
+
+def test_a_live_table_has_words_left_and_numbers_right(store: Store) -> None:
+    statuses = {entry.name: Status("waiting") for entry in store.entries}
+    table = MembersDisplay(store)._table(statuses, 50)
+    assert [column.justify for column in table.columns] == ["left", "left", *["right"] * (len(COLUMNS) - 2)]
+    assert table.row_count == len(statuses)
 
 
 def test_a_report_compares_what_has_finished(store: Store) -> None:
