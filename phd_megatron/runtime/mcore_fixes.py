@@ -1,4 +1,4 @@
-"""Defects of megatron-core 0.16 that are not about the device, corrected from outside.
+"""Defects of megatron-core that are not about the device, corrected from outside.
 
 :func:`install` is called on every device. The optimizer rows matter wherever neither Transformer Engine nor apex is
 installed, because megatron then falls back to torch's AdamW, whose state has a ``step`` per parameter.
@@ -7,7 +7,9 @@ installed, because megatron then falls back to torch's AdamW, whose state has a 
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,13 @@ _NOISE = (
     "full scope is deprecated",
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     r"`torch\.distributed\.\w+` is deprecated",  # torch 2.13 renames all_gather_into_tensor, reduce_scatter_tensor
+    r"\w+ is experimental and still under active development",  # of models that are imported beside ours
+)
+#: the same by ``logging``: module, and how the line begins
+_LOGGED_NOISE = (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.transformer.transformer_layer", "Rewrapping ModuleSpec"),
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
 )
 
 
@@ -41,6 +50,18 @@ def install() -> None:
 def _quiet() -> None:
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    for name, begin in _LOGGED_NOISE:
+        logging.getLogger(name).addFilter(_Without(begin))
+
+
+@dataclass(frozen=True)
+class _Without:
+    """A filter of ``logging`` for lines that begin so; equal ones are added once."""
+
+    begin: str
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.begin)
 
 
 def torch_adamw() -> type:
@@ -252,6 +273,7 @@ REDIRECTS = (
         ("megatron.core.transformer.moe.moe_utils",),
         _te_general_gemm,
         "the router's name for Transformer Engine's GEMM is unbound without it",
+        until="0.17",
     ),
     Redirect(
         "scale-in-place",

@@ -11,9 +11,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-#: the range of pyproject.toml, and the versions that the tests are run with
-OLDEST, BELOW = (0, 16, 1), (0, 20)
-TESTED = ("0.16.1", "0.19.2")
+#: the versions that pip may install, as in pyproject.toml
+OLDEST, BELOW = (0, 16, 1), (0, 17)
+RANGE = "0.16.1 to 0.16"
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,28 @@ from importlib.machinery import ModuleSpec
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from phd_megatron.runtime.mcore_versions import RANGE, installed, numbers
+
 
 @dataclass(frozen=True)
 class Redirect:
     """One change to megatron-core.
 
     ``modules`` are names or shell patterns; ``apply`` gets each matching module once, after its own code ran.
+    ``until`` is the first version of megatron-core that does not need it, where one is known.
     """
 
     name: str
     modules: tuple[str, ...]
     apply: Callable[[ModuleType], None]
     reason: str
+    until: str | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the installed version needs it."""
+        here = installed()
+        return self.until is None or here is None or here < numbers(self.until)
 
     def concerns(self, module_name: str) -> bool:
         """Whether this redirect changes the module of that name."""
@@ -79,8 +89,8 @@ class _Watcher(MetaPathFinder):
                     redirect.apply(module)
                 except AttributeError as error:
                     raise MegatronChanged(
-                        f"redirect {redirect.name!r} does not fit {module.__name__}: {error}; phd-megatron is "
-                        "written for megatron-core 0.16, see `phd-megatron doctor` for the installed version"
+                        f"redirect {redirect.name!r} does not fit {module.__name__}: {error}; phd-megatron runs on "
+                        f"megatron-core {RANGE}, see `phd-megatron doctor` for the installed version"
                     ) from error
 
 
@@ -88,9 +98,12 @@ _WATCHER = _Watcher()
 
 
 def activate(redirects: Iterable[Redirect]) -> None:
-    """Apply the redirects to every megatron module imported so far and from now on. A name is applied only once."""
+    """Apply the redirects to every megatron module imported so far and from now on. A name is applied only once.
+
+    Those that the installed version does not need any more are left out.
+    """
     known = {redirect.name for redirect in _WATCHER.redirects}
-    fresh = [redirect for redirect in redirects if redirect.name not in known]
+    fresh = [redirect for redirect in redirects if redirect.name not in known and redirect.is_needed]
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)
     _WATCHER.redirects += fresh
