@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mutate
 import pytest
+import yaml
 from mutation.bugs import Near, TableError, equivalent, planted
 from mutation.campaign import CAUGHT, EQUIVALENT, SURVIVED, UNTESTED, Campaign, Copy, Outcome, score
 from mutation.draw import changes, draw, product_files
@@ -189,6 +190,21 @@ def test_a_campaign_tells_what_the_tests_see(project, monkeypatch, tmp_path, cap
     again = Campaign(project, results=results, equivalent=same)
     monkeypatch.setattr(again, "_try", lambda *arguments: pytest.fail("what is known is not tried again"))
     assert again.run(bugs) == outcomes
+
+
+def test_a_row_of_several_lines_stands_where_they_begin_to_change(tmp_path):
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "a.py").write_text("try:\n    x()\nfinally:\n    y()\n")
+    row = {"file": "a.py", "bug": "b", "tests": ["t"]}
+    for old, new, line in (
+        ("finally:\n    y()", "finally:\n    pass", 4),
+        ("    x()\nfinally:", "    z()\nfinally:", 2),
+        ("x()", "z()", 2),
+        ("    x()\nfinally:\n    y()", "    x()\nfinally:\n    y(1)", 4),
+    ):
+        (tmp_path / "planted/area.yaml").write_text(yaml.safe_dump([{**row, "old": old, "new": new}]))
+        (bug,) = planted(tmp_path, tmp_path)
+        assert bug.line == line
 
 
 def test_the_statement_at_a_line():

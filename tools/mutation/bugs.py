@@ -86,7 +86,18 @@ def _from_row(area: str, row: dict[str, Any], table: str, root: Path) -> Bug:
         raise TableError(f"{table}: {old!r} stands {found} times in {file}, and a row names one place ({row['bug']})")
     begin = source.index(old.encode())
     span, line = (begin, begin + len(old.encode())), source.count(b"\n", 0, begin) + 1
+    line += _equal_lines(old, new)
     return Bug(area, file, row["bug"], span, old, new, line, tuple(row["tests"]))
+
+
+def _equal_lines(old: str, new: str) -> int:
+    """Lines that a change begins with and leaves as they are: what it changes stands below them."""
+    count = 0
+    for one, other in zip(old.splitlines()[:-1], new.splitlines(), strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 class Near:
