@@ -224,7 +224,8 @@ def _plain_backward(grad: Tensor, call: Call) -> Three:
     return dq.flatten(1, 2).to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Forward:
+def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
+    # One query and one key, which it sees in any case.
     accumulate = torch.promote_types(q.dtype, torch.float32)
     ratio = q.size(1) // k.size(1)
     lse = (q.to(accumulate) * k.repeat_interleave(ratio, 1).to(accumulate)).sum(-1) * scale

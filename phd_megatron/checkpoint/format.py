@@ -104,8 +104,10 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         super().__init__()
         self._reader = reader
 
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
-        """Fill the sharded state dict from the checkpoint.
+    def load(
+        self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, async_strategy: str = "mcore"
+    ) -> StateDict:
+        """Fill the sharded state dict from the checkpoint; how it was written in the background makes no difference.
 
         Raises:
             CheckpointError: on all ranks; names the damaged file.

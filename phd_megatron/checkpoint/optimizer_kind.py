@@ -93,12 +93,14 @@ def _groups_of_this_run(optimizer: torch.optim.Optimizer, saved: list[Group]) ->
 
 
 def _identity(group: Group) -> Group:
-    """What Megatron-Core tells groups apart by; NeMo writes other names."""
-    return {name: group.get(name, group.get(f"pre_{name}")) for name in param_group_identifier_keys}
+    """What Megatron-Core tells groups apart by, as far as a group says it; NeMo writes other names."""
+    said = {name: name if name in group else f"pre_{name}" for name in param_group_identifier_keys}
+    return {name: group[key] for name, key in said.items() if key in group}
 
 
 def _kind(group: Group) -> tuple[Plain, ...]:
-    return tuple(_identity(group).values())
+    identity = _identity(group)
+    return tuple(identity.get(name) for name in param_group_identifier_keys)
 
 
 def _parts(
