@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
+from phd_megatron.model.copy_embedding import COPY_EMBEDDING
 
 from .conftest import TINY_MODEL, flags
 
@@ -52,6 +53,7 @@ def groups(documents: Path, torchrun: Any, tmp_path_factory: pytest.TempPathFact
         cases = []
         for norms, embeddings, tied in itertools.product(BOTH, BOTH, BOTH):
             run = options(documents, train_iters=1, pipeline_model_parallel_size=stages)
+            run |= {"phd-repeat": 2, "phd-copy-embedding": "vector"}
             if not tied:
                 run["untie-embeddings-and-output-weights"] = True
             directory = root / f"{stages}-{norms}-{embeddings}-{tied}"
@@ -75,10 +77,12 @@ def test_groups(groups: Path, norms: bool, embeddings: bool, tied: bool, stages:
     copies = [row for row in rows if row["key"] == EMBEDDING]
     assert len(copies) == (2 if tied and stages == 2 else 1)
     assert any(row["key"] == HEAD for row in rows) is not tied
-    assert len(rows) > 30
+    assert len(rows) > 30 and sum(row["key"].endswith(COPY_EMBEDDING) for row in rows) == 1
     for row in rows:
         wide = len(row["shape"]) > 1
         expected = embeddings if row["key"] == EMBEDDING else wide or norms
+        if row["key"].endswith(COPY_EMBEDDING):
+            expected = False  # its scale is that of the token embeddings it is added to
         assert row["decayed"] is expected, row["key"]
 
 

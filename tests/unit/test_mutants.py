@@ -220,10 +220,13 @@ def test_what_a_test_runs(project, tmp_path):
     assert code == 0
     assert reach.runs("phd_megatron/sums.py", range(6, 7)) and not reach.runs("phd_megatron/sums.py", range(2, 3))
     assert not reach.runs("phd_megatron/other.py", range(1, 9)) and reach.runs("kernels/other.py", range(1, 9))
-    text = "import subprocess, sys\n\n\ndef test_child():\n    subprocess.run([sys.executable, '-c', ''], check=True)\n"
-    (copy.root / "tests/test_child.py").write_text(text)
-    code, _, reach = copy.trace("tests/test_child.py", 60)
-    assert code == 0 and reach.runs("phd_megatron/sums.py", range(2, 3)), "nobody knows what the process ran"
+    text = (
+        "import subprocess, sys\n\n\ndef test_child():\n    subprocess.run([sys.executable, '-c', ''], check=True{})\n"
+    )
+    for more in ("", ", env={}"):  # with another path it reads nothing of ours
+        (copy.root / "tests/test_child.py").write_text(text.replace("{}", more))
+        code, _, reach = copy.trace("tests/test_child.py", 60)
+        assert code == 0 and reach.runs("phd_megatron/sums.py", range(2, 3)), "nobody knows what the process ran"
 
 
 def test_tests_that_fail_without_a_bug_prove_nothing(project):

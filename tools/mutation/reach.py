@@ -8,18 +8,26 @@ from pathlib import Path
 #: Python files whose lines also run under another name: in exported directories, and as Triton's own copy of a function
 ELSEWHERE = ("kernels/", "phd_megatron/phd/", "phd_megatron/norm/", "phd_megatron/huggingface/bundle/")
 CHILDREN = "MUTATE_CHILDREN"
-#: Read by every Python process that a test starts: leaves a file, so that a test with such processes is known.
+#: Read by every Python process that a test starts: leaves a file, so that a test with such processes is known. The
+#: first process leaves one for each that it starts itself, since those may be given another path.
 SITECUSTOMIZE = f'''
 import os
+import sys
 
 
-def leave():
-    open(os.path.join(os.environ["{CHILDREN}"], str(os.getpid())), "w").close()
+def leave(more=""):
+    open(os.path.join(os.environ["{CHILDREN}"], f"{{os.getpid()}}{{more}}"), "w").close()
+
+
+def heard(event, arguments):
+    if event == "subprocess.Popen":
+        leave("-started")
 
 
 if os.environ.get("{CHILDREN}"):
     leave()
     os.register_at_fork(after_in_child=leave)
+    sys.addaudithook(heard)
 '''
 
 
