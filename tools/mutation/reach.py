@@ -9,7 +9,8 @@ from pathlib import Path
 ELSEWHERE = ("kernels/", "phd_megatron/phd/", "phd_megatron/norm/", "phd_megatron/huggingface/bundle/")
 CHILDREN = "MUTATE_CHILDREN"
 #: Read by every Python process that a test starts: leaves a file, so that a test with such processes is known. The
-#: first process leaves one for each that it starts itself, since those may be given another path.
+#: first process leaves one for each Python and each script that it starts itself, since those may be given another path;
+#: not for the programs that pytest's plugins ask.
 SITECUSTOMIZE = f'''
 import os
 import sys
@@ -21,7 +22,9 @@ def leave(more=""):
 
 def heard(event, arguments):
     if event == "subprocess.Popen":
-        leave("-started")
+        words = arguments[1] if isinstance(arguments[1], (list, tuple)) else [arguments[1]]
+        if os.path.basename(os.fsdecode(words[0])).startswith(("python", "torchrun", "bash", "sh")):
+            leave("-started")
 
 
 if os.environ.get("{CHILDREN}"):
