@@ -9,8 +9,8 @@ from pathlib import Path
 ELSEWHERE = ("kernels/", "phd_megatron/phd/", "phd_megatron/norm/", "phd_megatron/huggingface/bundle/")
 CHILDREN = "MUTATE_CHILDREN"
 #: Read by every Python process that a test starts: leaves a file, so that a test with such processes is known. The
-#: first process leaves one for each Python and each script that it starts itself, since those may be given another path;
-#: not for the programs that pytest's plugins ask.
+#: first process leaves one for each Python and each script that it starts itself, since those may get another path; not
+#: for the programs that pytest's plugins ask.
 SITECUSTOMIZE = f'''
 import os
 import sys
