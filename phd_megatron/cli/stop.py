@@ -13,6 +13,18 @@ from types import FrameType
 CLEAN_UP = frozenset({"prepare", "export", "import", "generate", "evaluate", "parity", "bench"})
 
 
+_SOON = 0.01  #: seconds
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether Python collects garbage there: an exception in a ``__del__`` is printed and forgotten."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def clean_stop() -> Iterator[None]:
     """SIGTERM and SIGHUP unwind through the clean-up, and end with 128 + their number; Ctrl-C as ever.
@@ -23,6 +35,11 @@ def clean_stop() -> Iterator[None]:
     came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if _in_finalizer(frame):
+            again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         if number == signal.SIGINT:
             came.append(number)
             signal.default_int_handler(number, frame)

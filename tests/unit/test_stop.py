@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_a_signal_that_a_library_wrapped(number):
     else:
         assert caught.type is SystemExit and caught.value.code == 128 + number
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "as before the command"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_garbage_is_collected(number):
+    """What a ``__del__`` raises is forgotten, so the command would go on to its end."""
+
+    class Garbage:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.001)  # the handler has its turn here
+
+    with pytest.raises(BaseException) as caught, clean_stop():
+        garbage = Garbage()
+        del garbage
+        time.sleep(5)
+    assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit)
 
 
 def test_another_error_stays_what_it_is():
