@@ -44,7 +44,7 @@ def choose_rates(queue: Queue, records: Iterable[Mapping[str, Any]]) -> Rates:
         if section.is_grid:
             grids.setdefault((section.name, experiment.text, variant), []).append(experiment.name)
         elif experiment.name in recorded and variant not in queue.rates_like and not section.fields:
-            rates.setdefault(experiment.text, {}).setdefault(variant, dict([*_rate(recorded[experiment.name])]))
+            rates.setdefault(experiment.text, {}).setdefault(variant, dict(_rate(recorded[experiment.name])))
     losses: dict[tuple[str, str], dict[Rate, float]] = {}
     for (_, text, variant), names in grids.items():
         if all(name in recorded for name in names):
