@@ -87,7 +87,7 @@ def storage_key(value: ShardedTensor | ShardedObject | Plain) -> str | None:
 
 class _LoadPlanner(mcore_torch.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # torch's own uses weights_only=False here
+        # torch's own would unpickle anything here
         with torch.serialization.safe_globals([io.BytesIO]):
             content = torch.load(value, map_location="cpu", weights_only=True)
         key = read_item.dest_index.fqn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,7 @@ from types import FrameType
 CLEAN_UP = frozenset({"prepare", "export", "import", "generate", "evaluate", "parity", "bench"})
 
 
-_SOON = 0.01  #: seconds
-
-
-def _in_finalizer(frame: FrameType | None) -> bool:
-    """Whether Python collects garbage there: an exception in a ``__del__`` is printed and forgotten."""
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
+_SOON = 0.01  #: seconds, after which what could not be raised is tried again
 
 
 @contextmanager
@@ -35,11 +27,6 @@ def clean_stop() -> Iterator[None]:
     came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if _in_finalizer(frame):
-            again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
-            return
         if number == signal.SIGINT:
             came.append(number)
             signal.default_int_handler(number, frame)
@@ -47,11 +34,24 @@ def clean_stop() -> Iterator[None]:
         came.append(number)
         raise SystemExit(128 + number)
 
-    before = {}
+    def not_raised(lost: sys.UnraisableHookArgs) -> None:
+        """A ``__del__`` or a callback of the garbage collector was at work: Python forgets what is raised there."""
+        if not came or not isinstance(lost.exc_value, (SystemExit, KeyboardInterrupt)):
+            hook(lost)
+            return
+        number = came.pop()
+        signal.signal(number, stop)
+        again = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    before, hook = {}, sys.unraisablehook
     if threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, stop)
+    if before:
+        sys.unraisablehook = not_raised
     try:
         yield
     except Exception:
@@ -60,5 +60,6 @@ def clean_stop() -> Iterator[None]:
             raise
         raise (KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(128 + came[0])) from None
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,8 @@
 """What the fields of Megatron-Core's ``TransformerConfig`` are that stand below ``model.transformer``.
 
 The counterpart of the annotations in :mod:`phd_megatron.config.schema`, for fields that are not ours to declare. What
-is of no use here at all has a row in :mod:`phd_megatron.config.unsupported` instead. Fields of all versions
-of Megatron-Core that this package runs on.
+is of no use here at all has a row in :mod:`phd_megatron.config.unsupported` instead. Fields are those of
+Megatron-Core 0.16 to 0.19.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Features that are not built, and ``TransformerConfig`` fields that the model would silently ignore or get wrong. One row
 each; building the feature deletes its row.
 
-Fields are those of all versions of Megatron-Core that this package runs on (``runtime/mcore_versions.py``).
+Fields are those of Megatron-Core 0.16 to 0.19 (``runtime/mcore_versions.py``).
 """
 
 from __future__ import annotations

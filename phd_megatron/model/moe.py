@@ -86,7 +86,10 @@ class PHDRouter(TopKRouter):
         *rest: Any,
         **further: Any,
     ) -> Tensor:
-        """Add the gradient of ``aux_loss``, whose sum over ``reduce_group`` is the loss of the rows of that group."""
+        """Add the gradient of ``aux_loss``, whose sum over ``reduce_group`` is the loss of the rows of that group.
+
+        What else Megatron-Core hands over serves its own scaling and log, which this takes the place of.
+        """
         return self._attach(activation, aux_loss, aux_loss_coeff, aux_loss_name, reduce_group)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:

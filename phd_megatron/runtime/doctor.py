@@ -13,6 +13,7 @@ from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.implementations import Operation, format_operations, operations
+from phd_megatron.runtime.mcore_versions import RANGE
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ _TE_COST = "no FP8, no fused Adam, no grouped GEMM for experts"
 #: name on PyPI, import name, what its absence costs, pip command; required packages first
 _PACKAGES = (
     ("torch", "torch", "nothing runs without it", "pip install 'torch>=2.10'"),
-    ("megatron-core", "megatron.core", "no training", "pip install 'megatron-core>=0.16.1,<0.17'"),
+    ("megatron-core", "megatron.core", "no training", f"pip install 'megatron-core{RANGE}'"),
     ("transformers", "transformers", "no HF tokenizer, export or generation", "pip install 'transformers>=5.12.1'"),
     ("tokenizers", "tokenizers", "no bpe:N tokenizer", "pip install tokenizers"),
     ("safetensors", "safetensors", "no export", "pip install safetensors"),

@@ -38,8 +38,10 @@ class Redirect:
     @property
     def is_needed(self) -> bool:
         """Whether the installed version needs it."""
+        if self.until is None:
+            return True
         here = installed()
-        return self.until is None or here is None or here < numbers(self.until)
+        return here is None or here < numbers(self.until)
 
     def concerns(self, module_name: str) -> bool:
         """Whether this redirect changes the module of that name."""
@@ -90,7 +92,7 @@ class _Watcher(MetaPathFinder):
                 except AttributeError as error:
                     raise MegatronChanged(
                         f"redirect {redirect.name!r} does not fit {module.__name__}: {error}; phd-megatron runs on "
-                        f"megatron-core {RANGE}, see `phd-megatron doctor` for the installed version"
+                        f"megatron-core{RANGE}, see `phd-megatron doctor` for the installed version"
                     ) from error
 
 

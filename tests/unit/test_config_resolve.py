@@ -17,31 +17,12 @@ from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve, warnings
 from phd_megatron.config.resume import check_resume
 from phd_megatron.config.schema import CopyPositions, RunConfig
-from phd_megatron.config.serialize import assign, dump_yaml, from_dict, load_yaml, lookup, to_dict
-from phd_megatron.config.unsupported import UNSUPPORTED, refusals
+from phd_megatron.config.serialize import dump_yaml, from_dict, load_yaml, lookup, to_dict
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import NORM_SCHEMES
 
-
-def make(**values: Any) -> RunConfig:
-    config = RunConfig()
-    for name, value in {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, **values}.items():
-        assign(config, name, value)
-    return config
-
-
-def resolved(**values: Any) -> RunConfig:
-    config = make(**values)
-    resolve(config)
-    return config
-
-
-def refusal(**values: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        resolve(make(**values))
-    return str(caught.value)
-
+from .configurations import make, refusal, resolved
 
 # ---------------------------------------------------------------- derived values
 
@@ -297,149 +278,6 @@ def test_layers_of_a_virtual_stage_become_the_number_of_stages() -> None:
     assert config == before, "a second call changes nothing"
     with pytest.raises(UserError, match="num_layers_per_virtual_pipeline_stage=3: num_layers=8 is not a multiple of"):
         resolve(make(num_layers=8, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=3))
-
-
-# ---------------------------------------------------------------- refusals by name
-
-REFUSED_VALUES: dict[str, Any] = {
-    **{
-        "expert_tensor_parallel_size": 2,
-        "attention_dropout": 0.1,
-        "softmax_type": "learnable",
-        "fp8_*": 1,
-        "fp8_recipe": "custom",
-    },
-    **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
-    **{"cross_entropy_fusion_impl": "te", "perform_initialization": False},
-    **{"moe_token_dispatcher_type": "flex", "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
-    **{
-        "use_cpu_initialization": False,
-        "mlp_chunks_for_prefill": 2,
-        "mlp_chunks_for_training": 2,
-        "activation_offload_fraction": 0.5,
-        "barrier_with_L1_time": False,
-        "offload_modules": ["core_attn"],
-    },
-}
-RECOMPUTED = {"mla_up_proj": ["mla_up_proj"], "moe,": ["moe"], "moe_act": ["moe_act"], "there": ["shared_experts"]}
-
-
-@pytest.mark.parametrize("row", UNSUPPORTED, ids=lambda row: row.field)
-def test_each_refusal_tells_value_reason_and_cure(row: Any) -> None:
-    name = row.field.replace("*", "x")
-    value = REFUSED_VALUES.get(row.field, 2 if row.field.endswith("*") else True)
-    if row.field == "recompute_modules":
-        value = RECOMPUTED.get(row.reason.split()[0], value)
-    if row.reason.startswith("quantile"):
-        value = "quantile_balancing" if row.field.endswith("type") else 0.5
-    config = make(**{name: value})
-    if value is not True and row.field == "recompute_modules":
-        config.model.transformer["recompute_granularity"] = "selective"
-    needs_experts = row.field.startswith("moe_") and row.field != "moe_*"
-    if needs_experts or row.reason.startswith(("moe_act is", "there are no")):
-        config.model.transformer["num_moe_experts"] = 4
-    if "Transformer Engine's" in row.reason:  # the machine that a run is planned for may have them
-        assert refusals(config) == []
-        config.model.transformer_impl = "local"
-    message = "\n".join(refusals(config))
-    assert f"{name}={value!r}: {row.reason}; {row.cure}" in message
-    with pytest.raises(UserError):
-        resolve(config)
-
-
-EXPERTS = {"num_moe_experts": 8}
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"num_moe_experts": 0}, "num_moe_experts=0 is out of range; use a value at least 1"),
-        ({**EXPERTS, "moe_router_topk": 9}, "moe_router_topk=9 of num_moe_experts=8: use a value from 1 to 8"),
-        ({**EXPERTS, "moe_router_topk": 1}, "set moe_router_pre_softmax"),
-        ({**EXPERTS, "moe_layer_freq": [1, 0, 1]}, "num_layers=2 layers"),
-        ({**EXPERTS, "moe_layer_freq": [0, 0]}, "no layer with experts"),
-        ({**EXPERTS, "moe_layer_freq": 0}, "moe_layer_freq=0 is out of range"),
-        ({**EXPERTS, "moe_ffn_hidden_size": 0}, "moe_ffn_hidden_size=0 is out of range"),
-        ({**EXPERTS, "moe_shared_expert_gate": True}, "set moe_shared_expert_intermediate_size"),
-        (
-            {**EXPERTS, "moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
-            "set moe_token_dispatcher_type to alltoall",
-        ),
-        ({**EXPERTS, "moe_expert_capacity_factor": -1.0}, "moe_expert_capacity_factor=-1.0 leaves no room"),
-        ({**EXPERTS, "moe_pad_expert_input_to_capacity": True}, "set moe_expert_capacity_factor"),
-        ({**EXPERTS, "moe_router_enable_expert_bias": True}, "set moe_router_score_function to sigmoid"),
-        ({**EXPERTS, "moe_router_num_groups": 4}, "set both or neither"),
-        ({**EXPERTS, "moe_router_num_groups": 3, "moe_router_group_topk": 2}, "do not fit num_moe_experts=8"),
-        (
-            {**EXPERTS, "moe_router_num_groups": 8, "moe_router_group_topk": 1},
-            "moe_router_topk=2 is more than the 1 experts",
-        ),
-        ({**EXPERTS, "moe_router_load_balancing_type": "aux"}, "moe_router_load_balancing_type='aux' is not known"),
-        ({**EXPERTS, "moe_router_load_balancing_type": ["aux_loss"]}, "give one coefficient for each type"),
-        (
-            {**EXPERTS, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1},
-            "none has no loss to weigh",
-        ),
-        (
-            {**EXPERTS, "moe_router_load_balancing_type": ["aux_loss"] * 2, "moe_aux_loss_coeff": [0.1, 0.1]},
-            "names a type twice",
-        ),
-        ({**EXPERTS, "moe_aux_loss_coeff": -0.1}, "rewards imbalance"),
-        ({**EXPERTS, "moe_z_loss_coeff": -0.1}, "rewards large logits"),
-        ({**EXPERTS, "add_bias_linear": True}, "experts have no biases here"),
-        ({**EXPERTS, "moe_router_bias_update_rate": 0.1}, "set moe_router_enable_expert_bias"),
-        ({"moe_router_topk": 2}, "set num_moe_experts, or leave it out"),
-    ],
-)
-def test_expert_values_out_of_range(values: dict[str, Any], words: str) -> None:
-    assert words in refusal(**values)
-
-
-def test_expert_values_in_range() -> None:
-    model = resolved(**EXPERTS, ffn_hidden_size=96, moe_layer_freq=[0, 1]).model
-    assert model.transformer["moe_ffn_hidden_size"] == 96
-    resolved(
-        **EXPERTS,
-        **{"moe_router_topk": 1, "moe_router_pre_softmax": True, "moe_layer_freq": 2, "moe_z_loss_coeff": 1e-3},
-        **{"moe_router_load_balancing_type": ["seq_aux_loss", "none"], "moe_aux_loss_coeff": [1e-2, 0.0]},
-        **{"recompute_granularity": "selective", "recompute_modules": ["moe", "shared_experts"]},
-        moe_shared_expert_intermediate_size=32,
-    )
-    resolved(
-        **EXPERTS,
-        moe_router_topk=4,
-        moe_router_num_groups=4,
-        moe_router_group_topk=2,
-        moe_token_dispatcher_type="alltoall",
-    )
-
-
-def test_harmless_values_pass() -> None:
-    assert refusals(RunConfig()) == []
-    harmless = {
-        **{"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1, "num_moe_experts": None},
-        **{"qk_layernorm": False, "window_size": None, "softmax_type": "vanilla", "attention_softmax_in_fp32": True},
-        **{"cuda_graph_impl": "none", "tp_comm_overlap": False, "fp8": None, "fp8_param": False},
-        **{"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
-    }
-    assert refusals(make(**harmless)) == []
-
-
-def test_fp8_is_planned_anywhere_but_not_with_local_layers() -> None:
-    assert refusals(make(fp8="hybrid", fp8_recipe="tensorwise")) == []
-    assert "transformer_impl=local" in refusals(make(fp8="hybrid", transformer_impl="local"))[0]
-
-
-def test_warnings() -> None:
-    assert warnings(make()) == []
-    copies, layouts = warnings(make(phd_repeat=2, moe_expert_capacity_factor=1.0))
-    assert "copies compete" in copies and "layouts" in layouts
-    assert len(warnings(make(phd_repeat=1, moe_expert_capacity_factor=1.0))) == 1
-    balanced = make(num_moe_experts=4, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.1)
-    assert "data-parallel" in warnings(balanced)[0]
-    assert "phd_attention_backend" in warnings(make(attention_backend="flash"))[0]
-    assert "no effect at context_parallel_size=1" in warnings(make(cp_comm_type="p2p"))[0]
-    assert warnings(make(cp_comm_type="p2p", context_parallel_size=2)) == []
 
 
 # ---------------------------------------------------------------- as data and YAML

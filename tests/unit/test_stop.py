@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+import weakref
 
 import pytest
 
@@ -49,18 +51,42 @@ def test_a_signal_that_a_library_wrapped(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_garbage_is_collected(number):
-    """What a ``__del__`` raises is forgotten, so the command would go on to its end."""
+    """What a ``__del__`` or a callback raises is forgotten, so the command would go on to its end."""
 
-    class Garbage:
+    def signalled(*_):
+        os.kill(os.getpid(), number)
+        time.sleep(0.001)  # the handler has its turn here
+
+    class Finalised:
+        __del__ = signalled
+
+    class Watched:
+        pass
+
+    hook = sys.unraisablehook
+    for make in (Finalised, Watched):
+        with pytest.raises(BaseException) as caught, clean_stop():
+            garbage = make()
+            watch = weakref.ref(garbage, signalled) if make is Watched else None
+            del garbage
+            time.sleep(5)
+        assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit), watch
+        assert sys.unraisablehook is hook
+        assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_else_a_finalizer_raises_is_told_as_ever(monkeypatch):
+    class Broken:
         def __del__(self):
-            os.kill(os.getpid(), number)
-            time.sleep(0.001)  # the handler has its turn here
+            raise SystemExit(5)
 
-    with pytest.raises(BaseException) as caught, clean_stop():
-        garbage = Garbage()
-        del garbage
-        time.sleep(5)
-    assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit)
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(type(lost.exc_value)))
+    with clean_stop():
+        broken = Broken()
+        del broken
+    assert told == [SystemExit]
 
 
 def test_another_error_stays_what_it_is():

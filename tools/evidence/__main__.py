@@ -127,10 +127,10 @@ def _fold(args: argparse.Namespace) -> int:
 
 
 def _rates(args: argparse.Namespace) -> int:
-    from .piece import DONE, queue_file, work_folder
+    from .piece import DONE, work_folder
     from .rates import choose_rates, read_records, write_rates
 
-    queue = _queue(queue_file())
+    queue = _queue(args.results / "queue.yaml")
     rates = choose_rates(queue, read_records([queue.runs, work_folder() / DONE]))
     print(f"{write_rates(queue, rates)}: {', '.join(f'{text} {name}' for text, of in rates.items() for name in of)}")
     return 0

@@ -85,11 +85,6 @@ def work_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("PHD_EVIDENCE_WORK", "/tmp/phd_evidence")).resolve()
 
 
-def queue_file(environment: Mapping[str, str] = os.environ) -> Path:
-    """The queue of the checkout, or another one."""
-    return Path(environment.get("PHD_EVIDENCE_QUEUE", ROOT / "docs/results/trained/queue.yaml"))
-
-
 def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     """The piece that the environment describes, begun by an earlier command or now.
 
@@ -112,7 +107,7 @@ def open_piece(environment: Mapping[str, str] = os.environ) -> Piece:
     write(work / _FILE, json.dumps({"name": name, "end": end}) + "\n")
     return Piece(
         name=name,
-        queue=queue_file(environment),
+        queue=Path(environment.get("PHD_EVIDENCE_QUEUE", ROOT / "docs/results/trained/queue.yaml")),
         work=work,
         out=Path(environment.get("OUT", "runs/gpu")),
         archives=Path(environment.get("PHD_EVIDENCE_ARCHIVES", ROOT / ".corpus/ship")),
