@@ -1,8 +1,8 @@
 """What differs between versions of Megatron-Core.
 
 pip may install 0.16 (:data:`RANGE`), which the tests run on. What is said of later ones has been tried by hand; an
-environment that brings one runs on it. :data:`DIFFERENCES` lists them, and where the code must do one thing or the other
-it asks a function here, or takes both forms. Nothing else looks at a version.
+environment that brings one runs on it. :data:`DIFFERENCES` lists them, and where the code must do one thing or
+the other it asks a function here, or takes both forms. Nothing else looks at a version.
 """
 
 from __future__ import annotations
