@@ -25,4 +25,4 @@ figures:     ## docs/img from the code's own definitions
 
 clean:       ## caches and build products; not .venv, not runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

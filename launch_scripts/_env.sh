@@ -2,6 +2,7 @@
 # Sourced by quickstart.sh and tests/run.sh: finds or makes the Python environment, then installs this checkout into it.
 #
 #   phd_environment [EXTRA]   e.g. `phd_environment test`; sets PYTHON and ROOT, changes into ROOT
+#   phd_mcore_environment VERSION [EXTRA]   the same in an environment of its own, with that Megatron-Core
 #
 # Which Python: the active virtual or conda environment; else $PHD_PYTHON's; else .venv in the checkout, made with the
 # newest suitable python found. A torch >= 2.10 that is already importable is kept, whatever its build.
@@ -20,7 +21,11 @@ phd_python_ok() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/d
 
 # Version of torch as its metadata says (importing it would cost seconds), or nothing.
 phd_torch_version() {
-    "$1" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null || true
+    PYTHON="$1" phd_version torch
+}
+
+phd_version() {
+    "$PYTHON" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1" 2>/dev/null || true
 }
 
 phd_torch_ok() {
@@ -31,14 +36,24 @@ sys.exit((major, minor) < (2, 10))
 PY
 }
 
-phd_base_python() {
+# The first that runs of the names in the arguments.
+phd_first_python() {
     local name
-    for name in python3 python python3.13 python3.12 python3.11 python3.10; do
+    for name in "$@"; do
         if command -v "$name" >/dev/null 2>&1 && phd_python_ok "$name"; then
             command -v "$name"
             return
         fi
     done
+}
+
+phd_base_python() { phd_first_python python3 python python3.13 python3.12 python3.11 python3.10; }
+
+# For a Megatron-Core that wants 3.12: of that or later, also where pyenv has it without putting it on PATH.
+phd_newer_python() {
+    local versions
+    versions="$(pyenv root 2>/dev/null || true)/versions"
+    phd_first_python python3.12 python3.13 "$versions"/3.12*/bin/python "$versions"/3.13*/bin/python
 }
 
 phd_too_old() {
@@ -47,11 +62,11 @@ phd_too_old() {
 }
 
 phd_make_venv() {
-    local base="$1" options=()
+    local base="$1" venv="$2" options=()
     # A container whose own Python already has torch keeps it (NGC images, for example).
     if phd_torch_ok "$base"; then options+=(--system-site-packages); fi
-    phd_say "making .venv with $base"
-    "$base" -m venv "${options[@]}" "$ROOT/.venv" || phd_fail "$base cannot make a virtual environment;" \
+    phd_say "making ${venv##*/} with $base"
+    "$base" -m venv "${options[@]}" "$venv" || phd_fail "$base cannot make a virtual environment;" \
         "on Debian or Ubuntu: apt install python3-venv, or activate an environment of your own and run this again"
 }
 
@@ -70,13 +85,36 @@ phd_environment() {
             [[ -n "$base" ]] || base="$(command -v python3 || true)"
             [[ -n "$base" ]] || phd_fail "no python3 on PATH; install Python 3.10 or later, or set PHD_PYTHON"
             phd_python_ok "$base" || phd_too_old "$base"
-            phd_make_venv "$base"
+            phd_make_venv "$base" "$ROOT/.venv"
         fi
     fi
     PATH="$(dirname "$PYTHON"):$PATH"
     export PYTHON PATH
     cd "$ROOT" || exit 2
     [[ -n "${PHD_SKIP_INSTALL:-}" ]] || phd_install "$extra"
+}
+
+phd_mcore_environment() {
+    local wanted="$1" extra="${2:-}" venv="$ROOT/.venv-mcore-$1" base found
+    PYTHON="$venv/bin/python"
+    if ! phd_python_ok "$PYTHON"; then
+        base="${PHD_MCORE_PYTHON:-$(phd_newer_python)}"
+        [[ -n "$base" ]] || phd_fail "megatron-core $wanted needs Python 3.12 or later, and none was found;" \
+            "install one, or name it: PHD_MCORE_PYTHON=/path/to/python3.12"
+        phd_python_ok "$base" || phd_too_old "$base"
+        phd_make_venv "$base" "$venv"
+    fi
+    PATH="$(dirname "$PYTHON"):$PATH"
+    export PYTHON PATH VIRTUAL_ENV="$venv"
+    cd "$ROOT" || exit 2
+    [[ -z "${PHD_SKIP_INSTALL:-}" ]] || return 0
+    phd_install "$extra"
+    found="$(phd_version megatron-core)"
+    if [[ "$found" != "$wanted" ]]; then
+        phd_say "megatron-core $wanted instead of $found"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check "megatron-core==$wanted" ||
+            phd_fail "megatron-core $wanted cannot be installed into $venv ($("$PYTHON" -V))"
+    fi
 }
 
 phd_install() {
@@ -116,14 +154,15 @@ phd_install() {
 }
 
 # What pip is held to: the torch that is there, and of the versions of a file those of packages that are not there yet or
-# lie in the checkout's own .venv. What else an environment has, such as a container's numpy, stays as it is.
+# lie in an environment that the checkout made. What else an environment has, such as a container's numpy, stays as it is.
 phd_constraints() {
     "$PYTHON" - "$ROOT" "$@" <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-own, files = Path(sys.argv[1]).resolve() / ".venv", sys.argv[2:]
+root, files = Path(sys.argv[1]).resolve(), sys.argv[2:]
+own = [root / ".venv", *root.glob(".venv-mcore-*")]
 print("torch==" + distribution("torch").version)
 for line in [line for file in files for line in Path(file).read_text("utf-8").splitlines() if line[:1] != "#"]:
     try:
@@ -131,7 +170,7 @@ for line in [line for file in files for line in Path(file).read_text("utf-8").sp
     except PackageNotFoundError:
         print(line)
         continue
-    if own in place.parents:
+    if any(folder in place.parents for folder in own):
         print(line)
 PY
 }

@@ -82,13 +82,14 @@ def launch(
     check: bool = True,
     env: dict[str, str] | None = None,
     threads: int = 1,
+    python: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``torchrun --nproc-per-node nproc args...`` from the checkout's root.
 
     ``args`` start with a script, or with "-m" and a module. A run that fails (unless ``check`` is false) or takes
     longer than ``timeout`` seconds fails the test with everything it printed. ``stdout`` holds both streams.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command += [str(arg) for arg in args]
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     variables |= {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -115,7 +116,7 @@ def launch(
 
 @pytest.fixture(scope="session")
 def torchrun() -> Launcher:
-    """``torchrun(nproc, *args, timeout=400, check=True, env=None, threads=1) -> CompletedProcess``."""
+    """``torchrun(nproc, *args, timeout=400, check=True, env=None, threads=1, python=...) -> CompletedProcess``."""
     return launch
 
 

@@ -1,60 +1,87 @@
 #!/usr/bin/env bash
-# Sets the environment up, then lints and tests: bash tests/run.sh [--no-lint] [--full] [PYTEST ARGUMENTS]
+# Sets the environment up, then lints and tests: bash tests/run.sh [OPTION] [PYTEST ARGUMENTS]
 #
 #   bash tests/run.sh                          everything
 #   bash tests/run.sh tests/unit -k policy     a part of it
+#   bash tests/run.sh --no-lint tests/kernels
+#   bash tests/run.sh --mcore 0.19.2           instead: with that Megatron-Core, in an environment beside the first, what
+#                                              depends on it, and checkpoints that go from one to the other
 #   bash tests/run.sh --full                   instead: many models over many layouts, which writes docs/parity.md
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
-# Exits with 0 only if lint and tests are clean. Environment variables of the set-up: launch_scripts/_env.sh.
+# Exits with 0 only if lint and tests are clean. Under CI=true everything is followed by --mcore with the newest version.
+# Environment variables of the set-up: launch_scripts/_env.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
+# What depends on Megatron-Core, for a version that is not the first environment's.
+NEWEST_MCORE=0.19.2
+OF_MCORE=(tests/distributed tests/unit
+    tests/integration/test_{between_versions,layout_parity,moe_parity,virtual_pipeline,context_parallel}.py
+    tests/integration/test_{resume,reshard,moe_resume}.py
+    tests/huggingface/test_{against_megatron,export,import}.py)
+
 lint=1
+mcore=""
+faults=""
 selection=()
-faults=()
-while [[ "${1:-}" == --no-lint || "${1:-}" == --full || "${1:-}" == --faults ]]; do
+while [[ "${1:-}" =~ ^--(no-lint|full|faults|mcore)$ ]]; do
     case "$1" in
         --full) selection=(-m full) ;;
         --no-lint) lint=0 ;;
         --faults)
             [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || phd_fail "--faults ${2:-} is no number of kills; use 1 or more"
-            faults=("$2")
+            faults="$2"
+            shift
+            ;;
+        --mcore)
+            [[ "${2:-}" =~ ^[0-9]+(\.[0-9]+)+[0-9a-z]*$ ]] ||
+                phd_fail "--mcore ${2:-} is no version of megatron-core; use for example $NEWEST_MCORE"
+            mcore="$2"
             shift
             ;;
     esac
     shift
 done
+[[ -n "${CI:-}" && -z "$mcore$faults" && -z "${selection[*]:-}" && $# == 0 ]] && after="$NEWEST_MCORE" || after=""
 began=$SECONDS
 invoked_from="$PWD"
-phd_environment test
-set_up=$((SECONDS - began))
 failed=()
 
-if ((${#faults[@]})); then
-    phd_say "faults"
-    cd "$invoked_from"
-    exec "$PYTHON" "$ROOT/tests/faults" --kills "${faults[0]}" "$@"
-fi
-
-if ((lint)); then
-    phd_say "lint"
-    "$PYTHON" -m ruff check . || failed+=("ruff check")
-    "$PYTHON" -m ruff format --check --quiet . || failed+=("ruff format (make format cures it)")
-    "$PYTHON" -m mypy || failed+=("mypy")
-fi
-
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
-workers="${PHD_TEST_WORKERS:-$((cores / 2))}"
-((workers >= 2)) || workers=2
-((workers <= 8)) || workers=8
-
-phd_say "tests ($workers files at a time)"
 # Distributed tests start 2 to 4 processes each, so every process gets one thread.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # No test may ask the network for anything.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+run_pytest() {
+    local cores workers
+    cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+    workers="${PHD_TEST_WORKERS:-$((cores / 2))}"
+    ((workers >= 2)) || workers=2
+    ((workers <= 8)) || workers=8
+    phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-core))"
+    "$PYTHON" -m pytest -n "$workers" --dist loadfile "$@"
+}
+
+# The first environment stays at hand as PHD_OTHER_PYTHON, for checkpoints that one version writes and the other loads.
+run_with_mcore() {
+    local version="$1"
+    export PHD_OTHER_PYTHON="$PYTHON"
+    phd_mcore_environment "$version" test
+    shift
+    run_pytest "$@" || failed+=("pytest with megatron-core $version")
+}
+
+phd_environment test
+printf 'set-up %d s\n' "$((SECONDS - began))"
+
+if [[ -n "$faults" ]]; then
+    phd_say "faults"
+    cd "$invoked_from"
+    exec "$PYTHON" "$ROOT/tests/faults" --kills "$faults" "$@"
+fi
+
 # Paths among the arguments may be relative to where the caller stood.
 arguments=()
 for argument in "$@"; do
@@ -63,9 +90,34 @@ for argument in "$@"; do
     fi
     arguments+=("$argument")
 done
-"$PYTHON" -m pytest -n "$workers" --dist loadfile "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
 
-printf '\nset-up %d s, in all %d s\n' "$set_up" "$((SECONDS - began))"
+if [[ -n "$mcore" ]]; then
+    ((${#arguments[@]})) || arguments=("${OF_MCORE[@]}")
+    run_with_mcore "$mcore" "${arguments[@]}"
+else
+    if [[ -n "$after" ]]; then
+        # Several GB may come over the network; they come while the first tests run.
+        making="$(mktemp)"
+        (phd_mcore_environment "$after" test) >"$making" 2>&1 &
+    fi
+    if ((lint)); then
+        phd_say "lint"
+        "$PYTHON" -m ruff check . || failed+=("ruff check")
+        "$PYTHON" -m ruff format --check --quiet . || failed+=("ruff format (make format cures it)")
+        "$PYTHON" -m mypy || failed+=("mypy")
+    fi
+    run_pytest "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
+    if [[ -n "$after" ]]; then
+        printf 'in all %d s\n' "$((SECONDS - began))"
+        if wait $!; then run_with_mcore "$after" "${OF_MCORE[@]}"; else
+            cat "$making"
+            failed+=("the environment with megatron-core $after")
+        fi
+        rm -f "$making"
+    fi
+fi
+
+printf '\nin all %d s\n' "$((SECONDS - began))"
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
     exit 1

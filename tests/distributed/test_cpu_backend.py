@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from phd_megatron.runtime import cpu_backend, mcore_fixes
+from phd_megatron.runtime.mcore_versions import installed
 
 SCRIPT = Path(__file__).with_name("tiny_megatron.py")
 #: redirects that need a launch of their own to be shown needed
-ELSEWHERE = {"jit-fuser", "p2p", "moe-splits", "cuda-packages", "uneven-splits"}
+ELSEWHERE = {"jit-fuser", "p2p", "moe-splits", "cuda-packages", "triton-kernels", "uneven-splits"}
 CASES = (
     "cuda-names",
     "device-literals",
@@ -141,6 +142,17 @@ def test_cpu_run_where_transformer_engine_is_installed(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert result_of(done.stdout)
     assert alone("train", "skip=cuda-packages", **path).returncode != 0
+
+
+def test_cpu_run_without_triton(tmp_path):
+    """torch's builds for CPUs bring none."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    path = {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[2]), str(tmp_path)])}
+    done = alone("train", "moe=1", **path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert result_of(done.stdout)
+    stock = alone("train", "moe=1", "skip=triton-kernels", **path)
+    assert (stock.returncode != 0) == (installed() >= (0, 18)), stock.stderr
 
 
 @pytest.mark.parametrize("options", ["kind=fully_reshardable tp=2", "kind=dp_reshardable", "bf16=1", "sharded=0"])

@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+#: what needs a second environment, made by `bash tests/run.sh --mcore VERSION`, whose Python this variable names
+collect_ignore = [] if os.environ.get("PHD_OTHER_PYTHON") else ["test_between_versions.py"]
+
 TINY_MODEL = {
     "num-layers": 4,
     "hidden-size": 32,
@@ -86,11 +89,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def run_cases(
     torchrun: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., str]:
-    """``run_cases(nproc, [argv, ...])``: every command in one launch of ``nproc`` processes. What they printed."""
+    """``run_cases(nproc, [argv, ...])``: every command in one launch of ``nproc`` processes. What they printed.
 
-    def run(nproc: int, cases: list[list[str]], timeout: float = 420) -> str:
+    ``python=`` names another interpreter than this one.
+    """
+
+    def run(nproc: int, cases: list[list[str]], timeout: float = 420, **launch: str) -> str:
         path = tmp_path_factory.mktemp("cases") / "cases.json"
         path.write_text(json.dumps(cases), encoding="utf-8")
-        return torchrun(nproc, Path(__file__).parent / "run_cases.py", path, timeout=timeout).stdout
+        return torchrun(nproc, Path(__file__).parent / "run_cases.py", path, timeout=timeout, **launch).stdout
 
     return run

@@ -6,6 +6,7 @@ change is a row of :data:`REDIRECTS` with its reason, and each has a test that f
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from collections.abc import Collection
@@ -47,6 +48,8 @@ def install(skip: Collection[str] = ()) -> None:
         _tensor_cuda()
     if "cuda-packages" not in skip:
         _hide_cuda_packages()
+    if "triton-kernels" not in skip:
+        _replace_triton_kernels()
     activate(redirect for redirect in _table(skip) if redirect.name not in skip)
 
 
@@ -79,6 +82,18 @@ def _tensor_cuda() -> None:
 def _hide_cuda_packages() -> None:
     for name in ("transformer_engine", "apex", "amp_C"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+def _replace_triton_kernels() -> None:
+    """Where there is no triton, give the one module that asks for it unconditionally (from 0.18) without its kernels.
+
+    They copy expert activations into a paged buffer on a GPU (``moe_paged_stash``), which no run on a CPU asks for.
+    """
+    if importlib.util.find_spec("triton") is None:
+        name = "megatron.core.transformer.moe.ops.paged_stash"
+        module = ModuleType(name, "Stands for Megatron's module, whose kernels need triton.")
+        module.__dict__.update(GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
+        sys.modules.setdefault(name, module)
 
 
 def _made_in_torch_names(module: ModuleType) -> None:
@@ -192,9 +207,10 @@ def _single_rank(module: ModuleType) -> None:
     )
 
 
-#: redirects that change no megatron module: a tensor's ``cuda`` method does nothing, and Transformer Engine and apex
-#: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them
-METHODS = ("tensor-cuda", "cuda-packages")
+#: redirects that change no megatron module: a tensor's ``cuda`` method does nothing; Transformer Engine and apex
+#: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them; kernels that need
+#: triton are left out where it is missing
+METHODS = ("tensor-cuda", "cuda-packages", "triton-kernels")
 
 #: every redirect of the CPU backend; those without modules are parts of "torch"
 REDIRECTS = (
