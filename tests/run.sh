@@ -10,13 +10,14 @@
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
-# Exits with 0 only if lint and tests are clean. Under CI=true everything is followed by --mcore with the newest version.
+# Exits with 0 only if lint and tests are clean. Under CI=true everything is followed by --mcore with the newest version,
+# or with the oldest where the first environment has the newest.
 # Environment variables of the set-up: launch_scripts/_env.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
-# What depends on Megatron-Core, for a version that is not the first environment's.
-NEWEST_MCORE=0.19.2
+# The first environment has one of these, as its Python allows. What depends on it, for the second:
+NEWEST_MCORE=0.19.2 OLDEST_MCORE=0.16.1
 OF_MCORE=(tests/distributed tests/unit
     tests/integration/test_{between_versions,layout_parity,moe_parity,virtual_pipeline,context_parallel}.py
     tests/integration/test_{resume,reshard,moe_resume}.py
@@ -74,6 +75,7 @@ run_with_mcore() {
 }
 
 phd_environment test
+if [[ -n "$after" && "$(phd_version megatron-core)" == "$NEWEST_MCORE" ]]; then after="$OLDEST_MCORE"; fi
 printf 'set-up %d s\n' "$((SECONDS - began))"
 
 if [[ -n "$faults" ]]; then

@@ -2,7 +2,7 @@
 
 Run it with the Python of an environment in which `bash tests/run.sh` is clean. It follows the requirements of this
 package and of its extra `test`, so what else lies in the environment is not written. Each line holds for this Python
-alone: other Pythons get what the requirements allow.
+alone; the lines of other Pythons stay. A Python that has none gets what the requirements allow.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FILE = Path(__file__).resolve().parents[1] / "launch_scripts" / "constraints.txt
 #: chosen by each machine: a build of torch for its CUDA, or for none, and what such a build asks for
 MACHINES_OWN = re.compile(r"torch(vision|audio)?|(pytorch-)?triton|(nvidia|cuda)-.*|setuptools")
 HEAD = """\
-# The versions that the tests ran with: Python {python}, {system}, {date}, torch {torch}.
-# Written by tools/write_constraints.py; do not edit. torch, triton and CUDA's packages are each machine's own.
+# The versions that the tests ran with. Written by tools/write_constraints.py; do not edit. torch, triton and CUDA's
+# packages are each machine's own.
 """
 
 
@@ -50,16 +50,18 @@ def installed(package: str, extras: frozenset[str]) -> Iterator[tuple[str, str]]
                 waiting += [(canonicalize_name(need.name), extra) for extra in ("", *need.extras)]
 
 
-def constraints(versions: dict[str, str]) -> str:
-    """The file's text, for the versions by normalised name."""
+def constraints(versions: dict[str, str], before: str = "") -> str:
+    """The file's text, for this Python's versions by normalised name and what it said ``before`` for others."""
     python = "{}.{}".format(*sys.version_info)
-    head = HEAD.format(
-        python=python,
-        system=f"{platform.system()} {platform.machine()}",
-        date=datetime.date.today().isoformat(),
-        torch=Version(importlib.metadata.version("torch")).public,
-    )
-    return head + "".join(f'{name}=={versions[name]} ; python_version == "{python}"\n' for name in sorted(versions))
+    torch, system = Version(importlib.metadata.version("torch")).public, f"{platform.system()} {platform.machine()}"
+    tests = {python: f"# Python {python}: torch {torch}, {system}, {datetime.date.today().isoformat()}\n"}
+    pins = [f'{name}=={versions[name]} ; python_version == "{python}"\n' for name in versions]
+    for line in before.splitlines(keepends=True):
+        if found := re.match(r"# Python (\S+): ", line):
+            tests.setdefault(found[1], line)
+        elif not line.startswith("#") and f'"{python}"' not in line:
+            pins.append(line)
+    return HEAD + "".join([*(tests[name] for name in sorted(tests)), *sorted(pins)])
 
 
 def main() -> None:
@@ -69,7 +71,8 @@ def main() -> None:
     output: Path = parser.parse_args().output
     versions = dict(installed("phd-megatron", frozenset({"test"})))
     versions = {name: version for name, version in versions.items() if not MACHINES_OWN.fullmatch(name)}
-    output.write_text(constraints(versions), encoding="utf-8")
+    before = output.read_text(encoding="utf-8") if output.exists() else ""
+    output.write_text(constraints(versions, before), encoding="utf-8")
     print(f"{output}: {len(versions)} versions")
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.runtime.capabilities import probe
+from phd_megatron.runtime.compatibility import TESTED, Tested, installed_versions, standing, table
 from phd_megatron.runtime.implementations import Operation, format_operations, operations
 from phd_megatron.runtime.mcore_versions import RANGE
 
@@ -37,6 +38,8 @@ class Report:
     backend: str
     devices: list[str] = field(default_factory=list)
     packages: list[Package] = field(default_factory=list)
+    tested: list[Tested] = field(default_factory=list)
+    standing: dict[str, str] = field(default_factory=dict)
     operations: list[Operation] = field(default_factory=list)
 
     def as_dict(self) -> Json:
@@ -104,7 +107,15 @@ def examine(device: str = "auto") -> Report:
 
     packages = _packages()
     report = Report(
-        platform.python_version(), platform.platform(), "none", "torch is not installed", "none", [], packages
+        platform.python_version(),
+        platform.platform(),
+        "none",
+        "torch is not installed",
+        "none",
+        [],
+        packages,
+        list(TESTED),
+        standing(installed_versions()),
     )
     if not _installed("torch"):
         return report
@@ -138,6 +149,13 @@ def _devices() -> list[str]:
     return found
 
 
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
 def format_report(report: Report) -> str:
     """The report as text for a terminal."""
     lines = [
@@ -153,6 +171,8 @@ def format_report(report: Report) -> str:
             lines.append(f"  {package.name:<{width}}  {package.version}")
         else:
             lines.append(f"  {package.name:<{width}}  not installed: {package.cost}. Get it: {package.command}")
+    lines += ["", "versions that were tested together:", *_columns(table())]
+    lines += ["here:", *(f"  {name:<{width}}  {said}" for name, said in report.standing.items())]
     if report.operations:
         lines += ["", "operations of a run with default settings:", format_operations(report.operations)]
     return "\n".join(lines)

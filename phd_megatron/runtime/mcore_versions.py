@@ -2,7 +2,7 @@
 
 pip may install those of :data:`RANGE`; from 0.17 on they need Python 3.12. :data:`DIFFERENCES` lists what differs, and
 where the code must do one thing or the other it asks a function here, or takes both forms. Nothing else looks at a
-version. Which ones the tests run on is in :mod:`phd_megatron.runtime.tested`.
+version. Which ones the tests run on is in :mod:`phd_megatron.runtime.compatibility`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+from phd_megatron.errors import UserError
 from phd_megatron.runtime.mcore_versions import RANGE, installed, numbers
 
 
@@ -48,7 +49,7 @@ class Redirect:
         return any(fnmatch.fnmatchcase(module_name, pattern) for pattern in self.modules)
 
 
-class MegatronChanged(RuntimeError):
+class MegatronChanged(UserError):
     """A redirect did not find what it is there to change: another megatron-core version."""
 
 

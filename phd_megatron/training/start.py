@@ -21,6 +21,7 @@ from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
 from phd_megatron.planning.fit import refuse_what_cannot_fit
 from phd_megatron.runtime.capabilities import Capabilities, probe
+from phd_megatron.runtime.compatibility import installed_versions, note_of_a_start
 from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.implementations import table
@@ -47,7 +48,8 @@ def pretrain(argv: list[str], asked_device: str) -> None:
     install_backend(device)  # before Megatron is imported
     loaded = load_config(argv)
     config = loaded.config
-    notes = [*loaded.notes, *_as_a_restart(config.checkpoint)]
+    untested = note_of_a_start(installed_versions())
+    notes = [*filter(None, [untested]), *loaded.notes, *_as_a_restart(config.checkpoint)]
     require_for_pretraining(config)
     tokenizer, derived = complete(config, environment.world_size)
     capabilities = probe(device, environment.local_rank if device == "cuda" else None)

@@ -57,6 +57,7 @@ class Skip:
 
 GPU = Skip("needs a GPU")
 FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
+SECOND = Skip("CI runs it after the tests of the first environment")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
 WHOLE_SUITE = Skip("starts the tests themselves")
@@ -97,6 +98,10 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         'print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), '
         "max_new_tokens=50)[0]))": Run({"max_new_tokens=50": "max_new_tokens=5"}),
     },
+    "docs/compatibility.md": {
+        "bash tests/run.sh --mcore 0.19.2": SECOND,
+        "PHD_MCORE_PYTHON=python3.13 bash tests/run.sh --mcore 0.17.1 tests/distributed": SECOND,
+    },
     "docs/reliability.md": {"bash tests/run.sh --faults 200 --jobs 8 --seed 1": FAULTS},
     "CONTRIBUTING.md": {
         "bash tests/run.sh": WHOLE_SUITE,
@@ -112,7 +117,9 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
     },
     "docs/releasing.md": {
         "PHD_SKIP_LOCK=1 bash tests/run.sh": WHOLE_SUITE,
+        "PHD_SKIP_LOCK=1 bash tests/run.sh --mcore 0.19.2": SECOND,
         "python tools/write_constraints.py": Skip("rewrites the checkout; tests/unit/test_environment.py"),
+        ".venv-mcore-0.19.2/bin/python tools/write_constraints.py": Skip("the same with the second environment"),
         "pip wheel --no-deps --no-build-isolation --wheel-dir dist .": BUILDS,
         "python -c \"from setuptools import build_meta; build_meta.build_sdist('dist')\"": BUILDS,
     },

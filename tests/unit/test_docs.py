@@ -24,7 +24,7 @@ FIELDS = {
 
 
 def test_norm_table_is_the_codes_table() -> None:
-    script = [sys.executable, str(ROOT / "tools/write_norms_table.py"), "--check"]
+    script = [sys.executable, str(ROOT / "tools/write_tables.py"), "--check"]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (ROOT / "docs/norms.md").read_text("utf-8")

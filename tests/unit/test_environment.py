@@ -28,18 +28,23 @@ LOCK = ROOT / "launch_scripts/constraints.txt"
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts need bash")
 
 
-def pins() -> dict[str, Requirement]:
+PYTHONS = ("3.11", "3.12")
+
+
+def pins(python: str) -> dict[str, Requirement]:
     lines = [line for line in LOCK.read_text("utf-8").splitlines() if not line.startswith("#")]
-    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(pin.name): pin for pin in found if str(pin.marker) == f'python_version == "{python}"'}
 
 
 # ---------------------------------------------------------------- the file
 
 
-def test_the_lock_has_every_requirement_in_a_version_that_it_allows() -> None:
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_every_requirement_in_a_version_that_it_allows(python: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     needs = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["test"]]
-    locked = pins()
+    locked = pins(python)
     for need in needs:
         if MACHINES_OWN.fullmatch(name := canonicalize_name(need.name)):
             assert name not in locked
@@ -49,14 +54,32 @@ def test_the_lock_has_every_requirement_in_a_version_that_it_allows() -> None:
 
 
 def test_the_lock_leaves_to_each_machine_what_is_its_own() -> None:
-    assert [name for name in pins() if MACHINES_OWN.fullmatch(name)] == []
+    assert [name for python in PYTHONS for name in pins(python) if MACHINES_OWN.fullmatch(name)] == []
     assert all(MACHINES_OWN.fullmatch(name) for name in ("torch", "triton", "nvidia-cublas", "cuda-bindings"))
     assert not MACHINES_OWN.fullmatch("pytorch-lightning") and not MACHINES_OWN.fullmatch("torchtitan")
 
 
-def test_the_lock_is_for_the_python_that_it_was_made_with() -> None:
-    (python,) = re.findall(r"^# .* Python (3\.\d+), ", LOCK.read_text("utf-8"))
-    assert {str(pin.marker) for pin in pins().values()} == {f'python_version == "{python}"'}
+def test_the_lock_is_for_the_pythons_that_it_was_made_with() -> None:
+    text = LOCK.read_text("utf-8")
+    assert tuple(re.findall(r"^# Python (\S+): ", text, re.MULTILINE)) == PYTHONS
+    assert {str(Requirement(line).marker) for line in text.splitlines() if not line.startswith("#")} == {
+        f'python_version == "{python}"' for python in PYTHONS
+    }
+
+
+def test_the_lock_of_another_python_stays() -> None:
+    here = f"3.{sys.version_info[1]}"
+    before = (
+        f'# Some head\n# Python 3.1: torch 0.1, here\n# Python {here}: old\na==1 ; python_version == "3.1"\n'
+        f'b==1 ; python_version == "{here}"\n'
+    )
+    text = constraints({"c": "2", "a": "2"}, before)
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [
+        'a==1 ; python_version == "3.1"',
+        f'a==2 ; python_version == "{here}"',
+        f'c==2 ; python_version == "{here}"',
+    ]
+    assert "# Python 3.1: torch 0.1, here\n" in text and "head" not in text and "old" not in text
 
 
 def test_the_writer_follows_requirements_and_extras() -> None:
@@ -126,7 +149,7 @@ LOCKED = [TORCH, "ours==2.0", "not-there==3.0"]
 def test_pip_is_held_to_the_lock_for_what_is_missing_or_ours(
     variables: dict[str, str], expected: list[list[str]], code: int, tmp_path: Path
 ) -> None:
-    """numpy is there, outside of the checkout's .venv, so it stays whatever its version; so does torch's build."""
+    """numpy is there, outside of what the checkout made, so it stays whatever its version; so does torch's build."""
     ended, tries, said = setup_says(tmp_path, **variables)
     assert (ended, tries) == (code, expected), said
     assert ("cannot be installed here" in said) == (len(expected) == 2)

@@ -42,7 +42,8 @@ class Holder:
 
     def __init__(self, directory: Path, kind: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(directory), kind],
+            # Python 3.12 warns of a fork beside threads, in the lines that are waited for here.
+            [sys.executable, "-W", "ignore", "-c", HOLDER, str(directory), kind],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -51,7 +52,9 @@ class Holder:
         assert self.process.stdout is not None
         lines = {self.process.stdout.readline().strip(), self.process.stdout.readline().strip()}
         numbers = [line for line in lines if line.isdecimal()]
-        assert "held" in lines and numbers, "\n".join([*lines, self.process.stdout.read()])
+        if "held" not in lines or not numbers:
+            self.process.kill()
+            raise AssertionError("\n".join([*lines, self.process.stdout.read()]))
         self.child = int(numbers[0])
 
     def kill(self) -> None:

@@ -127,6 +127,24 @@ def test_doctor_reports_every_operation(capsys):
     assert {"PHD attention", "linear layers", "norms", "optimizer", "cross entropy", "q/k/v norm and RoPE"} <= names
     assert all(operation["implementation"] and operation["reason"] for operation in report["operations"])
     assert {package["name"] for package in report["packages"]} >= {"torch", "megatron-core", "flash-attn", "apex"}
+    assert len(report["tested"]) >= 3 and report["standing"]["megatron-core"] == "tested"
+
+
+def test_doctor_says_what_was_tested_and_where_this_machine_stands(capsys, monkeypatch):
+    from phd_megatron.runtime import doctor as report
+
+    found = {"python": "3.11.7", "torch": "2.99.0", "megatron-core": None}
+    monkeypatch.setattr(report, "installed_versions", lambda: found)
+    assert doctor.run(["--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = lines[lines.index("versions that were tested together:") :]
+    assert rows[1].split()[:3] == ["Python", "torch", "megatron-core"] and rows[2].split()[2] == "0.16.1"
+    here = rows[rows.index("here:") + 1 :]
+    assert [line.split(maxsplit=1) for line in here[:3]] == [
+        ["python", "tested"],
+        ["torch", "newer than 2.13.0, the newest that was tested"],
+        ["megatron-core", "not installed"],
+    ]
 
 
 def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
