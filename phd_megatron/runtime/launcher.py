@@ -20,23 +20,18 @@ _ORPHAN = 1  # exit code; nobody is there to read it
 _LAUNCHER_WORDS = (b"torchrun", b"torch.distributed", b"torch/distributed")
 
 
-def die_with_launcher() -> bool:
-    """Under torchrun, have the kernel kill this process when the launcher is killed, and end at once if it is gone.
-
-    Returns:
-        Whether it was arranged: False without torchrun or off Linux.
-    """
+def die_with_launcher() -> None:
+    """Under torchrun on Linux, have the kernel kill this process when the launcher is killed, and end if it is gone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return False
+        return
     try:
         arranged = ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0) == 0
     except (OSError, AttributeError):
-        return False
+        return
     # torchrun gives each rank a session of its own; what a container or a wrapper starts has another parent anyway.
     if arranged and os.getsid(0) == os.getpid() and is_orphan():
         os.write(2, b"torchrun has gone while this rank was starting: ending\n")
         os._exit(_ORPHAN)
-    return arranged
 
 
 def is_orphan(parent: int | None = None, look: Callable[[int], tuple[bytes, int] | None] | None = None) -> bool:

@@ -15,7 +15,7 @@ from phd_megatron.bench import arguments as bench_arguments
 from phd_megatron.bench import attention as bench_attention
 from phd_megatron.bench import members as bench_members
 from phd_megatron.bench import train as bench_train
-from phd_megatron.bench.timing import BOTH, FORWARD, Contender, differentiable
+from phd_megatron.bench.timing import BOTH, FORWARD, Contender, differentiable, measure
 from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
@@ -70,6 +70,13 @@ def test_what_is_timed_is_the_function() -> None:
     timed.steps[FORWARD]()
     timed.steps[BOTH]()
     assert calls == [False, True]
+
+
+def test_what_steps_leave_is_reset_around_each_round_and_not_timed() -> None:
+    said: list[str] = []
+    contender = Contender("a", {"step": lambda: said.append("step")}, reset=lambda: said.append("reset"))
+    measure([contender], 2, torch.device("cpu"))
+    assert said == ["reset", "step", "reset"] * 3 and len(contender.times["step"]) == 2
 
 
 def test_useful_flops() -> None:

@@ -275,3 +275,22 @@ def test_whether_torchrun_is_gone() -> None:
     assert not launcher.launcher_is_gone(address, 0.3), "the store is this rank's own"
     assert not launcher.launcher_is_gone({**agent, **address, "MASTER_PORT": "words"}, 0.3)
     assert not launcher.launcher_is_gone(agent, 0.3)
+
+
+def test_a_world_of_one_watches_nobody_and_ends_all_the_same() -> None:
+    watch = Watch(None, 0, 1, timeout=3.0)
+    watch.start()
+    watch.stop()
+    watch.stop()
+
+
+def test_a_rank_says_once_that_it_ends() -> None:
+    store = HashStore()
+    watch = Watch(store, 0, 2, timeout=3.0)
+    watch.stop()  # before it has begun
+    watch.start()
+    watch.stop()
+    published: list[dict[str, object]] = []
+    watch._publish = lambda **entry: published.append(entry)  # type: ignore[method-assign]
+    watch.stop()
+    assert published == []

@@ -21,8 +21,10 @@ from phd_megatron.planning.flops import forward_flops
 from phd_megatron.planning.parameters import count_parameters
 from phd_megatron.planning.peak import device_hours, peak_tflops
 from phd_megatron.planning.run_plan import RunPlan, plan_run
+from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.training.start import _check_machine
 
 SIZES = {
     "num_layers": 4,
@@ -369,6 +371,14 @@ def test_what_cannot_fit_is_refused_with_both_sizes() -> None:
     with pytest.raises(UserError, match=r"836,736 parameters .*take 0\.0 GiB, and this CPU has 0\.0 GiB"):
         refuse_what_cannot_fit(run, dims, needed - 1, "this CPU")
     assert 4 * LAYER + EMBEDDING + 128 == 836_736
+
+
+def test_a_start_compares_the_run_with_the_memory_that_is_known() -> None:
+    run = make_run()
+    for memory in (None, 2**34):
+        _check_machine(run, 1, Capabilities(memory=memory))
+    with pytest.raises(UserError, match=r"and this machine has 0\.0 GiB"):
+        _check_machine(run, 1, Capabilities(memory=1000))
 
 
 # ---------------------------------------------------------------- costs

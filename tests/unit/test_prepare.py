@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from phd_megatron.cli import prepare as command
-from phd_megatron.data import indexed, preprocess, readers
+from phd_megatron.data import encode, indexed, preprocess, readers
 from phd_megatron.data.bpe import train_bpe
 from phd_megatron.data.indexed import check_indexed
 from phd_megatron.data.output import Output, read_sidecar
@@ -288,6 +288,18 @@ def test_sigterm_of_the_whole_group_cleans_up(slow_input, tmp_path, workers):
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(300) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_leaves_the_signals_of_its_group_to_the_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    handlers = {}
+    monkeypatch.setattr(encode.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(encode, "load_tokenizer", lambda directory: None)
+    mine, other = multiprocessing.Pipe()
+    other.close()
+    encode._work(mine, str(tmp_path), True, np.uint16)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """What the runtime reads from its environment, and the doctor's report."""
 
+import importlib.metadata
 import json
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import pytest
 
 from phd_megatron.cli import doctor
 from phd_megatron.errors import RunLost, UserError
+from phd_megatron.runtime import rendezvous
 from phd_megatron.runtime.context import Runtime, choose_device, choose_threads
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.preflight import compare_ranks
@@ -118,6 +121,18 @@ def test_a_rank_that_is_missing_is_named():
     errors = preflight([{}, {}], world_size=3, seconds=1.0)
     assert set(errors) == {0, 1}
     assert all("rank 2 of 3 did not answer" in error for error in errors.values())
+
+
+def test_ranks_compare_what_they_run_on(monkeypatch):
+    def version(name):
+        if name == "phd-megatron":
+            return "1.2"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    expected = {"torch": "2.13", "python": here, "megatron-core": "not installed", "phd-megatron": "1.2"}
+    assert rendezvous._versions("2.13") == expected
 
 
 def test_doctor_reports_every_operation(capsys):
