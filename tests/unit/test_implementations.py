@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,3 +280,18 @@ def test_extra_states_hold_values_alone(tmp_path: Any, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"before 2\.0"):
         check({"x._extra_state": io.BytesIO(b"")}, tmp_path)
     assert not os.path.exists("/tmp/phd-megatron-was-here")
+
+
+@pytest.mark.parametrize("name", ["DelayedScaling", "os.system"])
+def test_an_extra_state_imports_no_module_but_those_of_its_values(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phd_megatron.checkpoint.extra_state import check
+
+    (tmp_path / "a_module_of_somebody.py").write_text("from pathlib import Path\nPath(__file__ + '.ran').touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = pickle.GLOBAL + f"a_module_of_somebody\n{name}\n".encode() + pickle.STOP
+    state = torch.frombuffer(bytearray(asked), dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"asks for a_module_of_somebody\.|is not read"):
+        check({"x._extra_state": state}, tmp_path)
+    assert not list(tmp_path.glob("*.ran")) and "a_module_of_somebody" not in sys.modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -253,3 +254,23 @@ def test_how_threads_tell_of_errors_is_as_before_in_the_end() -> None:
     assert threading.excepthook is not before
     undo()
     assert threading.excepthook is before
+
+
+def test_a_display_that_can_show_nothing_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(metrics, "say", said.append)
+    shown = Reporter(LoggingConfig(progress="on"), True, 90, {}, None)
+    asked: list[str] = []
+    display = shown._progress
+    assert display is not None
+
+    def no_room(message: str, **options: object) -> None:
+        asked.append(message)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(display.console, "print", no_room)
+    shown.log("one")
+    shown.log("two")
+    shown.advance(3)
+    shown.close()
+    assert (asked, said) == (["one"], ["one", "two"])
