@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,18 @@ def test_tables_in_files_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
         "a           1",
         "longer  12345",
     ]
+
+
+def test_tables_on_a_terminal_stand_to_the_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table("title", ["name", "number"], [["a", "1"], ["longer", "12345"]])
+    said = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert said[0].rstrip() == "title"
+    cells = [[cell for cell in re.split("[│┃]", line)[1:-1]] for line in said if re.search("[│┃]", line)]
+    assert cells == [[" name   ", " number "], [" a      ", "      1 "], [" longer ", "  12345 "]]
 
 
 def test_only_the_console_prints() -> None:
