@@ -30,7 +30,6 @@ __all__ = [
     "BACKENDS",
     "COMM_TYPES",
     "ContextParallel",
-    "attention_backends",
     "choose_backend",
     "phd_attention",
 ]
@@ -84,7 +83,7 @@ def phd_attention(
 
 
 def choose_backend(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int = 64, *, backend: str = "auto"
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, *, backend: str = "auto"
 ) -> tuple[str, str]:
     """The implementation that runs here and the reason, in words.
 
@@ -121,21 +120,6 @@ def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, bac
             raise UserError(str(error)) from error
     _log.info("PHD attention on %s in %s, head dimension %d: %s, %s", device, dtype, head_dim, name, reason)
     return name, reason
-
-
-def attention_backends(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int = 64
-) -> list[tuple[str, bool, str]]:
-    """Rows for ``doctor``: implementation, whether ``auto`` takes it here, and what it runs on or why it cannot."""
-    chosen, _ = choose_backend(device, dtype, head_dim)
-    rows = []
-    for name in BACKENDS:
-        try:
-            reason = choose_backend(device, dtype, head_dim, backend=name)[1]
-        except UserError as error:
-            reason = str(error)
-        rows.append((name, name == chosen, reason))
-    return rows
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_copies: int | None) -> None:

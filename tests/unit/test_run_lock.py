@@ -195,3 +195,28 @@ def test_a_lock_file_of_somebody_else_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not what a run of phd-megatron wrote.*move it away"):
         RunLock(tmp_path).acquire()
     assert (tmp_path / LOCK_NAME).read_text() == "of somebody"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="an audit of another process and /proc are Linux's")
+@pytest.mark.parametrize("why", ["taken", "no locks here", "failing disk", "another's file"])
+def test_what_is_not_locked_stays_open_nowhere(tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> int:
+        return sum(str(tmp_path) in os.readlink(f"/proc/self/fd/{name}") for name in descriptors())
+
+    def descriptors() -> list[str]:
+        return [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+
+    def fail(*_: object) -> None:
+        raise OSError({"taken": errno.EAGAIN, "no locks here": errno.ENOSYS}.get(why, errno.EIO), why)
+
+    if why == "another's file":
+        (tmp_path / LOCK_NAME).write_text("notes")
+    else:
+        monkeypatch.setattr(fcntl, "lockf", fail)
+    if why == "no locks here":
+        held = lock(tmp_path).acquire()
+        held.release()
+    else:
+        with pytest.raises((UserError, OSError)):
+            lock(tmp_path).acquire()
+    assert opened() == 0
