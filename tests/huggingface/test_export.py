@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.export import describe
 from phd_megatron.huggingface.families import BUNDLED
 from phd_megatron.huggingface.mapping import model_rules
-from phd_megatron.huggingface.shards import parse_size
+from phd_megatron.huggingface.shards import parse_size, plan_shards
 
 PHD = {"norm_scheme": "hybrid_star", "phd_repeat": 2, "phd_window": 16, "phd_chunk": 32}
 ROOT = Path(__file__).resolve().parents[2]
@@ -390,3 +391,22 @@ def test_convert_checkpoint_script(make_checkpoint, tmp_path):
     done = subprocess.run([*command, "--output", str(tmp_path / "hf")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "LlamaForCausalLM" in done.stdout
+
+
+def test_no_weight_file_is_larger_than_asked_unless_one_tensor_is(make_checkpoint):
+    source = MegatronCheckpoint(make_checkpoint())
+    rules = model_rules(describe(source)[0], BUNDLED)
+
+    def size_of(rule, dtype):
+        outline = torch.empty(source.shape(rule.mcore), dtype=rule.dtype(dtype), device="meta")
+        return sum(part.nbytes for part in rule.to_hf(outline).values())
+
+    for dtype in (torch.float32, torch.bfloat16):
+        sizes = [size_of(rule, dtype) for rule in rules]
+        for limit in (1, max(sizes), 2 * max(sizes) - 1, sum(sizes) - 1, sum(sizes)):
+            shards = plan_shards(source, rules, dtype, limit)
+            assert [rule for shard in shards for rule in shard] == rules
+            found = [[size_of(rule, dtype) for rule in shard] for shard in shards]
+            assert all(sum(shard) <= limit or len(shard) == 1 for shard in found)
+            # and none ends before the next tensor would be too much for it
+            assert all(sum(shard) + after[0] > limit for shard, after in itertools.pairwise(found))

@@ -61,6 +61,13 @@ def store(tmp_path: Path) -> Store:
 # ---------------------------------------------------------------- configuration
 
 
+def test_data_that_is_not_there_is_said_with_the_member_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP.replace("CHECKPOINT", ""))
+    with pytest.raises(UserError, match=r"^member pre-seed1: .*DATA"):
+        plan_members(read_sweep(path, {}), tmp_path / "out", {}, check=True)
+
+
 def test_checkpoints_of_members(tmp_path: Path) -> None:
     """What the file says of them stays; where it says nothing, the newest is kept and five are made."""
     # 100000 tokens of 256: 391 samples, 49 steps of 8, so 392 samples; a fifth of the steps is 9
