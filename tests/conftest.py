@@ -18,12 +18,21 @@ from pathlib import Path
 
 import pytest
 
+from phd_megatron.runtime.mcore_versions import MUON_SINCE, installed, numbers
+
 # Without an NVIDIA driver Triton kernels are interpreted; with one they are not tuned, since what is tested is the
 # result. Triton reads the first when it is imported, by whichever test, so it is set here.
 os.environ.setdefault(*(("PHD_TRITON_TUNE", "0") if Path("/dev/nvidiactl").exists() else ("TRITON_INTERPRET", "1")))
 
 SHARES = 7
 """Of the kernel cases marked ``full`` (about 7 minutes on one core) each commit runs one of so many shares."""
+
+#: what another environment than this one runs: `bash tests/run.sh --mcore VERSION`
+collect_ignore = []
+if not os.environ.get("PHD_OTHER_PYTHON"):  # Python of the first environment, of which the second one is told
+    collect_ignore.append("integration/test_between_versions.py")
+if (installed() or ()) < numbers(MUON_SINCE):
+    collect_ignore += ["integration/test_muon.py", "unit/test_muon_step.py"]
 
 Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[1]

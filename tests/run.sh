@@ -20,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 NEWEST_MCORE=0.19.2 OLDEST_MCORE=0.16.1
 OF_MCORE=(tests/distributed tests/unit
     tests/integration/test_{between_versions,layout_parity,moe_parity,virtual_pipeline,context_parallel}.py
-    tests/integration/test_{resume,reshard,moe_resume}.py
+    tests/integration/test_{resume,reshard,moe_resume,muon}.py
     tests/huggingface/test_{against_megatron,export,import}.py)
 
 lint=1

@@ -30,11 +30,12 @@ def adapt(saved: StateDict, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _parts(saved: StateDict) -> Iterator[StateDict]:
-    """The state dicts with groups inside a chain of optimizers."""
+    """The state dicts with groups of AdamW inside a chain of optimizers, which may have muon too."""
     if not isinstance(saved, dict):
         return
-    if isinstance(saved.get("param_groups"), list):
-        yield saved
+    if isinstance(groups := saved.get("param_groups"), list):
+        if not any("momentum" in group for group in groups):
+            yield saved
     else:
         for part in saved.values():
             yield from _parts(part)

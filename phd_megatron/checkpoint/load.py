@@ -248,7 +248,8 @@ def _read(
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: StateDict, configured: Sequence[Group]) -> None:
     optimizer_kind.adapt(saved, optimizer)
-    for inner in _torch_optimizers(optimizer)[:1]:  # all are of one kind
+    adams = [inner for inner in _torch_optimizers(optimizer) if "betas" in inner.defaults]
+    for inner in adams[:1]:  # all are of one kind
         adam_state.adapt(saved, inner)
     optimizer.load_state_dict(saved)
     for group, values in zip(_groups(optimizer), configured, strict=True):

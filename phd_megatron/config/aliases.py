@@ -103,7 +103,8 @@ ALIASES: dict[str, Alias] = {
         "weights are drawn from a truncated normal, as the papers have it", "use --init and --init-method-std"
     ),
     # training
-    "optimizer": Choice({"adam": {}}, "the optimizer is AdamW", "use adam"),
+    "muon_use_nesterov": Set("muon_nesterov", True),
+    "muon_no_split_qkv": Set("muon_split_qkv", False),
     "exit_signal_handler": Accept("SIGTERM and SIGINT always save and stop"),
     "calculate_per_token_loss": Accept("the loss is always a mean over tokens"),
     "recompute_activations": Set("recompute_granularity", "selective"),

@@ -47,18 +47,30 @@ SHAPE, FORM, INITIAL, COMPUTING, LAYOUT, RECIPE, REPORT, START, PLACE = Role
 
 @dataclass(frozen=True)
 class Needs:
-    """The field has no meaning unless one of these is set: refused where it is given, dropped where it is inherited."""
+    """The field has no meaning unless one of these is set: refused where it is given, dropped where it is inherited.
+
+    With ``value`` it has to be set to that.
+    """
 
     names: tuple[str, ...]
     reason: str
+    value: str | None
 
-    def __init__(self, *names: str, reason: str) -> None:
+    def __init__(self, *names: str, reason: str, value: str | None = None) -> None:
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "reason", reason)
+        object.__setattr__(self, "value", value)
 
     def are_met(self, values: Mapping[str, Any]) -> bool:
         """Whether one of them is set, by these values; what is not among them is not set."""
+        if self.value is not None:
+            return any(values.get(name) == self.value for name in self.names)
         return any(values.get(name) not in (None, False) for name in self.names)
+
+    @property
+    def cure(self) -> str:
+        """What to set."""
+        return f"set {' or '.join(self.names)}" + (f" to {self.value}" if self.value is not None else "")
 
 
 class Belongs(enum.Enum):
@@ -81,6 +93,7 @@ Batch = Annotated[int, Ge(1), Le(2**24)]  #: samples of one step
 StepsOrNone = Annotated[int, Ge(0), Le(10**9)]  #: 0 is none
 SamplesOrNone = Annotated[int, Ge(0), Le(10**12)]
 TokensOrNone = Annotated[int, Ge(0), Le(10**17)]
+NewtonSchulzSteps = Annotated[int, Ge(1), Le(99)]
 Seed = Annotated[int, Ge(0), Le(4 * 10**9)]  #: generators take 32 bits, and each rank adds its number
 Positive = Annotated[float, Gt(0)]
 Deviation = Annotated[float, Ge(1e-10), Le(1e3)]  #: of initial weights; less is none of them, more none that computes

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 _OTHER_MODEL = "it belongs to another kind of model; models here are decoders with rotary positions"
 _INFERENCE = "it belongs to Megatron's inference server; export the model and serve it elsewhere"
-_OPTIMIZER = "the optimizer is AdamW with fp32 states, as in the papers"
+_OPTIMIZER = "optimizers are adam and muon, with fp32 states"
 _RESTARTS = "restarts are torchrun's (MAX_RESTARTS of the launch scripts), and a run ends by itself when a rank is lost"
 _TELEMETRY = "telemetry goes to metrics_file, TensorBoard or Weights & Biases"
 _FSDP = "FSDP is not available; use_distributed_optimizer shards optimizer states"
@@ -69,7 +69,7 @@ REFUSED: dict[str, str] = {
     "output_logit_dtype": _INFERENCE,
     "logits_load_*": "distillation is not available; leave it out",
     "logits_save_*": "distillation is not available; leave it out",
-    "muon_*": _OPTIMIZER,
+    "muon_scalar_optimizer": "what muon leaves out is AdamW's; leave it out",
     "lion_*": _OPTIMIZER,
     "sgd_momentum": _OPTIMIZER,
     "exp_avg*_dtype": _OPTIMIZER,

@@ -52,7 +52,6 @@ _SEQ_LENGTH, _BATCH = 4096, 1024
 _BATCH_TOKENS = _SEQ_LENGTH * _BATCH
 
 _RECIPE: dict[str, Plain] = {
-    "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
     "split": "999,1,0",

@@ -30,6 +30,7 @@ def resolve(config: RunConfig) -> list[str]:
     """
     switched_off_notes = switched_off(config.model) + switched_off_graph(config.model)
     raise_all(refusals(config))
+    sharding_notes = _resolve_sharding(config)
     raise_all(
         [
             f"{name} is not set; give --{name.replace('_', '-')} N, or `{name}: N` below `model:`"
@@ -42,7 +43,18 @@ def resolve(config: RunConfig) -> list[str]:
     if config.training.eval_interval is None and config.training.evals_per_run is None:
         config.training.eval_interval = EVAL_INTERVAL
     raise_all(problems(config))
-    return switched_off_notes + notes
+    return switched_off_notes + sharding_notes + notes
+
+
+def _resolve_sharding(config: RunConfig) -> list[str]:
+    """Whether data-parallel ranks share the optimizer's states: flat pieces, of which AdamW asks no more."""
+    parallel, has_muon = config.parallel, config.optimizer.optimizer == "muon"
+    if parallel.use_distributed_optimizer is not None:
+        return []
+    parallel.use_distributed_optimizer = not has_muon
+    if not has_muon:
+        return []
+    return ["use_distributed_optimizer=False: muon works on whole matrices, so every data-parallel rank has all states"]
 
 
 def _resolve_stages(config: RunConfig) -> list[str]:

@@ -98,6 +98,13 @@ def check_resume(saved: RunConfig, new: RunConfig) -> list[str]:
     """
     notes, refused = [], []
     old, given = values_of(saved), values_of(new)
+    if saved.optimizer.optimizer != new.optimizer.optimizer and not (
+        new.checkpoint.finetune or new.checkpoint.no_load_optim
+    ):
+        refused.append(
+            f"optimizer={new.optimizer.optimizer}: the checkpoint in {new.checkpoint.load} has the states of "
+            f"optimizer={saved.optimizer.optimizer}; add --no-load-optim or --finetune, or leave the field out"
+        )
     for name in {**old, **given}:  # ours first
         before, after = old.get(name), given.get(name)
         what = role(name)

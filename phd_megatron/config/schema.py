@@ -37,6 +37,7 @@ from phd_megatron.config.facts import (
     Length,
     Minutes,
     Needs,
+    NewtonSchulzSteps,
     NotNegative,
     Positive,
     Rank,
@@ -59,6 +60,7 @@ _TO_LOAD = Needs("load", reason="a checkpoint to load")
 _TO_WRITE = Needs("metrics_file", "tensorboard_dir", "wandb_project", reason="a place to write them")
 _TO_FP16 = Needs("fp16", reason="a loss to scale; only fp16 has it")
 _TO_DECOUPLE = Needs("decoupled_lr", reason="a rate to fall from")
+_OF_MUON = Needs("optimizer", value="muon", reason="the optimizer that has it")
 _ON_WANDB = Needs("wandb_project", reason="a project there")
 
 
@@ -172,8 +174,8 @@ class ParallelConfig:
     expert_tensor_parallel_size: Annotated[Size | None, LAYOUT] = None
     #: split norms and residuals over the TP group
     sequence_parallel: Annotated[bool, LAYOUT] = False
-    #: shard optimizer states over DP
-    use_distributed_optimizer: Annotated[bool, LAYOUT] = True
+    #: shard optimizer states over DP; default on, with adam
+    use_distributed_optimizer: Annotated[bool | None, LAYOUT] = None
     #: overlap gradient reduction with backward
     overlap_grad_reduce: Annotated[bool, LAYOUT] = False
     #: overlap parameter gather with forward
@@ -264,8 +266,10 @@ class TrainingConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    #: adam is AdamW; muon orthogonalises the updates of the layers' matrices and leaves all else to AdamW
+    optimizer: Annotated[Literal["adam", "muon"], RECIPE] = "adam"
     #: peak learning rate
     lr: Annotated[Positive, RECIPE, SCHEDULE] = 3e-4
     #: final learning rate
@@ -320,6 +324,26 @@ class OptimizerConfig:
     adam_eps: Annotated[Epsilon, RECIPE] = 1e-8
     #: gradient clipping by global norm; 0 is none
     clip_grad: Annotated[NotNegative, RECIPE] = 1.0
+    #: momentum of muon
+    muon_momentum: Annotated[BelowOne, RECIPE, _OF_MUON] = 0.95
+    #: Nesterov's form of it
+    muon_nesterov: Annotated[bool, RECIPE, _OF_MUON] = False
+    #: orthogonalise query, key and value apart
+    muon_split_qkv: Annotated[bool, RECIPE, _OF_MUON] = True
+    #: size of an update by the matrix's shape
+    muon_scale_mode: Annotated[Literal["spectral", "unit_rms_norm", "shape_scaling"], RECIPE, _OF_MUON] = "spectral"
+    #: times this; about 0.2 with spectral gives updates of AdamW's size, so that its lr can be kept
+    muon_extra_scale_factor: Annotated[Positive, RECIPE, _OF_MUON] = 1.0
+    #: Newton-Schulz steps
+    muon_num_ns_steps: Annotated[NewtonSchulzSteps, RECIPE, _OF_MUON] = 5
+    #: their coefficients
+    muon_coefficient_type: Annotated[
+        Literal["simple", "quintic", "polar_express", "cans", "aol", "deepseekv4"], RECIPE, _OF_MUON
+    ] = "quintic"
+    #: precision of their products: medium is bfloat16
+    muon_fp32_matmul_prec: Annotated[Literal["medium", "high", "highest"], RECIPE, _OF_MUON] = "medium"
+    #: under tensor parallelism: whole matrices on every rank, or divided, or each rank's part alone (another algorithm)
+    muon_tp_mode: Annotated[Literal["duplicated", "distributed", "blockwise"], RECIPE, _OF_MUON] = "duplicated"
 
 
 @dataclass

@@ -33,8 +33,7 @@ def _needs(values: Mapping[str, Any]) -> Iterator[str]:
     for name, info in fields().items():
         if info.needs is None or values[name] == info.default or info.needs.are_met(values):
             continue
-        cure = f"set {' or '.join(info.needs.names)}, or leave it out"
-        yield f"{name}={shown(values[name])} without {info.needs.reason}; {cure}"
+        yield f"{name}={shown(values[name])} without {info.needs.reason}; {info.needs.cure}, or leave it out"
 
 
 def _exclusive(values: Mapping[str, Any]) -> Iterator[str]:
@@ -157,6 +156,14 @@ def _training(config: RunConfig, values: Mapping[str, Any]) -> Iterator[str]:
             f"global_batch_size={training.global_batch_size} is not a multiple of "
             f"micro_batch_size={training.micro_batch_size}; change one of them"
         )
+    if config.optimizer.optimizer == "muon":
+        if parallel.use_distributed_optimizer:
+            yield (
+                "use_distributed_optimizer=True with optimizer=muon: muon works on whole matrices, which that cuts "
+                "into flat pieces; leave it out"
+            )
+        if config.training.fp16:
+            yield "fp16=True with optimizer=muon: Megatron-Core has it for bf16 and float32; use bf16"
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
             "overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce (Megatron-Core's rule); "

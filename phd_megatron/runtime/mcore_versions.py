@@ -70,6 +70,9 @@ DIFFERENCES = (
     ),
 )
 
+#: first version whose ``OptimizerConfig`` says ``muon_*`` as we do, and that builds muon of the package on PyPI
+MUON_SINCE = "0.19"
+
 #: fields of ``TransformerConfig`` (patterns) that have a row in our tables: first version that has them
 FIELDS_SINCE = {
     "fused_residual_rmsnorm": "0.17",

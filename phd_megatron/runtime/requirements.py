@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from phd_megatron.config.cuda_graph import is_graphed
@@ -11,6 +12,7 @@ from phd_megatron.errors import raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
+from phd_megatron.runtime.mcore_versions import MUON_SINCE, installed, numbers
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import overlap_problems
 
@@ -31,6 +33,7 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
             *size_problems(run, dims),
             *overlap_problems(run, dims, capabilities),
             *graph_machine_problems(run, dims, capabilities),
+            *_optimizer_problems(run),
         ]
     )
 
@@ -48,3 +51,16 @@ def graph_machine_problems(run: RunConfig, dims: ParallelDims, capabilities: Cap
             "largest values of all ranks inside the graph, which has not been run on several GPUs; use fp8_recipe "
             "tensorwise or blockwise, or cuda_graph_impl none"
         )
+
+
+def _optimizer_problems(run: RunConfig) -> Iterator[str]:
+    if run.optimizer.optimizer != "muon":
+        return
+    here = installed()
+    if here is not None and here < numbers(MUON_SINCE):
+        yield (
+            f"optimizer=muon needs megatron-core {MUON_SINCE} or later, which needs Python 3.12, and "
+            f"{'.'.join(map(str, here))} is installed: pip install 'megatron-core>={MUON_SINCE}', or use adam"
+        )
+    elif importlib.util.find_spec("emerging_optimizers") is None:
+        yield "optimizer=muon needs emerging-optimizers: pip install 'phd-megatron[muon]', or use adam"

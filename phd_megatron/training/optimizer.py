@@ -1,4 +1,4 @@
-"""Data-parallel wrapping, AdamW and the scheduler of its rates, all Megatron-Core's."""
+"""Data-parallel wrapping, AdamW or muon, and the scheduler of its rates, all Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 
+from phd_megatron.config.plain import Plain
 from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import OptimizerConfig, RunConfig
 from phd_megatron.model.gpt_model import PHDGPTModel
@@ -21,6 +22,8 @@ from phd_megatron.model.transformer_config import params_dtype
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.training.cuda_graph import stream_of
 from phd_megatron.training.schedule import Schedule
+
+_EMBEDDING = "is_embedding_or_output_parameter"
 
 
 def in_run_precision(models: Sequence[PHDGPTModel], run: RunConfig) -> list[PHDGPTModel | Float16Module]:
@@ -56,10 +59,10 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
 
 
 def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
-    """AdamW with fp32 main parameters, and the hooks that the pipeline schedules call."""
+    """AdamW or muon with fp32 main parameters, and the hooks that the pipeline schedules call."""
     optimizer = run.optimizer
     options = MegatronOptimizerConfig(
-        optimizer="adam",
+        optimizer=optimizer.optimizer,
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,
         decoupled_lr=optimizer.decoupled_lr,
@@ -73,6 +76,7 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         fp16=run.training.fp16,
         params_dtype=params_dtype(run),
         **_loss_scale(run),
+        **_muon(optimizer),
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
         fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
@@ -89,6 +93,13 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
     if run.parallel.overlap_param_gather and interleaved:
         config.param_sync_func = [model.start_param_sync for model in models]
     return built
+
+
+def _muon(optimizer: OptimizerConfig) -> dict[str, Plain]:
+    """Megatron's options of muon, which have our names; a version without it has none of them."""
+    if optimizer.optimizer != "muon":
+        return {}
+    return {name: value for name, value in vars(optimizer).items() if name.startswith("muon_")}
 
 
 def _loss_scale(run: RunConfig) -> dict[str, float]:
@@ -114,6 +125,8 @@ def _overrides(
     """
     # Megatron's own: one-dimensional parameters and biases, and a decoupled rate.
     overrides = get_standard_config_overrides(options)
+    if optimizer.optimizer == "muon":
+        _leave_to_adam(models, overrides)
     if optimizer.decay_norms:
         overrides = {key: value for key, value in overrides.items() if "wd_mult" not in value}
     undecayed = ParamGroupOverride(wd_mult=0.0)
@@ -123,6 +136,21 @@ def _overrides(
         predicate = ParamPredicate("input embedding", lambda parameter: id(parameter) in embeddings)
         overrides[ParamKey(predicate=predicate)] = undecayed
     return overrides
+
+
+def _leave_to_adam(models: Sequence[DistributedDataParallel], overrides: dict[ParamKey, ParamGroupOverride]) -> None:
+    """Keep muon off the vectors of copies, which are a matrix by their shape alone.
+
+    Megatron leaves to AdamW what it takes for an embedding, whose rate they do not have, though.
+    """
+    for parameter in (each for model in models for each in model.parameters() if hasattr(each, "never_decayed")):
+        parameter.is_embedding_or_output_parameter = True
+    decoupled = overrides.pop(ParamKey(attr=_EMBEDDING), None)
+    if decoupled is not None:
+        has_rate = ParamPredicate(
+            "embedding or head", lambda p: hasattr(p, _EMBEDDING) and not hasattr(p, "never_decayed")
+        )
+        overrides[ParamKey(predicate=has_rate)] = decoupled
 
 
 def _input_embeddings(wrapped: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

@@ -13,9 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: what needs a second environment, made by `bash tests/run.sh --mcore VERSION`, whose Python this variable names
-collect_ignore = [] if os.environ.get("PHD_OTHER_PYTHON") else ["test_between_versions.py"]
-
 TINY_MODEL = {
     "num-layers": 4,
     "hidden-size": 32,

@@ -71,7 +71,8 @@ ARRIVES: list[tuple[str, dict[str, Any]]] = [
     ("--no-bias-dropout-fusion", {"bias_dropout_fusion": False}),
     ("--tokenizer-model /tok", {"tokenizer": "/tok"}),
     ("--position-embedding-type rope", {}),
-    ("--optimizer adam", {}),
+    ("--muon-use-nesterov", {"muon_nesterov": True}),
+    ("--muon-no-split-qkv", {"muon_split_qkv": False}),
     ("--tokenizer-type HuggingFaceTokenizer", {}),
     ("--dataloader-type single", {}),
     ("--ckpt-format torch_dist", {}),
@@ -90,7 +91,6 @@ OTHER_WORDS = {
     # one value is taken, every other one is refused with these words
     "--position-embedding-type": ["learned_absolute", "rotary (RoPE) only", "use rope"],
     "--distributed-backend": ["nccl", "follows the device", "--device cpu|cuda"],
-    "--optimizer": ["sgd", "AdamW", "use adam"],
     "--tokenizer-type": ["GPT2BPETokenizer", "`byte` or a directory", "--tokenizer-model DIRECTORY"],
     "--dataloader-type": ["cyclic", "once in a fixed order", "use single"],
     "--ckpt-format": ["zarr", "torch_dist directories", "use torch_dist"],
@@ -125,7 +125,8 @@ gated_linear_unit add_bias_linear add_qkv_bias untie_embeddings_and_output_weigh
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split overlap_p2p_comm
 overlap_p2p_comm_warmup_flush sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather
 reset_position_ids reset_attention_mask eod_mask_loss allow_changed_data bf16 fp16 accumulate_allreduce_grads_in_fp32
-decay_norms decay_embeddings async_save verify_checkpoint exit_on_missing_checkpoint rewind finetune no_load_optim
+decay_norms decay_embeddings muon_nesterov muon_split_qkv async_save verify_checkpoint exit_on_missing_checkpoint rewind
+finetune no_load_optim
 no_load_rng use_checkpoint_opt_param_scheduler profile
 """)
 """Fields of ours that are true or false."""
@@ -219,7 +220,7 @@ def test_help_names_every_row() -> None:
         "--disable-bias-linear: sets add_bias_linear to false",
         "--recompute-activations: sets recompute_granularity to selective",
         "--use-flash-attn: accepted: ",
-        "--optimizer: accepts adam: ",
+        "--muon-no-split-qkv: sets muon_split_qkv to false",
         "--distributed-backend: refused: ",
         "--ckpt-step: refused: ",
     ):
@@ -281,8 +282,9 @@ def test_a_megatron_command_line() -> None:
     [
         ("--rl-profile", "reinforcement learning"),
         ("--bert-load", "another kind of model"),
-        ("--muon-momentum", "AdamW"),
-        ("--use-precision-aware-optimizer", "AdamW"),
+        ("--muon-scalar-optimizer", "AdamW"),
+        ("--lion-beta1", "adam and muon"),
+        ("--use-precision-aware-optimizer", "adam and muon"),
         ("--ddp-num-buckets", "ddp_bucket_size"),
         ("--tp-comm-overlap-cfg", "Transformer Engine"),
         ("--num-distributed-optimizer-instances", "use_distributed_optimizer"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from phd_megatron.config.resolve import resolve, warnings
+from phd_megatron.config.resume import check_resume
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.unsupported import UNSUPPORTED, refusals
 from phd_megatron.errors import UserError
+from phd_megatron.runtime import requirements
+from phd_megatron.runtime.capabilities import Capabilities
+from phd_megatron.runtime.parallel_dims import ParallelDims
 
 from .configurations import make, refusal, resolved
 
@@ -152,3 +157,59 @@ def test_warnings() -> None:
     assert "phd_attention_backend" in warnings(make(attention_backend="flash"))[0]
     assert "no effect at context_parallel_size=1" in warnings(make(cp_comm_type="p2p"))[0]
     assert warnings(make(cp_comm_type="p2p", context_parallel_size=2)) == []
+
+
+# ---------------------------------------------------------------- muon
+
+
+def test_muon_keeps_whole_matrices_and_says_so() -> None:
+    notes = resolve(config := make(optimizer="muon"))
+    assert config.parallel.use_distributed_optimizer is False
+    assert [note for note in notes if note.startswith("use_distributed_optimizer=False: muon works on whole matrices")]
+    plain = make()
+    assert not [note for note in resolve(plain) if "use_distributed_optimizer" in note]
+    assert plain.parallel.use_distributed_optimizer is True
+    assert resolved(use_distributed_optimizer=False).parallel.use_distributed_optimizer is False
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"optimizer": "muon", "use_distributed_optimizer": True}, "into flat pieces; leave it out"),
+        ({"optimizer": "muon", "fp16": True}, "fp16=True with optimizer=muon: .*use bf16"),
+        (
+            {"muon_momentum": 0.9},
+            "muon_momentum=0.9 without the optimizer that has it; set optimizer to muon, or leave",
+        ),
+        ({"muon_tp_mode": "blockwise"}, "muon_tp_mode='blockwise' without the optimizer that has it"),
+        ({"optimizer": "muon", "muon_num_ns_steps": 0}, "muon_num_ns_steps=0 is out of range"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_what_muon_refuses(values: dict[str, Any], said: str) -> None:
+    assert re.search(said, refusal(**values))
+
+
+@pytest.mark.parametrize(("before", "after"), [("adam", "muon"), ("muon", "adam")])
+def test_states_of_another_optimizer_are_not_loaded(before: str, after: str) -> None:
+    saved = resolved(optimizer=before)
+    with pytest.raises(UserError, match=f"optimizer={after}: .*states of optimizer={before}; add --no-load-optim or"):
+        check_resume(saved, resolved(optimizer=after, load="x"))
+    for way in ("finetune", "no_load_optim"):
+        notes = check_resume(saved, resolved(optimizer=after, load="x", **{way: True}))
+        assert [note for note in notes if f"optimizer: '{before}' -> '{after}'" in note]
+
+
+def test_muon_needs_a_version_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resolved(optimizer="muon", vocab_size=64)
+    dims = ParallelDims.from_config(run.parallel, 1)
+    monkeypatch.setattr(requirements, "installed", lambda: (0, 18, 2))
+    with pytest.raises(UserError, match=r"needs megatron-core 0\.19 or later.* 0\.18\.2 is installed: pip install"):
+        requirements.require(run, dims, Capabilities())
+    monkeypatch.setattr(requirements, "installed", lambda: (0, 19))
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs emerging-optimizers: pip install 'phd-megatron\[muon\]'"):
+        requirements.require(run, dims, Capabilities())
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: object())
+    requirements.require(run, dims, Capabilities())
+    requirements.require(resolved(vocab_size=64), dims, Capabilities())
