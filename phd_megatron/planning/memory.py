@@ -66,6 +66,9 @@ def _stage(
     element = 2 if half else 4
     gradient = 2 if half and not run.training.accumulate_allreduce_grads_in_fp32 else 4
     state = 12 if half else 8  # first and second moment, and fp32 main parameters of half-precision ones
+    one_moment = 0.0  # parameters of which muon keeps the first alone; it leaves norms and vocabulary to AdamW
+    if run.optimizer.optimizer == "muon":
+        one_moment = sum(layer.dense for layer in layers) / dims.tp + experts
     shards, expert_shards = 1, 1
     if run.parallel.use_distributed_optimizer:
         shards = dims.dp * dims.cp
@@ -85,7 +88,7 @@ def _stage(
     return Memory(
         weights=math.ceil((dense + experts) * element),
         gradients=math.ceil((dense + experts) * gradient),
-        optimizer=math.ceil(state * (dense / shards + experts / expert_shards)),
+        optimizer=math.ceil(state * (dense / shards + experts / expert_shards) - 4 * one_moment),
         activations=math.ceil(activations),
     )
 

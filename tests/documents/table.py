@@ -203,6 +203,12 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
             }
         ),
     },
+    "docs/optimizers.md": {
+        "pip install 'megatron-core>=0.19,<0.20' 'emerging-optimizers>=0.3,<0.4'": Skip("installs"),
+        "torchrun --nproc-per-node 2 -m phd_megatron pretrain ... --optimizer muon --muon-extra-scale-factor 0.2": Skip(
+            "Megatron-Core 0.19; tests/integration/test_muon.py"
+        ),
+    },
     "docs/parallelism.md": {
         "phd-megatron parity --config run.yaml": Skip("a minute a layout; tests/integration/test_parity_command.py"),
         'phd-megatron parity --config run.yaml --layouts "tp2+sp,pp2+vpp2,dp2+overlap" --json parity.json '

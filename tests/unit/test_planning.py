@@ -373,6 +373,20 @@ def test_what_cannot_fit_is_refused_with_both_sizes() -> None:
     assert 4 * LAYER + EMBEDDING + 128 == 836_736
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("more", [{}, {"transformer": EXPERTS}], ids=["dense", "experts"])
+def test_muon_keeps_one_moment_of_the_matrices_of_layers(half: bool, more: dict[str, Any]) -> None:
+    adam, muon = (make_run(**more) for _ in range(2))
+    adam.parallel.use_distributed_optimizer = muon.parallel.use_distributed_optimizer = False
+    muon.optimizer.optimizer = "muon"
+    adam.training.bf16 = muon.training.bf16 = half
+    counted = count_parameters(adam.model, 384)
+    matrices = sum(layer.dense + layer.experts for layer in counted.layers)
+    before, after = (planned(run, 1).memory.optimizer for run in (adam, muon))
+    assert before - after == 4 * matrices > 0
+    assert after == (12 if half else 8) * counted.total - 4 * matrices
+
+
 def test_a_start_compares_the_run_with_the_memory_that_is_known() -> None:
     run = make_run()
     for memory in (None, 2**34):
