@@ -10,18 +10,19 @@
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
-# Exits with 0 only if lint and tests are clean. Under CI=true everything is followed by --mcore with the newest version,
-# or with the oldest where the first environment has the newest.
+# Exits with 0 only if lint and tests are clean. With PHD_BOTH_MCORE=1 everything is followed by --mcore with the newest
+# version, or with the oldest where the first environment has the newest.
 # Environment variables of the set-up: launch_scripts/_env.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
 # The first environment has one of these, as its Python allows. What depends on it, for the second:
 NEWEST_MCORE=0.19.2 OLDEST_MCORE=0.16.1
-OF_MCORE=(tests/distributed tests/unit
-    tests/integration/test_{between_versions,layout_parity,moe_parity,virtual_pipeline,context_parallel}.py
-    tests/integration/test_{resume,reshard,moe_resume,muon}.py
-    tests/huggingface/test_{against_megatron,export,import}.py)
+OF_MCORE=(tests/distributed
+    tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py
+    tests/unit/test_{datasets,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes,optimizer,run_lock}.py
+    tests/integration/test_{between_versions,moe_parity,muon,virtual_pipeline,context_parallel,resume,reshard}.py
+    tests/huggingface/test_{against_megatron,export}.py)
 
 lint=1
 mcore=""
@@ -45,7 +46,7 @@ while [[ "${1:-}" =~ ^--(no-lint|full|faults|mcore)$ ]]; do
     esac
     shift
 done
-[[ -n "${CI:-}" && -z "$mcore$faults" && -z "${selection[*]:-}" && $# == 0 ]] && after="$NEWEST_MCORE" || after=""
+[[ -n "${PHD_BOTH_MCORE:-}" && -z "$mcore$faults" && -z "${selection[*]:-}" && $# == 0 ]] && after="$NEWEST_MCORE" || after=""
 began=$SECONDS
 invoked_from="$PWD"
 failed=()

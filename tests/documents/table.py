@@ -57,7 +57,7 @@ class Skip:
 
 GPU = Skip("needs a GPU")
 FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
-SECOND = Skip("CI runs it after the tests of the first environment")
+SECOND = Skip("makes a second environment of several GB")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
 WHOLE_SUITE = Skip("starts the tests themselves")

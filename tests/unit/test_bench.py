@@ -151,6 +151,7 @@ def test_members_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     target = tmp_path / "members.json"
     words = ["--preset", "tiny-dense", "--members", "vanilla", "K=3+hybrid_star", "--rounds", "1", "--device", "cpu"]
     options = "--vocab-size 300 --num-layers 2 --seq-length 64 --hidden-size 32 --ffn-hidden-size 64 --kv-channels 8"
+    gc.collect()  # what other tests left goes now, and not in between
     before = sum(isinstance(x, PHDGPTModel) for x in gc.get_objects())
     assert main(["bench", "train", *words, "--options", options, "--json", str(target)]) == 0
     assert sum(isinstance(x, PHDGPTModel) for x in gc.get_objects()) == before  # each was freed before the next
