@@ -78,9 +78,10 @@ class Belongs(enum.Enum):
 
     SCHEDULE = "the learning-rate and weight-decay schedule"
     PIPELINE_CUT = "how the layers of one pipeline size are cut"
+    OPTIMIZER_STATES = "how one optimizer's states are held"
 
 
-SCHEDULE, PIPELINE_CUT = Belongs
+SCHEDULE, PIPELINE_CUT, OPTIMIZER_STATES = Belongs
 
 Size = Annotated[int, Ge(1), Le(2**20)]  #: of one dimension, and of groups of ranks
 Depth = Annotated[int, Ge(1), Le(10_000)]  #: layers

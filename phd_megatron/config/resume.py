@@ -7,7 +7,7 @@ else, or from a run that somebody still needs.
 from __future__ import annotations
 
 from phd_megatron.config.catalog import fields, role
-from phd_megatron.config.facts import FORM, PIPELINE_CUT, PLACE, SCHEDULE, Belongs
+from phd_megatron.config.facts import FORM, OPTIMIZER_STATES, PIPELINE_CUT, PLACE, SCHEDULE, Belongs
 from phd_megatron.config.plain import Plain, Values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import of_values, values_of
@@ -22,12 +22,15 @@ _ADDS_FROM_ZERO = ("phd_copy_embedding", "none")
 
 def inherited(saved: Values, given: Values) -> dict[str, Plain]:
     """The saved values that a run takes over which is given those; name -> value."""
-    stages = given.get("pipeline_model_parallel_size")
-    is_cut_anew = stages not in (None, saved.get("pipeline_model_parallel_size"))
+    chosen_anew = [
+        group
+        for field, group in (("pipeline_model_parallel_size", PIPELINE_CUT), ("optimizer", OPTIMIZER_STATES))
+        if given.get(field) not in (None, saved.get(field, fields()[field].default))
+    ]
     return {
         name: value
         for name, value in saved.items()
-        if role(name).is_inherited and not (is_cut_anew and _belongs(name, PIPELINE_CUT))
+        if role(name).is_inherited and not any(_belongs(name, group) for group in chosen_anew)
     }
 
 

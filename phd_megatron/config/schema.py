@@ -20,6 +20,7 @@ from phd_megatron.config.facts import (
     FORM,
     INITIAL,
     LAYOUT,
+    OPTIMIZER_STATES,
     PIPELINE_CUT,
     PLACE,
     RECIPE,
@@ -175,7 +176,7 @@ class ParallelConfig:
     #: split norms and residuals over the TP group
     sequence_parallel: Annotated[bool, LAYOUT] = False
     #: shard optimizer states over DP; default on, with adam
-    use_distributed_optimizer: Annotated[bool | None, LAYOUT] = None
+    use_distributed_optimizer: Annotated[bool | None, LAYOUT, OPTIMIZER_STATES] = None
     #: overlap gradient reduction with backward
     overlap_grad_reduce: Annotated[bool, LAYOUT] = False
     #: overlap parameter gather with forward

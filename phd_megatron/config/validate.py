@@ -162,9 +162,15 @@ def _training(config: RunConfig, values: Mapping[str, Any]) -> Iterator[str]:
                 "use_distributed_optimizer=True with optimizer=muon: muon works on whole matrices, which that cuts "
                 "into flat pieces; leave it out"
             )
+        if parallel.overlap_param_gather:
+            yield (
+                "overlap_param_gather=True with optimizer=muon: every data-parallel rank updates all parameters, so "
+                "there is nothing to gather; leave it out, or use --no-overlap-param-gather over a preset "
+                "or a checkpoint"
+            )
         if config.training.fp16:
             yield "fp16=True with optimizer=muon: Megatron-Core has it for bf16 and float32; use bf16"
-    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+    elif parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
             "overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce (Megatron-Core's rule); "
             "turn them on or leave it out"

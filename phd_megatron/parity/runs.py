@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import phd_megatron
+from phd_megatron.config.catalog import fields
+from phd_megatron.config.facts import SCHEDULE
 from phd_megatron.config.layouts import SINGLE, Layout, microbatches
-from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, RunConfig
+from phd_megatron.config.schema import CheckpointConfig, LoggingConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import dump_yaml
 from phd_megatron.config.validate import require_for_pretraining
 from phd_megatron.errors import UserError
@@ -130,8 +132,8 @@ def run_parity(
 def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     """``base`` as a run of a few steps that touches none of its files, with the same batches in all layouts.
 
-    The learning rate is constant, so that every step changes the parameters, and Adam's epsilon at least
-    :data:`ADAM_EPS`.
+    The learning rate is constant, so that every step changes the parameters, Adam's epsilon at least
+    :data:`ADAM_EPS`, and muon's products are in float32.
     """
     config = copy.deepcopy(base)
     config.checkpoint, config.logging = CheckpointConfig(), LoggingConfig(log_interval=1, progress="off")
@@ -147,13 +149,12 @@ def fixed_steps(base: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
         exit_interval=None,
         exit_duration_in_mins=None,
     )
-    own = config.optimizer
-    config.optimizer = type(own)(
-        **{name: getattr(own, name) for name in ("lr", "weight_decay", "decay_norms", "decay_embeddings")},
-        **{name: getattr(own, name) for name in ("clip_grad", "adam_beta1", "adam_beta2")},
-        adam_eps=max(own.adam_eps, ADAM_EPS),
-        lr_decay_style="constant",
-    )
+    own = vars(config.optimizer)
+    kept = {name: value for name, value in own.items() if SCHEDULE not in fields()[name].groups}
+    kept |= {"lr": own["lr"], "weight_decay": own["weight_decay"], "lr_decay_style": "constant"}
+    if kept["optimizer"] == "muon":
+        kept["muon_fp32_matmul_prec"] = "highest"  # its bfloat16 would be what is compared
+    config.optimizer = OptimizerConfig(**{**kept, "adam_eps": max(kept["adam_eps"], ADAM_EPS)})
     config.data.data_horizon_samples = None
     return config
 

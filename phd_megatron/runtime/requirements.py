@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from phd_megatron.config.cuda_graph import is_graphed
 from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.errors import raise_all
+from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
@@ -33,7 +33,6 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
             *size_problems(run, dims),
             *overlap_problems(run, dims, capabilities),
             *graph_machine_problems(run, dims, capabilities),
-            *_optimizer_problems(run),
         ]
     )
 
@@ -53,14 +52,21 @@ def graph_machine_problems(run: RunConfig, dims: ParallelDims, capabilities: Cap
         )
 
 
-def _optimizer_problems(run: RunConfig) -> Iterator[str]:
+def require_optimizer(run: RunConfig) -> None:
+    """Refuse a run to be trained whose optimizer the installed packages do not have; others read its checkpoints.
+
+    Raises:
+        UserError: with the reason and the cure.
+    """
     if run.optimizer.optimizer != "muon":
         return
     here = installed()
     if here is not None and here < numbers(MUON_SINCE):
-        yield (
+        raise UserError(
             f"optimizer=muon needs megatron-core {MUON_SINCE} or later, which needs Python 3.12, and "
             f"{'.'.join(map(str, here))} is installed: pip install 'megatron-core>={MUON_SINCE}', or use adam"
         )
-    elif importlib.util.find_spec("emerging_optimizers") is None:
-        yield "optimizer=muon needs emerging-optimizers: pip install 'phd-megatron[muon]', or use adam"
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        raise UserError(
+            "optimizer=muon needs emerging-optimizers: pip install 'emerging-optimizers>=0.3,<0.4', or use adam"
+        )

@@ -20,6 +20,7 @@ from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
 from phd_megatron.model.transformer_config import params_dtype
 from phd_megatron.runtime.fp8 import forget_fp8_scales
+from phd_megatron.runtime.requirements import require_optimizer
 from phd_megatron.training.cuda_graph import stream_of
 from phd_megatron.training.schedule import Schedule
 
@@ -59,7 +60,12 @@ def wrap_data_parallel(models: Sequence[PHDGPTModel], run: RunConfig) -> list[Di
 
 
 def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> MegatronOptimizer:
-    """AdamW or muon with fp32 main parameters, and the hooks that the pipeline schedules call."""
+    """AdamW or muon with fp32 main parameters, and the hooks that the pipeline schedules call.
+
+    Raises:
+        UserError: the installed packages do not have the optimizer.
+    """
+    require_optimizer(run)
     optimizer = run.optimizer
     options = MegatronOptimizerConfig(
         optimizer=optimizer.optimizer,

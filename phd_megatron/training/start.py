@@ -26,7 +26,7 @@ from phd_megatron.runtime.context import Runtime, choose_device, install_backend
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.implementations import table
 from phd_megatron.runtime.parallel_dims import ParallelDims
-from phd_megatron.runtime.requirements import require
+from phd_megatron.runtime.requirements import require, require_optimizer
 
 if TYPE_CHECKING:
     from phd_megatron.data.tokenizers import Tokenizer
@@ -139,6 +139,7 @@ def _fill_in_batch(config: RunConfig, dims: ParallelDims) -> int:
 def _check_machine(config: RunConfig, world_size: int, capabilities: Capabilities) -> None:
     dims = ParallelDims.from_config(config.parallel, world_size)
     require(config, dims, capabilities)
+    require_optimizer(config)
     if capabilities.memory is not None:
         where = f"this {capabilities.device_name}" if capabilities.on_cuda else "this machine"
         refuse_what_cannot_fit(config, dims, capabilities.memory, where)

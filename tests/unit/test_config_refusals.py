@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 
+from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resolve import resolve, warnings
 from phd_megatron.config.resume import check_resume
-from phd_megatron.config.schema import RunConfig
+from phd_megatron.config.schema import OptimizerConfig, RunConfig
+from phd_megatron.config.serialize import to_dict
 from phd_megatron.config.unsupported import UNSUPPORTED, refusals
 from phd_megatron.errors import UserError
+from phd_megatron.parity.runs import ADAM_EPS, fixed_steps
 from phd_megatron.runtime import requirements
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.training.start import _check_machine
 
 from .configurations import make, refusal, resolved
 
@@ -176,6 +180,10 @@ def test_muon_keeps_whole_matrices_and_says_so() -> None:
     ("values", "said"),
     [
         ({"optimizer": "muon", "use_distributed_optimizer": True}, "into flat pieces; leave it out"),
+        (
+            {"optimizer": "muon", "overlap_grad_reduce": True, "overlap_param_gather": True},
+            "^overlap_param_gather=True with optimizer=muon: .*use --no-overlap-param-gather over a preset",
+        ),
         ({"optimizer": "muon", "fp16": True}, "fp16=True with optimizer=muon: .*use bf16"),
         (
             {"muon_momentum": 0.9},
@@ -202,14 +210,42 @@ def test_states_of_another_optimizer_are_not_loaded(before: str, after: str) -> 
 
 def test_muon_needs_a_version_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     run = resolved(optimizer="muon", vocab_size=64)
-    dims = ParallelDims.from_config(run.parallel, 1)
     monkeypatch.setattr(requirements, "installed", lambda: (0, 18, 2))
     with pytest.raises(UserError, match=r"needs megatron-core 0\.19 or later.* 0\.18\.2 is installed: pip install"):
-        requirements.require(run, dims, Capabilities())
+        requirements.require_optimizer(run)
+    dims = ParallelDims.from_config(run.parallel, 1)
+    requirements.require(run, dims, Capabilities())  # its checkpoint is evaluated and exported all the same
+    with pytest.raises(UserError, match="optimizer=muon needs"):
+        _check_machine(run, 1, Capabilities())
     monkeypatch.setattr(requirements, "installed", lambda: (0, 19))
     monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs emerging-optimizers: pip install 'phd-megatron\[muon\]'"):
-        requirements.require(run, dims, Capabilities())
+    with pytest.raises(UserError, match=r"needs emerging-optimizers: pip install 'emerging-optimizers>=0\.3,<0\.4'"):
+        requirements.require_optimizer(run)
     monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: object())
-    requirements.require(run, dims, Capabilities())
-    requirements.require(resolved(vocab_size=64), dims, Capabilities())
+    requirements.require_optimizer(run)
+    requirements.require_optimizer(resolved())
+
+
+@pytest.mark.parametrize(("before", "held", "after"), [("adam", True, "muon"), ("muon", False, "adam")])
+def test_another_optimizer_does_not_inherit_how_states_are_held(before: str, held: bool, after: str) -> None:
+    saved = to_dict(resolved(optimizer=before, **({"muon_momentum": 0.5} if before == "muon" else {})))
+    assert saved["parallel"]["use_distributed_optimizer"] is held
+    argv = ["--load", "x", "--finetune", "--optimizer"]
+    config = load_run_config([*argv, after], transformer_fields={}, saved=saved).config
+    resolve(config)
+    assert (config.optimizer.optimizer, config.parallel.use_distributed_optimizer) == (after, not held)
+    assert config.optimizer.muon_momentum == 0.95
+    same = load_run_config([*argv, before], transformer_fields={}, saved=saved).config
+    assert same.parallel.use_distributed_optimizer is held
+
+
+def test_parity_compares_the_optimizer_of_the_run() -> None:
+    options = {"optimizer": "muon", "muon_momentum": 0.5, "decay_norms": True, "clip_grad": 0.5, "lr": 0.1}
+    base = resolved(**options, adam_beta1=0.5, weight_decay=0.2, lr_warmup_iters=3, decoupled_lr=0.2)
+    found = fixed_steps(base, []).optimizer
+    expected = OptimizerConfig(**options, adam_beta1=0.5, weight_decay=0.2)  # type: ignore[arg-type]
+    expected.lr_decay_style, expected.adam_eps, expected.muon_fp32_matmul_prec = "constant", ADAM_EPS, "highest"
+    assert found == expected
+    assert fixed_steps(resolved(adam_eps=1e-3), []).optimizer == OptimizerConfig(
+        lr_decay_style="constant", adam_eps=1e-3
+    )

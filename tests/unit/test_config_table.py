@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from phd_megatron.config.catalog import PASSTHROUGH, fields, role
-from phd_megatron.config.facts import PIPELINE_CUT, SCHEDULE
+from phd_megatron.config.facts import OPTIMIZER_STATES, PIPELINE_CUT, SCHEDULE
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resume import check_resume, for_reading, inherited, schedule_of
 from phd_megatron.config.schema import RunConfig
@@ -38,7 +38,7 @@ ON_RESUME = {"shape": "refused", "form": "refused", "free": "told", "place": "si
 ON_FINETUNE = {"shape": "refused", "form": "told", "free": "told", "place": "silent", "start": "silent"}
 
 # name, default, kind, values. Intervals as in mathematics; "-": any of the type. Then: groups (cut: of one pipeline
-# size; schedule), and after "needs" one of which must be set.
+# size; schedule; states: of one optimizer), and after "needs" one of which must be set.
 TABLE = """
 num_layers                               null      shape [1,10000]
 hidden_size                              null      shape [1,1048576]
@@ -89,7 +89,7 @@ cp_comm_type                             all_gather free all_gather|p2p
 expert_model_parallel_size               1         free  [1,1048576]
 expert_tensor_parallel_size              null      free  [1,1048576]
 sequence_parallel                        false     free  -
-use_distributed_optimizer                null      free  -
+use_distributed_optimizer                null      free  - states
 overlap_grad_reduce                      false     free  -
 overlap_param_gather                     false     free  -
 ddp_bucket_size                          null      free  [1,1000000000000]
@@ -340,7 +340,9 @@ def test_what_an_export_says_what_is_needed_and_what_goes_together(row: Row) -> 
     info = fields()[row.name]
     assert info.role.is_architecture == (row.kind in EXPORTED)
     assert list(info.needs.names if info.needs else ()) == row.needs
-    assert info.groups == {{"cut": PIPELINE_CUT, "schedule": SCHEDULE}[group] for group in row.groups}
+    assert info.groups == {
+        {"cut": PIPELINE_CUT, "schedule": SCHEDULE, "states": OPTIMIZER_STATES}[group] for group in row.groups
+    }
     if row.needs:
         config = RunConfig()
         assign(config, row.name, row.other())
