@@ -10,14 +10,11 @@
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
 #
-# Exits with 0 only if lint and tests are clean. With PHD_BOTH_MCORE=1 everything is followed by --mcore with the newest
-# version, or with the oldest where the first environment has the newest.
-# Environment variables of the set-up: launch_scripts/_env.sh.
+# Exits with 0 only if lint and tests are clean. Environment variables of the set-up: launch_scripts/_env.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 
-# The first environment has one of these, as its Python allows. What depends on it, for the second:
-NEWEST_MCORE=0.19.2 OLDEST_MCORE=0.16.1
+# What depends on Megatron-Core, for --mcore.
 OF_MCORE=(tests/distributed
     tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py
     tests/unit/test_{datasets,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes,optimizer,run_lock}.py
@@ -39,44 +36,18 @@ while [[ "${1:-}" =~ ^--(no-lint|full|faults|mcore)$ ]]; do
             ;;
         --mcore)
             [[ "${2:-}" =~ ^[0-9]+(\.[0-9]+)+[0-9a-z]*$ ]] ||
-                phd_fail "--mcore ${2:-} is no version of megatron-core; use for example $NEWEST_MCORE"
+                phd_fail "--mcore ${2:-} is no version of megatron-core; use for example 0.19.2"
             mcore="$2"
             shift
             ;;
     esac
     shift
 done
-[[ -n "${PHD_BOTH_MCORE:-}" && -z "$mcore$faults" && -z "${selection[*]:-}" && $# == 0 ]] && after="$NEWEST_MCORE" || after=""
 began=$SECONDS
 invoked_from="$PWD"
 failed=()
 
-# Distributed tests start 2 to 4 processes each, so every process gets one thread.
-export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# No test may ask the network for anything.
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-
-run_pytest() {
-    local cores workers
-    cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
-    workers="${PHD_TEST_WORKERS:-$((cores / 2))}"
-    ((workers >= 2)) || workers=2
-    ((workers <= 8)) || workers=8
-    phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-core))"
-    "$PYTHON" -m pytest -n "$workers" --dist loadfile "$@"
-}
-
-# The first environment stays at hand as PHD_OTHER_PYTHON, for checkpoints that one version writes and the other loads.
-run_with_mcore() {
-    local version="$1"
-    export PHD_OTHER_PYTHON="$PYTHON"
-    phd_mcore_environment "$version" test
-    shift
-    run_pytest "$@" || failed+=("pytest with megatron-core $version")
-}
-
 phd_environment test
-if [[ -n "$after" && "$(phd_version megatron-core)" == "$NEWEST_MCORE" ]]; then after="$OLDEST_MCORE"; fi
 printf 'set-up %d s\n' "$((SECONDS - began))"
 
 if [[ -n "$faults" ]]; then
@@ -95,30 +66,29 @@ for argument in "$@"; do
 done
 
 if [[ -n "$mcore" ]]; then
+    # The first environment stays at hand, for checkpoints that one version writes and the other loads.
+    export PHD_OTHER_PYTHON="$PYTHON"
+    phd_mcore_environment "$mcore" test
     ((${#arguments[@]})) || arguments=("${OF_MCORE[@]}")
-    run_with_mcore "$mcore" "${arguments[@]}"
-else
-    if [[ -n "$after" ]]; then
-        # Several GB may come over the network; they come while the first tests run.
-        making="$(mktemp)"
-        (phd_mcore_environment "$after" test) >"$making" 2>&1 &
-    fi
-    if ((lint)); then
-        phd_say "lint"
-        "$PYTHON" -m ruff check . || failed+=("ruff check")
-        "$PYTHON" -m ruff format --check --quiet . || failed+=("ruff format (make format cures it)")
-        "$PYTHON" -m mypy || failed+=("mypy")
-    fi
-    run_pytest "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
-    if [[ -n "$after" ]]; then
-        printf 'in all %d s\n' "$((SECONDS - began))"
-        if wait $!; then run_with_mcore "$after" "${OF_MCORE[@]}"; else
-            cat "$making"
-            failed+=("the environment with megatron-core $after")
-        fi
-        rm -f "$making"
-    fi
+elif ((lint)); then
+    phd_say "lint"
+    "$PYTHON" -m ruff check . || failed+=("ruff check")
+    "$PYTHON" -m ruff format --check --quiet . || failed+=("ruff format (make format cures it)")
+    "$PYTHON" -m mypy || failed+=("mypy")
 fi
+
+cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+workers="${PHD_TEST_WORKERS:-$((cores / 2))}"
+((workers >= 2)) || workers=2
+((workers <= 8)) || workers=8
+
+# Distributed tests start 2 to 4 processes each, so every process gets one thread.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# No test may ask the network for anything.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-core))"
+"$PYTHON" -m pytest -n "$workers" --dist loadfile "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
 
 printf '\nin all %d s\n' "$((SECONDS - began))"
 if ((${#failed[@]})); then

@@ -100,7 +100,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
     },
     "docs/compatibility.md": {
         "bash tests/run.sh --mcore 0.19.2": SECOND,
-        "PHD_MCORE_PYTHON=python3.13 bash tests/run.sh --mcore 0.17.1 tests/distributed": SECOND,
+        "PHD_MCORE_PYTHON=/path/to/python3.12 bash tests/run.sh --mcore 0.19.2 tests/distributed": SECOND,
     },
     "docs/reliability.md": {"bash tests/run.sh --faults 200 --jobs 8 --seed 1": FAULTS},
     "CONTRIBUTING.md": {

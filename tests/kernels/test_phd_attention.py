@@ -18,14 +18,7 @@ import phd_megatron.kernels.phd_attention as front_door
 from phd_megatron.config import schema
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.bundle_files import bundle_files
-from phd_megatron.kernels.phd_attention import (
-    BACKENDS,
-    COMM_TYPES,
-    causal,
-    choose_backend,
-    phd_attention,
-    sdpa,
-)
+from phd_megatron.kernels.phd_attention import BACKENDS, COMM_TYPES, causal, choose_backend, phd_attention, sdpa
 from phd_megatron.kernels.phd_attention.flex import flex_attention
 from phd_megatron.kernels.phd_attention.reference import reference_attention
 from phd_megatron.phd.kv_policy import KVPolicy

@@ -155,3 +155,57 @@ def test_pip_is_held_to_the_lock_for_what_is_missing_or_ours(
     ended, tries, said = setup_says(tmp_path, **variables)
     assert (ended, tries) == (code, expected), said
     assert ("cannot be installed here" in said) == (len(expected) == 2)
+
+
+VERSIONED = """\
+#!/usr/bin/env bash
+here="$(cd "$(dirname "$0")" && pwd)"
+case "$1 $2" in
+    "-m venv") mkdir -p "${{@:$#}}/bin" && cp "$0" "${{@:$#}}/bin/python" && echo "made ${{@:$#}}" ;;
+    "-m pip")
+        [[ " $* " != *" megatron-core=="* ]] || echo "pip: ${{@:$#}}"
+        [[ " $* " != *" megatron-core=={refused} "* ]] || exit 1
+        ;;
+    "-c "*"sys.argv[1]"*) [[ "$3" != megatron-core ]] || echo 0.16.1 ;;
+    "-c "*) ;;
+    *) "{python}" "$@" ;;
+esac
+"""
+
+
+def second_environment(place: Path, version: str, **variables: str) -> tuple[int, str]:
+    """Exit code and words of :func:`phd_mcore_environment`, where no Python is found but one that is named."""
+    scripts = place / "launch_scripts"
+    scripts.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch_scripts/_env.sh", scripts)
+    (scripts / "constraints.txt").write_text("")
+    (place / "python3.99").write_text(VERSIONED.format(python=sys.executable, refused="0.9"))
+    (place / "python3.99").chmod(0o755)
+    code = f"""set -euo pipefail; source launch_scripts/_env.sh; pyenv() {{ echo "{place}"; }}
+    phd_python_ok() {{ [[ "$1" == "{place}"/* && -x "$1" ]]; }}
+    phd_mcore_environment {version} test; echo "python: $PYTHON in $VIRTUAL_ENV"
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PHD_")}
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=place, env={**env, **variables}, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@needs_bash
+def test_a_second_environment_needs_a_python_and_is_made_once(tmp_path: Path) -> None:
+    code, said = second_environment(tmp_path, "0.19.2")
+    assert code == 2 and "error: megatron-core 0.19.2 needs Python 3.12 or later" in said
+    assert "PHD_MCORE_PYTHON=/path/to/python3.12" in said and "made" not in said
+    named = {"PHD_MCORE_PYTHON": str(tmp_path / "python3.99")}
+    venv = tmp_path / ".venv-mcore-0.19.2"
+    code, said = second_environment(tmp_path, "0.19.2", **named)
+    assert code == 0, said
+    assert f"made {venv}\n" in said and f"python: {venv}/bin/python in {venv}\n" in said
+    assert "megatron-core 0.19.2 instead of 0.16.1" in said and "pip: megatron-core==0.19.2\n" in said
+    code, said = second_environment(tmp_path, "0.19.2")  # it is there now, and needs no Python any more
+    assert code == 0 and "made" not in said, said
+    code, said = second_environment(tmp_path, "0.16.1", **named)
+    assert code == 0 and "instead of" not in said, said
+    code, said = second_environment(tmp_path, "0.9", **named)
+    assert code == 2 and "error: megatron-core 0.9 cannot be installed into" in said, said
