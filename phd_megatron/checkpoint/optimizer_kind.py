@@ -77,6 +77,7 @@ def adapt(loaded: StateDict, optimizer: MegatronOptimizer | ChainedOptimizer) ->
             holder = saved
         else:
             holder = saved["optimizer"]
+        holder.setdefault("state", {})  # loading drops the empty one of a stage without any of its parameters
         holder["param_groups"] = _groups_of_this_run(part.optimizer, holder["param_groups"])
 
 
