@@ -26,13 +26,15 @@ Group: TypeAlias = "dict[str, float | bool | str | list[int] | None]"
 """Parameters that are treated alike: options by name, and ``params``."""
 
 _NAMES = ("optimizer.state.param.", "optimizer.state.fp32_param.")
+_OF_MEGATRON, _MAIN = "fp32_from_fp16_params", "main_params_by_group"
 
 
 def ask(state: ShardedStateDict, optimizer: MegatronOptimizer | ChainedOptimizer, stored: Container[str]) -> None:
     """Before a load: ask for main parameters under the name that the checkpoint has, in place.
 
     The numbers of the parameters in the groups of a plain optimizer are left out: Megatron-Core would merge them into
-    the checkpoint's groups one by one. ``adapt`` puts them back.
+    the checkpoint's groups one by one. Its main parameters are asked for by the number of their group: in a list, the
+    load drops the empty groups of a pipeline stage, and merges with those of rank 0. ``adapt`` puts both back.
 
     Args:
         state: sharded state dict of ``optimizer``, a Megatron optimizer.
@@ -54,6 +56,8 @@ def ask(state: ShardedStateDict, optimizer: MegatronOptimizer | ChainedOptimizer
             holder = its_state if isinstance(part, FP32Optimizer) else its_state["optimizer"]
             for group in holder["param_groups"]:
                 del group["params"]
+            if _OF_MEGATRON in its_state:
+                its_state[_MAIN] = dict(enumerate(its_state.pop(_OF_MEGATRON)))
 
 
 def adapt(loaded: StateDict, optimizer: MegatronOptimizer | ChainedOptimizer) -> None:
@@ -77,6 +81,8 @@ def adapt(loaded: StateDict, optimizer: MegatronOptimizer | ChainedOptimizer) ->
             holder = saved
         else:
             holder = saved["optimizer"]
+            main = saved.pop(_MAIN, {})
+            saved[_OF_MEGATRON] = [main.get(number, []) for number in range(len(part.fp32_from_float16_groups))]
         holder.setdefault("state", {})  # loading drops the empty one of a stage without any of its parameters
         holder["param_groups"] = _groups_of_this_run(part.optimizer, holder["param_groups"])
 

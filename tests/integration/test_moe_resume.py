@@ -36,6 +36,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "pp2": (2, {"pipeline-model-parallel-size": 2}),
 }
 SAVED = ("single", "ep2", "pp2")
+# A stage without experts, and one without a matrix that is decayed: its first group of main parameters is empty.
+PLAIN_BF16 = {"bf16": True, "no-use-distributed-optimizer": True}
+EMPTY = {"pipeline-model-parallel-layout": "E|tttt|L", "no-decay-embeddings": True}
+WITHOUT: dict[str, tuple[int, dict[str, object]]] = {
+    "no-experts": (2, {"pipeline-model-parallel-size": 2, **PLAIN_BF16}),
+    "no-decay": (3, {"pipeline-model-parallel-size": 3, **EMPTY, **PLAIN_BF16}),
+}
 PAIRS = [(saved, loaded) for saved in SAVED for loaded in LAYOUTS]
 
 
@@ -43,20 +50,20 @@ PAIRS = [(saved, loaded) for saved in SAVED for loaded in LAYOUTS]
 def root(documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``<saved>/save`` after two of four steps, ``<saved>-<loaded>.jsonl`` of the rest, ``whole.jsonl`` of all four."""
     root = tmp_path_factory.mktemp("moe-resume")
-    first: dict[int, list[list[str]]] = {1: [], 2: []}
-    second: dict[int, list[list[str]]] = {1: [], 2: []}
+    first: dict[int, list[list[str]]] = {1: [], 2: [], 3: []}
+    second: dict[int, list[list[str]]] = {1: [], 2: [], 3: []}
     run = {
         **{"data-path": str(documents), "device": "cpu", "micro-batch-size": 2, "global-batch-size": 8},
         **{"train-iters": 4, "lr": 1e-2, "eval-iters": 0, "log-interval": 1},
     }
-    for name, (ranks, options) in LAYOUTS.items():
+    for name, (ranks, options) in {**LAYOUTS, **WITHOUT}.items():
         whole = {"metrics-file": str(root / f"{name}-whole.jsonl")}
-        if name in SAVED:
+        if name in (*SAVED, *WITHOUT):
             first[ranks].append(["pretrain", *flags({**MODEL, **run, **options, **whole})])
             save = {"save": str(root / name / "save"), "exit-interval": 2}
             first[ranks].append(["pretrain", *flags({**MODEL, **run, **options, **save})])
         layout = {**{key: 1 for key in (*EP, "tensor-model-parallel-size", "pipeline-model-parallel-size")}, **options}
-        for saved in SAVED:
+        for saved in [name] if name in WITHOUT else SAVED:
             places = {
                 "load": str(root / saved / "save"),
                 "save": str(root / f"{saved}-{name}"),
@@ -75,9 +82,10 @@ def _off(options: dict[str, object]) -> list[str]:
     return words if "expert-tensor-parallel-size" in options else [*words, "--expert-tensor-parallel-size", "null"]
 
 
-@pytest.mark.parametrize("layout", SAVED)
+@pytest.mark.parametrize("layout", [*SAVED, *WITHOUT])
 def test_resume_is_bit_exact_on_the_same_layout(root: Path, layout: str) -> None:
     whole, rest = (read_metrics(root / f"{layout}-{part}.jsonl") for part in ("whole", layout))
+    assert len(rest) == 2
     names = ("iteration", "lm_loss", "grad_norm", "learning_rate", "z_loss", "tokens_per_expert")
     assert [[line[n] for n in names] for line in whole[2:]] == [[line[n] for n in names] for line in rest]
 
