@@ -1,7 +1,8 @@
 """Transformer Engine's extra states in a checkpoint: scales and recipes of FP8, which it unpickles by itself.
 
 So what a checkpoint holds is read here first, with an unpickler that knows the few names such a state is made of. Bytes
-that pass name nothing else, and Transformer Engine may have them.
+that pass name nothing else, and Transformer Engine may have them; those that name a function of a newer Megatron-Core
+are written again with this one's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import StateDict
 
 _RECIPES = "transformer_engine.common.recipe"
+_TORCHS_LOADER = ("torch.storage", "_load_from_bytes")
+_MEGATRONS_LOADER = ("megatron.core.safe_globals", "safe_load_from_bytes")  # 0.19 puts it in place of torch's
 _NAMES = {
     ("collections", "OrderedDict"),
     ("torch", "device"),
@@ -29,8 +32,11 @@ _NAMES = {
 
 
 class _Unpickler(pickle.Unpickler):
+    names_megatrons_loader = False
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in (_TORCHS_LOADER, _MEGATRONS_LOADER):
+            self.names_megatrons_loader |= (module, name) == _MEGATRONS_LOADER
             return _storage
         if (module, name) == ("builtins", "getattr"):
             return _member
@@ -61,6 +67,8 @@ def _member(kind: type, name: str) -> enum.Enum:
 def check(state: StateDict, path: Path) -> None:
     """Refuse the state dict of a model if an extra state in it holds more than recipes, scales and plain values.
 
+    A state that this Megatron-Core might not read is replaced, in place.
+
     Args:
         path: of the checkpoint, for the message.
 
@@ -74,9 +82,12 @@ def check(state: StateDict, path: Path) -> None:
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"it is a {type(value).__name__}, as Transformer Engine before 2.0 wrote")
             if value.numel():  # a layer that never computed in FP8 has none
-                content = _Unpickler(io.BytesIO(value.detach().cpu().numpy().tobytes())).load()
+                unpickler = _Unpickler(io.BytesIO(value.detach().cpu().numpy().tobytes()))
+                content = unpickler.load()
                 if content is not None and not isinstance(content, dict):
                     raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
+                if unpickler.names_megatrons_loader:
+                    state[key] = torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
         except Exception as error:
             raise CheckpointError(
                 f"{path} holds a state of Transformer Engine that is not read: {key}: {error}; load the parameters "

@@ -282,6 +282,24 @@ def test_extra_states_hold_values_alone(tmp_path: Any, monkeypatch: pytest.Monke
     assert not os.path.exists("/tmp/phd-megatron-was-here")
 
 
+def test_an_extra_state_of_a_newer_megatron_is_written_again_with_this_ones_functions(tmp_path: Path) -> None:
+    """0.19 pickles tensors with a function of its own, which 0.16 lacks; Transformer Engine unpickles by itself."""
+    install_backend("cpu")
+    from phd_megatron.checkpoint.extra_state import check
+
+    scales = {"scale_fwd": torch.tensor([2.0, 0.5, 4.0]), "amax_history_fwd": torch.ones(16, 3)}
+    loader = torch.storage._load_from_bytes
+    written = pickle.dumps(scales, protocol=3)
+    here = f"c{loader.__module__}\n{loader.__qualname__}\n".encode()
+    assert here in written
+    newer = written.replace(here, b"cmegatron.core.safe_globals\nsafe_load_from_bytes\n")
+    state: dict[str, Any] = {"x._extra_state": torch.frombuffer(bytearray(newer), dtype=torch.uint8)}
+    check(state, tmp_path)
+    read = pickle.loads(state["x._extra_state"].numpy().tobytes())
+    assert read.keys() == scales.keys() and all(torch.equal(read[name], scales[name]) for name in scales)
+    assert loader.__name__.encode() in state["x._extra_state"].numpy().tobytes()
+
+
 @pytest.mark.parametrize("name", ["DelayedScaling", "os.system"])
 def test_an_extra_state_imports_no_module_but_those_of_its_values(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
