@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _RECIPES = "transformer_engine.common.recipe"
 _TORCHS_LOADER = ("torch.storage", "_load_from_bytes")
-_MEGATRONS_LOADER = ("megatron.core.safe_globals", "safe_load_from_bytes")  # 0.19 puts it in place of torch's
+_MEGATRONS_LOADER = ("megatron.core.safe_globals", "safe_load_from_bytes")  # in place of torch's since 0.17
 _NAMES = {
     ("collections", "OrderedDict"),
     ("torch", "device"),

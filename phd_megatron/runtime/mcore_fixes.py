@@ -36,6 +36,7 @@ _NOISE = (
 #: the same by ``logging``: module, and how the line begins
 _LOGGED_NOISE = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
     ("megatron.core.transformer.transformer_layer", "Rewrapping ModuleSpec"),
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),  # of a CUDA build of torch on a machine without one
     ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),

@@ -54,6 +54,16 @@ DIFFERENCES = (
         "tests/integration/test_reshard.py",
     ),
     Difference(
+        "0.18",
+        "its calculator of micro-batches ignores a ramp-up of the batch: Batches counts by itself",
+        "tests/integration/test_resume.py",
+    ),
+    Difference(
+        "0.17",
+        "extra states of Transformer Engine name a function of Megatron-Core: what is read is written again",
+        "tests/unit/test_implementations.py",
+    ),
+    Difference(
         "0.19",
         "a data set's query returns the lengths of its documents too: IndexedGPTDataset passes on what follows",
         "tests/unit/test_datasets.py",

@@ -60,7 +60,7 @@ class Trainer:
             self.position = Position.of_checkpoint(resume_from)
         assert run.training.global_batch_size is not None  # filled in by `start.complete`
         self.schedule = plan_schedule(run, run.training.global_batch_size, self.position)
-        self.batches = Batches(run, self.schedule, runtime.rank, runtime.dims.dp)
+        self.batches = Batches(run, self.schedule, runtime.dims.dp)
         self.total_iterations, self._total_samples = self.batches.run_length(self.position)
         self.observers = observers_of(run, runtime, self.position.iteration + 1, self.total_iterations)
         self.state = TrainState(run, runtime, self.schedule)
@@ -238,5 +238,4 @@ class Trainer:
         self.train_stream.close()
         if self.validation is not None:
             self.validation.close()
-        self.batches.close()
         self.state.let_go()

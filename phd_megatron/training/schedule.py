@@ -13,8 +13,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core import num_microbatches_calculator as calculator
-
 from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.load import read_training_state
 from phd_megatron.config.schema import RunConfig
@@ -185,37 +183,40 @@ def describe_plan(run: RunConfig, schedule: Schedule, position: Position, last_i
 
 
 class Batches:
-    """The global batches of a run, one after the other, by Megatron-Core's calculator, of which a process has one.
+    """The global batches of a run, one after the other; their size may grow over the first samples.
+
+    It grows as in Megatron-LM (``--rampup-batch-size START INCREMENT SAMPLES``), by equal steps after equal numbers of
+    samples. Megatron-Core's own calculator ignores a ramp-up since 0.18.
 
     Args:
         run: the resolved configuration.
         schedule: of this start.
-        rank: global rank, of which the first says when the batch grows.
         ranks: data-parallel ones.
 
     Attributes:
         size: samples of a step, after the ramp-up if there is one.
+        microbatches: of each data-parallel rank in the step that :meth:`at` was asked for last.
     """
 
-    def __init__(self, run: RunConfig, schedule: Schedule, rank: int, ranks: int) -> None:
+    def __init__(self, run: RunConfig, schedule: Schedule, ranks: int) -> None:
         training = run.training
         assert training.global_batch_size is not None  # filled in by `start.complete`
         self._samples, self._ramp, self.size = schedule.samples, training.rampup_batch_size, training.global_batch_size
-        calculator.reconfigure_num_microbatches_calculator(
-            rank, self._ramp, self.size, training.micro_batch_size, ranks
-        )
+        self._at_a_time = training.micro_batch_size * ranks
+        self.microbatches = self.size // self._at_a_time
 
     def at(self, consumed_samples: int) -> int:
         """Samples of the step that starts there; 0 at the end, where less than a batch is left out as in Megatron."""
-        calculator.update_num_microbatches(consumed_samples, consistency_check=False)
-        samples: int = calculator.get_current_global_batch_size()
+        samples = self._size_at(consumed_samples)
+        self.microbatches = samples // self._at_a_time
         return samples if consumed_samples + samples <= self._samples else 0
 
-    @property
-    def microbatches(self) -> int:
-        """Micro-batches of each data-parallel rank in the step that :meth:`at` was asked for last."""
-        count: int = calculator.get_num_microbatches()
-        return count
+    def _size_at(self, consumed_samples: int) -> int:
+        if self._ramp is None or consumed_samples > self._ramp[2]:
+            return self.size
+        start, increment, over = self._ramp
+        # Divided as Megatron does, by a float, so that a run goes on there with the same batches.
+        return start + int(consumed_samples / (over / ((self.size - start) // increment))) * increment
 
     def run_length(self, position: Position) -> tuple[int, int]:
         """Steps of the whole run and the samples that they take: those done, and those to come with their ramp."""
@@ -225,7 +226,3 @@ class Batches:
             steps += 1
         rest = max(0, self._samples - consumed) // self.size
         return steps + rest, consumed + rest * self.size
-
-    def close(self) -> None:
-        """Let another run of this process have the calculator."""
-        calculator.destroy_num_microbatches_calculator()

@@ -25,6 +25,8 @@ CUDA_NAMES = {
     *("current_device", "device_count", "is_available", "synchronize", "empty_cache", "Stream", "Event", "stream"),
     *("current_stream", "default_stream", "manual_seed", "get_rng_state", "set_rng_state"),
 }
+#: that 0.19 says only in parts that no run on CPU reaches
+OF_OLDER_MEGATRON = {"default_stream"}
 #: parts of Megatron that no run on CPU reaches
 ELSEWHERE = re.compile(r"^(inference|export|resharding|ssm|distributed/fsdp|transformer/cuda_graphs|full_cuda_graph)")
 
@@ -130,7 +132,7 @@ def test_megatron_says_every_name(megatron: dict[str, ast.Module]) -> None:
         device = words.get("device", "")
         if "pin_memory" in words or device == "'cuda'" or device == "self.permute_idx_device":  # of the dispatcher
             factories.add(node.func.attr)
-    assert said >= CUDA_NAMES
+    assert said >= CUDA_NAMES - OF_OLDER_MEGATRON
     assert factories >= set(FACTORIES)
 
 

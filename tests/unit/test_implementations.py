@@ -283,7 +283,7 @@ def test_extra_states_hold_values_alone(tmp_path: Any, monkeypatch: pytest.Monke
 
 
 def test_an_extra_state_of_a_newer_megatron_is_written_again_with_this_ones_functions(tmp_path: Path) -> None:
-    """0.19 pickles tensors with a function of its own, which 0.16 lacks; Transformer Engine unpickles by itself."""
+    """0.17 pickles tensors with a function of its own, which 0.16 lacks; Transformer Engine unpickles by itself."""
     install_backend("cpu")
     from phd_megatron.checkpoint.extra_state import check
 
