@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from phd_megatron.runtime.mcore_versions import MUON_SINCE, installed, numbers
+from phd_megatron.runtime.mcore_versions import MUON_SINCE, SKIP_SINCE, installed, numbers
 
 # Without an NVIDIA driver Triton kernels are interpreted; with one they are not tuned, since what is tested is the
 # result. Triton reads the first when it is imported, by whichever test, so it is set here.
@@ -33,6 +33,8 @@ if not os.environ.get("PHD_OTHER_PYTHON"):  # Python of the first environment, o
     collect_ignore.append("integration/test_between_versions.py")
 if (installed() or ()) < numbers(MUON_SINCE):
     collect_ignore += ["integration/test_muon.py", "unit/test_muon_step.py"]
+if (installed() or ()) < numbers(SKIP_SINCE):
+    collect_ignore.append("integration/test_skipped_steps.py")
 
 Launcher = Callable[..., "subprocess.CompletedProcess[str]"]
 ROOT = Path(__file__).resolve().parents[1]

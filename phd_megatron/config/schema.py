@@ -325,6 +325,8 @@ class OptimizerConfig:
     adam_eps: Annotated[Epsilon, RECIPE] = 1e-8
     #: gradient clipping by global norm; 0 is none
     clip_grad: Annotated[NotNegative, RECIPE] = 1.0
+    #: a step whose gradient norm before clipping is above this changes nothing; default none is
+    grad_norm_skip_threshold: Annotated[Positive | None, RECIPE] = None
     #: momentum of muon
     muon_momentum: Annotated[BelowOne, RECIPE, _OF_MUON] = 0.95
     #: Nesterov's form of it

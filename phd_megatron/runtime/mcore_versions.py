@@ -82,6 +82,8 @@ DIFFERENCES = (
 
 #: first version whose ``OptimizerConfig`` says ``muon_*`` as we do, and that builds muon of the package on PyPI
 MUON_SINCE = "0.19"
+#: first version that can leave a step out for its gradient norm
+SKIP_SINCE = "0.18"
 
 #: fields of ``TransformerConfig`` (patterns) that have a row in our tables: first version that has them
 FIELDS_SINCE = {

@@ -12,7 +12,7 @@ from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
-from phd_megatron.runtime.mcore_versions import MUON_SINCE, installed, numbers
+from phd_megatron.runtime.mcore_versions import MUON_SINCE, SKIP_SINCE, installed, numbers
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import overlap_problems
 
@@ -52,20 +52,31 @@ def graph_machine_problems(run: RunConfig, dims: ParallelDims, capabilities: Cap
         )
 
 
+def _require_megatron(what: str, since: str, otherwise: str) -> None:
+    here = installed()
+    if here is not None and here < numbers(since):
+        raise UserError(
+            f"{what} needs megatron-core {since} or later, which needs Python 3.12, and {'.'.join(map(str, here))} is "
+            f"installed: pip install 'megatron-core>={since}', or {otherwise}"
+        )
+
+
 def require_optimizer(run: RunConfig) -> None:
     """Refuse a run to be trained whose optimizer the installed packages do not have; others read its checkpoints.
 
     Raises:
         UserError: with the reason and the cure.
     """
-    if run.optimizer.optimizer != "muon":
-        return
-    here = installed()
-    if here is not None and here < numbers(MUON_SINCE):
-        raise UserError(
-            f"optimizer=muon needs megatron-core {MUON_SINCE} or later, which needs Python 3.12, and "
-            f"{'.'.join(map(str, here))} is installed: pip install 'megatron-core>={MUON_SINCE}', or use adam"
+    asked = run.optimizer
+    if asked.grad_norm_skip_threshold is not None:
+        _require_megatron(
+            f"grad_norm_skip_threshold={asked.grad_norm_skip_threshold:g}",
+            SKIP_SINCE,
+            "leave it out: clip_grad bounds every step",
         )
+    if asked.optimizer != "muon":
+        return
+    _require_megatron("optimizer=muon", MUON_SINCE, "use adam")
     if importlib.util.find_spec("emerging_optimizers") is None:
         raise UserError(
             "optimizer=muon needs emerging-optimizers: pip install 'emerging-optimizers>=0.3,<0.4', or use adam"

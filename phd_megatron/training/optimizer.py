@@ -83,6 +83,7 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         params_dtype=params_dtype(run),
         **_loss_scale(run),
         **_muon(optimizer),
+        **_skipped(optimizer),
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
         fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
@@ -106,6 +107,12 @@ def _muon(optimizer: OptimizerConfig) -> dict[str, Plain]:
     if optimizer.optimizer != "muon":
         return {}
     return {name: value for name, value in vars(optimizer).items() if name.startswith("muon_")}
+
+
+def _skipped(optimizer: OptimizerConfig) -> dict[str, float]:
+    """Megatron's option for steps that are left out; a version without it is not told."""
+    limit = optimizer.grad_norm_skip_threshold
+    return {} if limit is None else {"grad_norm_skip_threshold": limit}
 
 
 def _loss_scale(run: RunConfig) -> dict[str, float]:

@@ -204,9 +204,14 @@ class Trainer:
         )
 
     def _refuse_to_have_done_nothing(self) -> None:
-        """A run in fp16 whose every step overflowed is no run."""
-        steps = self.state.counters.iteration
+        """A run whose every step overflowed in fp16, or was left out for its gradient norm, is no run."""
+        steps, limit = self.state.counters.iteration, self.run.optimizer.grad_norm_skip_threshold
         if steps and self.state.counters.skipped_iterations == steps:
+            if not self.run.training.fp16:
+                raise UserError(
+                    f"none of {steps} steps changed the model: every gradient norm was above "
+                    f"grad_norm_skip_threshold={limit:g}; raise it well above the norms that the log shows"
+                )
             raise UserError(
                 f"none of {steps} steps changed the model: with the loss scale, now {self.state.loss_scale:g} on the "
                 "sum over tokens, a gradient overflowed each time; train longer, lower initial_loss_scale or "

@@ -26,7 +26,8 @@ class StepResult:
     Attributes:
         loss: ``[2]`` float64 on the device: summed loss and token count of the global batch, equal on all ranks.
         grad_norm: global norm before clipping.
-        updated: false when the step was skipped for non-finite gradients (fp16 loss scaling).
+        updated: false when the step was skipped: for gradients that are not finite (fp16 loss scaling), or too large
+            (``grad_norm_skip_threshold``).
     """
 
     loss: Tensor

@@ -226,6 +226,19 @@ def test_muon_needs_a_version_and_a_package(monkeypatch: pytest.MonkeyPatch) -> 
     requirements.require_optimizer(resolved())
 
 
+def test_steps_are_left_out_by_a_version_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = resolved(grad_norm_skip_threshold=2.5, vocab_size=64)
+    monkeypatch.setattr(requirements, "installed", lambda: (0, 17, 1))
+    said = (
+        r"grad_norm_skip_threshold=2\.5 needs megatron-core 0\.18 or later.* 0\.17\.1 is installed: .*or leave it out"
+    )
+    with pytest.raises(UserError, match=said):
+        requirements.require_optimizer(run)
+    requirements.require_optimizer(resolved())
+    monkeypatch.setattr(requirements, "installed", lambda: (0, 18))
+    requirements.require_optimizer(run)
+
+
 @pytest.mark.parametrize(("before", "held", "after"), [("adam", True, "muon"), ("muon", False, "adam")])
 def test_another_optimizer_does_not_inherit_how_states_are_held(before: str, held: bool, after: str) -> None:
     saved = to_dict(resolved(optimizer=before, **({"muon_momentum": 0.5} if before == "muon" else {})))

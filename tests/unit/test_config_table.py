@@ -153,6 +153,7 @@ adam_beta1                               0.9       free  [0,1)
 adam_beta2                               0.95      free  [0,1)
 adam_eps                                 1.0e-8    free  [1e-30,1]
 clip_grad                                1.0       free  [0,inf)
+grad_norm_skip_threshold                 null      free  (0,inf)
 muon_momentum                            0.95      free  [0,1) needs optimizer
 muon_nesterov                            false     free  - needs optimizer
 muon_split_qkv                           true      free  - needs optimizer

@@ -209,12 +209,13 @@ def test_options_arrive(runtime: Any, case: str) -> None:
     assert (config.no_sync_func is not None) is options.get("overlap_grad_reduce", False)
 
 
-#: with their own test, where Megatron-Core has it: test_muon_step.py
-OF_MUON = {name for name in OptimizerConfig.__dataclass_fields__ if name == "optimizer" or name.startswith("muon_")}
+#: with their own tests, where Megatron-Core has them: test_muon_step.py, test_skipped_steps.py
+OF_NEWER = {name for name in OptimizerConfig.__dataclass_fields__ if name.startswith("muon_")}
+OF_NEWER |= {"optimizer", "grad_norm_skip_threshold"}
 
 
 def test_no_option_is_left_out() -> None:
-    set_here = {name for options, _ in ARRIVES.values() for name in options} | OF_MUON
+    set_here = {name for options, _ in ARRIVES.values() for name in options} | OF_NEWER
     assert {field.name for field in dataclasses.fields(OptimizerConfig)} <= set_here
     others = {name for name, field in vars(RunConfig().training).items() if "scale" in name or name == "hysteresis"}
     assert others | {"bf16", "fp16", "accumulate_allreduce_grads_in_fp32"} <= set_here
