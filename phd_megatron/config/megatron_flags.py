@@ -114,6 +114,7 @@ REFUSED: dict[str, str] = {
     "keep_fp8_transpose_cache": "it belongs to FSDP, which is not available; leave it out",
     "reuse_grad_buf_for_mxfp8_param_ag": "MXFP8 needs a Blackwell GPU; leave it out",
     "fp4_param_gather": "FP4 needs a Blackwell GPU; leave it out",
+    "step_batch_size_schedule": "a batch grows by equal steps; use rampup_batch_size",
     "cuda_graph_modules": "a graph holds a whole step; use cuda_graph_scope full_iteration",
     "ft_*": _RESTARTS,
     "calc_ft_timeouts": _RESTARTS,
