@@ -13,7 +13,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import assign, dump_yaml
 from phd_megatron.errors import UserError
 from phd_megatron.training.optimizer import build_scheduler
-from phd_megatron.training.schedule import Position, describe_plan, plan_schedule
+from phd_megatron.training.schedule import Batches, Position, describe_plan, plan_schedule
 
 
 def run(**values: Any) -> RunConfig:
@@ -210,3 +210,18 @@ def test_loss_scales_are_of_the_mean_over_tokens() -> None:
     scales = _loss_scale(config)
     assert (scales["loss_scale"], scales["initial_loss_scale"], scales["hysteresis"]) == (2.0, 4.0, 3)
     assert _loss_scale(run(bf16=True)) == {}
+
+
+def test_a_batch_grows_by_equal_steps_after_equal_numbers_of_samples() -> None:
+    """By hand, after Megatron-LM's ``--rampup-batch-size 4 4 20``: to 12 in two steps, after 10 samples each."""
+    config = run(train_iters=None, train_samples=96, rampup_batch_size=[4, 4, 20], global_batch_size=12)
+    config.training.micro_batch_size = 2
+    batches = Batches(config, plan_schedule(config, 12, Position()), ranks=2)
+    steps, consumed = [], 0
+    while samples := batches.at(consumed):
+        steps.append((consumed, samples, batches.microbatches))
+        consumed += samples
+    assert steps == [(0, 4, 1), (4, 4, 1), (8, 4, 1), (12, 8, 2), *((at, 12, 3) for at in range(20, 92, 12))]
+    assert batches.run_length(Position()) == (len(steps), consumed) and consumed == 92
+    assert batches.run_length(Position(iteration=3, consumed_samples=12)) == (len(steps), consumed)
+    assert batches.at(92) == 0, "four samples are no batch"
