@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 from phd_megatron.config.catalog import nearest
 from phd_megatron.config.plain import Plain
+from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import read_yaml
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.mcore_versions import MUON_SINCE
+from phd_megatron.runtime.requirements import require_optimizer
 from phd_megatron.sweep.definition import SEED, Member, Sweep, check_fields, sweep_of
 from phd_megatron.sweep.members import PlannedMember, plan_members
 from phd_megatron.sweep.options import read_options
@@ -177,6 +180,8 @@ class Queue:
         return self.rates.get(text, {}).get(self.rates_like.get(variant, variant), {})
 
     def _waits(self, section: Section, text: str, variant: str) -> str | None:
+        if self.variants[variant].get("optimizer") == "muon" and not _has_muon():
+            return f"megatron-core {MUON_SINCE} and emerging-optimizers"
         if section.rates == "own" or self._rate(section, text, variant):
             return None
         return f"a rate of {self.rates_like.get(variant, variant)} on {text} in {RATES}"
@@ -223,6 +228,16 @@ def read_queue(path: Path, transformer_fields: Mapping[str, Any]) -> Queue:
         rates=read_yaml(rates) if rates.exists() else {},
         transformer_fields=transformer_fields,
     )
+
+
+def _has_muon() -> bool:
+    run = RunConfig()
+    run.optimizer.optimizer = "muon"
+    try:
+        require_optimizer(run)
+    except UserError:
+        return False
+    return True
 
 
 def _blocked(path: Path, variants: Mapping[str, Any], transformer_fields: Mapping[str, Any]) -> dict[str, str]:
