@@ -39,7 +39,7 @@ _SAID_AT_A_START = ("python", "torch", "megatron-core", "transformer-engine")
 
 TESTED = (
     Tested("3.11", "2.13.0", "0.16.1", "5.24.0", None, "CPU", "everything, with every commit"),
-    Tested("3.12", "2.13.0", "0.19.2", "5.24.0", None, "CPU", "what depends on Megatron-Core, a third a commit"),
+    Tested("3.12", "2.13.0", "0.19.2", "5.24.0", None, "CPU", "what depends on Megatron-Core, in thirds"),
     Tested("3.12", "2.11.0", "0.16.1", None, "2.11.0", "one H200", "kernels, layers, FP8 and CUDA graphs, by hand"),
     Tested("3.12", "2.11.0", "0.19.2", "5.17.0", "2.11.0", "one H200", "layers, FP8, waits and CUDA graphs, by hand"),
 )

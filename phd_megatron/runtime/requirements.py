@@ -72,7 +72,7 @@ def require_optimizer(run: RunConfig) -> None:
         _require_megatron(
             f"grad_norm_skip_threshold={asked.grad_norm_skip_threshold:g}",
             SKIP_SINCE,
-            "leave it out: clip_grad bounds every step",
+            "give null: clip_grad bounds every step",
         )
     if asked.optimizer != "muon":
         return

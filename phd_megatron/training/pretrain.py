@@ -132,7 +132,7 @@ class Trainer:
         """The next step, and the norm of its gradient before clipping."""
         counters = self.state.counters
         samples = self.batches.at(counters.consumed_samples)
-        count, log = self.batches.microbatches, self.reporter.log
+        count, log = self.batches.microbatches(samples), self.reporter.log
         step = Step(counters.iteration + 1, count, self.state, self.stepper.groups, interval, log)
         with ExitStack() as stack:
             for observer in self.observers:
@@ -207,10 +207,11 @@ class Trainer:
         """A run whose every step overflowed in fp16, or was left out for its gradient norm, is no run."""
         steps, limit = self.state.counters.iteration, self.run.optimizer.grad_norm_skip_threshold
         if steps and self.state.counters.skipped_iterations == steps:
-            if not self.run.training.fp16:
+            if limit is not None:
+                overflowed = ", or overflowed" if self.run.training.fp16 else ""
                 raise UserError(
                     f"none of {steps} steps changed the model: every gradient norm was above "
-                    f"grad_norm_skip_threshold={limit:g}; raise it well above the norms that the log shows"
+                    f"grad_norm_skip_threshold={limit:g}{overflowed}; raise it well above the norms that the log shows"
                 )
             raise UserError(
                 f"none of {steps} steps changed the model: with the loss scale, now {self.state.loss_scale:g} on the "

@@ -195,7 +195,6 @@ class Batches:
 
     Attributes:
         size: samples of a step, after the ramp-up if there is one.
-        microbatches: of each data-parallel rank in the step that :meth:`at` was asked for last.
     """
 
     def __init__(self, run: RunConfig, schedule: Schedule, ranks: int) -> None:
@@ -203,13 +202,15 @@ class Batches:
         assert training.global_batch_size is not None  # filled in by `start.complete`
         self._samples, self._ramp, self.size = schedule.samples, training.rampup_batch_size, training.global_batch_size
         self._at_a_time = training.micro_batch_size * ranks
-        self.microbatches = self.size // self._at_a_time
 
     def at(self, consumed_samples: int) -> int:
         """Samples of the step that starts there; 0 at the end, where less than a batch is left out as in Megatron."""
         samples = self._size_at(consumed_samples)
-        self.microbatches = samples // self._at_a_time
         return samples if consumed_samples + samples <= self._samples else 0
+
+    def microbatches(self, samples: int) -> int:
+        """Micro-batches of each data-parallel rank in a step of so many samples."""
+        return samples // self._at_a_time
 
     def _size_at(self, consumed_samples: int) -> int:
         if self._ramp is None or consumed_samples > self._ramp[2]:

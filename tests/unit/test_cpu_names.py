@@ -18,6 +18,7 @@ import torch
 
 from phd_megatron.runtime import redirects
 from phd_megatron.runtime.cpu_backend.torch_names import CPU, FACTORIES, make_torch
+from phd_megatron.runtime.mcore_versions import installed
 from phd_megatron.runtime.redirects import MegatronChanged, Redirect, _Watcher, replace_literals
 
 #: of torch.cuda, by hand: what a run on CPU must not ask a device for, where there is one
@@ -25,8 +26,8 @@ CUDA_NAMES = {
     *("current_device", "device_count", "is_available", "synchronize", "empty_cache", "Stream", "Event", "stream"),
     *("current_stream", "default_stream", "manual_seed", "get_rng_state", "set_rng_state"),
 }
-#: that 0.19 says only in parts that no run on CPU reaches
-OF_OLDER_MEGATRON = {"default_stream"}
+#: that 0.17 and later say only in parts that no run on CPU reaches
+UNTIL_0_16 = {"default_stream"}
 #: parts of Megatron that no run on CPU reaches
 ELSEWHERE = re.compile(r"^(inference|export|resharding|ssm|distributed/fsdp|transformer/cuda_graphs|full_cuda_graph)")
 
@@ -132,7 +133,8 @@ def test_megatron_says_every_name(megatron: dict[str, ast.Module]) -> None:
         device = words.get("device", "")
         if "pin_memory" in words or device == "'cuda'" or device == "self.permute_idx_device":  # of the dispatcher
             factories.add(node.func.attr)
-    assert said >= CUDA_NAMES - OF_OLDER_MEGATRON
+    of_older = UNTIL_0_16 if (installed() or ()) >= (0, 17) else set()
+    assert said >= CUDA_NAMES - of_older and not said & of_older
     assert factories >= set(FACTORIES)
 
 

@@ -14,6 +14,7 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.planning.flops import forward_flops
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.runtime.mcore_versions import installed
 
 VOCAB, LENGTH, BATCH, LAYERS = 50, 16, 2, 3
 EXPERTS = {
@@ -156,13 +157,12 @@ def losses_by_hand(logits, topk, kind):
     return experts * (chosen.mean(dim=(0, 1)) / topk * probs.mean(dim=(0, 1))).sum()
 
 
-@pytest.mark.parametrize(
-    ("stock", "repeat"), [(False, 1), (False, 2), (True, 2)], ids=["ours-1", "ours-2", "megatron-2"]
-)
-def test_router_losses_weigh_as_configured(runtime, monkeypatch, stock, repeat):
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "megatron"])
+def test_router_losses_weigh_as_configured(runtime, monkeypatch, repeat, stock):
     """Gradient of mean loss + sum over layers of coefficient x loss. Megatron-Core's own weights are others.
 
-    Without repeated tokens they are too up to 0.16.
+    From 0.19 on they are right as long as no token is repeated.
     """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
@@ -195,7 +195,8 @@ def test_router_losses_weigh_as_configured(runtime, monkeypatch, stock, repeat):
         float((one.grad / (BATCH * LENGTH) - two.grad).norm() / two.grad.norm())
         for one, two in zip(ours.parameters(), plain.parameters(), strict=True)
     )
-    assert error > 1e-3 if stock else error < 1e-5, error
+    others = stock and (repeat > 1 or installed() < (0, 19))
+    assert error > 1e-3 if others else error < 1e-5, error
 
 
 def test_statistics_start_afresh_and_skip_evaluation(runtime):

@@ -219,7 +219,7 @@ def test_a_batch_grows_by_equal_steps_after_equal_numbers_of_samples() -> None:
     batches = Batches(config, plan_schedule(config, 12, Position()), ranks=2)
     steps, consumed = [], 0
     while samples := batches.at(consumed):
-        steps.append((consumed, samples, batches.microbatches))
+        steps.append((consumed, samples, batches.microbatches(samples)))
         consumed += samples
     assert steps == [(0, 4, 1), (4, 4, 1), (8, 4, 1), (12, 8, 2), *((at, 12, 3) for at in range(20, 92, 12))]
     assert batches.run_length(Position()) == (len(steps), consumed) and consumed == 92

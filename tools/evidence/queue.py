@@ -180,7 +180,8 @@ class Queue:
         return self.rates.get(text, {}).get(self.rates_like.get(variant, variant), {})
 
     def _waits(self, section: Section, text: str, variant: str) -> str | None:
-        if self.variants[variant].get("optimizer") == "muon" and not _has_muon():
+        # The whole section: what is compared runs with one version.
+        if any(self.variants[name].get("optimizer") == "muon" for name in section.variants) and not _has_muon():
             return f"megatron-core {MUON_SINCE} and emerging-optimizers"
         if section.rates == "own" or self._rate(section, text, variant):
             return None
