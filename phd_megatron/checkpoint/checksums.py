@@ -131,7 +131,8 @@ def read_manifest(directory: Path) -> dict[str, FileSum] | None:
 
 def unverified(directory: Path) -> str:
     """The note about a checkpoint without a manifest."""
-    return f"note: {directory} has no {MANIFEST} (an earlier release saved it), so damage to its files may go unseen"
+    saved = "an earlier release or another program saved it"
+    return f"note: {directory} has no {MANIFEST} ({saved}), so damage to its files may go unseen"
 
 
 def verify(directory: Path, manifest: Mapping[str, FileSum], *, part: int = 0, parts: int = 1) -> int:

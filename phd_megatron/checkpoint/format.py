@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
     from torch.distributed.checkpoint.planner import ReadItem
 
-#: beside the tensors: the resolved configuration, the place in the run, the tokenizer's files
-RUN_CONFIG, TOKENIZER = "run_config.yaml", "tokenizer"
+#: beside the tensors: the tokenizer's files
+TOKENIZER = "tokenizer"
 #: content of metadata.json
 FORMAT: dict[str, str | int] = {
     "sharded_backend": "torch_dist",
@@ -55,6 +55,11 @@ def read_common(directory: Path) -> CommonStateDict:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {' '.join(first)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a mapping: load another checkpoint")
+    return check_common(path, content)
+
+
+def check_common(path: Path, content: CommonStateDict) -> CommonStateDict:
+    """Refuse entries that are read and are not what they should be; the content, else."""
     _check_entry(path, content, "content_metadata", "a mapping", lambda value: isinstance(value, dict))
     _check_entry(
         path,

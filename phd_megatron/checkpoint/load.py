@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,14 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 
 from phd_megatron.checkpoint import adam_state, checksums, extra_state, match, optimizer_kind, rng_state, store
 from phd_megatron.checkpoint import format as checkpoint_format
-from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.optimizer_kind import Group
 from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.run_lock import RunLock
 from phd_megatron.checkpoint.saver import RuntimeLike
 from phd_megatron.checkpoint.state import chunks, rng_object, sharded_state
+from phd_megatron.checkpoint.status import RUN_CONFIG, is_stock
+from phd_megatron.checkpoint.stock import Stock, load_stock, place_in_run, stock_checks
+from phd_megatron.checkpoint.stock_names import Place, in_our_names
 from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
 #: parameters that start at zero, so that a model with them is at first the one without
 _FROM_ZERO = frozenset({COPY_EMBEDDING})
@@ -155,47 +159,81 @@ def load_checkpoint(
         _verify(path, runtime)
     restored = optimizer if load_optimizer else None
     finetune = run_config is not None and run_config.checkpoint.finetune
-    reader, training_state, common = _open(path, run_config, scheduler is not None and not finetune, runtime)
+    opened = _open(path, run_config, scheduler is not None and not finetune, runtime)
     if restored is not None:
-        match.check_sharding(path, common)
+        match.check_sharding(path, opened.common)
         configured = _configured_groups(restored)
-    state, absent = _request(path, reader, models, restored, finetune, load_rng, runtime)
-    loaded = _read(path, reader, state, models)
+    state, absent = _request(opened, models, restored, finetune, load_rng, runtime)
+    loaded = _read(opened, state, models)
     for key, model in chunks(models):
         model.load_state_dict(loaded[key], strict=not absent)
     if restored is not None:
         _load_optimizer(restored, loaded["optimizer"], configured)
-        _load_scheduler(scheduler, common)
+        _load_scheduler(scheduler, opened.common)
     elif optimizer is not None:
         optimizer.reload_model_params()  # main parameters are copies of the model's
     if "rng_state" in state:
         rng_state.restore(loaded["rng_state"], runtime.device)
     runtime.log(f"loaded checkpoint {path}" + ("" if restored is not None else " (parameters only)"))
-    return training_state
+    return opened.training_state
 
 
-def _open(
-    path: Path, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike
-) -> tuple[CheckpointReader, Json, CommonStateDict]:
-    """A reader, and what the small files say, the configuration compared with this run's; collective."""
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint before its tensors are read.
+
+    Attributes:
+        stored: what it holds, under our names.
+        stock: what one of Megatron-LM or Bridge says of itself; None of ours.
+        places: where a stock one has its tensors.
+    """
+
+    path: Path
+    reader: CheckpointReader
+    common: CommonStateDict
+    training_state: Json
+    stored: Mapping[str, STORAGE_TYPES]
+    stock: Stock | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
+
+    @property
+    def described_by(self) -> str:
+        """What says which model it holds."""
+        return f"its {RUN_CONFIG}" if self.stock is None else "what it says of itself"
+
+
+def _open(path: Path, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike) -> _Opened:
+    """Read the small files, and compare the configuration with this run's; collective."""
     reader = CheckpointReader(path)
 
-    def read_small_files() -> tuple[Json, CommonStateDict]:
+    def read_small_files() -> _Opened:
         checkpoint_format.check_format(path, _read_json(path / store.METADATA))
-        reader.read_metadata()
+        stored = reader.read_metadata().state_dict_metadata
+        if is_stock(path):
+            stock = Stock.read(path, reader)
+            place = place_in_run(stock) if goes_on else stock.training_state
+            entries, places = in_our_names(stored)
+            return _Opened(path, reader, stock.common, place, entries, stock, places)
         common = checkpoint_format.read_common(path)
-        return read_training_state(path) if goes_on else store.training_state(path), common
+        return _Opened(
+            path, reader, common, read_training_state(path) if goes_on else store.training_state(path), stored
+        )
 
-    training_state, common = agreement.everywhere(read_small_files)
-    if run_config is not None and (path / RUN_CONFIG).is_file():
-        for note in agreement.everywhere(lambda: _check_resume(path, run_config)):
+    opened = agreement.everywhere(read_small_files)
+    if run_config is not None and (opened.stock is not None or (path / RUN_CONFIG).is_file()):
+        for note in agreement.everywhere(lambda: _compare(opened, run_config)):
             runtime.log(note)
-    return reader, training_state, common
+    return opened
+
+
+def _compare(opened: _Opened, run_config: RunConfig) -> list[str]:
+    if opened.stock is None:
+        return _check_resume(opened.path, run_config)
+    return stock_checks(opened.stock, opened.stored, run_config)
 
 
 def _request(
-    path: Path,
-    reader: CheckpointReader,
+    opened: _Opened,
     models: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer | None,
     finetune: bool,
@@ -203,23 +241,24 @@ def _request(
     runtime: RuntimeLike,
 ) -> tuple[ShardedStateDict, frozenset[str]]:
     """The state to fill from the checkpoint, and the keys of this model that are not there; collective."""
-    stored = reader.read_metadata().state_dict_metadata
+    path, stored = opened.path, opened.stored
     state = sharded_state(models, optimizer, None, is_loading=True)
     if optimizer is not None:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
-    absent = match.check_contents(path, state, stored, optimizer is not None, _FROM_ZERO if finetune else frozenset())
+    may_lack = _FROM_ZERO if finetune else frozenset()
+    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack, opened.described_by)
     if absent:
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
     for key in sorted(absent & _FROM_ZERO):
         runtime.log(f"note: {path} has no {key}, which starts at zero")
-    if load_rng:
-        _request_rng(path, reader, state, runtime)
+    if load_rng and opened.stock is None:
+        _request_rng(opened, state, runtime)
     return state, absent
 
 
-def _request_rng(path: Path, reader: CheckpointReader, state: ShardedStateDict, runtime: RuntimeLike) -> None:
+def _request_rng(opened: _Opened, state: ShardedStateDict, runtime: RuntimeLike) -> None:
     """Add this rank's random-number state to what is loaded, where the same layout saved it; collective."""
-    stored = reader.read_metadata().state_dict_metadata
+    path, stored = opened.path, opened.stored
     wanted = rng_object(None)
     agreement.everywhere(lambda: rng_state.check_kind(stored.get(wanted.unique_key), path))
     if wanted.unique_key in stored:
@@ -230,17 +269,17 @@ def _request_rng(path: Path, reader: CheckpointReader, state: ShardedStateDict, 
         runtime.log(f"note: {path} holds no random-number state")
 
 
-def _read(
-    path: Path, reader: CheckpointReader, state: ShardedStateDict, models: Sequence[torch.nn.Module]
-) -> StateDict:
+def _read(opened: _Opened, state: ShardedStateDict, models: Sequence[torch.nn.Module]) -> StateDict:
     """What the checkpoint holds of ``state``, its objects looked at; collective."""
-    loaded: StateDict = dist_checkpointing.load(state, str(path), checkpoint_format.SafeLoad(reader))
+    if opened.stock is not None:
+        return load_stock(state, opened.stock, opened.reader, opened.places)
+    loaded: StateDict = dist_checkpointing.load(state, str(opened.path), checkpoint_format.SafeLoad(opened.reader))
 
     def check_objects() -> None:
         for key, _ in chunks(models):
-            extra_state.check(loaded[key], path)
+            extra_state.check(loaded[key], opened.path)
         if "rng_state" in state:
-            rng_state.check(loaded["rng_state"], path)
+            rng_state.check(loaded["rng_state"], opened.path)
 
     agreement.everywhere(check_objects)
     return loaded
@@ -284,7 +323,9 @@ def _read_json(path: Path) -> Json:
 
 
 def read_training_state(path: Path) -> Json:
-    """The place in the run that a checkpoint was saved at."""
+    """The place in the run that a checkpoint was saved at, whoever saved it."""
+    if is_stock(path):
+        return place_in_run(Stock.read(path, CheckpointReader(path)))
     file = path / store.TRAINING_STATE
     if not file.exists():
         raise CheckpointError(

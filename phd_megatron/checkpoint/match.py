@@ -10,8 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.checkpoint import format as checkpoint_format
-from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.state import content
+from phd_megatron.checkpoint.status import RUN_CONFIG
 from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.runtime import agreement
 
@@ -37,8 +37,12 @@ def check_contents(
     stored: Mapping[str, STORAGE_TYPES],
     wants_optimizer: bool,
     may_lack: frozenset[str],
+    described_by: str = f"its {RUN_CONFIG}",
 ) -> frozenset[str]:
     """Compare names and shapes before anything is read, so that another architecture is refused by name.
+
+    Args:
+        described_by: what says which model to build.
 
     Returns:
         Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
@@ -57,11 +61,11 @@ def check_contents(
         if missing:
             raise CheckpointError(
                 f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; "
-                f"build the model that its {RUN_CONFIG} describes"
+                f"build the model that {described_by} describes"
             )
         for key, value in sorted(wanted.items()):
             if key in stored:
-                _check_shard(path, key, value, stored[key])
+                _check_shard(path, key, value, stored[key], described_by)
 
     agreement.everywhere(compare)
     everyone: set[str] = set().union(*agreement.gather(sorted(wanted)))
@@ -73,12 +77,14 @@ def check_contents(
     if left_over:
         raise CheckpointError(
             f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; "
-            f"build the model that its {RUN_CONFIG} describes"
+            f"build the model that {described_by} describes"
         )
     return absent
 
 
-def _check_shard(path: Path, key: str, value: ShardedTensor | ShardedObject, entry: STORAGE_TYPES) -> None:
+def _check_shard(
+    path: Path, key: str, value: ShardedTensor | ShardedObject, entry: STORAGE_TYPES, described_by: str
+) -> None:
     if isinstance(value, ShardedTensor) != isinstance(entry, TensorStorageMetadata):
         kinds = ("a tensor", "an object")
         there, here = kinds if isinstance(entry, TensorStorageMetadata) else kinds[::-1]
@@ -88,5 +94,5 @@ def _check_shard(path: Path, key: str, value: ShardedTensor | ShardedObject, ent
         if shape != expected:
             raise CheckpointError(
                 f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this "
-                f"model; build the model that its {RUN_CONFIG} describes"
+                f"model; build the model that {described_by} describes"
             )

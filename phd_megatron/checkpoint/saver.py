@@ -29,8 +29,9 @@ from phd_megatron.checkpoint import format as checkpoint_format
 from phd_megatron.checkpoint import state as checkpoint_state
 from phd_megatron.checkpoint import writer as checkpoint_writer
 from phd_megatron.checkpoint.checksums import FileSum
-from phd_megatron.checkpoint.format import RUN_CONFIG, TOKENIZER
+from phd_megatron.checkpoint.format import TOKENIZER
 from phd_megatron.checkpoint.run_directory import RunDirectory
+from phd_megatron.checkpoint.status import RUN_CONFIG
 from phd_megatron.checkpoint.store import CheckpointError
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig

@@ -20,6 +20,8 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.durable import read_small
 
 METADATA, TRAINING_STATE, UNFINISHED = "metadata.json", "training_state.json", "unfinished"
+#: the resolved configuration
+RUN_CONFIG = "run_config.yaml"
 PROTOCOL = 2
 """``training_state.json`` names it. From 2 on there is ``unfinished`` as told above, and always ``checksums.json``."""
 ASIDE = ".replaced"
@@ -102,6 +104,23 @@ def training_state(directory: str | os.PathLike[str]) -> Json:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def own_config(directory: str | os.PathLike[str]) -> Path | None:
+    """The configuration beside a checkpoint of ours. Megatron-Bridge's file of that name says ``_target_``."""
+    path = Path(directory) / RUN_CONFIG
+    try:
+        text = read_small(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return path  # whoever reads it says what is wrong
+    return None if re.search(r"^_target_:", text, re.MULTILINE) else path
+
+
+def is_stock(directory: str | os.PathLike[str]) -> bool:
+    """Whether a complete checkpoint has none of the files that ours have: Megatron-LM or Bridge wrote it."""
+    return own_config(directory) is None and not os.path.lexists(Path(directory) / TRAINING_STATE)
 
 
 def run_of(directory: str | os.PathLike[str]) -> str | None:

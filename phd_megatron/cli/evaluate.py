@@ -125,6 +125,7 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selec
     device = choose_device(args.device, environment.local_rank)[0]
     install_backend(device)  # before Megatron is imported
 
+    from phd_megatron.checkpoint.status import own_config
     from phd_megatron.checkpoint.store import CheckpointError, latest_complete
     from phd_megatron.config.layouts import SINGLE, parse_layout
     from phd_megatron.config.serialize import load_yaml
@@ -138,7 +139,13 @@ def _checkpoint(path: Path, args: argparse.Namespace) -> tuple[Evaluation, Selec
             f"{path} holds neither a complete checkpoint nor a config.json; give pretrain's --save directory, one "
             "iter_... directory in it, or an exported directory"
         )
-    saved = load_yaml(found / "run_config.yaml")
+    config_file = own_config(found)
+    if config_file is None:
+        raise CheckpointError(
+            f"{found} has no run_config.yaml of phd-megatron, so it does not say what model it holds; load it with "
+            "pretrain --load and save it, and give that"
+        )
+    saved = load_yaml(config_file)
     if (found / "tokenizer").is_dir():
         saved.data.tokenizer = str(found / "tokenizer")
     subset = _choose_data(found, saved, args)

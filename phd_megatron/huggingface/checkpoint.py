@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.checkpoint import checksums
 from phd_megatron.checkpoint.reader import CheckpointReader
+from phd_megatron.checkpoint.status import RUN_CONFIG, own_config
 from phd_megatron.checkpoint.store import CheckpointError, iteration_of, latest_complete
 from phd_megatron.config.files import read_json
 from phd_megatron.config.schema import RunConfig
@@ -53,11 +54,12 @@ class MegatronCheckpoint:
                 log(checksums.unverified(found))
             else:
                 checksums.verify(found, manifest)
-        config = found / "run_config.yaml"
-        if not config.is_file():
+        config = own_config(found)
+        if config is None or not config.is_file():
             raise CheckpointError(
-                f"{config} is missing: the checkpoint does not say what model it holds; only checkpoints that "
-                "phd-megatron saved can be read"
+                f"{found / RUN_CONFIG} is missing, or Megatron-Bridge's: the checkpoint does not say what model it "
+                "holds; only checkpoints that phd-megatron saved can be read. Load one of Megatron-LM or Bridge with "
+                "pretrain --load, and save it"
             )
         self.run: RunConfig = load_yaml(config)
         self._reader = CheckpointReader(found)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from phd_megatron.checkpoint.store import iteration_of
 from phd_megatron.data.record import RECORD
@@ -19,6 +21,7 @@ EXPORTED_BY = "| Exported by | phd-megatron "
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _OURS = ("phd_repeat", "norm_scheme")  # in the config.json of every export, whatever its class
 _LARGEST = 1 << 24  # bytes of a text that is looked at
+NotOurs: TypeAlias = "Callable[[Path], str | None]"
 
 
 def not_our_export(directory: Path) -> str | None:
@@ -46,13 +49,16 @@ def not_our_export(directory: Path) -> str | None:
     return None
 
 
-def check_output(output: str | Path, overwrite: bool) -> None:
+def check_output(output: str | Path, overwrite: bool, not_ours: NotOurs = not_our_export) -> None:
     """Refuse an ``--output`` that cannot be one, before the checkpoint is read.
+
+    Args:
+        not_ours: why a directory is no such export.
 
     Raises:
         UserError: it stands for something else than an export, or lies inside a checkpoint.
     """
-    place = outputs.check_directory(output, overwrite=overwrite, not_ours=not_our_export)
+    place = outputs.check_directory(output, overwrite=overwrite, not_ours=not_ours)
     for parent in (place, *place.parents):
         if iteration_of(parent) is not None and (parent / ".metadata").exists():
             raise UserError(

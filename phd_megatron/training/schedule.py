@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from phd_megatron.checkpoint.format import RUN_CONFIG
 from phd_megatron.checkpoint.load import read_training_state
+from phd_megatron.checkpoint.status import own_config
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import load_yaml
 from phd_megatron.errors import UserError
@@ -41,8 +41,8 @@ class Position:
         """Read a complete checkpoint's. Raises UserError for a file that is damaged."""
         state = read_training_state(path)
         first, counted, total = (state.get(n) for n in ("first_batch_size", "counted_in", "schedule_total"))
-        if first is None and (path / RUN_CONFIG).is_file():  # of an earlier release
-            training = load_yaml(path / RUN_CONFIG).training
+        if first is None and (saved := own_config(path)) is not None:  # of an earlier release
+            training = load_yaml(saved).training
             first = training.global_batch_size
             counted = "samples" if training.train_samples is not None else "iterations"
         return cls(state["iteration"], state["consumed_samples"], first, counted, total)

@@ -175,8 +175,10 @@ def _checkpoint_in(load_dir: str) -> Path | None:
 
 
 def _saved_configuration(load_dir: str) -> Mapping[str, Any] | None:
+    from phd_megatron.checkpoint.status import RUN_CONFIG, is_stock
+
     path = _checkpoint_in(load_dir)
-    return read_yaml(str(path / "run_config.yaml")) if path is not None else None
+    return None if path is None or is_stock(path) else read_yaml(str(path / RUN_CONFIG))
 
 
 def _position(checkpoint: CheckpointConfig) -> Position:

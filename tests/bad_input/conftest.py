@@ -22,7 +22,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from .rows import RUN
 
     root = tmp_path_factory.mktemp("kit")
-    places = {name: root / name for name in ("data", "run", "export", "metrics", "hf")}
+    places = {name: root / name for name in ("data", "run", "export", "metrics", "hf", "stock")}
     texts = (f"{i} times {i} is {i * i}; " + "lorem ipsum dolor " * (i % 5) for i in range(300))
     (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     argv = ["prepare", "--input", root / "text.jsonl", "--output-prefix", places["data"], "--workers", "1"]
@@ -33,4 +33,6 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     assert main([*map(str, export)]) == 0
     native = ["export", "--checkpoint", places["run"], "--output", places["hf"], "--verify", "none"]
     assert main([*map(str, native)]) == 0
+    stock = ["export", "--checkpoint", places["run"], "--output", places["stock"], "--to", "megatron"]
+    assert main([*map(str, stock)]) == 0
     return places

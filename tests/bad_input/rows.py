@@ -32,8 +32,8 @@ class Row:
     """One kind of bad input.
 
     Attributes:
-        words: the command line, as a shell splits it; ``@data``, ``@run``, ``@export`` and ``@metrics`` are good
-            inputs. Words that a shell cannot write are in ``more``.
+        words: the command line, as a shell splits it; ``@data``, ``@run``, ``@export``, ``@metrics`` and
+            ``@stock`` are good inputs. Words that a shell cannot write are in ``more``.
         said: parts of the message: value, reason and cure.
         files: name -> content, made in the working directory first.
         process: run it as a program of its own.

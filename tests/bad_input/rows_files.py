@@ -182,4 +182,32 @@ HUGGING_FACE = [
     ),
 ]
 
-FILES = [*INPUTS, *DATA, *PLACES, *HUGGING_FACE]
+OF_OTHERS = [
+    run("--load @stock", "holds no optimizer state", "start from its parameters with --finetune"),
+    run("--load @stock --finetune --num-attention-heads 4", "num_attention_heads=2, not 4", "Set the options"),
+    run("--load @stock --finetune --rotary-base 5", "rotary_base=10000.0, not 5", "Set the options of this run"),
+    run("--load @stock --finetune --num-layers 3", "num_layers=2, not 3", "Set the options of this run"),
+    run("--load @stock --finetune --norm-scheme hybrid", "qk_layernorm=False, not True", "Set the options of this run"),
+    run("--load @stock --finetune --norm-scheme post", "is of another architecture", "what it says of itself"),
+    Row("export --checkpoint @stock --output x", ("run_config.yaml", "only checkpoints that phd-megatron saved")),
+    Row("evaluate --checkpoint @stock", ("no run_config.yaml of phd-megatron", "load it with pretrain --load")),
+    Row("export --checkpoint @run --output x --to nemo", ("--to", "'nemo'", "megatron")),
+    Row("export --checkpoint @run --output x --to megatron --native", ("--native", "no effect", "leave that out")),
+    Row(
+        "export --checkpoint @run --output x --to megatron --max-shard-size 1GB", ("--max-shard-size", "leave that out")
+    ),
+    Row("export --checkpoint @run --output x --to megatron --verify full", ("--verify full", "use tensors or none")),
+    Row("export --checkpoint @run --output x --to megatron --dtype int8", ("dtype='int8'", "choose auto, float32")),
+    Row("export --checkpoint @run --output @stock --to megatron", ("stock", "exists", "--overwrite")),
+    Row(
+        "export --checkpoint @run --output @export --to megatron --overwrite",
+        ("export", "has no exported.json", "no export of phd-megatron to Megatron"),
+    ),
+    Row(
+        "export --checkpoint @run --output @stock --overwrite",
+        ("stock", "exported.json in it is not an export's"),
+        name="an export to Megatron replaced by one to Hugging Face",
+    ),
+]
+
+FILES = [*INPUTS, *DATA, *PLACES, *HUGGING_FACE, *OF_OTHERS]

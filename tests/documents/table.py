@@ -61,7 +61,8 @@ SECOND = Skip("makes a second environment of several GB")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
 WHOLE_SUITE = Skip("starts the tests themselves")
-PLACES = {r"\bDIR\b(?:\[/\S+\])?": "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
+PLACES_OF_DIR = r"\bDIR\b(?:\[/\S+\])?"
+PLACES = {PLACES_OF_DIR: "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
 EXAMPLE = "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml"
 SWEEP = {r"examples/sweeps/norm_positions_tiny.yaml": "tiny_sweep.yaml"}
@@ -165,6 +166,16 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
                 **{r"\bDIR\b": "runs/phd", "OTHER": "runs/tuned", r"\.\.\.": "data/mine --train-iters 2"},
                 " --make-vocab-size-divisible-by 16": "",  # the model's own
             }
+        ),
+        "phd-megatron export --checkpoint DIR[/iter_0000100] --output MEGATRON_DIR --to megatron": Run(
+            {PLACES_OF_DIR: "runs/plain", "MEGATRON_DIR": "runs/for-megatron"}
+        ),
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --load MEGATRON_DIR --save OTHER --data-path ...": Skip(
+            "needs a checkpoint of Megatron-LM; tests/integration/test_stock_checkpoints.py writes such ones"
+        ),
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --load MEGATRON_DIR --finetune --phd-repeat 2 "
+        "--save OTHER --data-path ...": Run(
+            {"MEGATRON_DIR": "runs/for-megatron", "OTHER": "runs/with-copies", r"--data-path \.\.\.": TINY_RUN}
         ),
     },
     "docs/data.md": {

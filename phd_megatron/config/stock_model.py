@@ -1,0 +1,172 @@
+"""A model in the words of Megatron-LM's ``args`` and of Megatron-Core's ``TransformerConfig``.
+
+What tensors cannot show, such as the number of heads or the base of RoPE, is compared by these words when a checkpoint
+of Megatron-LM or Megatron-Bridge is loaded, and said in them when one is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from phd_megatron.config.architecture import Architecture
+from phd_megatron.config.plain import Json, Plain
+from phd_megatron.errors import UserError, shown
+
+#: ``TransformerConfig``'s and GPTModel's names -> Megatron-LM's, where they differ; ``not`` inverts the value
+_OF_MEGATRON_LM = {
+    "layernorm_epsilon": "norm_epsilon",
+    "gated_linear_unit": "swiglu",
+    "num_moe_experts": "num_experts",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "share_embeddings_and_output_weights": "not untie_embeddings_and_output_weights",
+}
+
+#: what no model of ours has, as it is in models that have none of it either
+_NEUTRAL: dict[str, tuple[Plain, ...]] = {
+    "activation_func_clamp_value": (None,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "glu_linear_offset": (0,),
+    "heterogeneous_block_specs": (False,),
+    "heterogeneous_layers_config_path": (None,),
+    "hybrid_layer_pattern": (None,),
+    "hybrid_override_pattern": (None,),
+    "is_hybrid_model": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "linear_attention_freq": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_shared_expert_glu_interleave_size": (None,),
+    "mrope_section": (None,),
+    "mtp_num_layers": (None, 0),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (None, 0),
+    "openai_gelu": (False,),
+    "position_embedding_type": ("rope",),
+    "qk_l2_norm": (False,),
+    "quick_geglu": (False,),
+    "rope_scaling": (False, None),
+    "rotary_interleaved": (False,),
+    "seq_len_interpolation_factor": (None, 1),
+    "softmax_scale": (None,),
+    "softmax_type": ("vanilla",),
+    "squared_relu": (False,),
+    "use_mup": (False,),
+    "use_rope_scaling": (False,),
+    "window_size": (None,),
+}
+
+
+def words_of(a: Architecture) -> Json:
+    """A model with one copy of each token, by ``TransformerConfig``'s and GPTModel's names."""
+    words: Json = {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "num_attention_heads": a.heads,
+        "num_query_groups": a.groups,
+        "kv_channels": a.head_dim,
+        "normalization": a.normalization,
+        "layernorm_epsilon": a.epsilon,
+        "gated_linear_unit": a.gated,
+        "add_bias_linear": a.linear_bias,
+        "add_qkv_bias": a.qkv_bias,
+        "qk_layernorm": any("q" in block.heads or "k" in block.heads for block in a.blocks),
+        "rotary_base": a.rotary_base,
+        "rotary_percent": a.rotary_percent,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": a.tied,
+        "num_moe_experts": None,
+    }
+    if a.moe is not None:
+        words |= {
+            "num_moe_experts": a.moe.experts,
+            "moe_router_topk": a.moe.topk,
+            "moe_ffn_hidden_size": a.moe.ffn_hidden_size,
+            "moe_layer_freq": [int(has) for has in a.moe.layers],
+            "moe_shared_expert_intermediate_size": a.moe.shared_hidden_size or None,
+            "moe_shared_expert_gate": a.moe.shared_gate,
+            "moe_router_score_function": a.moe.score_function,
+            "moe_router_pre_softmax": a.moe.pre_softmax,
+            "moe_router_enable_expert_bias": a.moe.expert_bias,
+            "moe_router_num_groups": a.moe.groups,
+            "moe_router_group_topk": a.moe.group_topk,
+            "moe_router_topk_scaling_factor": a.moe.scaling,
+        }
+    return words
+
+
+def args_of(a: Architecture) -> Json:
+    """The same by Megatron-LM's names."""
+    found: Json = {"group_query_attention": a.groups != a.heads}
+    for name, value in words_of(a).items():
+        theirs = _OF_MEGATRON_LM.get(name, name)
+        found[theirs.removeprefix("not ")] = not value if theirs.startswith("not ") else value
+    return found
+
+
+def differences(said: Mapping[str, Plain], ours: Architecture) -> Iterator[str]:
+    """Where a model that a checkpoint speaks of would not compute what ours does: ``name=theirs, not ours``.
+
+    What is not said is not compared.
+
+    Args:
+        said: by either's names.
+    """
+    expected = words_of(ours)
+    for name in (*expected, *(name for name in _NEUTRAL if name not in expected)):
+        value, is_there = _said(said, name)
+        if not is_there:
+            continue
+        accepted = (expected[name],) if name in expected else _NEUTRAL[name]
+        if not any(_same(name, value, one, ours) for one in accepted):
+            yield f"{name}={shown(value)}, not {shown(accepted[0])}"
+
+
+def check_words(said: Mapping[str, Plain], ours: Architecture, where: str) -> None:
+    """Refuse a checkpoint of a model that computes something else.
+
+    Raises:
+        UserError: naming everything that differs.
+    """
+    if found := list(differences(said, ours)):
+        raise UserError(
+            f"{where} is of another model, by what it says of itself: {'; '.join(found)}. Set the options of this run "
+            "to those values; where there is no such option, this model cannot be had here"
+        )
+
+
+def _said(said: Mapping[str, Plain], name: str) -> tuple[Plain, bool]:
+    if name == "num_query_groups" and said.get("group_query_attention") is False:
+        name = "num_attention_heads"  # without groups Megatron-LM's args say 1
+    if name in said:
+        return said[name], True
+    theirs = _OF_MEGATRON_LM.get(name, "")
+    bare = theirs.removeprefix("not ")
+    return (not said[bare] if bare != theirs else said[bare], True) if bare in said else (None, False)
+
+
+def _same(name: str, theirs: Plain, ours: Plain, model: Architecture) -> bool:
+    if theirs is None and name in _IF_NONE:
+        theirs = _IF_NONE[name](model)
+    if name == "moe_layer_freq" and isinstance(theirs, int):
+        theirs = [int(index % theirs == 0) for index in range(model.num_layers)]
+    if name == "add_qkv_bias" and model.linear_bias:
+        return True  # Megatron-Core's layers have it then, whatever this says
+    if isinstance(theirs, float) and isinstance(ours, (int, float)):
+        return abs(theirs - ours) <= 1e-9 * abs(ours)
+    return bool(theirs == ours)
+
+
+_IF_NONE = {
+    "num_query_groups": lambda model: model.heads,
+    "kv_channels": lambda model: model.hidden_size // model.heads,
+    "ffn_hidden_size": lambda model: 4 * model.hidden_size,
+    "moe_ffn_hidden_size": lambda model: model.ffn_hidden_size,
+    "moe_router_topk_scaling_factor": lambda model: 1.0,
+    "moe_shared_expert_intermediate_size": lambda model: None,
+}
