@@ -197,9 +197,9 @@ class _Opened:
     places: Mapping[str, Place] = field(default_factory=dict)
 
     @property
-    def described_by(self) -> str:
-        """What says which model it holds."""
-        return f"its {RUN_CONFIG}" if self.stock is None else "what it says of itself"
+    def cure(self) -> str:
+        """What to do about another model."""
+        return match.BUILD_IT if self.stock is None else "set the options of this run to those of that model"
 
 
 def _open(path: Path, run_config: RunConfig | None, goes_on: bool, runtime: RuntimeLike) -> _Opened:
@@ -246,7 +246,7 @@ def _request(
     if optimizer is not None:
         optimizer_kind.ask(state["optimizer"], optimizer, stored)
     may_lack = _FROM_ZERO if finetune else frozenset()
-    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack, opened.described_by)
+    absent = match.check_contents(path, state, stored, optimizer is not None, may_lack, opened.cure)
     if absent:
         _, state = extract_matching_values(state, lambda value: checkpoint_format.storage_key(value) in absent)
     for key in sorted(absent & _FROM_ZERO):

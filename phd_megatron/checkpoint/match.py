@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict
     from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
+BUILD_IT = f"build the model that its {RUN_CONFIG} describes"
+
 
 def check_sharding(path: Path, common: CommonStateDict) -> None:
     """Refuse optimizer states that load under one layout only, which Megatron-LM can write."""
@@ -27,7 +29,8 @@ def check_sharding(path: Path, common: CommonStateDict) -> None:
     if found != expected:
         raise CheckpointError(
             f"{path} holds optimizer states of sharding type {found}, which load under the layout that saved them "
-            f"only; save it again as {expected}, or load parameters only with --no-load-optim or --finetune"
+            f"only; save it again as {expected} (Megatron-LM's --dist-ckpt-optim-fully-reshardable), or load "
+            "parameters only with --no-load-optim or --finetune"
         )
 
 
@@ -37,12 +40,12 @@ def check_contents(
     stored: Mapping[str, STORAGE_TYPES],
     wants_optimizer: bool,
     may_lack: frozenset[str],
-    described_by: str = f"its {RUN_CONFIG}",
+    cure: str = BUILD_IT,
 ) -> frozenset[str]:
     """Compare names and shapes before anything is read, so that another architecture is refused by name.
 
     Args:
-        described_by: what says which model to build.
+        cure: what to do about another model.
 
     Returns:
         Keys that this model has, the checkpoint lacks and that stay as they are: those in ``may_lack`` and Transformer
@@ -60,12 +63,11 @@ def check_contents(
             )
         if missing:
             raise CheckpointError(
-                f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; "
-                f"build the model that {described_by} describes"
+                f"{path} is of another architecture: it lacks {checkpoint_format.names(missing)}; {cure}"
             )
         for key, value in sorted(wanted.items()):
             if key in stored:
-                _check_shard(path, key, value, stored[key], described_by)
+                _check_shard(path, key, value, stored[key], cure)
 
     agreement.everywhere(compare)
     everyone: set[str] = set().union(*agreement.gather(sorted(wanted)))
@@ -76,15 +78,12 @@ def check_contents(
     }
     if left_over:
         raise CheckpointError(
-            f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; "
-            f"build the model that {described_by} describes"
+            f"{path} is of another architecture: this model has no {checkpoint_format.names(left_over)}; {cure}"
         )
     return absent
 
 
-def _check_shard(
-    path: Path, key: str, value: ShardedTensor | ShardedObject, entry: STORAGE_TYPES, described_by: str
-) -> None:
+def _check_shard(path: Path, key: str, value: ShardedTensor | ShardedObject, entry: STORAGE_TYPES, cure: str) -> None:
     if isinstance(value, ShardedTensor) != isinstance(entry, TensorStorageMetadata):
         kinds = ("a tensor", "an object")
         there, here = kinds if isinstance(entry, TensorStorageMetadata) else kinds[::-1]
@@ -93,6 +92,5 @@ def _check_shard(
         shape, expected = tuple(entry.size), tuple(value.global_shape)
         if shape != expected:
             raise CheckpointError(
-                f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this "
-                f"model; build the model that {described_by} describes"
+                f"{path} is of another architecture: {key} has shape {shape} there and {expected} in this model; {cure}"
             )

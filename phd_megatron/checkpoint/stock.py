@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
@@ -29,11 +30,14 @@ from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.status import RUN_CONFIG, TRAINING_STATE
 from phd_megatron.checkpoint.stock_names import Place, asked_there
 from phd_megatron.checkpoint.store import CheckpointError
-from phd_megatron.config.architecture import architecture_of
+from phd_megatron.config.architecture import architecture_of, padded_vocab_size
 from phd_megatron.config.plain import Json, Plain
-from phd_megatron.config.schema import RunConfig
-from phd_megatron.config.stock_model import check_words
+from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.config.stock_model import check_words, not_stock
 from phd_megatron.config.yaml_text import read_yaml_file
+from phd_megatron.errors import shown
+from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.runtime import agreement
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import ReadItem
 
 _BRIDGES_STATE = "train_state.pt"
+_DEEPEST = 4  # a group lies below its optimizer's part of a chain
 #: Megatron-Core 0.19's object of what was in common.pt
 _COMMON_OBJECT = "common_state/shard_0_1"
 
@@ -70,14 +75,20 @@ class Stock:
         common = _read_common(path, reader)
         if (path / RUN_CONFIG).is_file():
             return cls(path, common, *_bridges(path, common))
-        args = common.get("args")
-        said = {} if args is None else dict(vars(args))
+        said = _args(path, common.get("args"))
         place = {
             "iteration": common.get("iteration"),
             "consumed_samples": said.get("consumed_train_samples"),
             "first_batch_size": said.get("global_batch_size"),
         }
         return cls(path, common, said, _counts(place))
+
+
+def _args(path: Path, args: Plain) -> Json:
+    said = {} if args is None else args if isinstance(args, dict) else getattr(args, "__dict__", None)
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{path} is damaged: its args are {shown(args)}, no names; load another checkpoint")
+    return dict(said)
 
 
 def _bridges(path: Path, common: CommonStateDict) -> tuple[Json, Json]:
@@ -96,8 +107,10 @@ def _bridges(path: Path, common: CommonStateDict) -> tuple[Json, Json]:
 
 def _counts(place: Mapping[str, Plain | torch.Tensor]) -> Json:
     """Those of the values that are counts."""
-    found = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in place.items()}
-    return {name: value for name, value in found.items() if type(value) is int and value >= 0}
+    single = {
+        name: value.item() for name, value in place.items() if isinstance(value, torch.Tensor) and value.numel() == 1
+    }
+    return {name: value for name, value in {**place, **single}.items() if type(value) is int and 0 <= value < 2**62}
 
 
 def place_in_run(stock: Stock) -> Json:
@@ -124,16 +137,16 @@ def stock_checks(stock: Stock, stored: Mapping[str, STORAGE_TYPES], run: RunConf
     Raises:
         UserError: for another model, or fewer rows of the vocabulary than the run has tokens.
     """
-    model = run.model
-    check_words(stock.model, architecture_of(model), str(stock.path))
-    table = stored.get("embedding.word_embeddings.weight")
-    assert model.vocab_size is not None  # resolved
-    if isinstance(table, TensorStorageMetadata) and (rows := int(table.size[0])) < model.vocab_size:
+    ours = architecture_of(run.model)
+    model = replace(ours, policy=KVPolicy()) if run.checkpoint.finetune else ours  # which may add copies
+    if problem := not_stock(model):
         raise CheckpointError(
-            f"{stock.path} has {rows} rows of the vocabulary and this run {model.vocab_size} tokens; use the tokenizer "
-            "that it was trained with"
+            f"{stock.path} is of Megatron-Core's own GPTModel, and this run has {problem}; "
+            f"{'take its parameters with --finetune' if ours.policy.repeat > 1 else 'choose one of these'}"
         )
+    check_words(stock.model, ours, str(stock.path))
     notes = [f"note: {stock.path} is of Megatron-LM, Bridge or Megatron-Core, not of phd-megatron"]
+    notes += _compare_vocabulary(stock, stored.get("embedding.word_embeddings.weight"), run.model)
     if not stock.model:
         notes.append(
             "note: it does not say its number of heads, epsilon, base of RoPE and the like; those of this run are taken"
@@ -143,7 +156,25 @@ def stock_checks(stock: Stock, stored: Mapping[str, STORAGE_TYPES], run: RunConf
     return notes
 
 
+def _compare_vocabulary(stock: Stock, table: STORAGE_TYPES | None, model: ModelConfig) -> list[str]:
+    tokens, said = model.vocab_size, stock.model.get("vocab_size")
+    assert tokens is not None  # resolved
+    rows = int(table.size[0]) if isinstance(table, TensorStorageMetadata) else tokens
+    cure = "use the tokenizer that it was trained with, or set vocab_size"
+    if rows < tokens:
+        raise CheckpointError(f"{stock.path} has {rows} rows of the vocabulary and this run {tokens} tokens; {cure}")
+    if type(said) is int and said > tokens:
+        raise CheckpointError(f"{stock.path} is of {said} tokens and this run of {tokens}; {cure}")
+    kept = padded_vocab_size(tokens, model.make_vocab_size_divisible_by)
+    return [f"note: it has {rows} rows of the vocabulary, of which this run keeps {kept}"] if rows > kept else []
+
+
 # ---------------------------------------------------------------- objects, without their classes
+
+
+_DEFAULT = "collections.defaultdict"
+#: what torch lets numpy's numbers and arrays be, told their types
+_NUMBERS = [type(numpy.dtype(code)) for code in "?bhilqBHILQefd"]
 
 
 class _Attributes:
@@ -165,12 +196,14 @@ class _Attributes:
 
 
 def _without_classes(stream: BinaryIO) -> AbstractContextManager[None]:
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    names = {*torch.serialization.get_unsafe_globals_in_checkpoint(stream), "argparse.Namespace"} - {_DEFAULT}
     stream.seek(0)
-    standing_for = [
-        (type(name.rpartition(".")[2], (_Attributes,), {}), name) for name in {*names, "argparse.Namespace"}
-    ]
-    return torch.serialization.safe_globals([io.BytesIO, *standing_for])
+    standing_for = [(type(name.rpartition(".")[2], (_Attributes,), {}), name) for name in names]
+    return torch.serialization.safe_globals([io.BytesIO, *_NUMBERS, *standing_for, (_mapping, _DEFAULT)])
+
+
+def _mapping(*values: Plain) -> Json:
+    return {}
 
 
 def _read_objects(file: Path | io.BytesIO, where: Path) -> CommonStateDict:
@@ -182,7 +215,9 @@ def _read_objects(file: Path | io.BytesIO, where: Path) -> CommonStateDict:
         if not isinstance(content, dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
     except Exception as error:
-        first = " ".join(str(error).strip().splitlines()[:1])
+        # torch begins with advice that nobody should follow
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+        first = said[0] if said else "no more is said"
         name = file if isinstance(file, Path) else f"{_COMMON_OBJECT} in {where}"
         raise CheckpointError(
             f"{name} cannot be read ({type(error).__name__}: {first}); load another checkpoint"
@@ -221,13 +256,13 @@ def load_stock(
     Args:
         places: of the tensors, from :func:`~phd_megatron.checkpoint.stock_names.in_our_names`.
     """
+    common: StateDict = {}
+    if "optimizer" in state:
+        common["optimizer"] = agreement.everywhere(lambda: _groups_for(state["optimizer"], stock))
     sharded, here, factories = load_preprocess(state)
     sharded, _ = extract_sharded_base(sharded)
     dict_list_map_inplace(lambda value: _asked(value, places), sharded)
     validate_sharding_integrity(determine_global_metadata(sharded)[1])
-    common: StateDict = {}
-    if "optimizer" in state:
-        common["optimizer"] = _groups_for(state["optimizer"], stock)
     merge(common, here)
     merge(common, SafeLoad(reader).load(sharded, stock.path))
     loaded: StateDict = apply_factory_merges(common, factories)
@@ -246,23 +281,29 @@ def _groups_for(state: ShardedStateDict, stock: Stock) -> StateDict:
             f"{stock.path} has optimizer states without the groups of their parameters; take the parameters alone with "
             "--no-load-optim or --finetune"
         )
+    if any(not isinstance(group.get("step"), (int, float, torch.Tensor)) for group in groups):
+        raise CheckpointError(
+            f"{stock.path} does not say how many steps its optimizer did; take the parameters alone with "
+            "--no-load-optim or --finetune"
+        )
     parts = [number for number in state if isinstance(number, int)]
     one = [{"optimizer": {"param_groups": [dict(group) for group in groups]}} for _ in parts or [0]]
     return dict(zip(parts, one, strict=True)) if parts else one[0]
 
 
-def _groups_in(saved: Plain) -> Iterator[Json]:
-    """Groups at whatever depth, of a chain in order; each knows the steps that were done, and no parameters."""
-    if not isinstance(saved, dict):
+def _groups_in(saved: Plain, depth: int = 0) -> Iterator[Json]:
+    """Groups of a chain in order; each knows the steps that were done, and no parameters."""
+    if not isinstance(saved, dict) or depth > _DEEPEST:
         return
     if isinstance(groups := saved.get("param_groups"), list):
         state = saved.get("state")
         done = {"step": state["common_step"]} if isinstance(state, dict) and "common_step" in state else {}
         for group in groups:
-            yield {name: value for name, value in {**group, **done}.items() if name != "params"}
+            named = group if isinstance(group, dict) else {}  # it then lacks its steps
+            yield {name: value for name, value in {**named, **done}.items() if name != "params"}
     else:
         for part in saved.values():
-            yield from _groups_in(part)
+            yield from _groups_in(part, depth + 1)
 
 
 def _asked(value: ShardedTensor | Plain, places: Mapping[str, Place]) -> ShardedTensor | Plain:

@@ -16,6 +16,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from phd_megatron.checkpoint.store import CheckpointError
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
@@ -27,6 +29,7 @@ _NORMS = {
 }
 _ALIKE = re.compile(r"(.*\b)?decoder\.layers\.(?!\d)(.*)")
 _NUMBERED = re.compile(r"(.*\b)?decoder\.layers\.(\d+)\.(.*)")
+_MOST_LAYERS = 10_000
 #: of a chain of optimizers (experts have one of their own) that numbers its parts
 _CHAINED = re.compile(r"chained_\d+\.(?=optimizer\.)")
 
@@ -50,6 +53,9 @@ def in_our_names(stored: Mapping[str, STORAGE_TYPES]) -> tuple[Stored, dict[str,
 
     Args:
         stored: the entries of its metadata.
+
+    Raises:
+        CheckpointError: for a shape that no model has.
     """
     entries: Stored = {}
     places: dict[str, Place] = {}
@@ -58,6 +64,11 @@ def in_our_names(stored: Mapping[str, STORAGE_TYPES]) -> tuple[Stored, dict[str,
             continue
         bare = _CHAINED.sub("", key)
         if found := _ALIKE.fullmatch(bare):
+            if not entry.size or entry.size[0] > _MOST_LAYERS:
+                raise CheckpointError(
+                    f"its .metadata is damaged: {key} has the shape {tuple(entry.size)}, which is not that of layers; "
+                    "load another checkpoint"
+                )
             prefix, name = found[1] or "", _ours(found[2])
             for layer in range(entry.size[0]):
                 ours = f"{prefix}decoder.layers.{layer}.{name}"

@@ -45,6 +45,7 @@ from phd_megatron.checkpoint.status import (
     had_checksums,
     is_complete,
     is_left_over,
+    is_stock,
     iteration_dir,
     iteration_of,
     run_of,
@@ -155,7 +156,8 @@ def tidy(root: str | os.PathLike[str]) -> None:
 def prune(root: str | os.PathLike[str], keep_last: int, *, current: int) -> list[Path]:
     """Delete the oldest complete checkpoints after the commit of ``current``, keeping the newest ``keep_last``.
 
-    Checkpoints of later iterations and of a branch that a rewind has left, unfinished and damaged ones are left alone.
+    Checkpoints of later iterations and of a branch that a rewind has left, unfinished and damaged ones, and those of
+    Megatron-LM and Bridge are left alone.
 
     Returns:
         The deleted directories.
@@ -163,7 +165,11 @@ def prune(root: str | os.PathLike[str], keep_last: int, *, current: int) -> list
     if keep_last < 1:
         raise ValueError(f"keep_last = {keep_last}: at least the checkpoint just written stays; use 1 or more")
     survey = Survey(root)
-    past = [i for i in survey.complete if i <= current and survey.is_of_the_run(i, by_tracker=False)]
+    past = [
+        i
+        for i in survey.complete
+        if i <= current and survey.is_of_the_run(i, by_tracker=False) and not is_stock(iteration_dir(root, i))
+    ]
     deleted = []
     for iteration in past[:-keep_last]:
         path = iteration_dir(root, iteration)

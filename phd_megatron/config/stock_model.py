@@ -6,23 +6,25 @@ of Megatron-LM or Megatron-Bridge is loaded, and said in them when one is writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 from phd_megatron.config.architecture import Architecture
 from phd_megatron.config.plain import Json, Plain
 from phd_megatron.errors import UserError, shown
+from phd_megatron.norm.schemes import NORM_SCHEMES
 
-#: ``TransformerConfig``'s and GPTModel's names -> Megatron-LM's, where they differ; ``not`` inverts the value
-_OF_MEGATRON_LM = {
+#: our option -> what others call it; ``not`` inverts the value
+_OTHER_NAMES = {
     "layernorm_epsilon": "norm_epsilon",
     "gated_linear_unit": "swiglu",
     "num_moe_experts": "num_experts",
+    "untie_embeddings_and_output_weights": "not share_embeddings_and_output_weights",
     "layernorm_zero_centered_gamma": "apply_layernorm_1p",
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights": "not untie_embeddings_and_output_weights",
 }
 
-#: what no model of ours has, as it is in models that have none of it either
+#: what no model of ours has, as it is in models that have none of it either; where False is such a value None is too
 _NEUTRAL: dict[str, tuple[Plain, ...]] = {
     "activation_func_clamp_value": (None,),
     "apply_residual_connection_post_layernorm": (False,),
@@ -46,10 +48,9 @@ _NEUTRAL: dict[str, tuple[Plain, ...]] = {
     "multi_latent_attention": (False,),
     "no_rope_freq": (None, 0),
     "openai_gelu": (False,),
-    "position_embedding_type": ("rope",),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
-    "rope_scaling": (False, None),
+    "rope_scaling": (False,),
     "rotary_interleaved": (False,),
     "seq_len_interpolation_factor": (None, 1),
     "softmax_scale": (None,),
@@ -57,12 +58,24 @@ _NEUTRAL: dict[str, tuple[Plain, ...]] = {
     "squared_relu": (False,),
     "use_mup": (False,),
     "use_rope_scaling": (False,),
-    "window_size": (None,),
+    "window_size": (None, [-1, -1]),
 }
 
 
+def not_stock(a: Architecture) -> str | None:
+    """Why a model cannot be Megatron-Core's own GPTModel; None for one that can."""
+    pre = NORM_SCHEMES["pre"].plan(0, a.num_layers)
+    if a.policy.repeat != 1:
+        return f"phd_repeat={a.policy.repeat}: that model knows no copies of a token"
+    for block in a.blocks:
+        plain = (block.attention, block.mlp) == (pre.attention, pre.mlp) and block.heads in ("", "qk")
+        if not plain or block.qk_norm_width != "head" or NORM_SCHEMES[a.norm_scheme].embed_norm:
+            return f"norm_scheme={a.norm_scheme}: that model is the one of pre or pre_qk"
+    return None
+
+
 def words_of(a: Architecture) -> Json:
-    """A model with one copy of each token, by ``TransformerConfig``'s and GPTModel's names."""
+    """A model with one copy of each token, by our names, which are ``TransformerConfig``'s where it has one."""
     words: Json = {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -79,7 +92,7 @@ def words_of(a: Architecture) -> Json:
         "rotary_base": a.rotary_base,
         "rotary_percent": a.rotary_percent,
         "position_embedding_type": "rope",
-        "share_embeddings_and_output_weights": a.tied,
+        "untie_embeddings_and_output_weights": not a.tied,
         "num_moe_experts": None,
     }
     if a.moe is not None:
@@ -104,8 +117,8 @@ def args_of(a: Architecture) -> Json:
     """The same by Megatron-LM's names."""
     found: Json = {"group_query_attention": a.groups != a.heads}
     for name, value in words_of(a).items():
-        theirs = _OF_MEGATRON_LM.get(name, name)
-        found[theirs.removeprefix("not ")] = not value if theirs.startswith("not ") else value
+        theirs = _OTHER_NAMES.get(name, name)
+        found[name if theirs.startswith("not ") else theirs] = value
     return found
 
 
@@ -117,13 +130,11 @@ def differences(said: Mapping[str, Plain], ours: Architecture) -> Iterator[str]:
     Args:
         said: by either's names.
     """
-    expected = words_of(ours)
-    for name in (*expected, *(name for name in _NEUTRAL if name not in expected)):
+    expected = {name: (value,) for name, value in words_of(ours).items()}
+    expected["activation_func"] = ("silu" if ours.gated else "gelu",)
+    for name, accepted in {**_NEUTRAL, **expected}.items():
         value, is_there = _said(said, name)
-        if not is_there:
-            continue
-        accepted = (expected[name],) if name in expected else _NEUTRAL[name]
-        if not any(_same(name, value, one, ours) for one in accepted):
+        if is_there and not any(_same(name, value, one, ours) for one in accepted):
             yield f"{name}={shown(value)}, not {shown(accepted[0])}"
 
 
@@ -145,28 +156,67 @@ def _said(said: Mapping[str, Plain], name: str) -> tuple[Plain, bool]:
         name = "num_attention_heads"  # without groups Megatron-LM's args say 1
     if name in said:
         return said[name], True
-    theirs = _OF_MEGATRON_LM.get(name, "")
+    theirs = _OTHER_NAMES.get(name, "")
     bare = theirs.removeprefix("not ")
     return (not said[bare] if bare != theirs else said[bare], True) if bare in said else (None, False)
 
 
 def _same(name: str, theirs: Plain, ours: Plain, model: Architecture) -> bool:
-    if theirs is None and name in _IF_NONE:
-        theirs = _IF_NONE[name](model)
-    if name == "moe_layer_freq" and isinstance(theirs, int):
-        theirs = [int(index % theirs == 0) for index in range(model.num_layers)]
     if name == "add_qkv_bias" and model.linear_bias:
         return True  # Megatron-Core's layers have it then, whatever this says
-    if isinstance(theirs, float) and isinstance(ours, (int, float)):
-        return abs(theirs - ours) <= 1e-9 * abs(ours)
-    return bool(theirs == ours)
+    if theirs is None and (name in _IF_NONE or ours is False):
+        theirs = _IF_NONE[name](model) if name in _IF_NONE else False
+    if name in _READ:
+        theirs = _READ[name](theirs, model)
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        return _close(theirs, ours)
+    return type(theirs) in (bool, int, float, str, list, type(None)) and bool(theirs == ours)
 
 
-_IF_NONE = {
+def _close(theirs: Plain, ours: float) -> bool:
+    if isinstance(theirs, bool) or not isinstance(theirs, (int, float, str)):
+        return False
+    try:
+        return abs(float(theirs) - ours) <= 1e-9 * abs(ours)  # YAML has 1e-06 for a text
+    except (ValueError, OverflowError):
+        return False
+
+
+_IF_NONE: dict[str, Callable[[Architecture], Plain]] = {
     "num_query_groups": lambda model: model.heads,
     "kv_channels": lambda model: model.hidden_size // model.heads,
     "ffn_hidden_size": lambda model: 4 * model.hidden_size,
     "moe_ffn_hidden_size": lambda model: model.ffn_hidden_size,
     "moe_router_topk_scaling_factor": lambda model: 1.0,
-    "moe_shared_expert_intermediate_size": lambda model: None,
+}
+
+
+def _layers(said: Plain, model: Architecture) -> Plain:
+    """``moe_layer_freq`` as a list: a frequency, or Megatron-LM's text ``([0]*1+[1]*3)``."""
+    if type(said) is int and said > 0:
+        return [int(index % said == 0) for index in range(model.num_layers)]
+    if isinstance(said, str):
+        parts = [re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?", part) for part in _bare(said).split("+")]
+        found = [list(map(int, part[1].split(","))) * int(part[2] or 1) for part in parts if part]
+        return [layer for some in found for layer in some] if all(parts) else said
+    return list(said) if isinstance(said, tuple) else said
+
+
+def _bare(text: str) -> str:
+    return text.replace(" ", "").removeprefix("(").removesuffix(")")
+
+
+def _activation(said: Plain, model: Architecture) -> Plain:
+    """The name of a function: Bridge writes where it lies, and torch has gelu in several places."""
+    path = said.get("_target_") if isinstance(said, dict) else said if isinstance(said, str) else type(said).__name__
+    return str(path).rpartition(".")[2]
+
+
+_READ: dict[str, Callable[[Plain, Architecture], Plain]] = {
+    "moe_layer_freq": _layers,
+    "activation_func": _activation,
+    "moe_shared_expert_intermediate_size": lambda said, model: said or None,
+    "no_rope_freq": lambda said, model: None if isinstance(said, list) and not any(said) else said,
+    "softmax_scale": lambda said, model: None if _close(said, model.head_dim**-0.5) else said,
+    "window_size": lambda said, model: list(said) if isinstance(said, tuple) else said,
 }

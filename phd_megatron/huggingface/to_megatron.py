@@ -28,7 +28,7 @@ from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.status import METADATA, iteration_dir, iteration_of
 from phd_megatron.checkpoint.stock_names import in_their_names
 from phd_megatron.checkpoint.store import CheckpointError, metadata_text
-from phd_megatron.config.stock_model import args_of
+from phd_megatron.config.stock_model import args_of, not_stock
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
@@ -37,7 +37,6 @@ from phd_megatron.huggingface.export_output import check_output
 from phd_megatron.huggingface.families import export_family
 from phd_megatron.huggingface.mapping import Experts, Rule, model_rules
 from phd_megatron.huggingface.shards import Log
-from phd_megatron.norm.schemes import NORM_SCHEMES
 from phd_megatron.runtime.output import new_directory
 
 #: beside the checkpoint: who wrote it
@@ -135,20 +134,12 @@ def _not_ours(directory: Path) -> str | None:
     return None
 
 
-def _check_stock(a: Architecture, source: MegatronCheckpoint) -> None:
-    pre = NORM_SCHEMES["pre"].plan(0, a.num_layers)
-    if a.policy.repeat != 1:
-        problem = f"phd_repeat={a.policy.repeat}: its model knows no copies of a token"
-    elif any((block.attention, block.mlp) != (pre.attention, pre.mlp) for block in a.blocks) or any(
-        block.heads not in ("", "qk") or block.qk_norm_width != "head" for block in a.blocks
-    ):
-        problem = f"norm_scheme={a.norm_scheme}: its model is that of pre or pre_qk"
-    else:
-        return
-    raise UserError(
-        f"{source.directory} cannot be a checkpoint of Megatron-Core's own GPTModel: {problem}; phd-megatron's "
-        "checkpoints load in phd-megatron, and export without --to makes a Hugging Face directory"
-    )
+def _check_stock(architecture: Architecture, source: MegatronCheckpoint) -> None:
+    if problem := not_stock(architecture):
+        raise UserError(
+            f"{source.directory} cannot be a checkpoint of Megatron-Core's own GPTModel: {problem}; phd-megatron's "
+            "checkpoints load in phd-megatron, and export without --to makes a Hugging Face directory"
+        )
 
 
 def _pieces(source: MegatronCheckpoint, rules: list[Rule], a: Architecture, dtype: str) -> dict[str, list[_Piece]]:

@@ -125,12 +125,12 @@ def test_another_type_of_number(make_checkpoint, tmp_path):
 
 
 REFUSED = {
-    "copies": ({"norm_scheme": "pre", "phd_repeat": 2}, "phd_repeat=2: its model knows no copies of a token"),
-    "hybrid": ({"norm_scheme": "hybrid"}, "norm_scheme=hybrid: its model is that of pre or pre_qk"),
-    "hybrid_star": ({"norm_scheme": "hybrid_star"}, "norm_scheme=hybrid_star: its model is that of pre or pre_qk"),
-    "post": ({"norm_scheme": "post"}, "norm_scheme=post: its model is that of pre or pre_qk"),
-    "olmoe": ({"norm_scheme": "olmoe"}, "norm_scheme=olmoe: its model is that of pre or pre_qk"),
-    "embed_norm": ({"norm_scheme": "embed_norm"}, "norm_scheme=embed_norm: its model is that of pre or pre_qk"),
+    "copies": ({"norm_scheme": "pre", "phd_repeat": 2}, "phd_repeat=2: that model knows no copies of a token"),
+    "hybrid": ({"norm_scheme": "hybrid"}, "norm_scheme=hybrid: that model is the one of pre or pre_qk"),
+    "hybrid_star": ({"norm_scheme": "hybrid_star"}, "norm_scheme=hybrid_star: that model is the one of pre or pre_qk"),
+    "post": ({"norm_scheme": "post"}, "norm_scheme=post: that model is the one of pre or pre_qk"),
+    "olmoe": ({"norm_scheme": "olmoe"}, "norm_scheme=olmoe: that model is the one of pre or pre_qk"),
+    "embed_norm": ({"norm_scheme": "embed_norm"}, "norm_scheme=embed_norm: that model is the one of pre or pre_qk"),
 }
 
 

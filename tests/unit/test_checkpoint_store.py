@@ -20,6 +20,7 @@ def save(root: Path, iteration: int, content: str = "weights") -> Path:
     """A whole save: prepare, write, commit."""
     path = store.prepare_iteration(root, iteration)
     (path / "__0_0.distcp").write_text(content)
+    (path / "run_config.yaml").touch()
     return store.commit_iteration(root, iteration, FORMAT)
 
 

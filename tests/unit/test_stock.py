@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import io
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -16,11 +18,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from phd_megatron.checkpoint.reader import CheckpointReader
 from phd_megatron.checkpoint.status import is_stock, own_config
-from phd_megatron.checkpoint.stock import Stock, place_in_run, stock_checks
+from phd_megatron.checkpoint.stock import Stock, _groups_for, place_in_run, stock_checks
 from phd_megatron.checkpoint.stock_names import Place, asked_there, in_our_names, in_their_names
+from phd_megatron.checkpoint.store import prune
 from phd_megatron.config.architecture import architecture_of
 from phd_megatron.config.schema import ModelConfig, RunConfig
-from phd_megatron.config.stock_model import args_of, check_words, differences, words_of
+from phd_megatron.config.stock_model import args_of, check_words, differences, not_stock, words_of
 from phd_megatron.errors import UserError
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
@@ -142,8 +145,17 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
     ({"rotary_percent": 0.5}, "rotary_percent=0.5, not 1.0"),
     ({"kv_channels": 16}, "kv_channels=16, not 8"),
     ({"swiglu": False}, "gated_linear_unit=False, not True"),
-    ({"untie_embeddings_and_output_weights": True}, "share_embeddings_and_output_weights=False, not True"),
-    ({"share_embeddings_and_output_weights": False}, "share_embeddings_and_output_weights=False, not True"),
+    ({"untie_embeddings_and_output_weights": True}, "untie_embeddings_and_output_weights=True, not False"),
+    ({"share_embeddings_and_output_weights": False}, "untie_embeddings_and_output_weights=True, not False"),
+    ({"activation_func": {"_target_": "torch._C._nn.gelu", "_call_": False}}, "activation_func="),
+    ({"activation_func": "megatron.core.activations.squared_relu"}, "activation_func="),
+    ({"no_rope_freq": [0, 1, 0, 0]}, "no_rope_freq=[0, 1, 0, 0], not None"),
+    ({"softmax_scale": 0.5}, "softmax_scale=0.5, not None"),
+    ({"layernorm_epsilon": "1e-06"}, "layernorm_epsilon='1e-06', not 1e-05"),
+    ({"layernorm_epsilon": "small"}, "layernorm_epsilon='small', not 1e-05"),
+    ({"num_layers": torch.tensor([1, 2])}, "num_layers=tensor([1, 2]), not 4"),
+    ({"num_layers": True}, "num_layers=True, not 4"),
+    ({"no_rope_freq": torch.tensor([1, 2])}, "no_rope_freq=tensor([1, 2]), not None"),
     ({"normalization": "LayerNorm"}, "normalization='LayerNorm', not 'RMSNorm'"),
     ({"qk_layernorm": True}, "qk_layernorm=True, not False"),
     ({"add_qkv_bias": True}, "add_qkv_bias=True, not False"),
@@ -162,7 +174,8 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("said", "named"), DIFFERENT, ids=[named for _, named in DIFFERENT])
 def test_another_model_is_refused_by_name(said: dict[str, Any], named: str) -> None:
-    assert named in list(differences({**said}, MODELS["dense"]))
+    (found,) = differences(said, MODELS["dense"])
+    assert found.startswith(named)
     with pytest.raises(UserError, match="is of another model, by what it says of itself: "):
         check_words(said, MODELS["dense"], "DIR")
 
@@ -175,6 +188,52 @@ def test_defaults_that_follow_from_sizes() -> None:
     assert not list(differences({"add_bias_linear": True, "add_qkv_bias": False}, biased))
 
 
+def test_other_words_for_nothing() -> None:
+    """As configurations of ordinary models have them."""
+    said: dict[str, Any] = {"no_rope_freq": [0, 0, 0, 0], "window_size": (-1, -1), "softmax_scale": 8**-0.5}
+    said |= {"rotary_interleaved": None, "qk_layernorm": None, "layernorm_epsilon": "1e-05", "rope_scaling": None}
+    said |= {"activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False}}
+    assert not list(differences(said, MODELS["dense"]))
+    gelu = architecture(gated_linear_unit=False)
+    assert not list(differences({"activation_func": {"_target_": "torch._C._nn.gelu"}}, gelu))
+    assert list(differences({"activation_func": {"_target_": "torch.nn.functional.silu"}}, gelu))
+    without_shared = {"moe_shared_expert_intermediate_size": 0, "moe_layer_freq": "([1]*3+[1])"}
+    assert not list(differences(without_shared, MODELS["moe"]))
+    for odd in (0, -1, "[1]*x", "[2]*4", [1, 1]):
+        assert list(differences({"moe_layer_freq": odd}, MODELS["moe"])), odd
+
+
+#: norm scheme and the like -> how it is named
+NOT_STOCK = {
+    "post_pre": "norm_scheme=post_pre",  # with the names of pre
+    "pre_qk_post": "norm_scheme=pre_qk_post",
+    "olmoe": "norm_scheme=olmoe",
+    "embed_norm": "norm_scheme=embed_norm",
+    "hybrid_star": "norm_scheme=hybrid_star",
+}
+
+
+@pytest.mark.parametrize("scheme", NOT_STOCK)
+def test_another_scheme_is_refused_whatever_its_names(tmp_path: Path, scheme: str) -> None:
+    assert not_stock(architecture(norm_scheme=scheme)).startswith(NOT_STOCK[scheme])
+    stock = read(checkpoint(tmp_path / "iter_0000010", {}))
+    run = RunConfig(model=ModelConfig(**SIZES, vocab_size=50, norm_scheme=scheme))
+    for run.checkpoint.finetune in (False, True):
+        with pytest.raises(
+            UserError, match=f"this run has norm_scheme={scheme}: that model is the one of pre or pre_qk"
+        ):
+            stock_checks(stock, {}, run)
+
+
+def test_copies_come_with_a_finetune_alone(tmp_path: Path) -> None:
+    stock = read(checkpoint(tmp_path / "iter_0000010", {}))
+    run = RunConfig(model=ModelConfig(**SIZES, vocab_size=50, phd_repeat=2))
+    with pytest.raises(UserError, match=r"phd_repeat=2: that model knows no copies .* --finetune"):
+        stock_checks(stock, {}, run)
+    run.checkpoint.finetune = True
+    assert stock_checks(stock, {}, run)
+
+
 def test_experts() -> None:
     model = architecture(transformer={**MOE, "moe_layer_freq": [1, 0, 1, 0]})
     assert not list(differences({"moe_layer_freq": 2, "moe_router_topk_scaling_factor": None}, model))
@@ -182,6 +241,7 @@ def test_experts() -> None:
         "moe_router_topk=1, not 2",
         "moe_layer_freq=1, not [1, 0, 1, 0]",
     ]
+    assert not list(differences({"moe_layer_freq": "([1,0]*2)"}, model))
     assert not list(differences({"moe_router_topk": 1, "num_experts": None}, MODELS["dense"])), "a default of others"
     same = architecture(transformer={"num_moe_experts": 4})
     assert not list(differences({"moe_ffn_hidden_size": None}, same))
@@ -254,6 +314,57 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | list[int]) -> 
         read(path)
 
 
+@pytest.mark.parametrize("args", [5, "x", [1]], ids=["number", "text", "list"])
+def test_args_that_are_no_names(tmp_path: Path, args: Any) -> None:
+    with pytest.raises(UserError, match=r"is damaged: its args are .*, no names; load another checkpoint"):
+        read(checkpoint(tmp_path / "iter_0000010", {"args": args}))
+
+
+def test_args_may_be_a_mapping_and_hold_anything(tmp_path: Path) -> None:
+    odd = {"a": numpy.float64(1), "b": numpy.arange(3), "c": collections.defaultdict(list, {1: [2]}), "d": {1, 2}}
+    stock = read(checkpoint(tmp_path / "iter_0000010", {"args": {"num_layers": 4, **odd}}))
+    assert stock.model["num_layers"] == 4 and stock.model["c"] == {1: [2]}
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1, 2]), 10**30, -1, 1.5, True, "10"], ids=str)
+def test_counts_that_are_none(tmp_path: Path, value: Any) -> None:
+    args = argparse.Namespace(consumed_train_samples=80)
+    stock = read(checkpoint(tmp_path / "iter_0000010", {"args": args, "iteration": value}))
+    assert stock.training_state == {"consumed_samples": 80}
+
+
+GROUP = {"lr": 0.1, "step": 3, "params": [0]}
+
+
+def test_groups_of_an_optimizer_at_any_depth() -> None:
+    def groups(saved: Any, *parts: int) -> Any:
+        stock = Stock(Path("DIR"), {"optimizer": saved}, {}, {})
+        return _groups_for({part: {} for part in parts}, stock)  # type: ignore[arg-type]
+
+    bare = {"lr": 0.1, "step": 3}
+    alone = {"optimizer": {"param_groups": [bare]}}
+    assert groups({"optimizer": {"param_groups": [GROUP]}}) == alone
+    assert groups({"param_groups": [{"lr": 0.1}], "state": {"common_step": 3}}) == alone
+    two = {"optimizer": {"param_groups": [bare, bare]}}
+    assert groups({0: {"optimizer": {"param_groups": [GROUP]}}, 1: {"param_groups": [GROUP]}}, 0, 1) == {0: two, 1: two}
+    for saved in ({}, {"param_groups": []}, None, 5):
+        with pytest.raises(UserError, match="without the groups of their parameters"):
+            groups(saved)
+    endless: dict[str, Any] = {}
+    endless["optimizer"] = endless
+    with pytest.raises(UserError, match="without the groups of their parameters"):
+        groups(endless)
+    for saved in ({"param_groups": [{"lr": 0.1}]}, {"param_groups": [5]}, {"param_groups": [GROUP, {"step": "3"}]}):
+        with pytest.raises(UserError, match=r"does not say how many steps its optimizer did; .*--no-load-optim"):
+            groups(saved)
+
+
+@pytest.mark.parametrize("size", [(), (10**9, 3)], ids=["none", "too many"])
+def test_shapes_that_no_layers_have(size: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"metadata is damaged: decoder\.layers\.a has the shape .*; load another"):
+        in_our_names({"decoder.layers.a": entry(*size)})
+
+
 def test_what_a_checkpoint_does_not_say(tmp_path: Path) -> None:
     stock = read(checkpoint(tmp_path / "iter_0000010", {"iteration": 10}))
     with pytest.raises(UserError, match=r"training_state\.json is missing, and no consumed_samples .*--finetune"):
@@ -265,12 +376,29 @@ def test_what_a_checkpoint_does_not_say(tmp_path: Path) -> None:
     assert len(stock_checks(stock, {}, run)) == 2
 
 
-def test_a_vocabulary_with_too_few_rows_is_refused(tmp_path: Path) -> None:
-    stock = read(checkpoint(tmp_path / "iter_0000010", {}))
-    run = RunConfig(model=ModelConfig(**SIZES, vocab_size=50))
-    assert stock_checks(stock, {"embedding.word_embeddings.weight": entry(50, 32)}, run)
-    with pytest.raises(UserError, match="has 49 rows of the vocabulary and this run 50 tokens"):
-        stock_checks(stock, {"embedding.word_embeddings.weight": entry(49, 32)}, run)
+#: (rows there, tokens that it says, tokens of the run) -> a note, nothing or a refusal
+VOCABULARIES = [
+    ((64, None, 50), ""),
+    ((64, 50, 50), ""),
+    ((64, 50, 64), ""),
+    ((128, None, 50), "note: it has 128 rows of the vocabulary, of which this run keeps 64"),
+    ((49, None, 50), "has 49 rows of the vocabulary and this run 50 tokens; use the tokenizer"),
+    ((64, 60, 50), "is of 60 tokens and this run of 50; use the tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "said"), VOCABULARIES)
+def test_vocabularies(tmp_path: Path, sizes: tuple[int, int | None, int], said: str) -> None:
+    rows, theirs, ours = sizes
+    stock = read(checkpoint(tmp_path / "iter_0000010", {"args": {"vocab_size": theirs}}))
+    run = RunConfig(model=ModelConfig(**SIZES, vocab_size=ours, make_vocab_size_divisible_by=64))
+    table = {"embedding.word_embeddings.weight": entry(rows, 32)}
+    if said.startswith(("has", "is")):
+        with pytest.raises(UserError, match=said):
+            stock_checks(stock, table, run)
+    else:
+        notes = [note for note in stock_checks(stock, table, run) if "rows" in note]
+        assert notes == ([said] if said else [])
 
 
 BRIDGE = """\
@@ -281,6 +409,17 @@ model:
 train:
   global_batch_size: 16
 """
+
+
+def test_the_checkpoint_that_a_run_began_with_is_not_deleted(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3):
+        path = tmp_path / f"iter_000000{iteration}"
+        path.mkdir()
+        (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        if iteration > 1:
+            (path / "run_config.yaml").write_text("model: {}")
+    assert prune(tmp_path, 1, current=3) == [tmp_path / "iter_0000002"]
+    assert (tmp_path / "iter_0000001").is_dir()
 
 
 def test_bridges_files(tmp_path: Path) -> None:
