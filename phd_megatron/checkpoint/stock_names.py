@@ -17,16 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from phd_megatron.checkpoint.store import CheckpointError
+from phd_megatron.model.layer_specs import NORMS_IN_LINEAR
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
-#: ours -> theirs
 _BEFORE_FFN = "pre_mlp_layernorm."
-_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    _BEFORE_FFN: "mlp.linear_fc1.layer_norm_",
-}
 _ALIKE = re.compile(r"(.*\b)?decoder\.layers\.(?!\d)(.*)")
 _NUMBERED = re.compile(r"(.*\b)?decoder\.layers\.(\d+)\.(.*)")
 _MOST_LAYERS = 10_000
@@ -82,7 +78,7 @@ def in_our_names(stored: Mapping[str, STORAGE_TYPES]) -> tuple[Stored, dict[str,
 
 
 def _ours(name: str) -> str:
-    for ours, theirs in _NORMS.items():
+    for theirs, ours in NORMS_IN_LINEAR.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return name
@@ -124,7 +120,7 @@ def in_their_names(keys: Collection[str], *, alike: bool) -> dict[str, list[str]
 
 
 def _theirs(name: str, *, has_experts: bool) -> list[str]:
-    for ours, theirs in _NORMS.items():
+    for theirs, ours in NORMS_IN_LINEAR.items():
         if name.startswith(ours):
             renamed = theirs + name.removeprefix(ours)
             return [name, renamed] if has_experts and ours == _BEFORE_FFN else [renamed]

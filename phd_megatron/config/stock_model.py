@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from phd_megatron.config.architecture import Architecture
 from phd_megatron.config.plain import Json, Plain
 from phd_megatron.errors import UserError, shown
-from phd_megatron.norm.schemes import NORM_SCHEMES
+from phd_megatron.norm.schemes import norm_scheme
 
 #: our option -> what others call it; ``not`` inverts the value
 _OTHER_NAMES = {
@@ -64,12 +64,12 @@ _NEUTRAL: dict[str, tuple[Plain, ...]] = {
 
 def not_stock(a: Architecture) -> str | None:
     """Why a model cannot be Megatron-Core's own GPTModel; None for one that can."""
-    pre = NORM_SCHEMES["pre"].plan(0, a.num_layers)
+    pre = norm_scheme("pre").plan(0, a.num_layers)
     if a.policy.repeat != 1:
         return f"phd_repeat={a.policy.repeat}: that model knows no copies of a token"
     for block in a.blocks:
         plain = (block.attention, block.mlp) == (pre.attention, pre.mlp) and block.heads in ("", "qk")
-        if not plain or block.qk_norm_width != "head" or NORM_SCHEMES[a.norm_scheme].embed_norm:
+        if not plain or block.qk_norm_width != "head" or norm_scheme(a.norm_scheme).embed_norm:
             return f"norm_scheme={a.norm_scheme}: that model is the one of pre or pre_qk"
     return None
 

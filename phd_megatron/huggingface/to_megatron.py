@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from phd_megatron.checkpoint.find import RELEASE, TRACKER
 from phd_megatron.checkpoint.format import FORMAT
@@ -234,18 +241,42 @@ def _common(source: MegatronCheckpoint, a: Architecture) -> dict[str, object]:
     }
 
 
+class _Comparison(dcp.DefaultLoadPlanner):
+    """Reads each piece by itself and compares it with the checkpoint's."""
+
+    def __init__(self, source: MegatronCheckpoint, pieces: dict[str, list[_Piece]]) -> None:
+        super().__init__()
+        self._source, self._pieces = source, pieces
+        self.differ: list[str] = []
+
+    def _piece(self, item: ReadItem) -> _Piece:
+        return self._pieces[item.dest_index.fqn][item.dest_index.index or 0]
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for name, parts in self._pieces.items():
+            for number, piece in enumerate(parts):
+                chunk = piece.chunk()
+                index, none = MetadataIndex(name, chunk.offsets, number), torch.Size([0] * len(chunk.sizes))
+                items.append(ReadItem(LoadItemType.TENSOR, index, none, index, none, chunk.sizes))
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        piece = self._piece(read_item)
+        return torch.empty(piece.chunk().sizes, dtype=piece.dtype)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        expected = self._piece(read_item).read(self._source).contiguous()
+        if not torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)):
+            self.differ.append(read_item.dest_index.fqn)
+
+
 def _compare(directory: Path, source: MegatronCheckpoint, pieces: dict[str, list[_Piece]]) -> None:
-    reader = CheckpointReader(directory)
-    for name, piece, tensor in _read_again(reader, pieces):
-        if not torch.equal(tensor.view(torch.uint8), piece.read(source).contiguous().view(torch.uint8)):
-            raise CheckpointError(f"{name} is not in {directory} what was written; look at the disk, and export again")
-
-
-def _read_again(reader: CheckpointReader, pieces: dict[str, list[_Piece]]) -> Iterator[tuple[str, _Piece, Tensor]]:
-    for name, parts in pieces.items():
-        whole = torch.empty(parts[0].size(), dtype=parts[0].dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")
-            dcp.load({name: whole}, storage_reader=reader, no_dist=True)
-        for piece in parts:
-            yield name, piece, whole if piece.index is None else whole[piece.index : piece.index + 1]
+    comparison = _Comparison(source, pieces)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        dcp.load(dict.fromkeys(pieces), storage_reader=CheckpointReader(directory), planner=comparison, no_dist=True)
+    if comparison.differ:
+        raise CheckpointError(
+            f"{comparison.differ[0]} is not in {directory} what was written; look at the disk, and export again"
+        )

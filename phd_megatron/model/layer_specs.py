@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
     from phd_megatron.norm.schemes import SublayerNorm
 
+#: a norm inside the linear layer that reads it, as Megatron-Core names it -> the name of its role
+NORMS_IN_LINEAR = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
 # One checkpoint name per role, whatever slot of Megatron-Core's layer the scheme uses for it.
 _CHECKPOINT_NAMES = {
     "pre_cross_attn_layernorm.": "pre_mlp_layernorm.",
@@ -39,9 +45,7 @@ _CHECKPOINT_NAMES = {
     "self_attn_bda.output_norm.": "attention_output_layernorm.",
     "mlp_bda.output_norm.": "mlp_output_layernorm.",
     "self_attention.core_attention.c_layernorm.": "self_attention.c_layernorm.",
-    # norms inside a linear layer
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    **NORMS_IN_LINEAR,
 }
 
 

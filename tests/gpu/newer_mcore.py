@@ -1,9 +1,10 @@
 """What newer versions of Megatron-Core bring, measured with Megatron's own modules: why we use it, or do not.
 
-Two questions, each answered by times taken in turn in one process, without an optimizer. Is a norm that returns its
-residual too (``fused_residual_rmsnorm``) faster than a norm and autograd's own sum of two gradients? What do layers of
-a stock GPTModel take in time and memory whose inputs go to the host (``fine_grained_activation_offloading``), beside
-the same layers as they are, with attention recomputed, and with whole layers recomputed?
+Two questions, answered in one process, without an optimizer. Is a norm that returns its residual too
+(``fused_residual_rmsnorm``) faster than a norm and autograd's own sum of two gradients (times taken in turn)? What do
+layers of a stock GPTModel take in time and memory whose inputs go to the host (``fine_grained_activation_offloading``),
+beside the same layers as they are, with attention recomputed, and with whole layers recomputed (one model after the
+other, so that differences of time below the spread of a model's rounds say nothing)?
 
     python tests/gpu/newer_mcore.py [FILE.json]      Megatron-Core 0.19 and Transformer Engine; about two minutes
 """
@@ -129,7 +130,7 @@ def model_step(model: GPTModel) -> float:
 
 
 def whole_models() -> dict[str, object]:
-    """One model after the other, each against the first, which is timed anew beside it: two never lie side by side."""
+    """One model after the other, since what each holds in memory is measured."""
     results: dict[str, object] = {}
     for name, changes in MEMBERS.items():
         try:

@@ -174,3 +174,19 @@ def test_a_tensor_that_the_disk_holds_otherwise_is_named(make_checkpoint, tmp_pa
     with pytest.raises(UserError, match=r"embedding\.word_embeddings\.weight is not in .* what was written|is damaged"):
         export_to_megatron(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_written_is_compared_a_layer_at_a_time(make_checkpoint, tmp_path, monkeypatch):
+    from phd_megatron.huggingface.to_megatron import _Comparison
+
+    asked = []
+
+    def resolved(self, read_item):
+        asked.append(tuple(read_item.lengths))
+        return resolve(self, read_item)
+
+    resolve = _Comparison.resolve_tensor
+    monkeypatch.setattr(_Comparison, "resolve_tensor", resolved)
+    export_to_megatron(make_checkpoint(norm_scheme="pre"), tmp_path / "out")
+    assert asked.count((1, 24, 40)) == 3 and (3, 24, 40) not in asked, "mlp.linear_fc2"
+    assert len(asked) == 2 + 3 * 6
