@@ -1,7 +1,8 @@
 """SwiGLU (arXiv 2002.05202) as one differentiable function: one Triton kernel each way on a GPU, torch elsewhere.
 
 Both ways write both halves of the input's gradient in place instead of joining two tensors.
-:func:`swiglu_reference` is the definition.
+:func:`swiglu_reference` is the definition. :func:`weighted_swiglu` multiplies each row by a weight as well, the
+router's of an expert, and :func:`weighted_swiglu_reference` is its definition.
 """
 
 from __future__ import annotations
@@ -32,6 +33,23 @@ def swiglu_reference(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def weighted_swiglu(gate_and_up: Tensor, weights: Tensor) -> Tensor:
+    """``[rows, 2f]`` and ``[rows]`` to ``weights * silu(gate) * up``, ``[rows, f]`` in the type of the first."""
+    if runs_on_gpu(gate_and_up.device, gate_and_up.dtype):
+        return weighted_swiglu_triton(gate_and_up, weights)
+    return _WeightedSwiGLU.apply(gate_and_up, weights)
+
+
+def weighted_swiglu_triton(gate_and_up: Tensor, weights: Tensor) -> Tensor:
+    """The same in Triton: computed in float32, rounded once."""
+    return _TritonWeightedSwiGLU.apply(gate_and_up, weights)
+
+
+def weighted_swiglu_reference(gate_and_up: Tensor, weights: Tensor) -> Tensor:
+    """The same through ordinary operations."""
+    return (swiglu_reference(gate_and_up) * weights.unsqueeze(-1)).to(gate_and_up.dtype)
+
+
 class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     shape: torch.Size
@@ -49,12 +67,36 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Saved, grad: Tensor) -> Tensor:
         gate_and_up, activated = ctx.saved_tensors
+        return _gradient(gate_and_up, activated, grad)
+
+
+def _gradient(gate_and_up: Tensor, activated: Tensor, grad: Tensor) -> Tensor:
+    """Of ``gate_and_up``, where ``activated`` is ``silu(gate)`` and ``grad`` the gradient of ``activated * up``."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    out = torch.empty_like(gate_and_up)
+    gate_grad, up_grad = out.chunk(2, dim=-1)
+    torch.mul(activated, grad, out=up_grad)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+    return out
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, gate_and_up: Tensor, weights: Tensor) -> Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_and_up)
-        gate_grad, up_grad = out.chunk(2, dim=-1)
-        torch.mul(activated, grad, out=up_grad)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
-        return out
+        activated = F.silu(gate)
+        ctx.save_for_backward(gate_and_up, activated, weights)
+        return (activated * up * weights.unsqueeze(-1)).to(gate_and_up.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_and_up, activated, weights = ctx.saved_tensors
+        up = gate_and_up.chunk(2, dim=-1)[1]
+        wide = torch.promote_types(grad.dtype, weights.dtype)
+        weights_grad = (grad.to(wide) * activated * up).sum(-1).to(weights.dtype)
+        weighted = (grad * weights.unsqueeze(-1)).to(grad.dtype)
+        return _gradient(gate_and_up, activated, weighted), weights_grad
 
 
 class _TritonSwiGLU(torch.autograd.Function):
@@ -83,3 +125,31 @@ class _TritonSwiGLU(torch.autograd.Function):
                 grad.contiguous(), rows, out, columns, rows.stride(0), BLOCK=BLOCK
             )
         return out.view(ctx.shape)
+
+
+class _TritonWeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, gate_and_up: Tensor, weights: Tensor) -> Tensor:
+        from .swiglu_kernels import BLOCK, weighted_swiglu_forward_kernel
+
+        rows, weights = gate_and_up.contiguous(), weights.contiguous()
+        columns = rows.size(1) // 2
+        out = rows.new_empty(rows.size(0), columns)
+        if rows.size(0):
+            grid = (rows.size(0), -(-columns // BLOCK))
+            weighted_swiglu_forward_kernel[grid](rows, weights, out, columns, BLOCK=BLOCK)
+        ctx.save_for_backward(rows, weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:
+        from .swiglu_kernels import BLOCK, weighted_swiglu_backward_kernel
+
+        rows, weights = ctx.saved_tensors
+        out, weights_grad = torch.empty_like(rows), torch.empty_like(weights)
+        if rows.size(0):
+            weighted_swiglu_backward_kernel[(rows.size(0),)](
+                grad.contiguous(), rows, weights, out, weights_grad, rows.size(1) // 2, BLOCK=BLOCK
+            )
+        return out, weights_grad

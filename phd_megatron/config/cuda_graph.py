@@ -81,11 +81,6 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
             f"{asked} with recompute_granularity={extra['recompute_granularity']}: recomputing sets random states, "
             f"which cannot be recorded; leave it out, or {_CURE}"
         )
-    if extra.get("num_moe_experts") is not None:
-        yield (
-            f"{asked} with num_moe_experts={extra['num_moe_experts']}: the host reads how many rows each expert gets; "
-            f"{_CURE}"
-        )
     if extra.get("fp8_param"):
         yield (
             f"{asked} with fp8_param=True: Transformer Engine notes in Python whether the transpose of such a weight "
@@ -96,7 +91,35 @@ def graph_problems(config: RunConfig) -> Iterator[str]:
             f"{asked} with overlap_grad_reduce=True: hooks in Python start each reduction and a step waits for it, "
             "and a replay skips both; leave it out (gradients are reduced after the graph then), or " + _CURE
         )
+    yield from _experts(config, asked)
     yield from _communication(parallel, asked)
+
+
+def _experts(config: RunConfig, asked: str) -> Iterator[str]:
+    """What lets the host read how many rows an expert gets. Stacked experts on one rank do not."""
+    model, extra = config.model, config.model.transformer
+    if extra.get("num_moe_experts") is None:
+        return
+    if model.moe_experts_backend in ("te", "sequential") or config.optimizer.optimizer == "muon":
+        given = f"moe_experts_backend={model.moe_experts_backend}"
+        given += " and optimizer=muon" if config.optimizer.optimizer == "muon" else ""
+        yield (
+            f"{asked} with {given}: the host reads how many rows each expert gets; use moe_experts_backend grouped_mm "
+            f"(muon has none), or {_CURE}"
+        )
+    if config.parallel.expert_model_parallel_size > 1:
+        yield (
+            f"{asked} with expert_model_parallel_size={config.parallel.expert_model_parallel_size}: the host reads how "
+            f"many rows go to each rank; use 1, or {_CURE}"
+        )
+    for name, why in (
+        ("moe_expert_capacity_factor", "how many rows are dropped is not known before"),
+        ("moe_router_padding_for_quantization", "how many rows are added is not known before"),
+        ("moe_permute_fusion", "Transformer Engine's permutation comes with Megatron-Core's dispatcher, which reads it"),
+        ("moe_shared_expert_overlap", "it comes with Megatron-Core's dispatcher, which reads how many rows there are"),
+    ):
+        if extra.get(name):
+            yield f"{asked} with {name}={extra[name]}: {why}; leave it out, or {_CURE}"
 
 
 def _communication(parallel: ParallelConfig, asked: str) -> Iterator[str]:

@@ -69,7 +69,7 @@ def switched_off(model: ModelConfig) -> list[str]:
 
 def for_cpu(model: ModelConfig) -> list[str]:
     """Make it the same model with what every machine has, in place; notes on what changes the numbers a little."""
-    model.transformer_impl = "local"
+    model.transformer_impl, model.moe_experts_backend = "local", "auto"
     drop_graph(model)
     for name in [n for n in model.transformer if any(fnmatchcase(n, pattern) for pattern in _LIBRARIES)]:
         del model.transformer[name]

@@ -53,6 +53,7 @@ from phd_megatron.config.facts import (
 )
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"]
+ExpertsBackend = Literal["auto", "grouped_mm", "te", "sequential"]
 CopyPositions = Literal["token", "repeated", "fraction"]
 
 _TO_SAVE = Needs("save", reason="a place to save")
@@ -131,6 +132,8 @@ class ModelConfig:
     head_init_method_std: Annotated[Deviation | None, INITIAL] = None
     #: PHD attention; triton ones fuse norm and RoPE too
     phd_attention_backend: Annotated[Backend, COMPUTING] = "auto"
+    #: products of experts; te takes Transformer Engine's, sequential one expert at a time
+    moe_experts_backend: Annotated[ExpertsBackend, COMPUTING] = "auto"
     #: linear and norm modules
     transformer_impl: Annotated[Literal["auto", "local", "transformer_engine"], COMPUTING] = "auto"
     #: further TransformerConfig fields by name

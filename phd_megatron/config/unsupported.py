@@ -38,6 +38,15 @@ def _without(switch: str) -> Test:
     return lambda value, config: _set(value, config) and config.model.transformer.get(switch) in (None, False)
 
 
+def _asked_without(switch: str) -> Test:
+    """The same of a field whose ``auto`` asks for nothing."""
+    return lambda value, config: value != "auto" and _without(switch)(value, config)
+
+
+def _one_by_one(value: Plain, config: RunConfig) -> bool:
+    return _set(value, config) and config.model.moe_experts_backend == "sequential"
+
+
 def _holds(*items: str) -> Test:
     return lambda value, config: any(item in items for item in (value if isinstance(value, list) else [value]))
 
@@ -73,7 +82,7 @@ _RECOMPUTE = "set recompute_granularity to full or selective"
 _SCHEDULE = "it needs a pipeline schedule of Megatron-Core that runs layers in pieces, which PHD's model does not offer"
 _NO_EXPERTS = "it has no effect without experts"
 _EXPERTS = "set num_moe_experts, or leave it out"
-_TE_GROUPED = "it needs Transformer Engine's grouped linear layers, which are not used here"
+_EITHER = "leave one of them out"
 _FLEX = "the flex dispatcher needs DeepEP or HybridEP, which are not supported"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _FLAT_CP = "every sample is cut over all context-parallel ranks alike, in one group"
@@ -121,10 +130,11 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     ),
     # --- mixture of experts
     Unsupported("expert_tensor_parallel_size", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
-    Unsupported("moe_*", _NO_EXPERTS, _EXPERTS, _without("num_moe_experts")),
-    Unsupported("moe_grouped_gemm", _TE_GROUPED, _TE_CURE, _with_local_layers),
+    Unsupported("moe_*", _NO_EXPERTS, _EXPERTS, _asked_without("num_moe_experts")),
+    Unsupported("moe_experts_backend", _TE, _TE_CURE, lambda v, config: v == "te" and _with_local_layers(v, config)),
+    Unsupported("moe_grouped_gemm", "moe_experts_backend=sequential says the opposite", _EITHER, _one_by_one),
     Unsupported(
-        "moe_use_legacy_grouped_gemm", "Megatron-Core has given its grouped_gemm layer up", "use moe_grouped_gemm"
+        "moe_use_legacy_grouped_gemm", "Megatron-Core has given its grouped_gemm layer up", "use moe_experts_backend"
     ),
     Unsupported("moe_token_dispatcher_type", _FLEX, "use alltoall or allgather", _holds("flex")),
     Unsupported("moe_enable_deepep", _FLEX, "use moe_token_dispatcher_type alltoall"),
@@ -299,8 +309,8 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "recompute_modules",
         "moe_act is a part of grouped experts",
-        "use moe, or set moe_grouped_gemm",
-        _holds_without("moe_grouped_gemm", "moe_act"),
+        "use moe, or another moe_experts_backend than sequential",
+        lambda value, config: _holds("moe_act")(value, config) and _one_by_one(value, config),
     ),
     Unsupported(
         "recompute_modules",

@@ -170,6 +170,11 @@ def _training(config: RunConfig, values: Mapping[str, Any]) -> Iterator[str]:
             )
         if config.training.fp16:
             yield "fp16=True with optimizer=muon: Megatron-Core has it for bf16 and float32; use bf16"
+        if config.model.moe_experts_backend == "grouped_mm":
+            yield (
+                "moe_experts_backend=grouped_mm with optimizer=muon: muon works on matrices of single experts, which "
+                "that stacks; use auto or sequential"
+            )
     elif parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         yield (
             "overlap_param_gather=True needs use_distributed_optimizer and overlap_grad_reduce (Megatron-Core's rule); "

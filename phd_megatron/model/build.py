@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.model.dispatch import replace_dispatchers
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.initialisation import initialise
 from phd_megatron.model.layer_specs import block_spec
@@ -20,6 +21,7 @@ from phd_megatron.model.moe import mark_expert_parameters
 from phd_megatron.model.quantised import plain_weights
 from phd_megatron.model.transformer_config import PHDTransformerConfig, build_transformer_config
 from phd_megatron.runtime.capabilities import probe
+from phd_megatron.runtime.expert_backends import experts_backend
 from phd_megatron.runtime.implementations import fused_norms, gradient_accumulation, use_transformer_engine
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.requirements import require
@@ -73,12 +75,16 @@ def _build_chunks(
     keep_copies: bool,
 ) -> list[PHDGPTModel]:
     config = build_transformer_config(run, keep_copies)
+    config.device = device
     accumulates = ""
     if device.type != "meta":  # shapes are the same whatever computes
         capabilities = probe(device.type, device.index)
         dims = ParallelDims.from_config(run.parallel, torch.distributed.get_world_size())
         require(run, dims, capabilities)
         config.transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
+        if run.model.transformer.get("num_moe_experts") is not None:
+            config.experts_backend, _ = experts_backend(run, config.transformer_engine, capabilities)
+        config.moe_grouped_gemm = config.experts_backend == "te"
         config.fused_norms = fused_norms(run.model, config.transformer_engine)
         accumulates, _ = gradient_accumulation(run.model, capabilities)
         if config.tp_comm_overlap:
@@ -128,6 +134,7 @@ def _build_chunk(
         vp_stage=vp_stage,
     )
     mark_expert_parameters(model)
+    replace_dispatchers(model)
     if device.type == "meta":
         return model
     with plain_weights(model, config.params_dtype):

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from phd_megatron.model.experts import StackedExperts
 from phd_megatron.model.routing_replay import choices_of
 from phd_megatron.runtime.mcore_versions import submodules
 
@@ -35,6 +36,8 @@ class PHDRouter(TopKRouter):
     too many for PHD, 1/TP and 1/CP of them where the sequence is split, and the sequence-level loss is left divided by
     ``micro_batch_size``.
 
+    Statistics are added up in memory that stays where it is, so that a step as a CUDA graph counts too.
+
     Attributes:
         losses: name to sum since the last :meth:`take_statistics`, this rank's share, without the coefficient.
         load: ``[experts]`` rows computed by each expert since then, from this rank.
@@ -47,8 +50,8 @@ class PHDRouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection, **further)
         self.router_replay = choices_of(self)
         self.losses: dict[str, Tensor] = {}
-        self.load: Tensor | None = None
-        self.entropy: Tensor | None = None
+        self.load = torch.zeros(config.num_moe_experts, dtype=torch.int64, device=config.device)
+        self.entropy = torch.zeros(2, dtype=torch.float64, device=config.device)
 
     @property
     def copies(self) -> int:
@@ -56,10 +59,11 @@ class PHDRouter(TopKRouter):
         pruned = self.layer_number == self.config.num_layers and self.config.phd_last_layer_pruning
         return 1 if pruned else self.config.kv_policy.repeat
 
-    def take_statistics(self) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    def take_statistics(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """``losses``, ``load`` and ``entropy``, which start afresh."""
-        taken = self.losses, self.load, self.entropy
-        self.losses, self.load, self.entropy = {}, None, None
+        taken = {name: value.clone() for name, value in self.losses.items()}, self.load.clone(), self.entropy.clone()
+        for value in (*self.losses.values(), self.load, self.entropy):
+            value.zero_()
         return taken
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,11 +73,10 @@ class PHDRouter(TopKRouter):
             # Filled up to capacity, the map also holds rows that an expert computes for nothing.
             padded = self.config.moe_pad_expert_input_to_capacity
             rows = (routing_map & (probs > 0) if padded else routing_map).sum(dim=0)
-            self.load = rows if self.load is None else self.load + rows
+            self.load += rows
             entropies = routing_entropy(logits.detach(), self.score_function)
-            total = entropies.sum(dtype=torch.float64)
-            both = torch.stack([total, torch.full_like(total, entropies.numel())])
-            self.entropy = both if self.entropy is None else self.entropy + both
+            self.entropy[0] += entropies.sum(dtype=torch.float64)
+            self.entropy[1] += entropies.numel()
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(
@@ -105,7 +108,9 @@ class PHDRouter(TopKRouter):
         # A group that spans data-parallel ranks speaks of several micro-batches at once.
         microbatches = group.size() // self.tp_cp_group.size()
         value = loss.detach().double() / coefficient * microbatches
-        self.losses[name] = self.losses[name] + value if name in self.losses else value
+        if name not in self.losses:  # in a step before the one that a graph records
+            self.losses[name] = torch.zeros_like(value)
+        self.losses[name] += value
         return MoEAuxLossAutoScaler.apply(activation, loss * originals)
 
     def _maintain_float32_expert_bias(self) -> None:
@@ -131,20 +136,20 @@ def routing_entropy(logits: Tensor, score_function: str) -> Tensor:
 def moe_spec(config: PHDTransformerConfig, activation: type | None) -> ModuleSpec:
     """Spec of an FFN with experts, in the place of a dense one.
 
-    Transformer Engine's linear layers are grouped into one where ``moe_grouped_gemm`` asks for it.
-
     Args:
         activation: module of the gated activation, as in dense layers.
     """
     spec = get_moe_module_spec(
         use_te=config.transformer_engine,
         num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
+        moe_grouped_gemm=config.experts_backend == "te",
     )
     parts = submodules(spec)
     parts.router = PHDRouter
     for experts in (parts.experts, parts.shared_experts):
         submodules(experts).activation_func = activation
+    if config.experts_backend == "grouped_mm":
+        parts.experts = StackedExperts
     return spec
 
 

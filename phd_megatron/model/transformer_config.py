@@ -34,6 +34,8 @@ class PHDTransformerConfig(TransformerConfig):
     phd_last_layer_pruning: bool = True
     transformer_engine: bool = False  #: linear layers and norms are Transformer Engine's
     fused_norms: bool = False  #: a norm that only a linear layer reads is computed inside it
+    device: torch.device | None = None  #: where our modules make their tensors; None is torch's default
+    experts_backend: str = "sequential"  #: how experts multiply (runtime.expert_backends), auto resolved
     copies_dropped_at_head: bool = False  #: the head has a pipeline stage of its own, and all copies travel there
     keep_copies: bool = False  #: no copy is dropped: the model gives the losses of all of them (a diagnostic)
     init_scheme: str = "normal"
@@ -90,6 +92,9 @@ def build_transformer_config(run: RunConfig, keep_copies: bool = False) -> PHDTr
         **_layout(run.parallel),
         **_precision(run),
         **_copies_and_norms(run, keep_copies),
+        # Megatron-Core's word for Transformer Engine's experts, which it wants for recomputing what all grouped ones
+        # can; which experts they are the machine decides (phd_megatron.runtime.expert_backends).
+        "moe_grouped_gemm": "moe_act" in (run.model.transformer.get("recompute_modules") or []),
     }
     try:
         return PHDTransformerConfig(**values)

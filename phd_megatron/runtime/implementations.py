@@ -18,6 +18,7 @@ from phd_megatron.kernels.phd_attention import choose_backend
 from phd_megatron.kernels.qkv_norm_rope import is_chosen, width_problem
 from phd_megatron.norm.schemes import norm_plan
 from phd_megatron.runtime.capabilities import Capabilities, version_text
+from phd_megatron.runtime.expert_backends import experts_backend
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ def use_transformer_engine(transformer_impl: str, capabilities: Capabilities) ->
 _USUAL_WIDTH = 64
 """Of a head, where a model does not say it."""
 _ONLY_THERE = (
-    "moe_grouped_gemm",
     "moe_permute_fusion",
     "moe_router_fusion",
     "tp_comm_overlap",
@@ -161,7 +161,7 @@ def _layers(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:
     else:
         yield Operation("GELU", "torch", "gated_linear_unit=False")
     if extra.get("num_moe_experts") is not None:
-        yield Operation("experts", *_experts(model, te, why))
+        yield _experts(run, te, capabilities)
 
 
 _TRITON, _TORCH = "phd_megatron.kernels, Triton", "phd_megatron.kernels, torch operations"
@@ -198,11 +198,16 @@ def _norms(model: ModelConfig, te: bool, why: str) -> tuple[str, str]:
     )
 
 
-def _experts(model: ModelConfig, te: bool, why: str) -> tuple[str, str]:
-    if model.transformer.get("moe_grouped_gemm"):
-        return "Transformer Engine grouped GEMM", "asked for by moe_grouped_gemm"
-    kind = "Transformer Engine" if te else "torch"
-    return f"{kind}, one GEMM per expert", "moe_grouped_gemm is not set" if te else f"a grouped GEMM needs TE; {why}"
+def _experts(run: RunConfig, te: bool, capabilities: Capabilities) -> Operation:
+    backend, why = experts_backend(run, te, capabilities)
+    implementation = {
+        "grouped_mm": "torch grouped_mm, weights stacked",
+        "te": "Transformer Engine grouped GEMM",
+        "sequential": f"{'Transformer Engine' if te else 'torch'}, one GEMM per expert",
+    }[backend]
+    if backend == "grouped_mm" and fp8_recipe(run.model):
+        why += "; in bfloat16, which was the quicker"
+    return Operation("experts", implementation, why)
 
 
 def _precision(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:

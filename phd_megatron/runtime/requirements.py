@@ -10,6 +10,7 @@ from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
+from phd_megatron.runtime.expert_backends import plain_problem
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
 from phd_megatron.runtime.mcore_versions import MUON_SINCE, SKIP_SINCE, installed, numbers
@@ -44,6 +45,11 @@ def graph_machine_problems(run: RunConfig, dims: ParallelDims, capabilities: Cap
     asked = f"cuda_graph_impl={run.model.transformer['cuda_graph_impl']}"
     if not capabilities.on_cuda:
         yield f"{asked}: CUDA graphs need a CUDA device, and the device is the CPU; use cuda_graph_impl none"
+    if run.model.transformer.get("num_moe_experts") is not None and (problem := plain_problem(run, capabilities)):
+        yield (
+            f"{asked} with experts that are multiplied one by one, for which the host reads how many rows each has: "
+            f"{problem}; change that, or use cuda_graph_impl none"
+        )
     if fp8_recipe(run.model) == "delayed" and dims.dp > 1:
         yield (
             f"{asked} with fp8_recipe=delayed and data-parallel size {dims.dp}: Transformer Engine would exchange the "

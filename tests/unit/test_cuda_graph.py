@@ -78,6 +78,8 @@ def test_megatrons_own_names(scope: str, tmp_path: Path) -> None:
     assert not is_graphed(load().model)
 
 
+MOE = {"num_moe_experts": 4, "moe_router_topk": 2}
+SHARED = {**MOE, "moe_shared_expert_intermediate_size": 64, "moe_token_dispatcher_type": "alltoall"}
 LAYERS = "graphs of single layers are not supported"
 INSTEAD = "use cuda_graph_impl local with cuda_graph_scope full_iteration"
 
@@ -106,7 +108,19 @@ INSTEAD = "use cuda_graph_impl local with cuda_graph_scope full_iteration"
             "sets random states",
             "leave it out",
         ),
-        ({"num_moe_experts": 4, "moe_router_topk": 2}, "num_moe_experts=4", "how many rows", "cuda_graph_impl none"),
+        ({**MOE, "moe_experts_backend": "te"}, "moe_experts_backend=te", "reads how many rows", "use moe_experts_b"),
+        ({**MOE, "moe_experts_backend": "sequential"}, "=sequential", "reads how many rows", "grouped_mm"),
+        ({**MOE, "optimizer": "muon"}, "optimizer=muon", "reads how many rows", "cuda_graph_impl none"),
+        ({**MOE, "expert_model_parallel_size": 2}, "expert_model_parallel_size=2", "go to each rank", "use 1"),
+        ({**MOE, "moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1.0", "are dropped", "leave it out"),
+        ({**MOE, "moe_permute_fusion": True}, "moe_permute_fusion=True", "dispatcher, which reads", "leave it out"),
+        ({**SHARED, "moe_shared_expert_overlap": True}, "shared_expert_overlap=True", "which reads", "leave it out"),
+        (
+            {**MOE, "fp8": "hybrid", "moe_router_padding_for_quantization": True},
+            "moe_router_padding_for_quantization=True",
+            "are added",
+            "leave it out",
+        ),
         ({"fp8": "hybrid", "fp8_param": True}, "fp8_param=True", "notes in Python", "leave it out"),
         ({"overlap_grad_reduce": True}, "overlap_grad_reduce=True", "a replay skips both", "leave it out"),
         ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2", "inside the graph", "use 1"),
@@ -128,6 +142,8 @@ def test_what_cannot_be_in_a_graph(values: dict[str, Any], found: str, reason: s
     [
         {},
         {"bf16": False},
+        MOE,
+        {**SHARED, "moe_experts_backend": "grouped_mm", "phd_repeat": 2},
         {"phd_repeat": 2, "norm_scheme": "hybrid_star"},
         {"log_layer_statistics": 2, "metrics_file": "x", "eval_interval": 2},
         *[{"fp8": "hybrid", "fp8_recipe": recipe} for recipe in ("delayed", "tensorwise")],
@@ -160,6 +176,9 @@ def test_machine_and_layout() -> None:
     assert "fp8_recipe=delayed and data-parallel size 2" in machine(delayed, 2, HOPPER)
     assert machine(resolved(**GRAPH, fp8="hybrid", fp8_recipe="tensorwise"), 2, HOPPER) == ""
     assert machine(resolved(), 1, Capabilities()) == ""
+    assert "one by one, for which the host reads" in machine(resolved(**GRAPH, **MOE, bf16=False), 1, HOPPER)
+    assert "moe_ffn" not in machine(resolved(**GRAPH, **MOE), 1, HOPPER)
+    assert "100 is not a multiple of 8" in machine(resolved(**GRAPH, **MOE, moe_ffn_hidden_size=100), 1, HOPPER)
 
 
 def test_a_run_goes_on_without_it() -> None:

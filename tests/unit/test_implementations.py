@@ -22,6 +22,7 @@ from phd_megatron.kernels.qkv_norm_rope import is_chosen
 from phd_megatron.runtime.capabilities import Capabilities, probe
 from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.implementations import (
+    _layers,
     fused_norms,
     gradient_accumulation,
     operations,
@@ -83,7 +84,7 @@ def test_transformer_engine_or_not() -> None:
         use_transformer_engine("transformer_engine", probe("cpu"))
 
 
-@pytest.mark.parametrize("field", ["moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap"])
+@pytest.mark.parametrize("field", ["moe_permute_fusion", "moe_router_fusion", "tp_comm_overlap"])
 def test_what_only_transformer_engine_does(field: str) -> None:
     experts = {"num_moe_experts": 4, "moe_router_topk": 2} if field.startswith("moe") else {}
     model = make(**experts, **{field: True}).model
@@ -155,9 +156,68 @@ def test_the_table_of_a_gpu() -> None:
     )
     assert found["optimizer"][0] == "Transformer Engine FusedAdam"
     assert found["gradient accumulation"][0] == "inside Transformer Engine's GEMMs"
-    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_grouped_gemm": True}
-    assert rows(HOPPER, **experts)["experts"][0] == "Transformer Engine grouped GEMM"
     assert rows(APEX)["optimizer"][0] == "apex FusedAdam"
+
+
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2}
+STACKED, GROUPED, SINGLE = "torch grouped_mm, weights stacked", "Transformer Engine grouped GEMM", "one GEMM per expert"
+OLD = replace(HOPPER, compute_capability=(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("machine", "values", "implementation", "reason"),
+    [
+        (HOPPER, {}, STACKED, "auto takes it: one product for all experts"),
+        (WITHOUT, {"moe_grouped_gemm": True}, STACKED, "auto takes it"),
+        (HOPPER, {"moe_grouped_gemm": True}, STACKED, "auto takes it"),
+        (HOPPER, {"moe_experts_backend": "grouped_mm"}, STACKED, "asked for: one product for all"),
+        (HOPPER, {"moe_experts_backend": "te"}, GROUPED, "asked for by moe_experts_backend=te"),
+        (HOPPER, {"moe_experts_backend": "sequential"}, f"Transformer Engine, {SINGLE}", "asked for"),
+        (WITHOUT, {"moe_experts_backend": "sequential"}, f"torch, {SINGLE}", "asked for"),
+        (HOPPER, {"fp8": "hybrid"}, STACKED, "in bfloat16, which was the quicker"),
+        (HOPPER, {"optimizer": "muon"}, f"Transformer Engine, {SINGLE}", "muon works on matrices of single experts"),
+        (HOPPER, {"optimizer": "muon", "moe_grouped_gemm": True}, GROUPED, "muon works on"),
+        (WITHOUT, {"optimizer": "muon", "moe_grouped_gemm": True}, f"torch, {SINGLE}", "muon works on"),
+        (HOPPER, {"bf16": False}, STACKED, "one product per expert, for which the host reads how many rows each has"),
+        (HOPPER, {"bf16": False, "moe_grouped_gemm": True}, GROUPED, "grouped_mm multiplies in bfloat16"),
+        (OLD, {}, STACKED, "needs compute capability 8.0, and this is 7.5"),
+        (OLD, {"moe_grouped_gemm": True}, GROUPED, "needs compute capability 8.0"),
+        (HOPPER, {"moe_ffn_hidden_size": 100}, STACKED, "100 is not a multiple of 8"),
+        (HOPPER, {"moe_ffn_hidden_size": 104, "expert_tensor_parallel_size": 2}, STACKED, "52 is not a multiple of 8"),
+        (Capabilities(), {}, STACKED, "auto takes it: one product for all experts"),
+        (Capabilities(), {"bf16": False}, STACKED, "multiplies in bfloat16, not in float32"),
+    ],
+)
+def test_which_experts(machine: Capabilities, values: dict[str, Any], implementation: str, reason: str) -> None:
+    if values.get("expert_tensor_parallel_size"):
+        values = {**values, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    run = make(**EXPERTS, **values)
+    (row,) = [row for row in _layers(run, machine) if row.name == "experts"]
+    assert row.implementation == implementation and reason in row.reason, row
+
+
+def test_experts_that_cannot_be_had() -> None:
+    run = make(**EXPERTS, moe_experts_backend="te")
+    with pytest.raises(UserError, match=r"moe_experts_backend=te needs .*transformer-engine is not installed; use"):
+        table(run, WITHOUT)
+    for values, message in (
+        ({"moe_experts_backend": "grouped_mm", "optimizer": "muon"}, "optimizer=muon: muon works on matrices of"),
+        ({"moe_experts_backend": "sequential", "moe_grouped_gemm": True}, "says the opposite; leave one of them out"),
+        ({"moe_experts_backend": "te", "transformer_impl": "local"}, "needs Transformer Engine's layers"),
+        (
+            {
+                "moe_experts_backend": "sequential",
+                "recompute_granularity": "selective",
+                "recompute_modules": ["moe_act"],
+            },
+            "moe_act is a part of grouped experts",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(**EXPERTS, **values)
+    with pytest.raises(UserError, match="moe_experts_backend='grouped_mm': it has no effect without experts"):
+        make(moe_experts_backend="grouped_mm")
+    make(moe_experts_backend="auto")
 
 
 def test_the_table_says_where_triton_computes() -> None:

@@ -69,6 +69,13 @@ def swiglu_ffn(x, fc1, fc2):
     return (F.silu(gate) * up) @ fc2.T
 
 
+def expert_weights(experts):
+    """[(fc1, fc2)] of single experts, however they are kept."""
+    if hasattr(experts, "local_experts"):
+        return [(expert.linear_fc1.weight, expert.linear_fc2.weight) for expert in experts.local_experts]
+    return list(zip(experts.linear_fc1.weight, experts.linear_fc2.weight, strict=True))
+
+
 def experts_by_hand(mlp, x, topk, pre_softmax, score):
     """Every expert computes every row; unused ones get the weight 0."""
     logits = x @ mlp.router.weight.T
@@ -84,8 +91,8 @@ def experts_by_hand(mlp, x, topk, pre_softmax, score):
         weights = weights.softmax(dim=-1)
     full = torch.zeros_like(logits).scatter(-1, chosen, weights)
     output = torch.zeros_like(x)
-    for number, expert in enumerate(mlp.experts.local_experts):
-        output += full[..., number : number + 1] * swiglu_ffn(x, expert.linear_fc1.weight, expert.linear_fc2.weight)
+    for number, weights_of_expert in enumerate(expert_weights(mlp.experts)):
+        output += full[..., number : number + 1] * swiglu_ffn(x, *weights_of_expert)
     shared = mlp.shared_experts
     if shared is not None:
         gate = (x @ shared.gate_weight.T).sigmoid() if shared.gate_weight is not None else 1
@@ -93,6 +100,7 @@ def experts_by_hand(mlp, x, topk, pre_softmax, score):
     return output
 
 
+@pytest.mark.parametrize("backend", ["grouped_mm", "sequential"])
 @pytest.mark.parametrize("scheme", ["pre", "hybrid", "hybrid_star", "sandwich"])
 @pytest.mark.parametrize(
     "routing",
@@ -109,13 +117,14 @@ def experts_by_hand(mlp, x, topk, pre_softmax, score):
     ],
     ids=["softmax", "pre-softmax", "sigmoid-bias-shared", "allgather"],
 )
-def test_layers_equal_a_hand_written_reference(runtime, scheme, routing):
+def test_layers_equal_a_hand_written_reference(runtime, scheme, routing, backend):
     """Hybrid layers: MoE(Norm(Y)) + Norm(Y); sandwich: Norm(MoE(Norm(Y))) + Y; the others: MoE(Norm(Y)) + Y.
 
     The last layer is pruned.
     """
-    run = make_run({"norm_scheme": scheme}, **routing)
+    run = make_run({"norm_scheme": scheme, "moe_experts_backend": backend}, **routing)
     model = build(run)
+    assert hasattr(model.decoder.layers[0].mlp.experts, "local_experts") == (backend == "sequential")
     for number, router in enumerate(routers(model)):
         if router.expert_bias is not None:
             router.expert_bias = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64).roll(number)
@@ -204,13 +213,13 @@ def test_statistics_start_afresh_and_skip_evaluation(runtime):
     router = routers(model)[0]
     model.eval()
     model(**batch())
-    assert router.take_statistics() == ({}, None, None)
+    assert not any(map(torch.count_nonzero, router.take_statistics()[1:])) and not router.losses
     model.train()
     model(**batch())
     losses, load, entropy = router.take_statistics()
     assert entropy[1] == 2 * BATCH * LENGTH and 0 < entropy[0] / entropy[1] <= math.log(4)
     assert losses.keys() == {"seq_load_balancing_loss", "z_loss"} and int(load.sum()) == 2 * BATCH * LENGTH * 2
-    assert router.take_statistics() == ({}, None, None)
+    assert not any(map(torch.count_nonzero, [*router.losses.values(), *router.take_statistics()[1:]]))
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -240,13 +249,12 @@ def test_experts_are_drawn_by_their_number(runtime):
     run = make_run(moe_shared_expert_intermediate_size=16, moe_layer_freq=[0, 1, 1])
     four, eight = build(run), build(make_run(num_moe_experts=8, moe_layer_freq=[0, 1, 1]))
     assert not hasattr(four.decoder.layers[0].mlp, "experts")
-    experts = four.decoder.layers[1].mlp.experts.local_experts
-    assert not torch.equal(experts[0].linear_fc1.weight, experts[1].linear_fc1.weight)
-    for number, expert in enumerate(experts):  # their values do not depend on how many there are
-        other = eight.decoder.layers[1].mlp.experts.local_experts[number]
-        assert torch.equal(expert.linear_fc1.weight, other.linear_fc1.weight)
+    experts = expert_weights(four.decoder.layers[1].mlp.experts)
+    assert not torch.equal(experts[0][0], experts[1][0])
+    for number, others in enumerate(expert_weights(eight.decoder.layers[1].mlp.experts)[:4]):
+        assert all(map(torch.equal, experts[number], others))  # their values do not depend on how many there are
     std = run.model.init_method_std
-    fc2 = torch.stack([expert.linear_fc2.weight for expert in experts])
+    fc2 = torch.stack([fc2 for _, fc2 in experts])
     assert float(fc2.std()) == pytest.approx(std / (2 * LAYERS) ** 0.5, rel=0.1)
     assert float(four.decoder.layers[1].mlp.router.weight.std()) == pytest.approx(std, rel=0.2)
     assert float(four.decoder.layers[1].mlp.shared_experts.linear_fc2.weight.std()) == pytest.approx(
@@ -262,12 +270,7 @@ def test_experts_alone_are_reduced_over_the_ranks_that_hold_them(runtime):
     run = make_run(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True, moe_layer_freq=[0, 1, 1])
     parameters = dict(build(run).named_parameters())
     marked = {name for name, parameter in parameters.items() if getattr(parameter, "allreduce", True) is False}
-    experts = {
-        f"decoder.layers.{layer}.mlp.experts.local_experts.{number}.linear_{part}.weight"
-        for layer in (1, 2)
-        for number in range(4)
-        for part in ("fc1", "fc2")
-    }
+    experts = {f"decoder.layers.{n}.mlp.experts.linear_{part}.weight" for n in (1, 2) for part in ("fc1", "fc2")}
     assert marked == experts
     others = {"decoder.layers.1.mlp.router.weight", "decoder.layers.1.mlp.shared_experts.linear_fc1.weight"}
     assert others | {"decoder.layers.0.mlp.linear_fc1.weight"} <= set(parameters) - marked
@@ -292,3 +295,42 @@ def test_flops_count_the_active_experts():
     expected += rows[0] * dense_layer + (rows[1] + rows[2]) * expert_layer
     assert forward_flops(moe, 64).linear == expected
     assert MoE.from_model(ModelConfig()) is None
+
+
+def run_on_fakes(run) -> None:
+    """Experts' layers forward and backward, all of whose tensors have a shape and no values, so none can be read."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, fakes = build(run, torch.bfloat16), FakeTensorMode()
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers, vars(module)):
+            for name, value in kept.items():
+                if isinstance(value, torch.Tensor):
+                    kept[name] = fakes.from_tensor(value)
+    with fakes:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
+        x = torch.zeros(2 * LENGTH, BATCH, 32, dtype=torch.bfloat16, requires_grad=True)
+        for layer in model.decoder.layers:
+            layer.mlp(x)[0].sum().backward()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+def test_nothing_waits_for_the_host_on_one_rank(runtime, dispatcher):
+    """Router, its losses and statistics, permutation, products and back, forward and backward."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    options = {
+        "moe_token_dispatcher_type": dispatcher,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+        "moe_aux_loss_coeff": [0.1, 0.1, 0.1],
+        "moe_z_loss_coeff": 0.1,
+        "moe_shared_expert_intermediate_size": 16,
+    }
+    run_on_fakes(make_run(**options))
+    bias = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    run_on_fakes(make_run(moe_token_dispatcher_type=dispatcher, **bias))
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        run_on_fakes(make_run({"moe_experts_backend": "sequential"}, **options))

@@ -72,10 +72,8 @@ def collect_router_metrics(
         for column, name in enumerate(names):
             if name in losses:
                 row[column] = losses[name]
-        if load is not None:
-            row[len(names) : last] = load
-        if entropy is not None:
-            row[last:] = entropy
+        row[len(names) : last] = load
+        row[last:] = entropy
     torch.distributed.all_reduce(table)
     layers = [index for index, has_experts in enumerate(moe.layers) if has_experts]
     means = (table[layers, : len(names)].mean(dim=0) / num_microbatches).tolist()

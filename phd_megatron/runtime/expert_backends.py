@@ -1,0 +1,63 @@
+"""Which implementation multiplies the experts of a layer, and why.
+
+``grouped_mm`` is :class:`~phd_megatron.model.experts.StackedExperts`, ``te`` Megatron-Core's ``TEGroupedMLP`` and
+``sequential`` its ``SequentialMLP``. All three have the same parameters in checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phd_megatron.config.architecture import architecture_of
+from phd_megatron.config.schema import RunConfig
+from phd_megatron.errors import UserError
+from phd_megatron.kernels.grouped_mm import grouped_mm_problem, width_problem
+from phd_megatron.runtime.capabilities import Capabilities
+
+_PLAIN = "one product per expert, for which the host reads how many rows each has"
+
+
+def experts_backend(run: RunConfig, transformer_engine: bool, capabilities: Capabilities) -> tuple[str, str]:
+    """``grouped_mm``, ``te`` or ``sequential`` for a model with experts, and why.
+
+    ``auto`` takes ``grouped_mm``: on an H200 it needed 4.8 to 5.4 ms for a layer's products forward and backward where
+    Transformer Engine's took 13.7 to 27.8, most of it the host's (64 experts, 65,536 rows, 2048 x 1024, bfloat16). In
+    FP8 Transformer Engine's were slower still (docs/benchmarks.md), so experts stay in bfloat16 beside FP8 layers.
+
+    Raises:
+        UserError: if one is asked for and cannot be had.
+    """
+    asked, muon = run.model.moe_experts_backend, run.optimizer.optimizer == "muon"
+    grouped = bool(run.model.transformer.get("moe_grouped_gemm"))
+    if asked == "te":
+        if not transformer_engine:
+            raise UserError(
+                "moe_experts_backend=te needs Transformer Engine's layers, which are not used here: "
+                f"{capabilities.transformer_engine_problem or 'transformer_impl=local'}; use auto or grouped_mm"
+            )
+        return "te", "asked for by moe_experts_backend=te"
+    if asked == "sequential":
+        return "sequential", "asked for by moe_experts_backend=sequential"
+    if asked == "auto" and muon:
+        if grouped and transformer_engine:
+            return "te", "muon works on matrices of single experts, and moe_grouped_gemm is set"
+        return "sequential", "muon works on matrices of single experts"
+    how = "asked for" if asked == "grouped_mm" else "moe_experts_backend=auto takes it"
+    problem = plain_problem(run, capabilities)
+    if problem is None:
+        return "grouped_mm", f"{how}: one product for all experts, nothing waits for the host"
+    if asked == "auto" and capabilities.on_cuda and grouped and transformer_engine:
+        return "te", f"moe_grouped_gemm is set, and {problem}"
+    return "grouped_mm", f"{how}: {_PLAIN}, since {problem}"
+
+
+def plain_problem(run: RunConfig, capabilities: Capabilities) -> str | None:
+    """Why stacked experts cannot be multiplied in one product here, or None where they are."""
+    training = run.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    if problem := grouped_mm_problem(dtype, capabilities.compute_capability):
+        return problem
+    found = architecture_of(run.model)
+    assert found.moe is not None
+    etp = run.parallel.expert_tensor_parallel_size or run.parallel.tensor_model_parallel_size
+    return width_problem(found.hidden_size, found.moe.ffn_hidden_size // etp)
