@@ -21,6 +21,13 @@ def swiglu_forward_kernel(gate_and_up, out, columns, rows_stride, BLOCK: tl.cons
 
 
 @triton.jit
+def _gradients(g, gate, up):
+    """Of gate and up, where ``g`` is that of ``silu(gate) * up``."""
+    share = tl.sigmoid(gate)
+    return g * up * share * (1.0 + gate * (1.0 - share)), g * gate * share
+
+
+@triton.jit
 def swiglu_backward_kernel(grad, gate_and_up, out, columns, rows_stride, BLOCK: tl.constexpr):
     """The same for the gradient of ``gate_and_up``, dense; ``grad`` is ``[rows, columns]``, dense."""
     row = tl.program_id(0).to(tl.int64)
@@ -29,11 +36,10 @@ def swiglu_backward_kernel(grad, gate_and_up, out, columns, rows_stride, BLOCK: 
     g = tl.load(grad + row * columns + column, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_and_up + row * rows_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_and_up + row * rows_stride + columns + column, mask=mask, other=0.0).to(tl.float32)
-    share = tl.sigmoid(gate)
-    gate_grad = g * up * share * (1.0 + gate * (1.0 - share))
+    gate_grad, up_grad = _gradients(g, gate, up)
     target = out + row * 2 * columns + column
     tl.store(target, gate_grad.to(out.dtype.element_ty), mask=mask)
-    tl.store(target + columns, (g * gate * share).to(out.dtype.element_ty), mask=mask)
+    tl.store(target + columns, up_grad.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,10 +68,8 @@ def weighted_swiglu_backward_kernel(grad, gate_and_up, weights, out, weights_gra
         start = row * 2 * columns + column
         gate = tl.load(gate_and_up + start, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(gate_and_up + start + columns, mask=mask, other=0.0).to(tl.float32)
-        share = tl.sigmoid(gate)
-        total += g * gate * share * up
-        g *= weight
-        gate_grad = g * up * share * (1.0 + gate * (1.0 - share))
-        tl.store(out + start, gate_grad.to(out.dtype.element_ty), mask=mask)
-        tl.store(out + start + columns, (g * gate * share).to(out.dtype.element_ty), mask=mask)
+        gate_grad, up_grad = _gradients(g, gate, up)
+        total += up_grad * up
+        tl.store(out + start, (weight * gate_grad).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + start + columns, (weight * up_grad).to(out.dtype.element_ty), mask=mask)
     tl.store(weights_grad + row, tl.sum(total).to(weights_grad.dtype.element_ty))

@@ -61,6 +61,9 @@ MEMBERS = {
     "delayed": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe delayed",
     "tensorwise": "--norm-scheme pre --phd-repeat 1 --fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--norm-scheme pre --phd-repeat 1 --fp8-format e4m3 --fp8-recipe blockwise",
+    "grouped_mm": "--moe-experts-backend grouped_mm",
+    "te": "--moe-experts-backend te",
+    "sequential": "--moe-experts-backend sequential",
     # Recorded in the third step, the last that is not timed.
     "graph": "--cuda-graph-impl local --cuda-graph-scope full_iteration --cuda-graph-warmup-steps 2 "
     "--overlap-grad-reduce false --overlap-param-gather false",
@@ -242,7 +245,14 @@ def _members(parser: Parser) -> None:
     )
     parser.add_argument("--options", default="", help='further options of pretrain for all, e.g. "--vocab-size 50304"')
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--num-microbatches", type=int, default=1, help="of a step (default %(default)s)")
+    parser.add_argument(
+        "--num-microbatches",
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches of a step (default %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each, after three to warm up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--peak-tflops", type=float, default=None, help="instead of the table's for this device")

@@ -45,7 +45,7 @@ KINDS = (
     ("attention", ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "delta_kernel")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "cublas", "xmma", "addmm", "aten::mm", "aten::bmm", "splitk")),
     ("FP8 cast", ("fp8", "cast_transpose", "quantize", "amax")),
-    ("MoE routing", ("permute", "topk", "sort", "scatter", "gather")),
+    ("MoE routing", ("permute", "topk", "sort", "scatter", "gather", "clear_empty_groups", "cumsum", "scan")),
     ("communication", ("nccl", "c10d", "gloo")),
     ("copies", ("memcpy", "memset", "copy")),
 )
@@ -123,7 +123,7 @@ def _configure(args: argparse.Namespace, name: str) -> RunConfig:
         raise UserError(f"--options {args.options!r}: {error}; close the quotation") from None
     loaded = load_run_config([*words, *batch, *flags, *options], transformer_fields=transformer_field_types())
     model = loaded.config.model
-    if model.transformer.get("fp8") and model.transformer.get("num_moe_experts"):
+    if model.transformer.get("fp8") and model.moe_experts_backend in ("te", "sequential"):
         # FP8 products take rows in multiples of 16 alone, and a router sends any number of them.
         model.transformer["moe_router_padding_for_quantization"] = True
     resolve(loaded.config)

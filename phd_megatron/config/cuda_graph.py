@@ -112,11 +112,12 @@ def _experts(config: RunConfig, asked: str) -> Iterator[str]:
             f"{asked} with expert_model_parallel_size={config.parallel.expert_model_parallel_size}: the host reads how "
             f"many rows go to each rank; use 1, or {_CURE}"
         )
+    stock = "it comes with Megatron-Core's dispatcher, which reads how many rows there are"
     for name, why in (
         ("moe_expert_capacity_factor", "how many rows are dropped is not known before"),
         ("moe_router_padding_for_quantization", "how many rows are added is not known before"),
-        ("moe_permute_fusion", "Transformer Engine's permutation comes with Megatron-Core's dispatcher, which reads it"),
-        ("moe_shared_expert_overlap", "it comes with Megatron-Core's dispatcher, which reads how many rows there are"),
+        ("moe_permute_fusion", stock),
+        ("moe_shared_expert_overlap", stock),
     ):
         if extra.get(name):
             yield f"{asked} with {name}={extra[name]}: {why}; leave it out, or {_CURE}"

@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Plain] = {
     "moe_shared_expert_gate": False,
     "moe_shared_expert_overlap": False,
     "moe_token_dispatcher_type": "allgather",
+    "moe_flex_dispatcher_backend": "deepep",
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.0,
     "moe_z_loss_coeff": None,

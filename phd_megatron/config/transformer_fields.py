@@ -40,6 +40,8 @@ ROLES: dict[str, Role] = {
     "moe_permute_fusion": COMPUTING,
     "moe_grouped_gemm": COMPUTING,
     "moe_token_dispatcher_type": COMPUTING,
+    "moe_flex_dispatcher_*": COMPUTING,
+    "moe_*ep_num_sms": COMPUTING,
     "moe_shared_expert_overlap": COMPUTING,
     "moe_extended_tp": COMPUTING,
     # attention and layers; other values than these fields' defaults are refused

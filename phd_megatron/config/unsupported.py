@@ -38,6 +38,10 @@ def _without(switch: str) -> Test:
     return lambda value, config: _set(value, config) and config.model.transformer.get(switch) in (None, False)
 
 
+def _without_flex(value: Plain, config: RunConfig) -> bool:
+    return _set(value, config) and config.model.transformer.get("moe_token_dispatcher_type") != "flex"
+
+
 def _asked_without(switch: str) -> Test:
     """The same of a field whose ``auto`` asks for nothing."""
     return lambda value, config: value != "auto" and _without(switch)(value, config)
@@ -83,7 +87,8 @@ _SCHEDULE = "it needs a pipeline schedule of Megatron-Core that runs layers in p
 _NO_EXPERTS = "it has no effect without experts"
 _EXPERTS = "set num_moe_experts, or leave it out"
 _EITHER = "leave one of them out"
-_FLEX = "the flex dispatcher needs DeepEP or HybridEP, which are not supported"
+_FLEX = "set moe_token_dispatcher_type flex, or leave it out"
+_HYBRIDEP = "what HybridEP permutes and pads by itself has not been held against one rank"
 _LAYERS = "the norm plan and the checkpoint keys assume plain decoder layers"
 _FLAT_CP = "every sample is cut over all context-parallel ranks alike, in one group"
 _FLAT_CP_CURE = "use context_parallel_size and cp_comm_type"
@@ -136,13 +141,22 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported(
         "moe_use_legacy_grouped_gemm", "Megatron-Core has given its grouped_gemm layer up", "use moe_experts_backend"
     ),
-    Unsupported("moe_token_dispatcher_type", _FLEX, "use alltoall or allgather", _holds("flex")),
-    Unsupported("moe_enable_deepep", _FLEX, "use moe_token_dispatcher_type alltoall"),
-    Unsupported("moe_flex_dispatcher_backend", _FLEX, "use moe_token_dispatcher_type alltoall"),
-    Unsupported("moe_deepep_num_sms", _FLEX),
-    Unsupported("moe_*hybridep*", _FLEX),
-    Unsupported("moe_ncclep_*", _FLEX),
-    Unsupported("moe_flex_dispatcher_num_sms", _FLEX),
+    Unsupported("moe_enable_deepep", "Megatron-Core has renamed it", "use moe_flex_dispatcher_backend deepep"),
+    Unsupported("moe_flex_dispatcher_backend", _OP_FUSER, "use deepep or hybridep", _holds("ncclep")),
+    Unsupported("moe_ncclep_*", _OP_FUSER),
+    Unsupported("moe_permute_fusion_into_hybridep", _HYBRIDEP),
+    Unsupported("moe_hybridep_pad_uneven_dispatch_inputs", _HYBRIDEP),
+    Unsupported("moe_hybridep_num_blocks_*", _HYBRIDEP),
+    Unsupported("moe_hybridep_num_sms_preprocessing", _HYBRIDEP),
+    *(
+        Unsupported(name, "it has no effect without the flex dispatcher", _FLEX, _without_flex)
+        for name in (
+            "moe_flex_dispatcher_backend",
+            "moe_flex_dispatcher_num_sms",
+            "moe_deepep_num_sms",
+            "moe_hybridep_num_sms",
+        )
+    ),
     Unsupported("moe_permute_fusion", _TE, _TE_CURE, _with_local_layers),
     Unsupported("moe_router_fusion", _TE, _TE_CURE, _with_local_layers),
     Unsupported("moe_latent_size", "latent projections around experts are not available, and not in any export"),

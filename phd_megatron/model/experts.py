@@ -156,4 +156,3 @@ class StackedExperts(MegatronModule):
             for name, layer in self.named_children()
             if isinstance(layer, GroupedLinear)
         }
-

@@ -30,6 +30,7 @@ class Capabilities:
         triton_problem: why our Triton kernels cannot run, None where they can.
         apex_adam: apex has its fused Adam.
         apex_weight_gradient: apex can add a weight's gradient to the gradient buffer inside the GEMM.
+        deepep_problem, hybridep_problem: why DeepEP and its HybridEP cannot be used, None where they can.
         memory: bytes of the device, or of the machine for a model on its CPU.
     """
 
@@ -42,6 +43,8 @@ class Capabilities:
     triton_problem: str | None = "there is no CUDA device"
     apex_adam: bool = False
     apex_weight_gradient: bool = False
+    deepep_problem: str | None = "there is no CUDA device"
+    hybridep_problem: str | None = "there is no CUDA device"
     memory: int | None = None
 
     @property
@@ -60,6 +63,7 @@ def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilit
     from phd_megatron.kernels.triton_support import triton_problem
 
     te, problem = _transformer_engine()
+    deepep, hybridep = _deep_ep()
     return Capabilities(
         device="cuda",
         device_name=torch.cuda.get_device_name(index),
@@ -69,6 +73,8 @@ def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilit
         transformer_engine=te,
         transformer_engine_problem=problem,
         triton_problem=triton_problem("cuda", torch.bfloat16),
+        deepep_problem=deepep,
+        hybridep_problem=hybridep,
         apex_adam=_imports("apex.optimizers") is None,
         apex_weight_gradient=_imports("fused_weight_gradient_mlp_cuda") is None,
     )
@@ -101,6 +107,16 @@ def _transformer_engine() -> tuple[Version | None, str]:
         return parse_version(str(number or version("transformer-engine"))), ""
     except (PackageNotFoundError, ValueError):
         return None, f"transformer-engine imports, but its version is {number!r}"
+
+
+def _deep_ep() -> tuple[str | None, str | None]:
+    """Why DeepEP and HybridEP, a class of some of its versions, cannot be had."""
+    if importlib.util.find_spec("deep_ep") is None:
+        return ("deep_ep is not installed",) * 2
+    if problem := _imports("deep_ep"):
+        return (f"deep_ep is installed but does not import ({problem})",) * 2
+    has_hybrid = hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer")
+    return None, None if has_hybrid else "this deep_ep has no HybridEPBuffer"
 
 
 def _imports(module: str) -> str | None:

@@ -11,6 +11,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
 from phd_megatron.runtime.expert_backends import plain_problem
+from phd_megatron.runtime.flex_dispatcher import flex_problems
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
 from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
 from phd_megatron.runtime.mcore_versions import MUON_SINCE, SKIP_SINCE, installed, numbers
@@ -33,6 +34,7 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
             *machine_problems(run.model, capabilities),
             *size_problems(run, dims),
             *overlap_problems(run, dims, capabilities),
+            *flex_problems(run, dims, capabilities),
             *graph_machine_problems(run, dims, capabilities),
         ]
     )

@@ -62,10 +62,31 @@ graphs() { # a step with many launches for little work, and full ones; each eage
     phd 140 train_graph_4 bench train --preset dense-1.2b --micro-batch-size 4 --members vanilla vanilla+graph delayed \
         delayed+graph tensorwise tensorwise+graph --json "$out/train_graph_4.json"
 }
+experts_tests() { check 200 -n 4 tests/gpu/test_cuda_experts.py; check 120 -n 4 tests/gpu/test_cuda_sync.py -k experts; }
 experts() { # as many layers as fit with their optimizer state; all 64 experts on one GPU
-    phd 200 train_moe bench train --preset moe-1b-7b --members vanilla delayed --rounds 4 --json "$out/train_moe.json" \
-        --micro-batch-size "$((memory > 120000 ? 2 : 4))" \
-        --options "--num-layers $((memory > 120000 ? 12 : 6)) --moe-grouped-gemm --expert-model-parallel-size 1"
+    train_experts 1 4 vanilla te vanilla+graph
+    train_experts 8 3 vanilla vanilla+graph te hybrid_star+graph K=2+graph
+    train_experts 8 3 vanilla+graph tensorwise te+tensorwise
+    # 4,096 rows an expert, and few experts beside many
+    train_experts 8 3 vanilla+graph te+tensorwise --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 4096
+    train_experts 8 3 vanilla+graph --num-experts 256 --moe-ffn-hidden-size 256
+}
+train_experts() { # MICROBATCHES ROUNDS MEMBERS... --OPTIONS...
+    local count=$1 rounds=$2 name members=()
+    shift 2
+    while (($#)) && [[ "$1" != --* ]]; do members+=("$1") && shift; done
+    name="train_moe_${count}_${members[*]}_$*"
+    name=${name//[^a-zA-Z0-9_]/-}
+    phd 300 "$name" bench train --preset moe-1b-7b --members "${members[@]}" --rounds "$rounds" --accumulate "$count" \
+        --json "$out/$name.json" --micro-batch-size "$((memory > 120000 ? 2 : 1))" \
+        --options "--num-layers $((memory > 120000 ? 12 : 6)) --expert-model-parallel-size 1 $*"
+}
+experts_run() { # the real router on real text: corpus as evidence's (docs/results/trained/how.md)
+    phd 300 pretrain_moe pretrain --preset moe-1b-7b --num-layers "$((memory > 120000 ? 12 : 6))" --train-iters 60 \
+        --expert-model-parallel-size 1 --micro-batch-size "$((memory > 120000 ? 2 : 1))" --global-batch-size 16 --lr 3e-4 \
+        --eval-iters 0 --log-interval 5 --data-path "${PHD_EXPERTS_DATA:?prefix of tokenised text}" \
+        --cuda-graph-impl local --cuda-graph-scope full_iteration --overlap-grad-reduce false \
+        --overlap-param-gather false --metrics-file "$out/pretrain_moe.jsonl"
 }
 attention() {
     for width in 64 128; do
@@ -116,7 +137,7 @@ layouts() {
         tests/gpu/test_cuda_graph_step.py::test_data_parallel_ranks
 }
 
-first=(doctor kernel_tests model_tests te_tests sync_tests graph_tests)
+first=(doctor kernel_tests experts_tests model_tests te_tests sync_tests graph_tests)
 second=(train graphs experts generate decode)
 third=(attention norm_rope attention_triton)
 case "${1:-}" in

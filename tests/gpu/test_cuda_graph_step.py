@@ -42,9 +42,12 @@ LOCAL, TE = " --bf16 --transformer-impl local", " --bf16 --transformer-impl tran
 
 KINDS = {"local": MODEL + LOCAL, "local vanilla": VANILLA + LOCAL, "float32": VANILLA + " --transformer-impl local"}
 KINDS["watched"] = MODEL + LOCAL + " --log-layer-statistics 5"
+EXPERTS = " --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-router-dtype fp32"
+EXPERTS += " --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --moe-shared-expert-intermediate-size 256"
+KINDS["experts"] = MODEL + LOCAL + EXPERTS
 RECIPES = {}
 if MACHINE.transformer_engine is not None:
-    KINDS |= {"te": MODEL + TE, "te vanilla": VANILLA + TE}
+    KINDS |= {"te": MODEL + TE, "te vanilla": VANILLA + TE, "te experts": MODEL + TE + EXPERTS}
     if GPU >= (8, 9):
         RECIPES |= {"delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4"}
         RECIPES |= {"tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise"}
@@ -53,7 +56,7 @@ if MACHINE.transformer_engine is not None:
         RECIPES |= {"blockwise": "--fp8-format e4m3 --fp8-recipe blockwise"}
 KINDS |= {name: f"{MODEL}{TE} {options}" for name, options in RECIPES.items()}
 KINDS |= {f"{name} watched": f"{KINDS[name]} --log-layer-statistics 5" for name in RECIPES if name != "edges"}
-REPEATED = ["local", *(name for name in ("te", "tensorwise", "delayed", "blockwise") if name in KINDS)]
+REPEATED = ["local", "experts", *(name for name in ("te", "tensorwise", "delayed", "blockwise") if name in KINDS)]
 RECORDED = "CUDA graph: forward and backward of 2 micro-batches recorded"
 
 
@@ -115,6 +118,17 @@ def test_a_replayed_step_is_the_step(runs, kind: str) -> None:
     assert RECORDED in graph.text and RECORDED not in eager.text
     assert "CUDA graph of forward and backward" in graph.text
     assert_equal(kind, graph, eager)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "experts" in kind])
+def test_a_replayed_step_counts_rows(runs, kind: str) -> None:
+    """Loads are counted in the graph too: as many rows as there are, and spread as without a graph."""
+    graph, eager = (runs(f"{kind}/{how}").steps for how in ("graph", "eager"))
+    for one, two in zip(graph, eager, strict=True):
+        for layer, load in two["tokens_per_expert"].items():
+            found = one["tokens_per_expert"][layer]
+            assert sum(found) == sum(load) > 0
+            assert max(abs(a - b) for a, b in zip(found, load, strict=True)) <= NORM * sum(load)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "watched" in kind])

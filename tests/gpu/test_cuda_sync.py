@@ -54,14 +54,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 GRAPH = ["--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration", "--cuda-graph-warmup-steps", "2"]
 
 
+#: experts on one rank wait for nothing either
+EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "64", "--moe-router-dtype", "fp32"]
+EXPERTS += ["--moe-aux-loss-coeff", "0.01", "--moe-z-loss-coeff", "0.001"]
+EXPERTS += ["--moe-shared-expert-intermediate-size", "64"]
+
+
 @pytest.mark.parametrize("graph", [[], GRAPH], ids=["", "graph"])
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["", "experts"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("scheme", "repeat"), [("pre", 1), ("hybrid_star", 2)])
 def test_a_step_waits_where_it_is_stated_only(
-    data: str, implementation: str, scheme: str, repeat: int, graph: list[str]
+    data: str, implementation: str, scheme: str, repeat: int, experts: list[str], graph: list[str]
 ) -> None:
     words = ["--norm-scheme", scheme, "--phd-repeat", str(repeat), "--transformer-impl", implementation]
-    words += [*graph, "--bf16", "--data-path", data, *(w for n, v in SIZES.items() for w in (f"--{n}", str(v)))]
+    words += [
+        *graph,
+        *experts,
+        "--bf16",
+        "--data-path",
+        data,
+        *(w for n, v in SIZES.items() for w in (f"--{n}", str(v))),
+    ]
     out = program(str(Path(__file__).with_name("sync_program.py")), str(WARM_UP), "pretrain", *words)
     found = json.loads(out.splitlines()[-1])
     assert found["steps"] == STEPS - WARM_UP

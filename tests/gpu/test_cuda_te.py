@@ -44,6 +44,7 @@ SHORT = DATA + " --train-iters 6 --lr 3e-4"
 LONG = MODEL + DATA + " --train-iters 120 --lr 1e-3 --lr-warmup-iters 10"
 EXPERTS = " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-aux-loss-coeff 0.01"
 EXPERTS += " --moe-token-dispatcher-type alltoall"
+BACKEND = " --moe-experts-backend "
 PRE, POST, SANDWICH = (MODEL.replace("hybrid_star", scheme) for scheme in ("pre", "post", "sandwich"))
 # Multiples of 16 and not of 128: the smallest that every recipe promises to take.
 UNEVEN = "--num-layers 3 --hidden-size 144 --ffn-hidden-size 176 --num-attention-heads 3 --kv-channels 48 --bf16"
@@ -69,9 +70,11 @@ RUNS = {
     **{f"{name}/te": model + SHORT + TE for name, model in (("pre", PRE), ("post", POST), ("hybrid", MODEL))},
     "sandwich/local": SANDWICH + SHORT + LOCAL,
     "sandwich/te": SANDWICH + SHORT + TE + " --no-gradient-accumulation-fusion",
-    "experts/local": PRE + EXPERTS + SHORT + LOCAL,
-    "experts/sequential": PRE + EXPERTS + SHORT + TE,
-    "experts/grouped": PRE + EXPERTS + SHORT + TE + " --moe-grouped-gemm",
+    "experts/local": PRE + EXPERTS + SHORT + LOCAL + BACKEND + "sequential",
+    "experts/local stacked": PRE + EXPERTS + SHORT + LOCAL + BACKEND + "grouped_mm",
+    "experts/sequential": PRE + EXPERTS + SHORT + TE + BACKEND + "sequential",
+    "experts/grouped": PRE + EXPERTS + SHORT + TE + BACKEND + "te",
+    "experts/stacked": PRE + EXPERTS + SHORT + TE,
     "curve/bf16": LONG + TE,
     "uneven/bf16": UNEVEN + TE,
     **{f"curve/{recipe}": f"{LONG} {options}" for recipe, options in RECIPES.items()},
@@ -79,8 +82,9 @@ RUNS = {
 }
 if HAS_FP8:
     tensorwise = f" {RECIPES['tensorwise']}"
-    RUNS["experts/fp8 sequential"] = PRE + EXPERTS + SHORT + tensorwise
-    RUNS["experts/fp8 grouped"] = PRE + EXPERTS + SHORT + tensorwise + " --moe-grouped-gemm"
+    RUNS["experts/fp8 sequential"] = PRE + EXPERTS + SHORT + tensorwise + BACKEND + "sequential"
+    RUNS["experts/fp8 grouped"] = PRE + EXPERTS + SHORT + tensorwise + BACKEND + "te"
+    RUNS["experts/fp8 beside"] = PRE + EXPERTS + SHORT + tensorwise
     RUNS["experts/fp8 padded"] = RUNS["experts/fp8 grouped"] + " --moe-router-padding-for-quantization"
 
 
@@ -176,6 +180,7 @@ def worst(found: tuple[float, ...], expected: tuple[float, ...]) -> float:
 
 PAIRS = [(f"{name}/te", f"{name}/local") for name in ("pre", "post", "hybrid", "sandwich")]
 PAIRS += [("experts/sequential", "experts/local"), ("experts/grouped", "experts/sequential")]
+PAIRS += [("experts/stacked", "experts/sequential"), ("experts/local stacked", "experts/local")]
 
 
 @pytest.mark.parametrize(("name", "reference"), PAIRS)
@@ -215,7 +220,7 @@ def test_outer_layers_in_bfloat16_are_nearer(runs) -> None:
 
 
 @pytest.mark.skipif(not HAS_FP8, reason="needs FP8")
-@pytest.mark.parametrize("kind", ["fp8 sequential", "fp8 grouped", "fp8 padded"])
+@pytest.mark.parametrize("kind", ["fp8 sequential", "fp8 grouped", "fp8 padded", "fp8 beside"])
 def test_experts_in_fp8(runs, kind: str) -> None:
     found, expected = runs(f"experts/{kind}"), runs("experts/grouped")
     print(f"{kind}: {worst(found.losses, expected.losses):.1e}")

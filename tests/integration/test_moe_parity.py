@@ -1,5 +1,6 @@
 """Models with experts: every layout gives the single-rank numbers, router losses and per-expert load included.
 
+The single rank multiplies its experts one after another; the layouts, but for those that say so, all at once.
 Tolerance and method are those of ``test_layout_parity.py``. Coefficients are large, so that a router loss that weighs
 differently in one layout shows.
 """
@@ -55,6 +56,11 @@ VARIANTS: dict[str, Options] = {
         "moe-layer-freq": 2,
         "no-phd-last-layer-pruning": True,
     },
+    "topk8-k3": {
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 3, "num-experts": 12, "moe-router-topk": 8},
+        "moe-ffn-hidden-size": 12,
+    },
+    "gelu-k2": {"norm-scheme": "pre", "phd-repeat": 2, "no-gated-linear-unit": True},
     "told-apart-k2": {
         **{"norm-scheme": "hybrid_star", "phd-repeat": 2},
         **{"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
@@ -74,11 +80,15 @@ TP: Options = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
 PP: Options = {"pipeline-model-parallel-size": 2}
 EP: Options = {"expert-model-parallel-size": 2}
 ETP1: Options = {"expert-tensor-parallel-size": 1}
+ONE_BY_ONE: Options = {"moe-experts-backend": "sequential"}
 LAYOUTS: dict[str, tuple[int, Options]] = {
-    "single": (1, ALLTOALL),
+    "single": (1, {**ALLTOALL, **ONE_BY_ONE}),
+    "single+stacked": (1, ALLTOALL),
     "single+allgather+recompute": (1, {"recompute-granularity": "selective", "recompute-modules": ["moe"]}),
+    "single+recompute moe_act": (1, {"recompute-granularity": "selective", "recompute-modules": ["moe_act"]}),
     "dp2": (2, ALLTOALL),
     "ep2": (2, {**EP, **ALLTOALL}),
+    "ep2+sequential": (2, {**EP, **ALLTOALL, **ONE_BY_ONE}),
     "ep2+allgather": (2, EP),
     "ep2+no-distopt": (2, {**EP, **ALLTOALL, "no-use-distributed-optimizer": True}),
     "tp2+sp": (2, {**TP, **ALLTOALL}),
@@ -91,8 +101,9 @@ LAYOUTS: dict[str, tuple[int, Options]] = {
     "tp2+sp+ep2": (4, {**TP, **EP, **ALLTOALL}),
     "tp2+sp+pp2+ep2+etp1": (4, {**TP, **PP, **EP, **ETP1}),
 }
-ONE_REPLICA = ("single", "tp2+sp", "tp2+sp+ep2+etp1", "pp2")
-ALL_VARIANTS = ("single", "ep2", "tp2+sp", "tp2+sp+etp1", "pp2", "tp2+sp+pp2+ep2+etp1")
+ONE_REPLICA = ("single", "single+stacked", "tp2+sp", "tp2+sp+ep2+etp1", "pp2")
+ALL_VARIANTS = ("single", "single+stacked", "single+recompute moe_act", "ep2", "ep2+sequential", "tp2+sp")
+ALL_VARIANTS += ("tp2+sp+etp1", "pp2", "tp2+sp+pp2+ep2+etp1")
 
 
 def covered(layout: str) -> dict[str, Options]:

@@ -1,6 +1,7 @@
 """Checkpoints of models with experts: bit-exact on the same layout, the same numbers on another one.
 
 The router's expert bias, shared experts and layers without experts travel too; ``test_reshard.py`` has more layouts.
+Experts are stacked in one run and single in the next, with the states of either optimizer.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ MODEL: dict[str, object] = {
 }
 TP = {"tensor-model-parallel-size": 2, "sequence-parallel": True}
 EP = {"expert-model-parallel-size": 2}
+SINGLE = {"moe-experts-backend": "sequential"}
+PLAIN = {"no-use-distributed-optimizer": True}
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "single": (1, {}),
+    "single+sequential": (1, SINGLE),
+    "plain": (1, PLAIN),
+    "plain+sequential": (1, {**PLAIN, **SINGLE}),
     "ep2": (2, EP),
+    "ep2+sequential": (2, {**EP, **SINGLE}),
     "tp2+sp+etp1": (2, {**TP, "expert-tensor-parallel-size": 1}),
     "pp2": (2, {"pipeline-model-parallel-size": 2}),
 }
-SAVED = ("single", "ep2", "pp2")
+SAVED = ("single", "ep2", "pp2", "single+sequential", "plain", "ep2+sequential")
 # A stage without experts, and one without a matrix that is decayed: its first group of main parameters is empty.
 PLAIN_BF16 = {"bf16": True, "no-use-distributed-optimizer": True}
 EMPTY = {"pipeline-model-parallel-layout": "E|tttt|L", "no-decay-embeddings": True}
@@ -45,6 +52,8 @@ WITHOUT: dict[str, tuple[int, dict[str, object]]] = {
 }
 # Each on its own layout, and on the next of all; more pairs are in test_reshard.py.
 PAIRS = [(name, name) for name in SAVED] + [("single", "ep2"), ("ep2", "tp2+sp+etp1"), ("pp2", "single")]
+PAIRS += [("single", "single+sequential"), ("ep2+sequential", "tp2+sp+etp1"), ("plain", "plain+sequential")]
+PAIRS += [("single+sequential", "plain"), ("ep2", "ep2+sequential")]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,8 @@ def root(documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFacto
             first[ranks].append(["pretrain", *flags({**MODEL, **run, **options, **whole})])
             save = {"save": str(root / name / "save"), "exit-interval": 2}
             first[ranks].append(["pretrain", *flags({**MODEL, **run, **options, **save})])
-        layout = {**{key: 1 for key in (*EP, "tensor-model-parallel-size", "pipeline-model-parallel-size")}, **options}
+        layout = {key: 1 for key in (*EP, "tensor-model-parallel-size", "pipeline-model-parallel-size")}
+        layout = {**layout, "moe-experts-backend": "auto", **options}
         for saved in [name] if name in WITHOUT else [saved for saved, loaded in PAIRS if loaded == name]:
             places = {
                 "load": str(root / saved / "save"),
@@ -80,6 +90,7 @@ def root(documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFacto
 def _off(options: dict[str, object]) -> list[str]:
     """Layout fields come from the checkpoint, so what the next layout lacks is switched off."""
     words = [] if "sequence-parallel" in options else ["--no-sequence-parallel"]
+    words += [] if PLAIN.keys() <= options.keys() else ["--use-distributed-optimizer"]
     return words if "expert-tensor-parallel-size" in options else [*words, "--expert-tensor-parallel-size", "null"]
 
 

@@ -207,7 +207,9 @@ def test_weighted_swiglu(
         functions.append(weighted_swiglu_triton)
     for function in functions:
         compare(function, weighted_swiglu_reference, tolerance, rows, weights)
-        compare(function, weighted_swiglu_reference, tolerance, random(shape[0], 2 * shape[1], dtype=dtype)[:, ::2], weights)
+        compare(
+            function, weighted_swiglu_reference, tolerance, random(shape[0], 2 * shape[1], dtype=dtype)[:, ::2], weights
+        )
 
 
 @needs_triton

@@ -194,12 +194,19 @@ def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_members_are_configured_and_named() -> None:
-    args = bench_arguments.parser("members").parse_args(["--preset", "tiny-moe", "--options", "--vocab-size 300"])
+    args = bench_arguments.parser("members").parse_args(
+        ["--preset", "tiny-moe", "--options", "--vocab-size 300 --bf16"]
+    )
     model = bench_members._configure(args, "K=2+hybrid_star").model
     assert (model.phd_repeat, model.norm_scheme) == (2, "hybrid_star")
     assert "moe_router_padding_for_quantization" not in model.transformer
-    with pytest.raises(UserError, match=r"num_moe_experts=.*the host reads how many rows"):
-        bench_members._configure(args, "vanilla+graph")
+    assert is_graphed(bench_members._configure(args, "vanilla+graph").model)
+    with pytest.raises(UserError, match=r"moe_experts_backend=sequential: the host reads how many rows"):
+        bench_members._configure(args, "sequential+graph")
+    for name in ("te", "te+tensorwise", "tensorwise"):
+        model = bench_members._configure(args, name).model
+        assert model.moe_experts_backend == ("te" if "te" in name.split("+") else "auto")
+        assert ("moe_router_padding_for_quantization" in model.transformer) == (name == "te+tensorwise")
     with pytest.raises(UserError, match="'K=9' is none of vanilla"):
         bench_members._configure(args, "K=9")
 
@@ -213,6 +220,10 @@ def test_members_are_configured_and_named() -> None:
         ("void multi_tensor_apply_kernel<adam>", "optimizer"),
         ("void rmsnorm_fwd_tuned_kernel", "norm and RoPE"),
         ("swiglu_forward_kernel", "SwiGLU"),
+        ("weighted_swiglu_backward_kernel", "SwiGLU"),
+        ("gather_sum_kernel", "MoE routing"),
+        ("clear_empty_groups_kernel", "MoE routing"),
+        ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x<GemmUniversal>>", "GEMM"),
         ("cross_entropy_statistics_kernel", "cross-entropy"),
         ("norm_rope_backward_kernel", "norm and RoPE"),
         ("key_gradient_kernel", "attention"),

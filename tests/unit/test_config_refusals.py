@@ -32,7 +32,11 @@ REFUSED_VALUES: dict[str, Any] = {
     },
     **{"attention_softmax_in_fp32": False, "calculate_per_token_loss": False, "cuda_graph_impl": "local"},
     **{"cross_entropy_fusion_impl": "te", "perform_initialization": False},
-    **{"moe_token_dispatcher_type": "flex", "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]},
+    **{
+        "moe_experts_backend": "te",
+        "moe_flex_dispatcher_backend": "ncclep",
+        "moe_router_load_balancing_type": ["aux_loss", "sinkhorn"],
+    },
     **{
         "use_cpu_initialization": False,
         "mlp_chunks_for_prefill": 2,
@@ -53,7 +57,11 @@ def test_each_refusal_tells_value_reason_and_cure(row: Any) -> None:
         value = RECOMPUTED.get(row.reason.split()[0], value)
     if row.reason.startswith("quantile"):
         value = "quantile_balancing" if row.field.endswith("type") else 0.5
+    if "without the flex dispatcher" in row.reason:
+        value = "hybridep" if row.field.endswith("backend") else 16
     config = make(**{name: value})
+    if "sequential" in row.reason + row.cure:
+        config.model.moe_experts_backend = "sequential"
     if value is not True and row.field == "recompute_modules":
         config.model.transformer["recompute_granularity"] = "selective"
     needs_experts = row.field.startswith("moe_") and row.field != "moe_*"

@@ -71,6 +71,7 @@ init                                     auto      free  auto|normal|depth_scale
 init_method_std                          null      free  [1e-10,1000]
 head_init_method_std                     null      free  [1e-10,1000]
 phd_attention_backend                    auto      free  auto|reference|sdpa|flex|triton|sdpa_triton
+moe_experts_backend                      auto      free  auto|grouped_mm|te|sequential
 transformer_impl                         auto      free  auto|local|transformer_engine
 tensor_model_parallel_size               1         free  [1,1048576]
 pipeline_model_parallel_size             1         free  [1,1048576]

@@ -21,6 +21,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.kernels.qkv_norm_rope import is_chosen
 from phd_megatron.runtime.capabilities import Capabilities, probe
 from phd_megatron.runtime.context import install_backend
+from phd_megatron.runtime.flex_dispatcher import flex_problems
 from phd_megatron.runtime.implementations import (
     _layers,
     fused_norms,
@@ -31,6 +32,7 @@ from phd_megatron.runtime.implementations import (
     use_transformer_engine,
 )
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.runtime.requirements import require
 from phd_megatron.runtime.userbuffers import overlap_problems
 
 HOPPER = Capabilities("cuda", "NVIDIA H100", (9, 0), (12, 9), (2, 11), "")
@@ -194,6 +196,34 @@ def test_which_experts(machine: Capabilities, values: dict[str, Any], implementa
     run = make(**EXPERTS, **values)
     (row,) = [row for row in _layers(run, machine) if row.name == "experts"]
     assert row.implementation == implementation and reason in row.reason, row
+
+
+FLEX = {**EXPERTS, "moe_token_dispatcher_type": "flex", "moe_router_dtype": "fp32", "expert_model_parallel_size": 2}
+WITH_DEEPEP = replace(HOPPER, deepep_problem=None, hybridep_problem="this deep_ep has no HybridEPBuffer")
+
+
+@pytest.mark.parametrize(
+    ("values", "machine", "refusal"),
+    [
+        (FLEX, WITH_DEEPEP, ""),
+        ({**FLEX, "moe_flex_dispatcher_backend": "deepep", "moe_deepep_num_sms": 16}, WITH_DEEPEP, ""),
+        (FLEX, replace(HOPPER, deepep_problem="deep_ep is not installed"), "deepep: deep_ep is not installed (github"),
+        (FLEX, Capabilities(), "deepep: there is no CUDA device"),
+        ({**FLEX, "moe_flex_dispatcher_backend": "hybridep"}, WITH_DEEPEP, "=hybridep: this deep_ep has no HybridEPB"),
+        ({**FLEX, "moe_flex_dispatcher_backend": "hybridep"}, replace(WITH_DEEPEP, hybridep_problem=None), ""),
+        ({**FLEX, "expert_model_parallel_size": 1}, WITH_DEEPEP, "there is nothing to send; use moe_token_dispatcher_"),
+        ({**FLEX, "moe_router_dtype": "fp64"}, WITH_DEEPEP, "sends weights in float32; set moe_router_dtype fp32"),
+        ({**FLEX, "moe_token_dispatcher_type": "alltoall"}, Capabilities(), ""),
+    ],
+)
+def test_the_flex_dispatcher(values: dict[str, Any], machine: Capabilities, refusal: str) -> None:
+    run = make(**values)
+    dims = ParallelDims.from_config(run.parallel, 2)
+    found = "\n".join(flex_problems(run, dims, machine))
+    assert bool(found) == bool(refusal) and refusal in found
+    if refusal:
+        with pytest.raises(UserError, match="moe_token_dispatcher_type=flex"):
+            require(run, dims, machine)
 
 
 def test_experts_that_cannot_be_had() -> None:

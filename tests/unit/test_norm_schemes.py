@@ -168,7 +168,7 @@ def test_statistics_of_initial_weights(runtime, scheme, init, experts):
         for name, parameter in layer.mlp.named_parameters():
             scale = {"linear_fc1.weight": gain, "linear_fc2.weight": output, "router.weight": 1}
             checks.append((parameter, next(s for end, s in scale.items() if name.endswith(end))))
-        assert len(checks) == (5 if not experts else 3 + 1 + 4 + 2)
+        assert len(checks) == (5 if not experts else 3 + 1 + 2 + 2)
         for weight, scale in checks:
             values = weight.detach().flatten() / (std * scale)
             # a standard error of a deviation is 1 / sqrt(2 n)
