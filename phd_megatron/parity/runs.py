@@ -222,6 +222,7 @@ def _launch(program: list[str], ranks: int, output: Path, timeout: float | None)
     """Start torchrun and wait for it. What it printed last."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program]
     variables = without_launcher(os.environ)
+    variables.setdefault("PYTHONFAULTHANDLER", "1")  # a rank that crashes says where
     variables["PYTHONSAFEPATH"] = "1"  # the folder kernels/ of a checkout would hide another package
     root = str(Path(phd_megatron.__file__).parents[1])
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # a checkout

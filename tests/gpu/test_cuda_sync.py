@@ -68,14 +68,8 @@ def test_a_step_waits_where_it_is_stated_only(
     data: str, implementation: str, scheme: str, repeat: int, experts: list[str], graph: list[str]
 ) -> None:
     words = ["--norm-scheme", scheme, "--phd-repeat", str(repeat), "--transformer-impl", implementation]
-    words += [
-        *graph,
-        *experts,
-        "--bf16",
-        "--data-path",
-        data,
-        *(w for n, v in SIZES.items() for w in (f"--{n}", str(v))),
-    ]
+    words += [*graph, *experts, "--bf16", "--data-path", data]
+    words += [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
     out = program(str(Path(__file__).with_name("sync_program.py")), str(WARM_UP), "pretrain", *words)
     found = json.loads(out.splitlines()[-1])
     assert found["steps"] == STEPS - WARM_UP

@@ -145,7 +145,7 @@ def parity(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
 @pytest.mark.parametrize(("layout", "model"), [(layout, model) for layout in LAYOUTS for model in LAYOUTS[layout]])
 def test_layout_gives_the_numbers_of_one_rank(parity: Parity, layout: str, model: str) -> None:
     row = parity.rows[layout, model]
-    assert row.status == "equal", row
+    assert row.status == "equal", f"{row.comparison}\n{row.note}"  # whole: pytest shortens what it shows of a row
 
 
 def test_what_is_compared_is_there(parity: Parity) -> None:

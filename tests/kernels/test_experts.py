@@ -200,16 +200,14 @@ def test_weighted_swiglu(
 ) -> None:
     if dtype == torch.float64 and weights_dtype is not None:
         tolerance = 1e-6
-    rows = random(*shape, dtype=dtype)
+    rows, strided = random(*shape, dtype=dtype), random(shape[0], 2 * shape[1], dtype=dtype)[:, ::2]
     weights = random(shape[0], dtype=weights_dtype or dtype, seed=4)
     functions = [weighted_swiglu]
     if triton_problem("cpu", dtype) is None and weights.dtype != torch.float64:
         functions.append(weighted_swiglu_triton)
     for function in functions:
         compare(function, weighted_swiglu_reference, tolerance, rows, weights)
-        compare(
-            function, weighted_swiglu_reference, tolerance, random(shape[0], 2 * shape[1], dtype=dtype)[:, ::2], weights
-        )
+        compare(function, weighted_swiglu_reference, tolerance, strided, weights)
 
 
 @needs_triton
