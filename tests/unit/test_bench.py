@@ -186,6 +186,14 @@ def test_a_member_is_a_cuda_graph(capsys: pytest.CaptureFixture[str]) -> None:
     model = bench_members._configure(bench_arguments.parser("members").parse_args(words), "K=2+graph").model
     assert model.phd_repeat == 2 and is_graphed(model)
     other = ["--preset", "dense-1.2b", "--members", "tensorwise+graph"]  # overlaps communication, which graphs cannot
+    args = bench_arguments.parser("members").parse_args(other)
+    assert is_graphed(bench_members._configure(args, "tensorwise+graph").model)
+    assert warm_up_steps(model) == 2  # the third step is recorded, and the fourth is timed
+    assert main(["bench", "train", *words]) == 1
+    assert "K=2+graph was not measured: cuda_graph_impl=local: CUDA graphs need a" in capsys.readouterr().out
+
+
+def test_members_are_configured_and_named() -> None:
     words = ["--preset", "tiny-moe", "--options", "--vocab-size 300 --bf16", "--accumulate", "3"]
     args = bench_arguments.parser("members").parse_args(words)
     model = bench_members._configure(args, "K=2+hybrid_star").model
