@@ -30,11 +30,12 @@ SIZES |= {"train-iters": STEPS, "eval-iters": 0, "log-interval": STEPS}
 IMPLEMENTATIONS = ["local", *(["transformer_engine"] if importlib.util.find_spec("transformer_engine") else [])]
 
 
-def program(*words: str) -> str:
+def program(*words: str, ranks: int = 1) -> str:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *launch, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-6000:]
     return done.stdout
@@ -78,3 +79,16 @@ def test_a_step_waits_where_it_is_stated_only(
     for name in STATED:
         times = sum(times for site, times in found["sites"].items() if name in site)
         assert times <= found["steps"], f"{name} waited {times} times in {found['steps']} steps"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_experts_on_two_ranks_wait_for_their_splits_only(data: str) -> None:
+    """Which is an event that a copy on another stream has recorded, no synchronising operation."""
+    words = ["--transformer-impl", "local", "--bf16", "--data-path", data, *EXPERTS]
+    words += ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall"]
+    words += [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    out = program(str(Path(__file__).with_name("sync_program.py")), str(WARM_UP), "pretrain", *words, ranks=2)
+    ranks = [json.loads(line) for line in out.splitlines() if line.startswith('{"steps"')]
+    assert len(ranks) == 2
+    for found in ranks:
+        assert [site for site in found["sites"] if not any(name in site for name in STATED)] == []
