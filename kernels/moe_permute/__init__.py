@@ -1,8 +1,8 @@
 """Sort rows by the expert that computes them, and add up what the experts of a row give back.
 
 Where every row goes to as many experts, the number of sorted rows is known beforehand. So nothing here waits for the
-host: the order follows from sums over the routing map, and both directions are a gather, forward and backward, without
-atomic additions. :func:`permute_reference` and :func:`unpermute_reference` are the definitions.
+host: the order follows from sums over the routing map, and rows are gathered in both directions, forward and backward,
+without atomic additions. :func:`permute_reference` and :func:`unpermute_reference` are the definitions.
 """
 
 from __future__ import annotations
@@ -56,8 +56,7 @@ def permute(rows: Tensor, order: Order) -> Tensor:
 
 def permute_weights(weights: Tensor, order: Order) -> Tensor:
     """``[T, E]`` to ``[R]``: the weight of each sorted row."""
-    chosen = weights.gather(1, order.experts)  # [T, k]
-    return _Scatter.apply(chosen.reshape(-1), order.places.view(-1))
+    return _PermuteWeights.apply(weights, order.experts, order.places)
 
 
 def unpermute(rows: Tensor, order: Order) -> Tensor:
@@ -79,6 +78,7 @@ def unpermute_reference(rows: Tensor, routing_map: Tensor) -> Tensor:
 
 class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
+    shape: torch.Size
 
 
 class _Permute(torch.autograd.Function):
@@ -105,19 +105,21 @@ class _Unpermute(torch.autograd.Function):
         return _gather(grad, *ctx.saved_tensors), None, None
 
 
-class _Scatter(torch.autograd.Function):
-    """``out[places] = values``, a permutation; its gradient is a gather."""
+class _PermuteWeights(torch.autograd.Function):
+    """Every element is read and written once, so both ways are plain gathers and scatters."""
 
     @staticmethod
-    def forward(ctx: _Saved, values: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return torch.empty_like(values).scatter_(0, places, values)
+    def forward(ctx: _Saved, weights: Tensor, experts: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(experts, places)
+        ctx.shape = weights.shape
+        chosen = weights.gather(1, experts).view(-1)  # [T*k]
+        return torch.empty_like(chosen).scatter_(0, places.view(-1), chosen)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grad[places], None
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None, None]:
+        experts, places = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_(1, experts, grad[places]), None, None
 
 
 def _gather(rows: Tensor, source: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from phd_megatron.console.terminal import show
+from phd_megatron.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,16 @@ class OurStep:
 
 
 def vocabulary_of(model: ModelConfig) -> int:
-    """Entries of the vocabulary, which every configuration that is measured says."""
-    assert model.vocab_size is not None
+    """Entries of the vocabulary.
+
+    Raises:
+        UserError: if the configuration does not say it; it would be the tokenizer's.
+    """
+    if model.vocab_size is None:
+        raise UserError(
+            "vocab_size is not set, and nothing is measured without a vocabulary: give it, such as --options "
+            "'--vocab-size 32000'"
+        )
     return model.vocab_size
 
 

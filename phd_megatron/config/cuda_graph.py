@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from phd_megatron.config.moe import UNCOUNTED, stacked_experts
 from phd_megatron.config.plain import Plain
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 
@@ -100,7 +101,7 @@ def _experts(config: RunConfig, asked: str) -> Iterator[str]:
     model, extra = config.model, config.model.transformer
     if extra.get("num_moe_experts") is None:
         return
-    if model.moe_experts_backend in ("te", "sequential") or config.optimizer.optimizer == "muon":
+    if not stacked_experts(config):
         given = f"moe_experts_backend={model.moe_experts_backend}"
         given += " and optimizer=muon" if config.optimizer.optimizer == "muon" else ""
         yield (
@@ -112,13 +113,7 @@ def _experts(config: RunConfig, asked: str) -> Iterator[str]:
             f"{asked} with expert_model_parallel_size={config.parallel.expert_model_parallel_size}: the host reads how "
             f"many rows go to each rank; use 1, or {_CURE}"
         )
-    stock = "it comes with Megatron-Core's dispatcher, which reads how many rows there are"
-    for name, why in (
-        ("moe_expert_capacity_factor", "how many rows are dropped is not known before"),
-        ("moe_router_padding_for_quantization", "how many rows are added is not known before"),
-        ("moe_permute_fusion", stock),
-        ("moe_shared_expert_overlap", stock),
-    ):
+    for name, why in UNCOUNTED.items():
         if extra.get(name):
             yield f"{asked} with {name}={extra[name]}: {why}; leave it out, or {_CURE}"
 

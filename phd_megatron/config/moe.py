@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phd_megatron.config.plain import Plain
-from phd_megatron.config.schema import ModelConfig
+from phd_megatron.config.schema import ModelConfig, RunConfig
 
 DEFAULTS: dict[str, Plain] = {
     "moe_router_topk": 2,
@@ -35,6 +35,14 @@ DEFAULTS: dict[str, Plain] = {
     "moe_pad_expert_input_to_capacity": False,
 }
 """Megatron-Core's defaults of the fields that are read here."""
+
+UNCOUNTED = {
+    "moe_expert_capacity_factor": "how many rows are dropped is not known before",
+    "moe_router_padding_for_quantization": "how many rows are added is not known before",
+    "moe_permute_fusion": "Transformer Engine's permutation comes with Megatron-Core's dispatcher, which reads counts",
+    "moe_shared_expert_overlap": "it comes with Megatron-Core's dispatcher, which reads how many rows there are",
+}
+"""Fields with which the host reads how many rows an expert gets, also where a rank has all experts; and why."""
 
 LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -131,6 +139,15 @@ class MoE:
             scaling=moe_value(model, "moe_router_topk_scaling_factor") or 1.0,
             router_dtype=moe_value(model, "moe_router_dtype"),
         )
+
+
+def stacked_experts(config: RunConfig) -> bool:
+    """Whether the experts of a rank have one weight, which is multiplied in bfloat16 beside FP8 layers too.
+
+    Others are Transformer Engine's or computed one after another, in the precision of the layers.
+    """
+    by_muon = config.optimizer.optimizer == "muon"  # on the matrices of single experts
+    return config.model.moe_experts_backend in ("auto", "grouped_mm") and not by_muon
 
 
 def router_losses(model: ModelConfig) -> list[str]:

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from phd_megatron.config.cuda_graph import drop_graph
+from phd_megatron.config.moe import stacked_experts
 from phd_megatron.config.schema import ModelConfig, RunConfig
 
+_PADDING = "moe_router_padding_for_quantization"
 DEPENDENT = (
     "fp8_*",
     "tp_only_amax_red",
     "first_last_layers_bf16",
     "num_layers_at_start_in_bf16",
     "num_layers_at_end_in_bf16",
-    "moe_router_padding_for_quantization",
+    _PADDING,
     "activation_func_fp8_input_store",
 )
 """``TransformerConfig`` fields (and a pattern) that have no effect without ``fp8``."""
@@ -65,6 +67,15 @@ def switched_off(model: ModelConfig) -> list[str]:
     drop_fp8(model)
     left = ", ".join(f"{name}={value}" for name, value in before.items() if name not in extra and value)
     return [f"fp8=null: {left} left out with it"] if left else []
+
+
+def without_padding(config: RunConfig) -> list[str]:
+    """Leave padding out where experts stay in bfloat16, which needs none; a note if it was set beside FP8."""
+    extra = config.model.transformer
+    if not (extra.get("fp8") and extra.get(_PADDING) and stacked_experts(config)):
+        return []
+    del extra[_PADDING]
+    return [f"{_PADDING}=True left out: experts in bfloat16 need none; those of moe_experts_backend te are FP8"]
 
 
 def for_cpu(model: ModelConfig) -> list[str]:

@@ -10,7 +10,7 @@ from phd_megatron.config.architecture import NEEDED, complete
 from phd_megatron.config.catalog import fields
 from phd_megatron.config.cuda_graph import switched_off_graph
 from phd_megatron.config.moe import router_losses
-from phd_megatron.config.precision import switched_off
+from phd_megatron.config.precision import switched_off, without_padding
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.unsupported import refusals
 from phd_megatron.config.validate import problems
@@ -28,7 +28,7 @@ def resolve(config: RunConfig) -> list[str]:
     Raises:
         UserError: with every problem found: missing architecture, values out of range, features not available.
     """
-    switched_off_notes = switched_off(config.model) + switched_off_graph(config.model)
+    switched_off_notes = switched_off(config.model) + switched_off_graph(config.model) + without_padding(config)
     raise_all(refusals(config))
     sharding_notes = _resolve_sharding(config)
     raise_all(

@@ -15,10 +15,14 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 
+from phd_megatron.config.moe import UNCOUNTED
 from phd_megatron.kernels.moe_permute import Order, order_by_expert, permute, permute_weights, unpermute
 
 if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
+
+
+OVERLAP = "moe_shared_expert_overlap"
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -67,6 +71,8 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
     its own, and for which it waits before the rows are sent.
     """
 
+    _order: Order | None = None
+
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """``[s, b, h]`` and twice ``[s*b, experts]`` to rows ``[s*b*topk, h]`` by expert, and their weights."""
         self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
@@ -84,28 +90,29 @@ class AllToAllDispatcher(MoEAlltoAllTokenDispatcher):
         if shared is not None and shared.cached_fc2_input is not None:  # later Megatron-Cores have computed it by now
             shared.linear_fc2_forward(permutated_local_input_tokens)
             shared.post_forward_comm()
-        output = unpermute(permutated_local_input_tokens, self._order).view(self.hidden_shape)
+        order, self._order = self._order, None
+        assert order is not None
+        output = unpermute(permutated_local_input_tokens, order).view(self.hidden_shape)
         return output if shared is None else output + shared.get_output()
 
 
 def replace_dispatchers(model: torch.nn.Module) -> None:
     """Give each layer with experts the dispatcher here that does what its own does, if there is one.
 
-    Not where rows are dropped or padded, nor where Transformer Engine's permutation is asked for.
+    Experts that are computed one after another keep Megatron-Core's own, and so does what :data:`UNCOUNTED` names.
     """
     for layer in model.modules():
-        if isinstance(layer, MoELayer):
+        if isinstance(layer, MoELayer) and layer.config.experts_backend != "sequential":
             layer.token_dispatcher = _equal_dispatcher(layer)
 
 
 def _equal_dispatcher(layer: MoELayer) -> MoETokenDispatcher:
     own, config = layer.token_dispatcher, layer.config
-    padded = config.moe_router_padding_for_quantization
-    if config.moe_expert_capacity_factor is not None or padded or config.moe_permute_fusion:
+    if any(getattr(config, name) for name in UNCOUNTED if name != OVERLAP):
         return own
     groups = ProcessGroupCollection(ep=own.ep_group, expt_tp=own.tp_group, tp_ep=own.tp_ep_group)
-    if own.ep_size == own.tp_size == 1 and own.shared_experts is None:
-        return LocalDispatcher(config, groups)
+    if own.ep_size == own.tp_size == 1:
+        return own if getattr(config, OVERLAP) else LocalDispatcher(config, groups)
     if not isinstance(own, MoEAlltoAllTokenDispatcher):
         return own
     found = AllToAllDispatcher(layer.num_local_experts, layer.local_expert_indices, config, groups)

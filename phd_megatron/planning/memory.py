@@ -106,11 +106,11 @@ def _activations(a: Architecture, index: int, dims: ParallelDims, element: int) 
 def _ffn(a: Architecture, index: int, dims: ParallelDims, stream: float) -> float:
     """Elements that one row keeps in the FFN: up and gate projections and the activation.
 
-    Experts keep their row once more, sorted. Those of ``moe_experts_backend`` te and sequential keep the activation
-    twice, before and after the router's weight; that is not counted.
+    Experts keep their row once more, sorted, and without a gate the activation before and after the router's weight.
+    Those of ``moe_experts_backend`` te and sequential keep both with a gate too; that is not counted.
     """
     widths, moe = 3 if a.gated else 2, a.moe
     if moe is None or not moe.layers[index]:
         return widths * a.ffn_hidden_size / dims.tp
-    routed = moe.topk * (stream + widths * moe.ffn_hidden_size / dims.etp)
+    routed = moe.topk * (stream + 3 * moe.ffn_hidden_size / dims.etp)
     return routed + widths * moe.shared_hidden_size / dims.tp + moe.experts

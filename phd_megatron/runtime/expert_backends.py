@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from phd_megatron.config.architecture import architecture_of
+from phd_megatron.config.moe import UNCOUNTED
+from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.grouped_mm import grouped_mm_problem, width_problem
@@ -25,8 +27,21 @@ def experts_backend(run: RunConfig, transformer_engine: bool, capabilities: Capa
     FP8 Transformer Engine's were slower still (docs/benchmarks.md), so experts stay in bfloat16 beside FP8 layers.
 
     Raises:
-        UserError: if one is asked for and cannot be had.
+        UserError: if one is asked for and cannot be had, or something else that it does not do.
     """
+    backend, why = _choose(run, transformer_engine, capabilities)
+    extra = run.model.transformer
+    grouped = [f"{name}=True" for name in ("moe_grouped_gemm",) if extra.get(name)]
+    grouped += ["recompute_modules with moe_act"] if "moe_act" in (extra.get("recompute_modules") or []) else []
+    if backend == "sequential" and grouped:
+        raise UserError(
+            f"{', '.join(grouped)}: that is of grouped experts, and these are computed one after another: {why}; leave "
+            "it out"
+        )
+    return backend, why
+
+
+def _choose(run: RunConfig, transformer_engine: bool, capabilities: Capabilities) -> tuple[str, str]:
     asked, muon = run.model.moe_experts_backend, run.optimizer.optimizer == "muon"
     grouped = bool(run.model.transformer.get("moe_grouped_gemm"))
     if asked == "te":
@@ -45,10 +60,17 @@ def experts_backend(run: RunConfig, transformer_engine: bool, capabilities: Capa
     how = "asked for" if asked == "grouped_mm" else "moe_experts_backend=auto takes it"
     problem = plain_problem(run, capabilities)
     if problem is None:
-        return "grouped_mm", f"{how}: one product for all experts, nothing waits for the host"
-    if asked == "auto" and capabilities.on_cuda and grouped and transformer_engine:
+        waits = "the host reads counts" if _reads_counts(run) else "nothing waits for the host"
+        return "grouped_mm", f"{how}: one product for all experts, {waits}"
+    if asked == "auto" and capabilities.on_cuda and grouped and transformer_engine and not fp8_recipe(run.model):
         return "te", f"moe_grouped_gemm is set, and {problem}"
     return "grouped_mm", f"{how}: {_PLAIN}, since {problem}"
+
+
+def _reads_counts(run: RunConfig) -> bool:
+    parallel = run.parallel
+    tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    return parallel.expert_model_parallel_size * tensor > 1 or any(map(run.model.transformer.get, UNCOUNTED))
 
 
 def plain_problem(run: RunConfig, capabilities: Capabilities) -> str | None:

@@ -20,10 +20,11 @@ def flex_problems(run: RunConfig, dims: ParallelDims, capabilities: Capabilities
     asked = f"moe_token_dispatcher_type=flex with moe_flex_dispatcher_backend={backend}"
     problem = capabilities.hybridep_problem if backend == "hybridep" else capabilities.deepep_problem
     if problem is not None:
-        yield f"{asked}: {problem} (github.com/deepseek-ai/DeepEP); install it, or {_CURE}"
+        install = "install github.com/deepseek-ai/DeepEP, or " if capabilities.on_cuda else ""
+        yield f"{asked}: {problem}; {install}{_CURE}"
     if dims.ep * dims.etp == 1:
         yield (
-            f"{asked} with expert_model_parallel_size=1 and expert_tensor_parallel_size=1: every rank has all experts, "
+            f"{asked}, expert_model_parallel_size=1 and expert_tensor_parallel_size=1: every rank has all experts, "
             f"so there is nothing to send; {_CURE}, which sends nothing then"
         )
     if moe_value(run.model, "moe_router_dtype") != "fp32":

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from phd_megatron.config.architecture import Architecture, architecture_of
+from phd_megatron.config.moe import stacked_experts
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.runtime.capabilities import Capabilities, Version, version_text
@@ -125,13 +126,13 @@ def size_problems(run: RunConfig, dims: ParallelDims) -> Iterator[str]:
     """Dimensions of products that FP8 cannot compute: which, its value, and what to pad to.
 
     Evaluation has the rows of a training micro-batch, and a batch-size ramp changes their number alone. Padding of
-    what an expert gets is Megatron-Core's (``TEGroupedMLP``, ``SequentialMLP``). Embedding, router and head are no FP8
-    products.
+    what an expert gets is Megatron-Core's (``TEGroupedMLP``, ``SequentialMLP``). Embedding, router, head
+    and experts of another backend are no FP8 products.
     """
     name, layers = fp8_recipe(run.model), fp8_layers(run.model)
     if name is None or not layers:
         return
-    for size in _widths(architecture_of(run.model), layers, dims, RECIPES[name]):
+    for size in _widths(architecture_of(run.model), layers, dims, RECIPES[name], not stacked_experts(run)):
         if not size.fits:
             yield (
                 f"fp8_recipe={name}: {size.formula} = {size.value} is not a multiple of {size.multiple}, which the "
@@ -146,7 +147,7 @@ def size_problems(run: RunConfig, dims: ParallelDims) -> Iterator[str]:
         )
 
 
-def _widths(a: Architecture, layers: range, dims: ParallelDims, recipe: Recipe) -> Iterator[Size]:
+def _widths(a: Architecture, layers: range, dims: ParallelDims, recipe: Recipe, fp8_experts: bool) -> Iterator[Size]:
     heads, groups, channels, moe = a.heads, a.groups, a.head_dim, a.moe
     unit, tp = recipe.multiple, ("tensor_model_parallel_size", dims.tp)
     yield _width("hidden_size", a.hidden_size, ("", 1), recipe.shard_width if dims.sp else unit)
@@ -160,7 +161,8 @@ def _widths(a: Architecture, layers: range, dims: ParallelDims, recipe: Recipe) 
     if moe is None or not all(moe.layers[layer] for layer in layers):
         yield _width("ffn_hidden_size", a.ffn_hidden_size, tp, unit)
     if moe is not None and any(moe.layers[layer] for layer in layers):
-        yield _width("moe_ffn_hidden_size", moe.ffn_hidden_size, ("expert_tensor_parallel_size", dims.etp), unit)
+        if fp8_experts:
+            yield _width("moe_ffn_hidden_size", moe.ffn_hidden_size, ("expert_tensor_parallel_size", dims.etp), unit)
         if moe.shared_hidden_size:
             yield _width("moe_shared_expert_intermediate_size", moe.shared_hidden_size, tp, unit)
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
+from phd_megatron.config.moe import stacked_experts
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.errors import UserError
@@ -205,7 +206,7 @@ def _experts(run: RunConfig, te: bool, capabilities: Capabilities) -> Operation:
         "te": "Transformer Engine grouped GEMM",
         "sequential": f"{'Transformer Engine' if te else 'torch'}, one GEMM per expert",
     }[backend]
-    if backend == "grouped_mm" and fp8_recipe(run.model):
+    if fp8_recipe(run.model) and stacked_experts(run):
         why += "; in bfloat16, which was the quicker"
     return Operation("experts", implementation, why)
 
@@ -217,11 +218,12 @@ def _precision(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation
         yield Operation("FP8", "not used", "fp8 is not set" if usable else capabilities.transformer_engine_problem)
         return
     layers = fp8_layers(run.model)
+    experts = "experts, " if run.model.transformer.get("num_moe_experts") and stacked_experts(run) else ""
     yield Operation(
         "FP8",
         f"{run.model.transformer['fp8']}, {recipe}",
-        f"linear layers of blocks {layers[0]} to {layers[-1]} of {run.model.num_layers}; embedding, attention, router, "
-        "norms and head stay in bfloat16",
+        f"linear layers of blocks {layers[0]} to {layers[-1]} of {run.model.num_layers}; embedding, attention, "
+        f"{experts}router, norms and head stay in bfloat16",
     )
     held = bool(run.model.transformer.get("fp8_param"))
     yield Operation("weights of those", "FP8" if held else "bfloat16", f"fp8_param is {'' if held else 'not '}set")

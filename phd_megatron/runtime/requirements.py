@@ -10,10 +10,14 @@ from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
-from phd_megatron.runtime.expert_backends import plain_problem
+from phd_megatron.runtime.expert_backends import experts_backend, plain_problem
 from phd_megatron.runtime.flex_dispatcher import flex_problems
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
-from phd_megatron.runtime.implementations import gradient_accumulation, require_transformer_engine
+from phd_megatron.runtime.implementations import (
+    gradient_accumulation,
+    require_transformer_engine,
+    use_transformer_engine,
+)
 from phd_megatron.runtime.mcore_versions import MUON_SINCE, SKIP_SINCE, installed, numbers
 from phd_megatron.runtime.parallel_dims import ParallelDims
 from phd_megatron.runtime.userbuffers import overlap_problems
@@ -29,6 +33,9 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
     """
     require_transformer_engine(run.model, capabilities)
     gradient_accumulation(run.model, capabilities)
+    if run.model.transformer.get("num_moe_experts") is not None:
+        layers, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
+        experts_backend(run, layers, capabilities)
     raise_all(
         [
             *machine_problems(run.model, capabilities),
@@ -50,7 +57,7 @@ def graph_machine_problems(run: RunConfig, dims: ParallelDims, capabilities: Cap
     if run.model.transformer.get("num_moe_experts") is not None and (problem := plain_problem(run, capabilities)):
         yield (
             f"{asked} with experts that are multiplied one by one, for which the host reads how many rows each has: "
-            f"{problem}; change that, or use cuda_graph_impl none"
+            f"{problem}; use bf16 and widths that are multiples of 8, or cuda_graph_impl none"
         )
     if fp8_recipe(run.model) == "delayed" and dims.dp > 1:
         yield (

@@ -116,7 +116,7 @@ INSTEAD = "use cuda_graph_impl local with cuda_graph_scope full_iteration"
         ({**MOE, "moe_permute_fusion": True}, "moe_permute_fusion=True", "dispatcher, which reads", "leave it out"),
         ({**SHARED, "moe_shared_expert_overlap": True}, "shared_expert_overlap=True", "which reads", "leave it out"),
         (
-            {**MOE, "fp8": "hybrid", "moe_router_padding_for_quantization": True},
+            {**MOE, "fp8": "hybrid", "moe_router_padding_for_quantization": True, "moe_experts_backend": "te"},
             "moe_router_padding_for_quantization=True",
             "are added",
             "leave it out",

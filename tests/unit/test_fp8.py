@@ -103,7 +103,7 @@ def test_versions() -> None:
 
 # ---------------------------------------------------------------- dimensions of products
 
-EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_experts_backend": "te"}
 SIZES = [
     ({}, ""),
     (
@@ -120,6 +120,10 @@ SIZES = [
     ({"fp8_recipe": "mxfp8", "ffn_hidden_size": 112}, "ffn_hidden_size = 112 is not a multiple of 32"),
     ({**EXPERTS}, ""),
     ({**EXPERTS, "moe_ffn_hidden_size": 40}, "moe_ffn_hidden_size = 40 is not a multiple of 16"),
+    ({**EXPERTS, "moe_ffn_hidden_size": 40, "moe_experts_backend": "sequential"}, "moe_ffn_hidden_size = 40"),
+    ({**EXPERTS, "moe_ffn_hidden_size": 40, "moe_experts_backend": "auto"}, ""),  # they are in bfloat16
+    ({**EXPERTS, "moe_ffn_hidden_size": 40, "moe_experts_backend": "grouped_mm"}, ""),
+    ({**EXPERTS, "moe_ffn_hidden_size": 40, "moe_experts_backend": "auto", "optimizer": "muon"}, "size = 40"),
     ({**EXPERTS, "moe_shared_expert_intermediate_size": 24}, "moe_shared_expert_intermediate_size = 24 is not a"),
     ({**EXPERTS, "ffn_hidden_size": 100}, ""),  # no layer has a dense FFN
     ({**EXPERTS, "ffn_hidden_size": 100, "moe_layer_freq": 2}, "ffn_hidden_size = 100"),
@@ -286,13 +290,28 @@ def test_the_same_model_without_fp8() -> None:
     )
     plain = copy.deepcopy(config)
     assert for_cpu(plain.model) and not for_cpu(plain.model)
-    assert plain.model.transformer_impl == "local"
+    assert (plain.model.transformer_impl, plain.model.moe_experts_backend) == ("local", "auto")
     left = {name for name in config.model.transformer if name not in plain.model.transformer}
     resolve(plain)
     assert left == {
         *("fp8", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
         *("moe_router_padding_for_quantization", "moe_grouped_gemm", "gradient_accumulation_fusion", "tp_comm_overlap"),
     }
+
+
+@pytest.mark.parametrize("backend", ["auto", "grouped_mm", "te", "sequential"])
+def test_padding_is_left_out_where_experts_are_not_fp8(backend: str) -> None:
+    """A run from before there were others has it, and goes on, evaluates and exports without being told to."""
+    config = RunConfig()
+    values = {**EXPERTS, "moe_experts_backend": backend, "moe_router_padding_for_quantization": True, "fp8": "hybrid"}
+    for name, value in {**FITTING, **values}.items():
+        assign(config, name, value)
+    notes = resolve(config)
+    left = backend in ("auto", "grouped_mm")
+    assert (
+        any("padding_for_quantization=True left out: experts in bfloat16 need none" in note for note in notes) == left
+    )
+    assert ("moe_router_padding_for_quantization" in config.model.transformer) != left
 
 
 def test_fp8_is_switched_off_with_all_that_belongs_to_it() -> None:

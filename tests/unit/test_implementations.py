@@ -24,6 +24,7 @@ from phd_megatron.runtime.context import install_backend
 from phd_megatron.runtime.flex_dispatcher import flex_problems
 from phd_megatron.runtime.implementations import (
     _layers,
+    _precision,
     fused_norms,
     gradient_accumulation,
     operations,
@@ -166,6 +167,13 @@ STACKED, GROUPED, SINGLE = "torch grouped_mm, weights stacked", "Transformer Eng
 OLD = replace(HOPPER, compute_capability=(7, 5))
 
 
+def test_experts_beside_fp8_layers_are_named_where_they_are_not() -> None:
+    for backend, named in (("auto", True), ("te", False)):
+        run = make(**EXPERTS, fp8="hybrid", moe_experts_backend=backend)
+        (row,) = [row for row in _precision(run, HOPPER) if row.name == "FP8"]
+        assert ("experts, router" in row.reason) == named
+
+
 @pytest.mark.parametrize(
     ("machine", "values", "implementation", "reason"),
     [
@@ -176,10 +184,12 @@ OLD = replace(HOPPER, compute_capability=(7, 5))
         (HOPPER, {"moe_experts_backend": "te"}, GROUPED, "asked for by moe_experts_backend=te"),
         (HOPPER, {"moe_experts_backend": "sequential"}, f"Transformer Engine, {SINGLE}", "asked for"),
         (WITHOUT, {"moe_experts_backend": "sequential"}, f"torch, {SINGLE}", "asked for"),
+        (HOPPER, {"expert_model_parallel_size": 2}, STACKED, "one product for all experts, the host reads counts"),
+        (HOPPER, {"moe_expert_capacity_factor": 1.0}, STACKED, "the host reads counts"),
+        (HOPPER, {"moe_token_dispatcher_type": "alltoall"}, STACKED, "nothing waits for the host"),
         (HOPPER, {"fp8": "hybrid"}, STACKED, "in bfloat16, which was the quicker"),
         (HOPPER, {"optimizer": "muon"}, f"Transformer Engine, {SINGLE}", "muon works on matrices of single experts"),
         (HOPPER, {"optimizer": "muon", "moe_grouped_gemm": True}, GROUPED, "muon works on"),
-        (WITHOUT, {"optimizer": "muon", "moe_grouped_gemm": True}, f"torch, {SINGLE}", "muon works on"),
         (HOPPER, {"bf16": False}, STACKED, "one product per expert, for which the host reads how many rows each has"),
         (HOPPER, {"bf16": False, "moe_grouped_gemm": True}, GROUPED, "grouped_mm multiplies in bfloat16"),
         (OLD, {}, STACKED, "needs compute capability 8.0, and this is 7.5"),
@@ -207,8 +217,12 @@ WITH_DEEPEP = replace(HOPPER, deepep_problem=None, hybridep_problem="this deep_e
     [
         (FLEX, WITH_DEEPEP, ""),
         ({**FLEX, "moe_flex_dispatcher_backend": "deepep", "moe_deepep_num_sms": 16}, WITH_DEEPEP, ""),
-        (FLEX, replace(HOPPER, deepep_problem="deep_ep is not installed"), "deepep: deep_ep is not installed (github"),
-        (FLEX, Capabilities(), "deepep: there is no CUDA device"),
+        (
+            FLEX,
+            replace(HOPPER, deepep_problem="deep_ep is not installed"),
+            "deepep: deep_ep is not installed; install github.com",
+        ),
+        (FLEX, Capabilities(), "deepep: there is no CUDA device; use moe_token_dispatcher_type alltoall"),
         ({**FLEX, "moe_flex_dispatcher_backend": "hybridep"}, WITH_DEEPEP, "=hybridep: this deep_ep has no HybridEPB"),
         ({**FLEX, "moe_flex_dispatcher_backend": "hybridep"}, replace(WITH_DEEPEP, hybridep_problem=None), ""),
         ({**FLEX, "expert_model_parallel_size": 1}, WITH_DEEPEP, "there is nothing to send; use moe_token_dispatcher_"),
@@ -230,6 +244,16 @@ def test_experts_that_cannot_be_had() -> None:
     run = make(**EXPERTS, moe_experts_backend="te")
     with pytest.raises(UserError, match=r"moe_experts_backend=te needs .*transformer-engine is not installed; use"):
         table(run, WITHOUT)
+    moe_act = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    for values, machine, message in (
+        ({"moe_grouped_gemm": True}, WITHOUT, "moe_grouped_gemm=True: that is of grouped experts, and these are"),
+        (moe_act, HOPPER, "recompute_modules with moe_act: that is of grouped experts, .*: muon works on matrices"),
+    ):
+        run = make(**EXPERTS, **values, optimizer="muon")
+        with pytest.raises(UserError, match=message):
+            require(run, ParallelDims.from_config(run.parallel, 1), machine)
+    run = make(**EXPERTS, **moe_act, moe_grouped_gemm=True, optimizer="muon")
+    require(run, ParallelDims.from_config(run.parallel, 1), HOPPER)
     for values, message in (
         ({"moe_experts_backend": "grouped_mm", "optimizer": "muon"}, "optimizer=muon: muon works on matrices of"),
         ({"moe_experts_backend": "sequential", "moe_grouped_gemm": True}, "says the opposite; leave one of them out"),
