@@ -156,6 +156,24 @@ def cross_entropy(dtype: torch.dtype, width: int, every_tile: bool) -> None:
     front.cross_entropy(logits * 1, torch.zeros(4, dtype=torch.long)).sum().backward()
 
 
+def experts(dtype: torch.dtype, width: int, every_tile: bool) -> None:
+    """What has no choice of tiles: SwiGLU with and without weights, permutation, groups without rows."""
+    from phd_megatron.kernels import grouped_mm, moe_permute, swiglu
+    from phd_megatron.kernels.grouped_mm import grouped_mm_kernels
+    from phd_megatron.kernels.moe_permute import permute_kernels
+    from phd_megatron.kernels.swiglu import swiglu_kernels
+
+    for module in (swiglu_kernels, permute_kernels, grouped_mm_kernels):
+        put_in_place(module, every_tile)
+    for columns in (width, 1):
+        rows = torch.zeros(8, 2 * columns, dtype=dtype, requires_grad=True)
+        swiglu.swiglu_triton(rows).sum().backward()
+        swiglu.weighted_swiglu_triton(rows, torch.zeros(8, requires_grad=True)).sum().backward()
+        moe_permute.gather_triton(rows.detach()[:, :columns], torch.zeros(16, dtype=torch.long))
+        moe_permute.gather_sum_triton(rows.detach()[:, :columns], torch.zeros(4, 2, dtype=torch.long))
+        grouped_mm.clear_empty_groups_triton(rows.detach().view(8, 2, columns), torch.zeros(8, dtype=torch.int32))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true")
@@ -167,7 +185,7 @@ def main() -> None:
     for operation in ("phd_attention.backends", "qkv_norm_rope", "decode_attention"):
         module = importlib.import_module(f"phd_megatron.kernels.{operation}")
         module.triton_problem = lambda *_: None
-    for operation in (attention, norm_rope, decode, cross_entropy):
+    for operation in (attention, norm_rope, decode, cross_entropy, experts):
         operation(getattr(torch, args.dtype), args.head_dim, args.all)
 
 

@@ -16,6 +16,9 @@ KERNELS = {
     *("forward_kernel", "delta_kernel", "query_gradient_kernel", "key_gradient_kernel"),
     *("norm_rope_forward_kernel", "norm_rope_backward_kernel", "norm_weight_gradient_kernel"),
     *("window_forward_kernel", "window_backward_kernel"),
+    *("swiglu_forward_kernel", "swiglu_backward_kernel"),
+    *("weighted_swiglu_forward_kernel", "weighted_swiglu_backward_kernel"),
+    *("gather_kernel", "gather_sum_kernel", "clear_empty_groups_kernel"),
     *("split_kernel", "combine_kernel", "cross_entropy_statistics_kernel", "cross_entropy_gradient_kernel"),
 }
 
