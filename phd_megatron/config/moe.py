@@ -158,6 +158,35 @@ def router_losses(model: ModelConfig) -> list[str]:
     return [*names, "z_loss"] if moe_value(model, "moe_z_loss_coeff") else names
 
 
+def overlap_problems(config: RunConfig) -> Iterator[str]:
+    """Why transfers of experts cannot be overlapped with other micro-batches' products, one sentence each."""
+    extra, parallel = config.model.transformer, config.parallel
+    name = "overlap_moe_expert_parallel_comm"
+    if not extra.get(name):
+        return
+    if parallel.expert_model_parallel_size == 1:
+        yield (f"{name}=True with expert_model_parallel_size=1: nothing is sent; leave it out, or spread the experts")
+    if moe_value(config.model, "moe_token_dispatcher_type") == "allgather":
+        yield (
+            f"{name}=True with moe_token_dispatcher_type=allgather: Megatron-Core overlaps the others' transfers; use "
+            "alltoall or flex"
+        )
+    if not (config.training.bf16 or config.training.fp16):
+        yield f"{name}=True with float32 parameters: Megatron-Core has it for half precision alone; set bf16"
+    if moe_value(config.model, "moe_shared_expert_overlap"):
+        yield f"{name}=True with moe_shared_expert_overlap=True: both would fill the same gap; leave one of them out"
+    if extra.get("recompute_granularity") == "full":
+        yield (
+            f"{name}=True with recompute_granularity=full: layers are run in pieces, and whole ones cannot be computed "
+            "again; use recompute_granularity selective"
+        )
+    if config.logging.log_layer_statistics:
+        yield (
+            f"{name}=True with log_layer_statistics={config.logging.log_layer_statistics}: layers are run in pieces, "
+            "so nothing can look at what enters and leaves them; leave one of them out"
+        )
+
+
 def moe_problems(model: ModelConfig) -> Iterator[str]:
     """Everything wrong with the experts' values themselves, with value, reason and cure."""
     experts = model.transformer.get("num_moe_experts")

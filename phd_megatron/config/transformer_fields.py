@@ -42,6 +42,7 @@ ROLES: dict[str, Role] = {
     "moe_token_dispatcher_type": COMPUTING,
     "moe_flex_dispatcher_*": COMPUTING,
     "moe_*ep_num_sms": COMPUTING,
+    "overlap_moe_expert_parallel_comm": COMPUTING,
     "moe_shared_expert_overlap": COMPUTING,
     "moe_extended_tp": COMPUTING,
     # attention and layers; other values than these fields' defaults are refused

@@ -83,7 +83,7 @@ _NO_FP8 = "it has no effect without fp8"
 _RECIPES = "use fp8_recipe delayed, tensorwise, blockwise or mxfp8"
 _NO_RECOMPUTE = "it has no effect without recompute_granularity"
 _RECOMPUTE = "set recompute_granularity to full or selective"
-_SCHEDULE = "it needs a pipeline schedule of Megatron-Core that runs layers in pieces, which PHD's model does not offer"
+_SCHEDULE = "weight gradients or transfers on streams of their own have not been held against one rank"
 _NO_EXPERTS = "it has no effect without experts"
 _EXPERTS = "set num_moe_experts, or leave it out"
 _EITHER = "leave one of them out"
@@ -121,7 +121,6 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
     Unsupported("variable_seq_lengths", "every sample has seq_length tokens"),
     Unsupported("defer_embedding_wgrad_compute", "the output layer of PHD models does not keep what it needs"),
     Unsupported("wgrad_deferral_limit", "the output layer of PHD models does not keep what it needs", refused=_not(0)),
-    Unsupported("overlap_moe_expert_parallel_comm", _SCHEDULE),
     Unsupported("ep_overlap_early_attn_memory_release", _SCHEDULE),
     Unsupported("delay_wgrad_compute", _SCHEDULE),
     Unsupported("high_priority_a2a_comm_stream", _SCHEDULE),

@@ -9,7 +9,7 @@ from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
 from phd_megatron.config.cuda_graph import graph_problems
 from phd_megatron.config.facts import violates
-from phd_megatron.config.moe import moe_problems
+from phd_megatron.config.moe import moe_problems, overlap_problems
 from phd_megatron.config.precision import precision_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import values_of
@@ -216,6 +216,7 @@ def problems(config: RunConfig) -> list[str]:
         *_training(config, values),
         *_profile(config),
         *moe_problems(config.model),
+        *overlap_problems(config),
         *precision_problems(config),
         *graph_problems(config),
         *_norms(config.model),

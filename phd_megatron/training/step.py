@@ -139,11 +139,20 @@ class Stepper:
 
 
 def forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module, device: torch.device, by_copy: bool = False
+    batches: Iterator[Batch],
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+    *,
+    device: torch.device,
+    by_copy: bool = False,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """One micro-batch forward; the schedule calls the returned loss function on the last stage."""
+    """One micro-batch forward; the schedule calls the returned loss function on the last stage.
+
+    With ``return_schedule_plan`` nothing runs yet: a schedule that overlaps micro-batches runs what it gets in pieces.
+    """
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(
+    run: Callable[..., Tensor] = model.build_schedule_plan if return_schedule_plan else model  # type: ignore[assignment]
+    output = run(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,

@@ -20,6 +20,7 @@ CASES = (
     "cuda-names",
     "device-literals",
     "tensor-cuda",
+    "record-stream",
     "rng",
     "distrib-optimizer-types",
     "float16-optimizer-types",

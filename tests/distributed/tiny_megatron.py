@@ -245,6 +245,17 @@ def _broadcast():
     return broadcast_data(["text"], {"text": torch.arange(4)}, torch.int64)["text"].tolist()
 
 
+def _schedule_node():
+    """A piece of a layer that frees its input, forward and backward."""
+    import torch
+    from megatron.core.pipeline_parallel import utils
+
+    given = torch.ones(4, requires_grad=True)
+    node = utils.ScheduleNode(lambda x: x * 3, utils.torch.cuda.Stream(), utils.torch.cuda.Event(), free_input=True)
+    assert node.forward(given * 1).tolist() == [3.0] * 4
+    return node.backward(torch.ones(4)).tolist()
+
+
 def _rng_tracker():
     """Draws inside a fork are its own, draws outside are as if it had not been, and nothing is logged about it."""
     import logging
@@ -342,6 +353,7 @@ CASES = {
     "cuda-names": lambda directory: _train(),
     "device-literals": lambda directory: _train(),
     "tensor-cuda": lambda directory: _broadcast(),
+    "record-stream": lambda directory: _schedule_node(),
     "rng": lambda directory: _rng_tracker(),
     "distrib-optimizer-types": lambda directory: _train(),
     "float16-optimizer-types": lambda directory: _train(bf16=1, sharded=0),

@@ -25,7 +25,7 @@ HONOURED = set(
     async_tensor_model_parallel_allreduce cross_entropy_loss_fusion batch_p2p_comm batch_p2p_sync
     deallocate_pipeline_outputs attention_backend disable_bf16_reduced_precision_matmul bias_activation_fusion
     bias_dropout_fusion recompute_granularity clone_scatter_output_in_embedding disable_parameter_transpose_cache
-    config_logger_dir num_moe_experts
+    config_logger_dir num_moe_experts overlap_moe_expert_parallel_comm
     """)
 )
 """Fields that Megatron-Core itself acts on in our models, whatever their value."""

@@ -143,6 +143,37 @@ def test_expert_values_in_range() -> None:
     )
 
 
+OVERLAP: dict[str, Any] = {
+    **EXPERTS,
+    **{"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 2, "bf16": True},
+    "overlap_moe_expert_parallel_comm": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"expert_model_parallel_size": 1}, "expert_model_parallel_size=1: nothing is sent; leave it out"),
+        ({"moe_token_dispatcher_type": "allgather"}, "=allgather: Megatron-Core overlaps the others' transfers; use"),
+        ({"bf16": False}, "float32 parameters: Megatron-Core has it for half precision alone; set bf16"),
+        (
+            {"moe_shared_expert_intermediate_size": 64, "moe_shared_expert_overlap": True},
+            "moe_shared_expert_overlap=True: both would fill the same gap; leave one",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            "recompute_granularity=full: layers are run in pieces.*use recompute_granularity selective",
+        ),
+        ({"log_layer_statistics": 5, "metrics_file": "x"}, "log_layer_statistics=5: layers are run in pieces"),
+    ],
+)
+def test_what_does_not_go_with_overlapped_transfers(values: dict[str, Any], message: str) -> None:
+    resolved(**OVERLAP)
+    resolved(**{**OVERLAP, "fp16": True, "bf16": False})
+    with pytest.raises(UserError, match=rf"overlap_moe_expert_parallel_comm=True with .*{message}"):
+        resolved(**{**OVERLAP, **values})
+
+
 def test_harmless_values_pass() -> None:
     assert refusals(RunConfig()) == []
     harmless = {

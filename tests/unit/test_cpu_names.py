@@ -24,7 +24,7 @@ from phd_megatron.runtime.redirects import MegatronChanged, Redirect, _Watcher, 
 #: of torch.cuda, by hand: what a run on CPU must not ask a device for, where there is one
 CUDA_NAMES = {
     *("current_device", "device_count", "is_available", "synchronize", "empty_cache", "Stream", "Event", "stream"),
-    *("current_stream", "default_stream", "manual_seed", "get_rng_state", "set_rng_state"),
+    *("current_stream", "default_stream", "manual_seed", "get_rng_state", "set_rng_state", "nvtx"),
 }
 #: that 0.17 and later say only in parts that no run on CPU reaches
 UNTIL_0_16 = {"default_stream"}
@@ -62,6 +62,7 @@ def test_names_of_the_device_are_answered_by_the_host(names) -> None:  # type: i
     mine.wait(stream)
     mine.synchronize()
     stream.synchronize()
+    assert cuda.nvtx.range_push("a layer") is None and cuda.nvtx.range_pop() is None
 
 
 def test_the_devices_generator_is_the_hosts(names) -> None:  # type: ignore[no-untyped-def]
@@ -109,7 +110,7 @@ def test_torch_itself_is_as_it_was(names) -> None:  # type: ignore[no-untyped-de
     assert torch.zeros.__name__ == names.zeros.__name__ == "zeros"
     for name in ("nn", "float32", "matmul", "Tensor", "distributed", "full", "randn"):
         assert getattr(names, name) is getattr(torch, name)
-    assert names.cuda.nvtx is torch.cuda.nvtx
+    assert names.cuda.memory is torch.cuda.memory
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    from phd_megatron.runtime.cpu_backend.torch_names import Device
+    from phd_megatron.runtime.cpu_backend.torch_names import Device, Stream
 
 _installed = False
 
@@ -46,6 +46,8 @@ def install(skip: Collection[str] = ()) -> None:
     warnings.filterwarnings("ignore", message="When using .* CUDA_DEVICE_MAX_CONNECTIONS")
     if "tensor-cuda" not in skip:
         _tensor_cuda()
+    if "record-stream" not in skip:
+        _record_stream()
     if "cuda-packages" not in skip:
         _hide_cuda_packages()
     if "triton-kernels" not in skip:
@@ -77,6 +79,15 @@ def _tensor_cuda() -> None:
         return self
 
     put(torch.Tensor, cuda=cuda)
+
+
+def _record_stream() -> None:
+    import torch
+
+    def record_stream(self: torch.Tensor, stream: Stream) -> None:
+        """Memory of the host is freed when nothing holds it."""
+
+    put(torch.Tensor, record_stream=record_stream)
 
 
 def _hide_cuda_packages() -> None:
@@ -207,10 +218,10 @@ def _single_rank(module: ModuleType) -> None:
     )
 
 
-#: redirects that change no megatron module: a tensor's ``cuda`` method does nothing; Transformer Engine and apex
-#: cannot be imported, because megatron takes their CUDA optimizers and norms wherever it finds them; kernels that need
-#: triton are left out where it is missing
-METHODS = ("tensor-cuda", "cuda-packages", "triton-kernels")
+#: redirects that change no megatron module: a tensor's methods ``cuda`` and ``record_stream`` (which the schedule that
+#: overlaps experts' transfers calls) do nothing; Transformer Engine and apex cannot be imported, because megatron takes
+#: their CUDA optimizers and norms wherever it finds them; kernels that need triton are left out where it is missing
+METHODS = ("tensor-cuda", "record-stream", "cuda-packages", "triton-kernels")
 
 #: every redirect of the CPU backend; those without modules are parts of "torch"
 REDIRECTS = (

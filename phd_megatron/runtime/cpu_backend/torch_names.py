@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -102,6 +102,7 @@ def _cuda_names() -> ModuleType:
         manual_seed=torch.manual_seed,
         get_rng_state=get_rng_state,
         set_rng_state=set_rng_state,
+        nvtx=SimpleNamespace(range_push=_nothing, range_pop=_nothing),
     )
     names.__dict__["__getattr__"] = lambda name: getattr(torch.cuda, name)
     return names
