@@ -79,9 +79,10 @@ class _Saved(FunctionCtx):
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Saved, rows: Tensor, weight: Tensor, ends: Tensor, grouped: bool) -> Tensor:
+        rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, ends)
         ctx.grouped = grouped and len(rows) > 0
-        return _product(rows.contiguous(), weight.transpose(1, 2), ends, ctx.grouped)
+        return _product(rows, weight.transpose(1, 2), ends, ctx.grouped)
 
     @staticmethod
     @once_differentiable
@@ -89,7 +90,7 @@ class _GroupedLinear(torch.autograd.Function):
         rows, weight, ends = ctx.saved_tensors
         grad = grad.contiguous()
         rows_grad = _product(grad, weight, ends, ctx.grouped) if ctx.needs_input_grad[0] else None
-        weight_grad = _weight_gradient(grad, rows.contiguous(), ends, ctx.grouped) if ctx.needs_input_grad[1] else None
+        weight_grad = _weight_gradient(grad, rows, ends, ctx.grouped) if ctx.needs_input_grad[1] else None
         return rows_grad, weight_grad, None, None
 
 

@@ -23,13 +23,13 @@ class Order(NamedTuple):
         source: ``[R]`` int64, the token of each sorted row. Within an expert tokens keep their order.
         places: ``[T, k]`` int64, the sorted rows of each token, by ascending expert.
         experts: ``[T, k]`` int64, their experts.
-        ends: ``[E]`` int32, the sorted row after the last one of each expert.
+        counts: ``[E]`` int64, the rows of each expert.
     """
 
     source: Tensor
     places: Tensor
     experts: Tensor
-    ends: Tensor
+    counts: Tensor
 
 
 def order_by_expert(routing_map: Tensor, topk: int) -> Order:
@@ -38,7 +38,6 @@ def order_by_expert(routing_map: Tensor, topk: int) -> Order:
     total = tokens * topk
     by_expert = routing_map.T.reshape(-1)  # [E*T]
     rows = by_expert.cumsum(0)  # 1-based, where set
-    ends = routing_map.sum(0).cumsum(0).to(torch.int32)
     # What is not set goes to a row (a column) that is cut off.
     token = torch.arange(tokens, device=routing_map.device).expand(experts, tokens).reshape(-1)
     source = token.new_zeros(total + 1).scatter_(0, torch.where(by_expert, rows - 1, total), token)[:total]
@@ -46,12 +45,12 @@ def order_by_expert(routing_map: Tensor, topk: int) -> Order:
     places = rows.new_zeros(tokens, topk + 1).scatter_(1, rank, rows.view(experts, tokens).T - 1)[:, :topk]
     expert = torch.arange(experts, device=routing_map.device).expand(tokens, experts)
     chosen = expert.new_zeros(tokens, topk + 1).scatter_(1, rank, expert)[:, :topk]
-    return Order(source, places.contiguous(), chosen.contiguous(), ends)
+    return Order(source, places.contiguous(), chosen.contiguous(), routing_map.sum(0))
 
 
 def permute(rows: Tensor, order: Order) -> Tensor:
     """``[T, h]`` to ``[R, h]``: every token once for each of its experts, sorted by expert."""
-    return _Permute.apply(rows, order.source, order.places)
+    return _Move.apply(rows, order.source, order.places, False)
 
 
 def permute_weights(weights: Tensor, order: Order) -> Tensor:
@@ -61,7 +60,7 @@ def permute_weights(weights: Tensor, order: Order) -> Tensor:
 
 def unpermute(rows: Tensor, order: Order) -> Tensor:
     """``[R, h]`` to ``[T, h]``: the sum of the rows of each token, in float32, rounded once."""
-    return _Unpermute.apply(rows, order.source, order.places)
+    return _Move.apply(rows, order.source, order.places, True)
 
 
 def permute_reference(rows: Tensor, routing_map: Tensor) -> Tensor:
@@ -79,30 +78,23 @@ def unpermute_reference(rows: Tensor, routing_map: Tensor) -> Tensor:
 class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     shape: torch.Size
+    back: bool
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Saved, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return _gather(rows, source)
+class _Move(torch.autograd.Function):
+    """Tokens to sorted rows, or ``back``: each is the gradient of the other."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_sum(grad, *ctx.saved_tensors), None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Saved, rows: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        return _gather_sum(rows, places)
+    def forward(ctx: _Saved, rows: Tensor, source: Tensor, places: Tensor, back: bool) -> Tensor:
+        ctx.save_for_backward(source, places)
+        ctx.back = back
+        return _gather_sum(rows, places) if back else _gather(rows, source)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        source, places = ctx.saved_tensors
+        return _gather(grad, source) if ctx.back else _gather_sum(grad, places), None, None, None
 
 
 class _PermuteWeights(torch.autograd.Function):

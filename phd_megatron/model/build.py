@@ -84,7 +84,6 @@ def _build_chunks(
         config.transformer_engine, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
         if run.model.transformer.get("num_moe_experts") is not None:
             config.experts_backend, _ = experts_backend(run, config.transformer_engine, capabilities)
-        config.moe_grouped_gemm = config.experts_backend == "te"
         config.fused_norms = fused_norms(run.model, config.transformer_engine)
         accumulates, _ = gradient_accumulation(run.model, capabilities)
         if config.tp_comm_overlap:

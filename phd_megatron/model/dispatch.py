@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from phd_megatron.model.transformer_config import PHDTransformerConfig
 
 
-OVERLAP = "moe_shared_expert_overlap"
-
-
 class LocalDispatcher(MoETokenDispatcher):
     """All experts of a layer are on this rank, whole: rows are sorted, and nothing is sent."""
 
@@ -46,8 +43,7 @@ class LocalDispatcher(MoETokenDispatcher):
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, rows of each expert (on the device), weights."""
         assert self._order is not None
-        ends = self._order.ends.long()
-        return hidden_states, ends.diff(prepend=ends.new_zeros(1)), probs
+        return hidden_states, self._order.counts, probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """As it is."""
@@ -108,12 +104,11 @@ def replace_dispatchers(model: torch.nn.Module) -> None:
 
 def _equal_dispatcher(layer: MoELayer) -> MoETokenDispatcher:
     own, config = layer.token_dispatcher, layer.config
-    if any(getattr(config, name) for name in UNCOUNTED if name != OVERLAP):
-        return own
+    uncounted = {name for name in UNCOUNTED if getattr(config, name)}
     groups = ProcessGroupCollection(ep=own.ep_group, expt_tp=own.tp_group, tp_ep=own.tp_ep_group)
     if own.ep_size == own.tp_size == 1:
-        return own if getattr(config, OVERLAP) else LocalDispatcher(config, groups)
-    if not isinstance(own, MoEAlltoAllTokenDispatcher):
+        return own if uncounted else LocalDispatcher(config, groups)
+    if uncounted - {"moe_shared_expert_overlap"} or not isinstance(own, MoEAlltoAllTokenDispatcher):
         return own
     found = AllToAllDispatcher(layer.num_local_experts, layer.local_expert_indices, config, groups)
     if own.shared_experts is not None:

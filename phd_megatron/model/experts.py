@@ -22,7 +22,6 @@ from phd_megatron.kernels.swiglu import weighted_swiglu
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedStateDict
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from torch.distributed import ProcessGroup
 
     from phd_megatron.model.transformer_config import PHDTransformerConfig
 
@@ -54,18 +53,18 @@ class GroupedLinear(nn.Module):
         return grouped_linear(rows, self.weight, ends)
 
     def sharded(
-        self, key: str, offsets: tuple[tuple[int, int, int], ...], ranks: tuple[ProcessGroup, ProcessGroup, int]
+        self, key: str, offsets: tuple[tuple[int, int, int], ...], experts: StackedExperts
     ) -> ShardedTensorFactory:
         """The weight as it lies in checkpoints, one tensor an expert and branch.
 
         Args:
             key: name there.
             offsets: of axes before the experts'.
-            ranks: the groups over which experts, and each of them, are divided, and this rank among its replicas.
+            experts: whose layer it is.
         """
-        expert_group, tensor_group, replica = ranks
+        expert_group, tensor_group = experts.ep_group, experts.tp_group
         local, branches = self.weight.size(0), 2 if self.halves else 1
-        first, experts = expert_group.rank() * local, expert_group.size() * local
+        first, total = expert_group.rank() * local, expert_group.size() * local
         prepended = len(offsets) + 1
 
         def cut(key: str, weight: Tensor, replica_id: ReplicaId, flattened: slice | None) -> list[ShardedTensor]:
@@ -75,7 +74,7 @@ class GroupedLinear(nn.Module):
                     key,
                     branch,
                     *offsets,
-                    (len(offsets), first + expert, experts),
+                    (len(offsets), first + expert, total),
                     (
                         prepended + self.split,
                         tensor_group.rank() + number * tensor_group.size(),
@@ -92,7 +91,7 @@ class GroupedLinear(nn.Module):
             shape = (local, branches * parts[0].size(_OUT), parts[0].size(_IN))
             return torch.stack(parts).view(shape)  # [experts * branches, out / branches, in]
 
-        return ShardedTensorFactory(key, self.weight, cut, join, replica_id=(0, 0, replica))
+        return ShardedTensorFactory(key, self.weight, cut, join, replica_id=(0, 0, experts.dp_group.rank()))
 
 
 class StackedExperts(MegatronModule):
@@ -150,9 +149,8 @@ class StackedExperts(MegatronModule):
         metadata: dict[str, object] | None = None,
     ) -> ShardedStateDict:
         """Names and places of Megatron-Core's other experts."""
-        ranks = self.ep_group, self.tp_group, self.dp_group.rank()
+        layers = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
         return {
-            f"{prefix}{name}.weight": layer.sharded(f"{prefix}experts.{name}.weight", sharded_offsets, ranks)
-            for name, layer in self.named_children()
-            if isinstance(layer, GroupedLinear)
+            f"{prefix}{name}.weight": layer.sharded(f"{prefix}experts.{name}.weight", sharded_offsets, self)
+            for name, layer in layers.items()
         }

@@ -16,6 +16,7 @@ from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import BlockNorm, norm_plan, norm_scheme
 from phd_megatron.phd.kv_policy import KVPolicy
+from phd_megatron.runtime.dtypes import params_dtype
 from phd_megatron.runtime.pipeline_split import PipelineSplit
 
 _Fields = dict[str, Any]  # of PHDTransformerConfig, by name
@@ -51,11 +52,6 @@ class PHDTransformerConfig(TransformerConfig):
 def transformer_field_types() -> dict[str, Any]:
     """Name to annotation of every ``TransformerConfig`` field, for the command line and YAML."""
     return {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.init}
-
-
-def params_dtype(run: RunConfig) -> torch.dtype:
-    """Type of the parameters the forward pass uses."""
-    return torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
 
 
 def _leave_alone(weight: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from phd_megatron.config.architecture import architecture_of
-from phd_megatron.config.moe import UNCOUNTED
+from phd_megatron.config.moe import UNCOUNTED, stacked_experts
 from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
 from phd_megatron.kernels.grouped_mm import grouped_mm_problem, width_problem
 from phd_megatron.runtime.capabilities import Capabilities
+from phd_megatron.runtime.dtypes import params_dtype
+from phd_megatron.runtime.parallel_dims import expert_tensor_size
 
 _PLAIN = "one product per expert, for which the host reads how many rows each has"
 
@@ -31,18 +31,19 @@ def experts_backend(run: RunConfig, transformer_engine: bool, capabilities: Capa
     """
     backend, why = _choose(run, transformer_engine, capabilities)
     extra = run.model.transformer
-    grouped = [f"{name}=True" for name in ("moe_grouped_gemm",) if extra.get(name)]
-    grouped += ["recompute_modules with moe_act"] if "moe_act" in (extra.get("recompute_modules") or []) else []
-    if backend == "sequential" and grouped:
+    asked = {
+        "moe_grouped_gemm=True": extra.get("moe_grouped_gemm"),
+        "recompute_modules with moe_act": "moe_act" in (extra.get("recompute_modules") or []),
+    }
+    if backend == "sequential" and (grouped := ", ".join(name for name, given in asked.items() if given)):
         raise UserError(
-            f"{', '.join(grouped)}: that is of grouped experts, and these are computed one after another: {why}; leave "
-            "it out"
+            f"{grouped}: that is of grouped experts, and these are computed one after another: {why}; leave it out"
         )
     return backend, why
 
 
 def _choose(run: RunConfig, transformer_engine: bool, capabilities: Capabilities) -> tuple[str, str]:
-    asked, muon = run.model.moe_experts_backend, run.optimizer.optimizer == "muon"
+    asked = run.model.moe_experts_backend
     grouped = bool(run.model.transformer.get("moe_grouped_gemm"))
     if asked == "te":
         if not transformer_engine:
@@ -53,7 +54,7 @@ def _choose(run: RunConfig, transformer_engine: bool, capabilities: Capabilities
         return "te", "asked for by moe_experts_backend=te"
     if asked == "sequential":
         return "sequential", "asked for by moe_experts_backend=sequential"
-    if asked == "auto" and muon:
+    if not stacked_experts(run):
         if grouped and transformer_engine:
             return "te", "muon works on matrices of single experts, and moe_grouped_gemm is set"
         return "sequential", "muon works on matrices of single experts"
@@ -68,18 +69,14 @@ def _choose(run: RunConfig, transformer_engine: bool, capabilities: Capabilities
 
 
 def _reads_counts(run: RunConfig) -> bool:
-    parallel = run.parallel
-    tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-    return parallel.expert_model_parallel_size * tensor > 1 or any(map(run.model.transformer.get, UNCOUNTED))
+    divided = run.parallel.expert_model_parallel_size * expert_tensor_size(run.parallel) > 1
+    return divided or any(map(run.model.transformer.get, UNCOUNTED))
 
 
 def plain_problem(run: RunConfig, capabilities: Capabilities) -> str | None:
     """Why stacked experts cannot be multiplied in one product here, or None where they are."""
-    training = run.training
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-    if problem := grouped_mm_problem(dtype, capabilities.compute_capability):
+    if problem := grouped_mm_problem(params_dtype(run), capabilities.compute_capability):
         return problem
     found = architecture_of(run.model)
     assert found.moe is not None
-    etp = run.parallel.expert_tensor_parallel_size or run.parallel.tensor_model_parallel_size
-    return width_problem(found.hidden_size, found.moe.ffn_hidden_size // etp)
+    return width_problem(found.hidden_size, found.moe.ffn_hidden_size // expert_tensor_size(run.parallel))

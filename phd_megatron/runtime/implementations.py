@@ -19,6 +19,7 @@ from phd_megatron.kernels.phd_attention import choose_backend
 from phd_megatron.kernels.qkv_norm_rope import is_chosen, width_problem
 from phd_megatron.norm.schemes import norm_plan
 from phd_megatron.runtime.capabilities import Capabilities, version_text
+from phd_megatron.runtime.dtypes import params_dtype
 from phd_megatron.runtime.expert_backends import experts_backend
 
 
@@ -134,12 +135,11 @@ def format_operations(rows: Sequence[Operation]) -> str:
 def _attention(run: RunConfig, capabilities: Capabilities) -> Operation:
     import torch
 
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float16 if run.training.fp16 else torch.float32
     model, name = run.model, "PHD attention"
     try:
         chosen, reason = choose_backend(
             torch.device(capabilities.device),
-            dtype,
+            params_dtype(run),
             head_dim(model) or _USUAL_WIDTH,
             backend=model.phd_attention_backend,
         )

@@ -13,6 +13,12 @@ from phd_megatron.errors import UserError
 from phd_megatron.runtime.pipeline_split import PipelineSplit
 
 
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    """TP of the experts: that of everything else, unless it is given."""
+    given = parallel.expert_tensor_parallel_size
+    return parallel.tensor_model_parallel_size if given is None else given
+
+
 @dataclass(frozen=True)
 class ParallelDims:
     """Sizes of the parallel groups; ``dp`` is what remains of the world size."""
@@ -44,7 +50,6 @@ class ParallelDims:
             notes.append(
                 "sequence_parallel is off: it splits over the tensor group, and tensor_model_parallel_size is 1"
             )
-        etp = parallel.expert_tensor_parallel_size
         _check_positive({"virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size})
         _check_positive({"pipeline_model_parallel_size": parallel.pipeline_model_parallel_size})
         split = PipelineSplit.from_config(parallel)
@@ -55,7 +60,7 @@ class ParallelDims:
             vpp=split.vpp if split.vpp > 1 else None,
             cp=parallel.context_parallel_size,
             ep=parallel.expert_model_parallel_size,
-            etp=tp if etp is None else etp,
+            etp=expert_tensor_size(parallel),
             sp=sp,
             split=split,
             vpp_group=parallel.microbatch_group_size_per_vp_stage,

@@ -18,7 +18,7 @@ from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import OptimizerConfig, RunConfig
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.model.gradients import finalize_model_grads
-from phd_megatron.model.transformer_config import params_dtype
+from phd_megatron.runtime.dtypes import params_dtype
 from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.requirements import require_optimizer
 from phd_megatron.training.cuda_graph import stream_of

@@ -112,9 +112,10 @@ def test_all_of_it_is_recorded_and_replayed() -> None:
     def layer() -> Tensor:
         route = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(topk).indices, True)
         order = order_by_expert(route, topk)
-        hidden = grouped_linear(permute(x, order), first, order.ends)
+        ends = order.counts.cumsum(0).to(torch.int32)
+        hidden = grouped_linear(permute(x, order), first, ends)
         weighted = weighted_swiglu(hidden, permute_weights(score, order))
-        return unpermute(grouped_linear(weighted, second, order.ends), order)
+        return unpermute(grouped_linear(weighted, second, ends), order)
 
     side = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(side):
