@@ -17,7 +17,7 @@ import gc
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phd_megatron.bench.arguments import MEMBERS
@@ -51,6 +51,10 @@ KINDS = (
 )
 
 
+#: kernels that the results name
+LISTED = 40
+
+
 @dataclass
 class Measured:
     """One member.
@@ -60,6 +64,7 @@ class Measured:
         flops: of a step, by the convention above.
         peak_bytes: most device memory in use; None on a CPU.
         breakdown: seconds of one step by kind of kernel; ``idle`` is what no kernel covers.
+        kernels: seconds of the longest kernels of that step by name, longest first.
     """
 
     name: str
@@ -69,7 +74,8 @@ class Measured:
     tokens: int
     copies: int
     peak_bytes: int | None
-    breakdown: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, float]
+    kernels: dict[str, float]
 
     @property
     def median(self) -> float:
@@ -154,6 +160,8 @@ def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Ru
         for _ in range(2):
             step()
         seconds = [step()[1] for _ in range(args.rounds)]
+        peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+        kernels, idle = _profile(step, cuda)
         found = Measured(
             name=name,
             loss=first,
@@ -161,27 +169,31 @@ def _measure(name: str, config: RunConfig, args: argparse.Namespace, runtime: Ru
             flops=float(sample_flops(config.model)) * size * count,
             tokens=size * count * config.model.seq_length,
             copies=config.model.phd_repeat,
-            peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-            breakdown=_breakdown(step, cuda),
+            peak_bytes=peak_bytes,
+            breakdown=_by_kind(kernels) | {"idle": idle},
+            kernels=dict(kernels[:LISTED]),
         )
     show(f"{name}: loss {first:.4f}, {found.median * 1e3:.1f} ms", now=True)
     return found
 
 
-def _breakdown(step: Callable[[], tuple[float, float]], cuda: bool) -> dict[str, float]:
-    """Seconds by kind in one profiled step."""
+def _profile(step: Callable[[], tuple[float, float]], cuda: bool) -> tuple[list[tuple[str, float]], float]:
+    """Seconds of each kernel of one step, longest first, and of none."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity], acc_events=True) as trace:
         wall = step()[1]
+    events = [(e.key, e.self_device_time_total if cuda else e.self_cpu_time_total) for e in trace.key_averages()]
+    kernels = sorted(((name, micros / 1e6) for name, micros in events if micros), key=lambda kernel: -kernel[1])
+    return kernels, max(0.0, wall - sum(seconds for _, seconds in kernels))
+
+
+def _by_kind(kernels: Sequence[tuple[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for event in trace.key_averages():
-        micros = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if micros:
-            kind = kind_of(event.key)
-            found[kind] = found.get(kind, 0.0) + micros / 1e6
-    found["idle"] = max(0.0, wall - sum(found.values()))
+    for name, seconds in kernels:
+        kind = kind_of(name)
+        found[kind] = found.get(kind, 0.0) + seconds
     return found
 
 

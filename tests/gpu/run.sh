@@ -37,6 +37,7 @@ samples=$((memory > 120000 ? 4 : 2))
 kernel_tests() {
     PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
+paged_tests() { check 60 tests/gpu/test_cuda_paged_attention.py; }
 model_tests() { check 240 tests/gpu/test_cuda_parity.py; }
 sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
 te_tests() { check 240 -s tests/gpu/test_cuda_te.py; }
@@ -66,8 +67,10 @@ experts_tests() { check 200 -n 4 tests/gpu/test_cuda_experts.py; check 120 -n 4 
 experts() { # as many layers as fit with their optimizer state; all 64 experts on one GPU
     train_experts 1 4 vanilla te vanilla+graph
     train_experts 8 3 vanilla vanilla+graph te hybrid_star+graph K=2+graph
-    train_experts 8 3 vanilla+graph tensorwise te+tensorwise
-    # 4,096 rows an expert, and few experts beside many
+    # FP8 with 1,024 rows an expert and with 4,096
+    train_experts 8 3 vanilla+graph tensorwise+graph te+tensorwise
+    train_experts 8 3 vanilla+graph tensorwise+graph te+tensorwise --num-experts 16
+    # few wide experts, and many narrow ones
     train_experts 8 3 vanilla+graph te+tensorwise --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 4096
     train_experts 8 3 vanilla+graph --num-experts 256 --moe-ffn-hidden-size 256
 }
@@ -84,7 +87,7 @@ train_experts() { # MICROBATCHES ROUNDS MEMBERS... --OPTIONS...
 experts_run() { # the real router on real text: corpus as evidence's (docs/results/trained/how.md)
     phd 300 pretrain_moe pretrain --preset moe-1b-7b --num-layers "$((memory > 120000 ? 12 : 6))" --train-iters 60 \
         --expert-model-parallel-size 1 --micro-batch-size "$((memory > 120000 ? 2 : 1))" --global-batch-size 16 --lr 3e-4 \
-        --eval-iters 0 --log-interval 5 --data-path "${PHD_EXPERTS_DATA:?prefix of tokenised text}" \
+        --lr-warmup-iters 10 --eval-iters 0 --log-interval 5 --data-path "${PHD_EXPERTS_DATA:?prefix of tokenised text}" \
         --cuda-graph-impl local --cuda-graph-scope full_iteration --overlap-grad-reduce false \
         --overlap-param-gather false --metrics-file "$out/pretrain_moe.jsonl"
 }
@@ -137,7 +140,7 @@ layouts() {
         tests/gpu/test_cuda_graph_step.py::test_data_parallel_ranks
 }
 
-first=(doctor kernel_tests experts_tests model_tests te_tests sync_tests graph_tests)
+first=(doctor kernel_tests paged_tests experts_tests model_tests te_tests sync_tests graph_tests)
 second=(train graphs experts generate decode)
 third=(attention norm_rope attention_triton)
 case "${1:-}" in
