@@ -7,6 +7,9 @@ and their ratios to K = 1. Before anything is timed, cached decoding is compared
 On a GPU both are replayed as CUDA graphs, so that no launch is timed, and a decoding step attends through the Triton
 kernel where that runs: the prompt from an empty cache, and ``--steps`` times one token after the prompt, each time from
 the same cache. On a CPU the cache grows.
+
+Beside the times stands their floor (:mod:`phd_megatron.planning.generation`): operations and bytes of each model, and
+how many times vanilla's they are. What is above it is launches, masks, and kernels that do more than they must.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phd_megatron.bench import timing
+from phd_megatron.bench.generation_floor import model_of, print_floors
 from phd_megatron.bench.place import Place, choose_place
 from phd_megatron.bench.plots import draw_latency
 from phd_megatron.bench.results import settings_of, write_json, write_table
 from phd_megatron.bench.timing import Contender, Step, measure, median_ratio
 from phd_megatron.config.plain import Plain
+from phd_megatron.config.schema import ModelConfig
 from phd_megatron.console.tables import print_table
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
@@ -93,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     columns, rows, records = _results(models, not place.on_cuda)
     title = f"batch {args.batch}, prompt of {args.prompt} tokens, medians of {args.rounds} interleaved rounds"
     print_table(title, columns, rows)
+    contenders = [(model.name, model.variant, model.repeat) for model in models]
+    for record, floor in zip(records, print_floors(contenders, args, place.dtype.itemsize), strict=True):
+        record |= floor
     report: dict[str, Plain] = {"settings": settings_of(args), "where": where, "torch": torch.__version__}
     write_json(args.json, {**report, "worst_error": worst, "rows": records})
     write_table(args.csv, columns, rows)
@@ -103,41 +111,29 @@ def run(args: argparse.Namespace) -> int:
 
 def _contenders(args: argparse.Namespace, device: torch.device | str) -> Iterator[Model]:
     """Vanilla first. Every model holds the same tensors; of transformers' own classes none is involved."""
-    vanilla = _build(args, device, 1, 1, None)
+    vanilla = _build(model_of("vanilla", 1, args), args.vocab_size, device)
     yield Model("vanilla", 1, vanilla)
-    shapes = {"cswa": (args.window, args.chunk), "swa": (args.window, None), "phd": (1, None)}
     for variant in args.variants:
         for repeat in args.repeats:
             if variant == "naive":
                 yield Model(variant, repeat, vanilla, naive=True)
                 continue
-            model = _build(args, "meta", repeat, *shapes[variant])
+            model = _build(model_of(variant, repeat, args), args.vocab_size, "meta")
             model.load_state_dict(vanilla.state_dict(), assign=True)
             model.tie_weights()
             yield Model(variant, repeat, model)
 
 
-def _build(args: argparse.Namespace, device: torch.device | str, repeat: int, window: int, chunk: int | None) -> Any:
+def _build(model: ModelConfig, vocab_size: int, device: torch.device | str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from phd_megatron.huggingface.architecture import Architecture
     from phd_megatron.huggingface.bundle_files import write_bundle
-    from phd_megatron.huggingface.families.phd import bundled_config
+    from phd_megatron.huggingface.config_json import TokenIds, write_config
+    from phd_megatron.huggingface.families.phd import FAMILY
 
-    content = bundled_config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.ffn_hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        num_key_value_heads=args.num_query_groups,
-        tie_word_embeddings=True,
-        max_position_embeddings=max(args.repeats) * (args.prompt + (args.rounds + 2) * args.steps),
-        norm_scheme=args.norm_scheme,
-        phd_repeat=repeat,
-        phd_window=window,
-        phd_chunk=chunk,
-    )
+    content = write_config(Architecture.from_model(model, vocab_size), FAMILY, "float32", TokenIds())
     with tempfile.TemporaryDirectory(prefix="phd-megatron-bench-") as parent:
         directory = Path(parent) / "model"
         directory.mkdir()

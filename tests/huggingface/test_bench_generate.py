@@ -30,11 +30,19 @@ def test_table_json_csv_and_plot(tmp_path, capsys):
     assert report["worst_error"] < 1e-5
     first = report["rows"][0]
     assert first["prefill_ratio"] == first["decode_ratio"] == first["decode_cpu_ratio"] == 1.0
+    by_name = {(row["variant"], row["repeat"]): row for row in report["rows"]}
+    for part in ("prefill", "decode"):
+        floors = {name: row[f"{part}_floor"] for name, row in by_name.items()}
+        assert floors["naive", 3]["weights"] == floors["cswa", 3]["weights"] == floors["vanilla", 1]["weights"]
+        assert floors["naive", 3]["originals"] == 3 * floors["cswa", 3]["originals"]
+        assert floors["vanilla", 1]["hidden"] == floors["naive", 2]["hidden"] == 0 < floors["cswa", 2]["hidden"]
+        assert floors["vanilla", 1]["flops"] < floors["cswa", 3]["flops"] < floors["naive", 3]["flops"]
     assert all(len(row["samples"]["prefill"]) == 2 and row["prefill_ms"] > 0 for row in report["rows"])
     rows = list(csv.reader(places[1].open()))
     assert len(rows) == 8 and rows[0][0] == "model" and rows[1][0] == "vanilla"
     assert "<svg" in places[2].read_text()
     said = capsys.readouterr().out
+    assert "floor: operations, and bytes that have to move" in said
     assert "swa K=3" in said and f" on CPU, {torch.get_num_threads()} threads, torch {torch.__version__}\n" in said
 
 
