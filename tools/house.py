@@ -18,7 +18,7 @@ FLOORS = (
     ("model",),
     ("checkpoint",),
     ("data", "huggingface", "planning"),
-    ("training",),
+    ("training", "serving"),
     ("sweep", "parity", "bench"),
     ("cli",),
 )

@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="use transformers' own class where one computes the same, such as Llama (on)",
     )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja text of how a conversation becomes a prompt, tried and then saved with the tokenizer; without one "
+        "the model continues texts, and serve and chat say so",
+    )
     return parser
 
 
@@ -69,6 +75,7 @@ def run(argv: list[str]) -> int:
         verify=args.verify or "full",
         native=args.native is not False,
         verify_checkpoint=args.verify_checkpoint,
+        chat_template=args.chat_template,
         log=say,
     )
     show(str(report))
@@ -76,7 +83,7 @@ def run(argv: list[str]) -> int:
 
 
 def _to_megatron(args: argparse.Namespace) -> int:
-    given = {"--max-shard-size": args.max_shard_size, "--native": args.native}
+    given = {"--max-shard-size": args.max_shard_size, "--native": args.native, "--chat-template": args.chat_template}
     if unused := [name for name, value in given.items() if value is not None]:
         raise UserError(f"{' and '.join(unused)} with --to megatron: no effect on it; leave that out")
     if args.verify == "full":

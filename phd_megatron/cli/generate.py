@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from phd_megatron.cli.model_flags import add_model_flags
 from phd_megatron.console.arguments import Parser, parse_strictly
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
@@ -25,19 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of mass P")
     parser.add_argument("--seed", type=int, metavar="S", help="seed of sampling")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time (the default)")
-    parser.add_argument(
-        "--decode-kernel",
-        choices=("auto", "torch", "triton"),
-        default="auto",
-        help="attention of single steps: torch's, or the split-KV kernel, which auto takes on a GPU (%(default)s)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    parser.add_argument(
-        "--verify-checkpoint",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compare every file of a pretrain checkpoint with its checksum first (on)",
-    )
+    add_model_flags(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python files in HF_DIR")
     return parser
 

@@ -29,6 +29,8 @@ COMMANDS = {
     "export": "write a checkpoint as a Hugging Face directory",
     "import": "make a checkpoint of a Hugging Face directory, to go on from, also as a PHD model or with experts",
     "generate": "continue a prompt from a checkpoint or an exported directory",
+    "serve": "serve a checkpoint or an exported directory to OpenAI's clients",
+    "chat": "talk to a checkpoint or an exported directory in the terminal",
     "evaluate": "loss and perplexity of a checkpoint or an exported directory on prepared data (also under torchrun)",
     "doctor": "show versions and which implementation each operation uses here, and why",
     "bench": "measure attention and training on this machine",

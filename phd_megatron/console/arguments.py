@@ -13,7 +13,7 @@ from typing import NoReturn
 from phd_megatron.errors import UserError, shell_slip, shown
 
 #: flags whose words are text, which may begin with anything
-_TEXTS = {"--prompt"}
+_TEXTS = {"--prompt", "--system"}
 #: what argparse says, from Python 3.10 to 3.14, and what is said instead
 _SAID = (
     (r"argument (?P<flag>\S+): invalid (?P<kind>\w+) value: (?P<value>.*)", "{flag} {value} is not {what}; correct it"),

@@ -1,4 +1,4 @@
-"""The three ways in which this program speaks; a rank speaks through its runtime's ``log``, which is :func:`say`.
+"""How this program speaks, and how it listens; a rank speaks through its runtime's ``log``, which is :func:`say`.
 
 :func:`show` prints what a command is asked for. Where that cannot be written the command has failed, and
 ``cli/main.py`` ends it with a message and exit code 2. :func:`say` is a line of the log of what works for long: where
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
+
+from phd_megatron.errors import UserError
 
 #: there is no room for what is written: of the disk, a quota, a limit on file sizes; or the disk does not answer
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -38,6 +40,41 @@ def show(text: str = "", *, now: bool = False) -> None:
         OSError: it cannot be written.
     """
     print(text, flush=now)
+
+
+def show_part(text: str) -> None:
+    """Print a piece of a result at once, without the end of a line.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    print(text, end="", flush=True)
+
+
+def ask(prompt: str) -> str | None:
+    """A line of standard input, without its end; None where there are no more. Only a person is shown the prompt.
+
+    Bytes of a pipe that are no UTF-8 become lone surrogates, as in the words of a command line.
+
+    Raises:
+        UserError: a person's line is no UTF-8.
+    """
+    if not is_asked():
+        line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")
+        return line.rstrip("\r\n") if line else None
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` the arrow keys
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the line is no valid UTF-8 ({error.reason}); type it again") from error
+
+
+def is_asked() -> bool:
+    """Whether standard input is a person at a terminal."""
+    return sys.stdin.isatty()
 
 
 def say(message: str) -> None:

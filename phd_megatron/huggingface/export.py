@@ -15,6 +15,7 @@ from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.bundle_files import write_bundle
+from phd_megatron.huggingface.chat_template import add_template, read_template
 from phd_megatron.huggingface.checkpoint import MegatronCheckpoint
 from phd_megatron.huggingface.config_json import TokenIds, write_config
 from phd_megatron.huggingface.export_output import check_output, not_our_export
@@ -65,6 +66,7 @@ def export_checkpoint(
     verify: Verify = "full",
     native: bool = True,
     verify_checkpoint: bool = True,
+    chat_template: str | Path | None = None,
     log: Log = lambda message: None,
 ) -> ExportReport:
     """Export the model of ``checkpoint`` into the directory ``output``, which appears complete or not at all.
@@ -79,6 +81,8 @@ def export_checkpoint(
             leaves the logits out, ``none`` everything.
         native: use a class of transformers' own where it computes the same; False always bundles the model's code.
         verify_checkpoint: compare every file of the checkpoint with its checksum first.
+        chat_template: file of a template that is tried with the tokenizer and saved beside it, in place of one that is
+            there.
 
     Raises:
         UserError: for a checkpoint that cannot be exported exactly, with nothing left behind in ``output``.
@@ -87,11 +91,16 @@ def export_checkpoint(
     if dtype not in ("auto", *DTYPES):  # before every file of the checkpoint is read
         raise UserError(f"dtype={dtype!r} is not known; choose auto, {', '.join(DTYPES)}")
     check_output(output, overwrite)
+    template = None if chat_template is None else read_template(chat_template)
     model = _model_of(MegatronCheckpoint(checkpoint, verify=verify_checkpoint, log=log), dtype, native, log)
     source, shards = model.source, plan_shards(model.source, model.rules, model.dtype, limit)
     with new_directory(output, overwrite=overwrite, not_ours=not_our_export, keep=[source.directory]) as directory:
         written = write_shards(directory, source, shards, model.dtype, log)
         _write_texts(directory, model, written.parameters, Path(output).name)
+        if chat_template is not None and template is not None:
+            if source.tokenizer_dir is None:
+                raise UserError(f"{chat_template}: {source.directory} has no tokenizer to save it with; leave it out")
+            add_template(directory, template, chat_template)
         if verify != "none":
             from phd_megatron.huggingface.verify import verify_export
 

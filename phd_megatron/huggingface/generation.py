@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 #: what the size of a cache is made of, in a config.json; a family may lack the last two
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "head_dim")
-_MOST_TOKENS = 1_000_000
+MOST_TOKENS = 1_000_000
+#: logits over less are infinite
+LEAST_TEMPERATURE = 1e-6
 _TEMPERATURE = "at least 1e-6 and at most 1e6; leave it out for greedy decoding"
 #: options of sampling with the values that leave every token its probability
 _SAMPLING: Fields = {
@@ -52,8 +54,8 @@ class Sampling:
             UserError: for a value that cannot be.
         """
         checks = (
-            # Below, logits over it are infinite, and above they are all alike.
-            ("temperature", self.temperature, lambda v: 1e-6 <= v <= 1e6, _TEMPERATURE),
+            # Above they are all alike.
+            ("temperature", self.temperature, lambda v: LEAST_TEMPERATURE <= v <= 1e6, _TEMPERATURE),
             ("top_k", self.top_k, lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
             ("top_p", self.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1"),
         )
@@ -168,8 +170,8 @@ def check_amount(max_new_tokens: int) -> None:
     Raises:
         UserError: with the range.
     """
-    if not 1 <= max_new_tokens <= _MOST_TOKENS:
-        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1 and at most {_MOST_TOKENS:,}")
+    if not 1 <= max_new_tokens <= MOST_TOKENS:
+        raise UserError(f"max_new_tokens={max_new_tokens}: it must be at least 1 and at most {MOST_TOKENS:,}")
 
 
 def check_prompt(prompt: str) -> None:
@@ -238,15 +240,23 @@ def generate_text(
 def _tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
     """Arguments of ``generate``: token ids ``[1, n]`` of the prompt, n at least 1, all in the model's vocabulary."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].size(1) == 0:
+    check_tokens(prompt, inputs["input_ids"][0].tolist(), model.get_input_embeddings().num_embeddings)
+    return inputs
+
+
+def check_tokens(prompt: str, tokens: Sequence[int], rows: int) -> None:
+    """Refuse a text that has no tokens, or one that is none of the model's ``rows``: the tokenizer is another model's.
+
+    Raises:
+        UserError: with the text or the token.
+    """
+    if not tokens:
         raise UserError(f"the prompt {prompt!r} has no tokens; give some text to continue")
-    rows = model.get_input_embeddings().num_embeddings
-    if (largest := int(inputs["input_ids"].max())) >= rows:
+    if (largest := max(tokens)) >= rows:
         raise UserError(
             f"the tokenizer gives token {largest}, and the model has a vocabulary of {rows}; the two do not belong "
             "together, so copy the directory again"
         )
-    return inputs
 
 
 def _nan_is_refused() -> LogitsProcessor:

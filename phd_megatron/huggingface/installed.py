@@ -52,11 +52,16 @@ def differing_files(directory: Path) -> list[str]:
     ]
 
 
-def _class(what: str) -> type:
+def bundled(name: str) -> ModuleType:
+    """A module of the exported model's own code by its name in an export, such as ``modeling_phd``."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def _class(what: str) -> type:
     module, _, name = AUTO_MAP[what].partition(".")
-    found: type = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
+    found: type = getattr(bundled(module), name)
     return found
 
 

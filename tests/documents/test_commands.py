@@ -47,7 +47,14 @@ def environment() -> dict[str, str]:
 def run_words(words: list[str], place: Path) -> str:
     """What a program prints, which must end well."""
     done = subprocess.run(
-        words, cwd=place, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280
+        words,
+        cwd=place,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, f"{shlex.join(words)}\nended with {done.returncode}:\n{done.stdout[-3000:]}"
     return done.stdout

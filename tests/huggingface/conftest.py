@@ -74,11 +74,10 @@ RUN = {
 }
 
 
-@pytest.fixture
-def make_checkpoint(tmp_path):
-    """``make_checkpoint(**model_fields) -> SAVE directory``: what a training run leaves, with random weights.
+def write_checkpoint(place, dtype=None, edit=None, tokenizer=True, seed=0, **model):
+    """What a training run leaves in ``place``, with random weights.
 
-    Keyword ``edit`` may change the dictionary of tensors before it is saved, ``tokenizer`` False leaves that out.
+    ``edit`` may change the dictionary of tensors before it is saved, ``tokenizer`` False leaves that out.
     """
     import torch
     from torch.distributed import checkpoint as dcp
@@ -87,32 +86,39 @@ def make_checkpoint(tmp_path):
     from phd_megatron.config.serialize import dump_yaml
     from phd_megatron.data.tokenizers import load_tokenizer
 
-    def make(name="run", dtype=torch.float32, edit=None, tokenizer=True, seed=0, **model):
-        run = RunConfig()
-        for field, value in {**RUN, **model}.items():
-            assert hasattr(run.model, field)
-            setattr(run.model, field, value)
-        directory = tmp_path / name / "iter_0000100"
-        directory.mkdir(parents=True)
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            key: (0.2 * torch.randn(shape, generator=generator) + ("layernorm.weight" in key)).to(dtype)
-            for key, shape in mcore_shapes(run.model).items()
-        }
-        tensors["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(24)
-        if edit is not None:
-            edit(tensors)
-        state = {**tensors, "rng_state/shard_0.0_1.1": {"seed": 1}}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.save(state, checkpoint_id=directory, no_dist=True)
-        dump_yaml(run, directory / "run_config.yaml")
-        if tokenizer:
-            load_tokenizer("byte").save(directory / "tokenizer")
-        (directory / "training_state.json").write_text(json.dumps({"iteration": 100, "consumed_samples": 1600}))
-        (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-        (directory.parent / "latest_checkpointed_iteration.txt").write_text("100")
-        return directory.parent
+    run = RunConfig()
+    for field, value in {**RUN, **model}.items():
+        assert hasattr(run.model, field)
+        setattr(run.model, field, value)
+    directory = place / "iter_0000100"
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        key: (0.2 * torch.randn(shape, generator=generator) + ("layernorm.weight" in key)).to(dtype or torch.float32)
+        for key, shape in mcore_shapes(run.model).items()
+    }
+    tensors["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(24)
+    if edit is not None:
+        edit(tensors)
+    state = {**tensors, "rng_state/shard_0.0_1.1": {"seed": 1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=directory, no_dist=True)
+    dump_yaml(run, directory / "run_config.yaml")
+    if tokenizer:
+        load_tokenizer("byte").save(directory / "tokenizer")
+    (directory / "training_state.json").write_text(json.dumps({"iteration": 100, "consumed_samples": 1600}))
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (place / "latest_checkpointed_iteration.txt").write_text("100")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path):
+    """``make_checkpoint(**model_fields) -> SAVE directory``, see :func:`write_checkpoint`."""
+
+    def make(name="run", **words):
+        write_checkpoint(tmp_path / name, **words)
+        return tmp_path / name
 
     return make
 

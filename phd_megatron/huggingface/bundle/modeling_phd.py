@@ -88,9 +88,13 @@ class PHDAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.add_norms(config, block)
 
+    def add_norms(self, config: PHDConfig, block: BlockNorm) -> None:
+        """Those of q, k, v and the context, of heads or of the full width."""
         self.full_width = block.qk_norm_width == "full"
-        widths = {"q": query_size, "k": key_size} if self.full_width else {}
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads} if self.full_width else {}
+        widths = {name: count * config.head_dim for name, count in heads.items()}
 
         def norm(name: str) -> nn.Module:
             return make_norm(config, widths.get(name, config.head_dim)) if name in block.heads else nn.Identity()
@@ -135,6 +139,10 @@ class PHDDecoderLayer(GradientCheckpointingLayer):
         self.layer_index = layer_index
         self.self_attn = PHDAttention(config, block)
         self.mlp = PHDExperts(config) if config.has_experts(layer_index) else PHDMLP(config, config.intermediate_size)
+        self.add_norms(config, block)
+
+    def add_norms(self, config: PHDConfig, block: BlockNorm) -> None:
+        """Those around both sublayers."""
 
         def norm(wanted: bool) -> nn.Module:
             return make_norm(config) if wanted else nn.Identity()

@@ -29,11 +29,6 @@ AUTO_MAP = {
 }
 
 
-def bundled_config(**values: JSON) -> Fields:
-    """A ``config.json`` of the bundled class, its defaults but for ``values``."""
-    return {"architectures": [MODEL_CLASS], "model_type": MODEL_TYPE, "auto_map": AUTO_MAP, **values}
-
-
 def _write(a: Architecture) -> Fields:
     words: Fields = {"mlp_bias": a.linear_bias}
     if (moe := a.moe) is not None:
