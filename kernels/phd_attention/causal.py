@@ -256,6 +256,7 @@ PACKAGE_3 = CausalKernel("flash-attn 3", _package_3_forward, _package_3_backward
 
 # On a GPU cuDNN's was measured to be the quickest of torch's. The packages come next where they are installed.
 _PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, PACKAGE_3, PACKAGE_2, CUDA_FLASH, EFFICIENT)}
+_BY_NAME = {kernel.name: kernel for kernel in (PLAIN, *(k for kernels in _PREFERRED.values() for k in kernels))}
 FORCED = "PHD_CAUSAL_KERNEL"  # environment variable: the name of the only one of these to try
 
 
@@ -266,7 +267,16 @@ def causal_kernel(
 
     Without ``causal`` it is the one for blocks in which every query sees every key (context parallelism).
     """
-    return _causal_kernel(device.type, device.index, dtype, width, causal)
+    place = (device.type, device.index, dtype, width, causal)
+    if torch.compiler.is_compiling():
+        return _BY_NAME[_name(*place)], "chosen while the model was compiled"
+    return _causal_kernel(*place)
+
+
+@torch.compiler.assume_constant_result
+def _name(kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool) -> str:
+    """The choice as a constant of a compiled graph: trying operators is no part of the graph."""
+    return _causal_kernel(kind, index, dtype, width, causal)[0].name
 
 
 @lru_cache(maxsize=64)

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phd_megatron.bench import timing
@@ -35,6 +33,7 @@ from phd_megatron.config.schema import ModelConfig
 from phd_megatron.console.tables import print_table
 from phd_megatron.console.terminal import show
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.temporary import temporary_directory
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +133,8 @@ def _build(model: ModelConfig, vocab_size: int, device: torch.device | str) -> A
     from phd_megatron.huggingface.families.phd import FAMILY
 
     content = write_config(Architecture.from_model(model, vocab_size), FAMILY, "float32", TokenIds())
-    with tempfile.TemporaryDirectory(prefix="phd-megatron-bench-") as parent:
-        directory = Path(parent) / "model"
+    with temporary_directory("bench") as parent:
+        directory = parent / "model"
         directory.mkdir()
         write_bundle(directory)
         (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from phd_megatron.runtime.capabilities import probe
 from phd_megatron.runtime.context import choose_device, install_backend, usable_cores
 from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.output import check_file, json_report, text_report, write_file
+from phd_megatron.runtime.temporary import temporary_directory
 
 if TYPE_CHECKING:
     from phd_megatron.config.layouts import Layout
@@ -122,8 +122,8 @@ def _beyond(layout: Layout, most: int) -> Row:
 @contextlib.contextmanager
 def _directory(asked: str | None) -> Iterator[Path]:
     if asked is None:
-        with tempfile.TemporaryDirectory(prefix="phd-megatron-parity-") as name:
-            yield Path(name)
+        with temporary_directory("parity") as place:
+            yield place
         return
     path = Path(asked)
     if path.exists() and not path.is_dir():

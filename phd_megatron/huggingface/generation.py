@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +14,7 @@ from phd_megatron.huggingface.json_values import Fields
 from phd_megatron.huggingface.loading import first_words, load_directory
 from phd_megatron.huggingface.weights import TOKENIZER_JSON, check_json
 from phd_megatron.runtime.context import choose_device
+from phd_megatron.runtime.temporary import temporary_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,8 +118,8 @@ def hf_directory(path: str | Path, verify_checkpoint: bool = True) -> Iterator[P
         return
     from phd_megatron.huggingface.export import export_checkpoint
 
-    with tempfile.TemporaryDirectory(prefix="phd-megatron-export-") as parent:
-        output = Path(parent) / "model"
+    with temporary_directory("export") as parent:
+        output = parent / "model"
         export_checkpoint(path, output, verify="none", verify_checkpoint=verify_checkpoint)
         with naming(output, path):
             yield output

@@ -79,6 +79,11 @@ def _notes(a: Architecture, family: Family) -> str:
     if not family.is_bundled:
         return ""
     notes = "\nThe code in this directory needs torch and transformers 5 alone. "
+    notes += (
+        "Weights of 8 bits: `from_pretrained(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))`, or "
+        "`Float8WeightOnlyConfig` (torchao). `torch.compile(fullgraph=True)`, `torch.export` and ONNX take the model with "
+        "`use_cache=False`. "
+    )
     if a.policy.repeat > 1:
         notes += (
             f"Every token is repeated {a.policy.repeat} times inside the decoder (PHD-Transformer, arXiv 2504.14992); "

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from phd_megatron.huggingface.family import TensorNames
 from phd_megatron.huggingface.json_values import JSON
 from phd_megatron.huggingface.loading import load_directory
 from phd_megatron.huggingface.mapping import Rule
+from phd_megatron.runtime.temporary import temporary_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -202,8 +202,8 @@ def _megatron_outputs(
     variables |= {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
     if threads is not None:
         variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    with tempfile.TemporaryDirectory(prefix="phd-megatron-verify-") as work:
-        tokens, output = Path(work) / "tokens.safetensors", Path(work) / "output.safetensors"
+    with temporary_directory("verify") as work:
+        tokens, output = work / "tokens.safetensors", work / "output.safetensors"
         ids = _tokens(source)
         save_file({megatron_logits.TOKENS: ids}, tokens)
         words = [str(source.directory), str(dtype).removeprefix("torch."), str(tokens), str(output)]

@@ -21,7 +21,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phd_megatron.errors import UserError, naming
+from phd_megatron.runtime.temporary import temporary_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,9 +202,9 @@ def _is_written_through(path: Path, option: str) -> bool:
 
 
 def _write_through(path: Path, write: Callable[[Path], int | None]) -> None:
-    with tempfile.TemporaryDirectory(prefix="phd-megatron-") as place:
-        write(Path(place) / "content")
-        content = (Path(place) / "content").read_bytes()
+    with temporary_directory("output") as place:
+        write(place / "content")
+        content = (place / "content").read_bytes()
     number = _descriptor(path)
     if number is not None:
         sys.stdout.flush()

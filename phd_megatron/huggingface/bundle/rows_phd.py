@@ -22,6 +22,11 @@ from .kv_policy import KVPolicy
 from .reference import reference_attention
 from .sdpa import sdpa_attention
 
+_NOT_COUNTED = (
+    "position_ids do not count up by one in each sequence (several documents in one row?); "
+    "put each document in its own row, with padding"
+)
+
 
 def kept_slots(hidden: Tensor, logits_to_keep: int | Tensor, new: int) -> Tensor:
     """Rows of ``hidden`` [b, m, h], the last ``m`` of ``new`` slots, that ``logits_to_keep`` asks for."""
@@ -72,11 +77,10 @@ def token_positions(
             ahead = position_ids.to(device) - counted  # the same number for all tokens of a row
             if valid is not None:
                 ahead = torch.where(valid, ahead, ahead.masked_fill(~valid, -(1 << 30)).amax(1, keepdim=True))
-            if bool((ahead != ahead[:, :1]).any()):
-                raise ValueError(
-                    "position_ids do not count up by one in each sequence (several documents in one row?); "
-                    "put each document in its own row, with padding"
-                )
+            if torch.compiler.is_compiling():
+                torch._assert_async((ahead == ahead[:, :1]).all(), _NOT_COUNTED)
+            elif bool((ahead != ahead[:, :1]).any()):
+                raise ValueError(_NOT_COUNTED)
         counted = position_ids.to(device)
     return counted if valid is None else torch.where(valid, counted, -1)
 
@@ -127,16 +131,17 @@ class StepRows(Shared):
         wanted = first_wanted(logits_to_keep, new)
         fresh = past_positions.size(1) == 0
         counted = fresh and attention_mask is None and position_ids is None  # positions are slots, known without a sync
+        traced = torch.compiler.is_compiling()  # no way of a graph may depend on numbers in tensors
         aligned = counted and new > 1
-        if new > 1 and fresh and not counted:
+        if new > 1 and fresh and not counted and not traced:
             slots = torch.arange(new, device=positions.device)
             aligned = bool(((positions == slots) | (positions < 0)).all())
-        if policy.repeat == 1:
-            starts = [new] * (num_layers + 1)
-        elif wanted == 0:
-            starts = [0] * (num_layers + 1)
+        if policy.repeat == 1 or wanted == 0 or isinstance(wanted, torch.SymInt) or (traced and not counted):
+            starts = [0] * num_layers + [wanted]  # all of them
+        elif counted:
+            starts = [policy.cone_start(wanted, n, num_layers) for n in range(1, num_layers + 1)] + [wanted]
         else:
-            starts = _cone(policy, num_layers, torch.arange(new)[None] if counted else positions, wanted)
+            starts = _cone(policy, num_layers, positions, wanted)
         return cls(
             policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
         )
@@ -166,20 +171,19 @@ class StepRows(Shared):
         return self.once(("mask", *name), lambda: self._mask(*name))
 
     def _mask(self, start: int, copies: range, hidden_start: int | None) -> Tensor:
-        device, past = self.positions.device, self.past_positions.size(1)
+        device = self.positions.device
         queries = self.positions[:, start:]
         keys = torch.cat([self.past_positions, self.positions], dim=1)
-        originals = self.policy.original_visible(queries[:, :, None], keys[:, None])
-        originals = originals & (keys >= 0)[:, None]
-        # A padded query sees its own slot, as every query does, so that its (unused) softmax is finite.
-        originals.diagonal(past + start, 1, 2).fill_(True)
+        # A padded query sees padding, its own slot at least, so that its (unused) softmax is finite.
+        seen_at_all = (keys >= 0)[:, None] | (queries < 0)[:, :, None]
+        originals = self.policy.original_visible(queries[:, :, None], keys[:, None]) & seen_at_all
         seen = originals.repeat(1, len(copies), 1)  # what a slot sees of the originals is the same for all its copies
         if hidden_start is not None:
             hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
             # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
-            copy = torch.arange(copies.start, copies.stop, device=device).repeat_interleave(self.new - start)
+            copy = torch.arange(copies.start, copies.stop, device=device)[:, None].expand(-1, queries.size(1)).flatten()
             hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
-            key_copy = hidden_copies.repeat_interleave(hidden.size(1))
+            key_copy = hidden_copies[:, None].expand(-1, hidden.size(1)).flatten()
             keys = hidden.repeat(1, len(hidden_copies))
             visible = self.policy.hidden_visible(
                 queries.repeat(1, len(copies))[:, :, None], copy[None, :, None], keys[:, None], key_copy[None, None]
@@ -199,8 +203,11 @@ class LayerRows:
 
     @property
     def is_full(self) -> bool:
-        """Whether all copies of all slots are computed and slots are positions, as in training."""
-        return self.step.aligned and self.step.wanted == 0
+        """Whether all copies of all slots are computed and slots are positions, as in training.
+
+        Graphs for other programs are made of masks instead: they hold any length, and plain operators alone.
+        """
+        return self.step.aligned and self.step.wanted == 0 and not torch.compiler.is_exporting()
 
     def rotary_positions(self, kind: str) -> Tensor:
         """Positions ``[b or 1, rows in]``, float32, by which RoPE turns the rows; those of padding mean nothing."""

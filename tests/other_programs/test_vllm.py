@@ -22,7 +22,17 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.vllm.served import APART, EXPERTS, OPEN, answers, assert_as_exported, draw, engine, expected, export
+from tests.other_programs.served import (
+    APART,
+    EXPERTS,
+    OPEN,
+    answers,
+    assert_as_exported,
+    draw,
+    engine,
+    expected,
+    export,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "PHD": {"phd_window": 1, "phd_chunk": None},
@@ -73,7 +83,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "experts, one, in groups": EXPERTS | {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 1},
 }
 #: of a program, which is this file's engine in a process of its own
-HEAD = "import tests.vllm.conftest; from tests.vllm.served import engine;"
+HEAD = "import tests.other_programs.conftest; from tests.other_programs.served import engine;"
 FIRST = {"norm_scheme": "hybrid_star", "phd_repeat": 2, **VARIANTS["CSWA"]}
 
 
