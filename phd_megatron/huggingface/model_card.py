@@ -81,8 +81,8 @@ def _notes(a: Architecture, family: Family) -> str:
     notes = "\nThe code in this directory needs torch and transformers 5 alone. "
     notes += (
         "Weights of 8 bits: `from_pretrained(..., quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))`, or "
-        "`Float8WeightOnlyConfig` (torchao). `torch.compile(fullgraph=True)`, `torch.export` and ONNX take the model with "
-        "`use_cache=False`. "
+        "`Float8WeightOnlyConfig` (torchao). `torch.compile(fullgraph=True)`, `torch.export` and ONNX take the model, "
+        "with `use_cache=False`. "
     )
     if a.policy.repeat > 1:
         notes += (
