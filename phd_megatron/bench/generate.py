@@ -233,9 +233,11 @@ def _replays(
         prefill()
 
     from_nothing()
-    # A step replaces the cache's tensors and changes none, so what they were is enough to go back.
-    held = [(holder, dict(vars(holder))) for holder in (model.cache, *model.cache.layers)]
+    # A step writes behind what the cache's tensors show, and over hidden entries that its token does not see, so what
+    # they were is enough to go back.
     cache = model.cache
+    stores = [store for layer in cache.layers for store in layer.stores]
+    held = [(holder, dict(vars(holder))) for holder in (cache, *cache.layers, *stores)]
 
     def same_step() -> None:
         for _ in range(args.steps):

@@ -53,28 +53,25 @@ def decode_kernel(model: PreTrainedModel) -> Iterator[None]:
 
 def _attend(rows: LayerRows, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """``LayerRows.attend`` for one new slot: ``[b, heads, Kq, d]`` over the cache's layout to ``[b, Kq, heads, d]``."""
-    step, batch = rows.step, query.size(0)
+    step, cached = rows.step, rows.step.cache_step
+    assert cached is not None  # of a step over a cache
     copies = step.policy.repeat - 1
-    originals = step.past_positions.size(1) + 1
+    entries = copies * cached.hidden_positions.size(1)
 
     def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = x[:, :, originals:].unflatten(2, (copies, -1)) if copies else None
-        return x[:, :, :originals], hidden
+        hidden = x[:, :, :entries].unflatten(2, (copies, -1)) if copies else None
+        return x[:, :, entries:], hidden
 
-    # Without a cache the token is the only one.
-    new = step.positions.expand(batch, -1)
-    cached = step.cache_step
-    positions, hidden_positions = (new, new) if cached is None else (cached.positions, cached.hidden_positions)
     (key, hidden_key), (value, hidden_value) = split(keys), split(values)
     out = decode_attention(
         query.permute(2, 0, 1, 3),
-        step.positions[:, 0].expand(batch),
+        step.positions[:, 0],
         key,
         value,
-        positions,
+        cached.positions,
         hidden_key,
         hidden_value,
-        hidden_positions if copies else None,
+        cached.hidden_positions if copies else None,
         step.policy,
     )
     return out.transpose(0, 1)

@@ -85,7 +85,6 @@ class Continuation:
     decode_attention: str
     cache_tokens: int = 0
     hidden_entries: int = 0
-    hidden_bound: int = 0
     cache_bytes: int = 0
     vanilla_bytes: int = 0
     trained_positions: int = 0
@@ -101,7 +100,7 @@ class Continuation:
         return "\n".join(lines)
 
     def _cache_line(self) -> str:
-        extra = f" + {self.hidden_entries} hidden entries (at most {self.hidden_bound})" if self.hidden_bound else ""
+        extra = f" + {self.hidden_entries} hidden entries" if self.hidden_entries else ""
         share = self.cache_bytes / self.vanilla_bytes - 1
         return (
             f"KV cache per layer: {self.cache_tokens} entries{extra}; {self.cache_bytes / 1024:.1f} KiB in all layers, "
@@ -295,7 +294,6 @@ def _cache_size(model: PreTrainedModel, cache: Cache | None) -> dict[str, int]:
         **found,
         "cache_tokens": tokens,
         "hidden_entries": cache.hidden_entries() if hasattr(cache, "hidden_entries") else 0,
-        "hidden_bound": cache.policy.max_hidden_entries if hasattr(cache, "policy") else 0,
         "cache_bytes": cache.nbytes() if hasattr(cache, "nbytes") else vanilla,
         "vanilla_bytes": vanilla,
     }

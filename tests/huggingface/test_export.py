@@ -360,7 +360,7 @@ def test_commands(make_checkpoint, tmp_path, capsys):
         assert main(["generate", "--checkpoint", path, "--prompt", "def main", "--max-new-tokens", "40"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0].split("\n\n")[0] == texts[1].split("\n\n")[0]
-    assert "47 entries + 15 hidden entries (at most 16)" in texts[0] and "tokens/s" in texts[0]
+    assert "47 entries + 16 hidden entries;" in texts[0] and "tokens/s" in texts[0]
     sampled = ["generate", "--checkpoint", output, "--prompt", "x", "--temperature", "0.9", "--top-p", "0.95", "--seed"]
     seen = []
     for seed in ("1", "1", "2"):

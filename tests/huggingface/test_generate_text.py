@@ -40,10 +40,10 @@ def test_the_vocabulary_ends_below_its_size(model):
             expected = torch.cat([expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert made.text == " ".join(map(str, expected[0, 2:].tolist()))
     assert (made.prompt_tokens, made.new_tokens, made.trained_positions) == (2, 4, 128)
-    # Keys and values of 3 layers, 2 groups of 8 numbers in float64; hidden entries beside 5 originals.
+    # Keys and values of 3 layers, 2 groups of 8 numbers in float64; hidden slots beside 5 originals.
     assert (made.cache_tokens, made.vanilla_bytes) == (5, 2 * 3 * 2 * 8 * 8 * 5)
-    assert (made.hidden_entries, made.hidden_bound) == (3, 4)
-    assert made.cache_bytes == 2 * 3 * 2 * 8 * 8 * (5 + 3)
+    assert made.hidden_entries == 4
+    assert made.cache_bytes == 2 * 3 * 2 * 8 * 8 * (5 + 4)
     for ids in ((3, 61), (61,), (60, 62, 1)):
         with pytest.raises(UserError, match=rf"gives token {max(ids)}, and the model has a vocabulary of 61"):
             generate_text(model, Words(*ids), "x", 4)

@@ -1,7 +1,7 @@
 """KV cache of a PHD-Transformer: the originals, as vanilla's, plus the few hidden entries the window still needs.
 
 Shapes: ``b`` sequences, ``g`` KV heads, ``d`` head dimension, ``n`` new token slots of this step, ``p`` slots already
-cached, ``r`` retained hidden slots, ``K`` copies. A *slot* is an index on the time axis of the batch and may hold
+cached, ``span = min(W, C)`` hidden slots, ``K`` copies. A *slot* is an index on the time axis of the batch and may hold
 padding; a *position* is a token's index in its own sequence, -1 for padding.
 """
 
@@ -33,34 +33,115 @@ class Shared:
         return self.made[name]
 
 
+#: slots by which a layer's tensors grow: so many steps of one token pass between two copies of what is cached
+ROOM = 64
+
+
 @dataclass
 class CacheStep(Shared):
     """Where the tokens of one forward pass go, shared by all layers."""
 
     positions: Tensor  # [b, p + n] of all originals, new ones last
-    hidden_positions: Tensor  # [b, r + n] of all hidden slots, new ones last
+    hidden_positions: Tensor  # [b, span] of the hidden slots once this step is in
     lengths: Tensor  # [b] tokens of each sequence once this step is in
-    keep: Tensor  # [b, r'] indices into hidden_positions that later queries can see, -1 for none
+    places: (
+        Tensor  # n = 1: [b, 1], the hidden slot of the new token; else [b, span], indices into what is there and new
+    )
     new: int  # n
+    retained: int  # hidden slots that there are for this step's queries: span, or 0 of an empty cache
 
-    def keep_of(self, retained: int, fresh: int, device: torch.device) -> Tensor:
-        """``keep`` for a layer that holds ``retained`` hidden slots and only the last ``fresh`` of the new ones."""
+    def index_of(self, like: Tensor, fresh: int) -> Tensor:
+        """``places`` for a layer's ``[b, g, K-1, slots, d]``, which has only the last ``fresh`` of the new slots."""
 
-        def shifted() -> Tensor:
-            keep = self.keep.to(device)
-            return torch.where(keep < retained, keep, keep - (self.new - fresh)).clamp(min=0)
+        def index() -> Tensor:
+            places = self.places.to(like.device)
+            if self.new > 1:
+                places = torch.where(places < self.retained, places, places - (self.new - fresh)).clamp(min=0)
+            return places[:, None, None, :, None]
 
-        return self.once((retained, fresh, device), shifted)
+        wide = self.once((fresh, like.device), index)
+        return wide.expand(-1, like.size(1), like.size(2), -1, like.size(4))
+
+
+def hidden_slots(policy: KVPolicy) -> int:
+    """Slots for the hidden entries of each copy: what a query can see, its own token included."""
+    return policy.span if policy.repeat > 1 else 0
+
+
+class _Store:
+    """The keys, or the values, of one layer in one tensor ``[b, g, (K-1) * span + p + room, d]``, hidden ones first."""
+
+    def __init__(self, originals: Tensor, hidden: Tensor) -> None:
+        self.whole: Tensor | None = None
+        self.views = originals, hidden  # [b, g, p, d] and [b, g, K-1, span, d]
+
+    def append(self, originals: Tensor, hidden: Tensor, rows: Tensor, step: CacheStep) -> Tensor:
+        """Put ``rows`` of a step behind what there is; what its queries attend to, see :meth:`PHDCacheLayer.update`."""
+        new_hidden = rows[:, :, step.new :].unflatten(2, (hidden.size(2), -1)) if hidden.size(2) else hidden
+        new = rows[:, :, : step.new]
+        attended = None
+        if step.new > 1 and hidden.size(2):
+            fresh, candidates, attended = new_hidden.size(3), new_hidden, rows
+            if step.retained or originals.size(2):
+                candidates = torch.cat([hidden[:, :, :, : step.retained], new_hidden], dim=3)
+                attended = torch.cat([originals, new, candidates.flatten(2, 3)], dim=2)
+            new_hidden = candidates.gather(3, step.index_of(candidates, fresh))
+        if rows.requires_grad or originals.requires_grad:
+            whole = self._joined(originals, hidden, new, new_hidden, step)
+        else:
+            whole = self._written(originals, hidden, new, new_hidden, step)
+        return whole if attended is None else attended
+
+    def _joined(self, originals: Tensor, hidden: Tensor, new: Tensor, new_hidden: Tensor, step: CacheStep) -> Tensor:
+        """A new tensor, through which gradients go."""
+        if hidden.size(2):
+            hidden = new_hidden if step.new > 1 else hidden.scatter(3, step.index_of(hidden, 1), new_hidden)
+        whole = torch.cat([hidden.flatten(2, 3), originals, new], dim=2)
+        self.whole, self.views = whole, self._split(whole, hidden)
+        return whole
+
+    def _written(self, originals: Tensor, hidden: Tensor, new: Tensor, new_hidden: Tensor, step: CacheStep) -> Tensor:
+        """The tensor that there is, or a longer one where it is full or somebody has set others."""
+        entries, past = hidden.size(2) * hidden.size(3), originals.size(2)
+        end = entries + past + step.new
+        whole = self.whole
+        # Tensors of inference mode can be written in it alone.
+        frozen = whole is not None and whole.is_inference() and not torch.is_inference_mode_enabled()
+        is_same = self.views[0] is originals and self.views[1] is hidden
+        if whole is None or frozen or not is_same or whole.size(2) < end:
+            whole = originals.new_empty((*originals.shape[:2], end + ROOM, originals.size(3)))
+            whole[:, :, :entries] = hidden.flatten(2, 3)
+            whole[:, :, entries : entries + past] = originals
+        whole[:, :, entries + past : end] = new
+        if entries:
+            slots = whole[:, :, :entries].unflatten(2, hidden.shape[2:4])
+            if step.new > 1:
+                slots.copy_(new_hidden)
+            else:
+                slots.scatter_(3, step.index_of(slots, 1), new_hidden)
+        self.whole, self.views = whole, self._split(whole[:, :, :end], hidden)
+        return whole[:, :, :end]
+
+    def _split(self, whole: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        entries = hidden.size(2) * hidden.size(3)
+        return whole[:, :, entries:], whole[:, :, :entries].unflatten(2, hidden.shape[2:4])
 
 
 class PHDCacheLayer(DynamicLayer):
-    """One layer's KV: originals ``keys``/``values`` [b, g, p, d], hidden ``hidden_keys/values`` [b, g, K-1, r, d]."""
+    """One layer's KV: originals ``keys``/``values`` [b, g, p, d], hidden ``hidden_keys/values`` [b, g, K-1, span, d].
+
+    The hidden entry of a position lies in slot ``position % span``, where it replaces one that no later query sees.
+    Both kinds are views of one tensor with room behind it, so that a step writes its own entries alone and attends to
+    all of them without a copy. Whoever needs other rows or slots sets the four tensors; they are put together again at
+    the next step.
+    """
 
     def __init__(self, policy: KVPolicy):
         super().__init__()
         self.policy = policy
         self.hidden_keys: Tensor | None = None
         self.hidden_values: Tensor | None = None
+        self.stores: list[_Store] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, step: CacheStep, *args, **kwargs):
         """Append one step's rows and return what its queries attend to.
@@ -71,39 +152,25 @@ class PHDCacheLayer(DynamicLayer):
             step: from :meth:`PHDCache.begin`.
 
         Returns:
-            Keys and values [b, g, p + n + (K-1) * (r + h), d]: originals first, then copy by copy the retained and
-            the new hidden entries.
+            Keys and values. Of one token (n = 1): [b, g, (K-1) * span + p + 1, d], copy by copy the hidden slots, then
+            the originals. Of more: [b, g, p + n + (K-1) * (r + h), d], originals first, then copy by copy the ``r``
+            slots that were there and the new ones.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            shape = (key_states.size(0), key_states.size(1), self.policy.repeat - 1, 0, key_states.size(3))
-            self.hidden_keys = self.hidden_values = key_states.new_empty(shape)
+            shape = (*key_states.shape[:2], self.policy.repeat - 1, hidden_slots(self.policy), key_states.size(3))
+            self.hidden_keys, self.hidden_values = key_states.new_zeros(shape), value_states.new_zeros(shape)
             self.keys = self.values = key_states.new_empty((*shape[:2], 0, shape[4]))
         assert self.hidden_keys is not None and self.hidden_values is not None
-        keys, self.keys, self.hidden_keys = self._append(self.keys, self.hidden_keys, key_states, step)
-        values, self.values, self.hidden_values = self._append(self.values, self.hidden_values, value_states, step)
-        held = self.hidden_keys.size(2) * self.hidden_keys.size(3)
-        if held > self.policy.max_hidden_entries:
-            raise AssertionError(f"{held} hidden entries are cached, more than {self.policy.max_hidden_entries}")
+        held = ((self.keys, self.hidden_keys, key_states), (self.values, self.hidden_values, value_states))
+        if not self.stores:
+            self.stores = [_Store(*tensors[:2]) for tensors in held]
+        keys, values = (store.append(*tensors, step) for store, tensors in zip(self.stores, held, strict=True))
+        (self.keys, self.hidden_keys), (self.values, self.hidden_values) = (store.views for store in self.stores)
         return keys, values
 
-    def _append(self, old: Tensor, hidden: Tensor, rows: Tensor, step: CacheStep) -> tuple[Tensor, Tensor, Tensor]:
-        copies = self.policy.repeat - 1
-        if copies == 0:
-            everything = torch.cat([old, rows], dim=2)
-            return everything, everything, hidden
-        new_hidden = rows[:, :, step.new :].unflatten(2, (copies, -1))
-        retained, fresh = hidden.size(3), new_hidden.size(3)
-        hidden = torch.cat([hidden, new_hidden], dim=3)
-        everything = torch.cat([old, rows[:, :, : step.new], hidden.flatten(2, 3)], dim=2)
-        originals = everything[:, :, : old.size(2) + step.new]
-        if hidden.size(2) * hidden.size(3) > self.policy.max_hidden_entries:
-            originals = originals.clone()  # a view would keep the hidden entries of the whole prompt alive
-        keep = step.keep_of(retained, fresh, hidden.device)
-        index = keep[:, None, None, :, None].expand(-1, hidden.size(1), copies, -1, hidden.size(4))
-        return everything, originals, hidden.gather(3, index)
-
     def _map(self, function) -> None:
+        self.stores = []
         if self.is_initialized:
             for name in ("keys", "values", "hidden_keys", "hidden_values"):
                 setattr(self, name, function(getattr(self, name)))
@@ -113,6 +180,7 @@ class PHDCacheLayer(DynamicLayer):
         super().reset()  # in some versions of transformers this only writes zeros
         self.hidden_keys = self.hidden_values = None
         self.keys = self.values = None  # type: ignore[assignment]
+        self.stores = []
         self.is_initialized: bool = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -132,7 +200,7 @@ class PHDCacheLayer(DynamicLayer):
         return 0 if self.hidden_keys is None else self.hidden_keys.size(2) * self.hidden_keys.size(3)
 
     def nbytes(self) -> int:
-        """Bytes of the cached originals and hidden entries."""
+        """Bytes of the cached originals and hidden entries, without the room for the next ones."""
         if not self.is_initialized:
             return 0
         held = [self.keys, self.values, self.hidden_keys, self.hidden_values]
@@ -166,32 +234,36 @@ class PHDCache(Cache):
 
     def begin(self, positions: Tensor) -> CacheStep:
         """Plan the step that adds tokens at ``positions`` [b, n] (-1 is padding). Nothing changes until :meth:`end`."""
-        batch, new = positions.shape
-        empty = positions.new_empty((batch, 0))
-        past = empty if self.positions is None else self.positions
-        retained = empty if self.hidden_positions is None else self.hidden_positions
+        (batch, new), slots = positions.shape, hidden_slots(self.policy)
+        past = positions.new_empty((batch, 0)) if self.positions is None else self.positions
+        held = self.hidden_positions
         lengths = positions.amax(1) + 1
         if self.lengths is not None:
             lengths = torch.maximum(lengths, self.lengths)
-        hidden = torch.cat([retained, positions], dim=1)
-        return CacheStep(torch.cat([past, positions], dim=1), hidden, lengths, self._keep(hidden, lengths), new)
+        if new == 1:
+            held = positions.new_full((batch, slots), -1) if held is None else held
+            # The slot of a token; of padding, the one that the next token will have.
+            places = torch.where(positions >= 0, positions, lengths[:, None]) % max(slots, 1)
+            hidden = held.scatter(1, places, positions) if slots else held
+        else:
+            candidates = positions if held is None else torch.cat([held, positions], dim=1)
+            places = self._newest(candidates, lengths, slots)
+            hidden = torch.where(places >= 0, candidates.gather(1, places.clamp(min=0)), -1)
+        retained = 0 if self.hidden_positions is None else slots
+        return CacheStep(torch.cat([past, positions], dim=1), hidden, lengths, places, new, retained)
 
-    def _keep(self, hidden_positions: Tensor, lengths: Tensor) -> Tensor:
-        """Indices [b, r'] of the hidden slots that a query at position ``lengths`` sees; no later one sees more."""
-        size = min(hidden_positions.size(1), self.policy.span - 1) if self.policy.repeat > 1 else 0
-        hidden_copy = torch.full_like(lengths, 2)[:, None]
-        seen = self.policy.hidden_visible(lengths[:, None], hidden_copy, hidden_positions, hidden_copy)
-        seen = seen & (hidden_positions >= 0)
-        index = torch.arange(hidden_positions.size(1), device=hidden_positions.device)
-        index = torch.where(seen, index, -1).sort(dim=1).values
-        return index[:, index.size(1) - size :]
+    @staticmethod
+    def _newest(positions: Tensor, lengths: Tensor, slots: int) -> Tensor:
+        """For each hidden slot the index ``[b, slots]`` of the position that belongs there, -1 for none."""
+        belongs = (positions >= 0) & (positions >= lengths[:, None] - slots)
+        spare = slots  # where all the others go
+        slot = torch.where(belongs, positions % max(slots, 1), spare)
+        index = torch.arange(positions.size(1), device=positions.device).expand_as(positions)
+        return positions.new_full((positions.size(0), slots + 1), -1).scatter(1, slot, index)[:, :slots]
 
     def end(self, step: CacheStep) -> None:
         """The step's rows are in every layer."""
-        self.positions = step.positions
-        self.lengths = step.lengths
-        kept = step.hidden_positions.gather(1, step.keep.clamp(min=0))
-        self.hidden_positions = torch.where(step.keep >= 0, kept, -1)
+        self.positions, self.lengths, self.hidden_positions = step.positions, step.lengths, step.hidden_positions
 
     def _map(self, function) -> None:
         if self.positions is not None:

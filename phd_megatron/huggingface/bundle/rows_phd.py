@@ -87,7 +87,7 @@ def token_positions(
 
 @dataclass
 class StepRows(Shared):
-    """One forward pass over ``new`` slots. Shapes: ``p`` cached slots, ``r`` retained hidden slots."""
+    """One forward pass over ``new`` slots. Shapes: ``p`` cached slots, ``r`` hidden slots in the cache."""
 
     policy: KVPolicy
     num_layers: int
@@ -96,11 +96,11 @@ class StepRows(Shared):
     starts: list[int]  # per layer, first slot of its hidden copies; one more for the rows after the last layer
     positions: Tensor  # [b or 1, new], -1 for padding
     past_positions: Tensor  # [b or 1, p]
-    hidden_positions: Tensor  # [b or 1, r]
+    hidden_positions: Tensor  # [b or 1, r], r = 0 of an empty cache
     aligned: bool  # nothing cached, and padding on the right at most: slots are positions
     cache_step: CacheStep | None
 
-    # Whoever has a faster attention for steps of one token puts it here: arguments and result of LayerRows.attend.
+    # Whoever has a faster attention for steps of one token over a cache puts it here, see LayerRows.attend.
     decode: ClassVar[Callable[..., Tensor] | None] = None
 
     @classmethod
@@ -121,13 +121,14 @@ class StepRows(Shared):
         if cache is not None:
             cache.check_batch(batch)
         positions = token_positions(new, hidden.device, attention_mask, position_ids, cache)
+        if cache is not None and (new == 1 or cache.positions is not None):
+            positions = positions.expand(batch, new)
         past_positions = hidden_positions = positions[:, :0]
         cache_step = None
         if cache is not None:
             cache_step = cache.begin(positions.expand(batch, new))
             if cache.positions is not None and cache.hidden_positions is not None:
                 past_positions, hidden_positions = cache.positions, cache.hidden_positions
-                positions = positions.expand(batch, new)
         wanted = first_wanted(logits_to_keep, new)
         fresh = past_positions.size(1) == 0
         counted = fresh and attention_mask is None and position_ids is None  # positions are slots, known without a sync
@@ -145,6 +146,11 @@ class StepRows(Shared):
         return cls(
             policy, num_layers, new, wanted, starts, positions, past_positions, hidden_positions, aligned, cache_step
         )
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is one token over a cache, whose hidden slots lie before the originals then."""
+        return self.new == 1 and self.cache_step is not None
 
     def first_rows(self, embeddings: Tensor, vectors: Tensor | None = None) -> Tensor:
         """``[b, n, h]`` to the rows the first layer reads: the originals and the copies of the slots it needs.
@@ -165,31 +171,39 @@ class StepRows(Shared):
         """Bool mask ``[b or 1, 1, queries, keys]``.
 
         Queries are the slots from ``start`` on, for each copy in ``copies``. Keys are the originals and, unless
-        ``hidden_start`` is None, the retained and the new hidden entries from that slot on.
+        ``hidden_start`` is None, the hidden entries: of the cache and the new ones from that slot on, in the order of
+        :meth:`PHDCacheLayer.update`.
         """
         name = (start, copies, hidden_start)
         return self.once(("mask", *name), lambda: self._mask(*name))
 
     def _mask(self, start: int, copies: range, hidden_start: int | None) -> Tensor:
-        device = self.positions.device
         queries = self.positions[:, start:]
         keys = torch.cat([self.past_positions, self.positions], dim=1)
         # A padded query sees padding, its own slot at least, so that its (unused) softmax is finite.
         seen_at_all = (keys >= 0)[:, None] | (queries < 0)[:, :, None]
         originals = self.policy.original_visible(queries[:, :, None], keys[:, None]) & seen_at_all
         seen = originals.repeat(1, len(copies), 1)  # what a slot sees of the originals is the same for all its copies
-        if hidden_start is not None:
-            hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
-            # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
-            copy = torch.arange(copies.start, copies.stop, device=device)[:, None].expand(-1, queries.size(1)).flatten()
-            hidden_copies = torch.arange(2, self.policy.repeat + 1, device=device)
-            key_copy = hidden_copies[:, None].expand(-1, hidden.size(1)).flatten()
-            keys = hidden.repeat(1, len(hidden_copies))
-            visible = self.policy.hidden_visible(
-                queries.repeat(1, len(copies))[:, :, None], copy[None, :, None], keys[:, None], key_copy[None, None]
-            )
-            seen = torch.cat([seen, visible & (keys >= 0)[:, None]], dim=2)
-        return seen[:, None]
+        if hidden_start is None:
+            return seen[:, None]
+        if self.is_step:
+            assert self.cache_step is not None
+            hidden = self.cache_step.hidden_positions
+            return torch.cat([self._hidden_seen(queries, copies, hidden), seen], dim=2)[:, None]
+        hidden = torch.cat([self.hidden_positions, self.positions[:, hidden_start:]], dim=1)
+        return torch.cat([seen, self._hidden_seen(queries, copies, hidden)], dim=2)[:, None]
+
+    def _hidden_seen(self, queries: Tensor, copies: range, hidden: Tensor) -> Tensor:
+        """Bool ``[b or 1, copies * queries, (K-1) * hidden]`` for positions of queries and of hidden slots."""
+        # Made on the device: a copy from the host would wait, and could not be part of a CUDA graph.
+        copy = torch.arange(copies.start, copies.stop, device=queries.device)[:, None]
+        hidden_copy = torch.arange(2, self.policy.repeat + 1, device=queries.device)[:, None]
+        copy, key_copy = (x.expand(-1, y.size(1)).flatten() for x, y in ((copy, queries), (hidden_copy, hidden)))
+        keys = hidden.repeat(1, self.policy.repeat - 1)
+        visible = self.policy.hidden_visible(
+            queries.repeat(1, len(copies))[:, :, None], copy[None, :, None], keys[:, None], key_copy[None, None]
+        )
+        return visible & (keys >= 0)[:, None]
 
 
 @dataclass
@@ -240,13 +254,13 @@ class LayerRows:
         """
         step = self.step
         repeat, new = step.policy.repeat, step.new
-        if step.decode is not None and new == 1 and step.wanted == 0 and (repeat == 1 or self.start == self.end == 0):
+        if step.is_step and step.decode is not None:
             return step.decode(self, query, keys, values)
         originals = step.past_positions.size(1) + new
         parts = []
-        if new == 1 and not self.last:
-            mask = step.mask(0, range(1, repeat + 1), self.start if repeat > 1 else None)
-            parts.append(_attend(query, keys, values, mask))
+        if new == 1 and (step.is_step or not self.last):
+            copies = range(repeat if self.last else 1, repeat + 1)
+            parts.append(_attend(query, keys, values, step.mask(0, copies, self.start if repeat > 1 else None)))
         elif repeat == 1:
             parts.append(self._originals(query, keys, values, step.wanted if self.last else 0))
         elif self.last:
