@@ -30,6 +30,7 @@ class Capabilities:
         triton_problem: why our Triton kernels cannot run, None where they can.
         apex_adam: apex has its fused Adam.
         apex_weight_gradient: apex can add a weight's gradient to the gradient buffer inside the GEMM.
+        weight_gradient_problem: why torch cannot, None where it can.
         deepep_problem, hybridep_problem: why DeepEP and its HybridEP cannot be used, None where they can.
         memory: bytes of the device, or of the machine for a model on its CPU.
     """
@@ -43,6 +44,7 @@ class Capabilities:
     triton_problem: str | None = "there is no CUDA device"
     apex_adam: bool = False
     apex_weight_gradient: bool = False
+    weight_gradient_problem: str | None = None
     deepep_problem: str | None = "there is no CUDA device"
     hybridep_problem: str | None = "there is no CUDA device"
     memory: int | None = None
@@ -61,6 +63,7 @@ def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilit
     import torch
 
     from phd_megatron.kernels.triton_support import triton_problem
+    from phd_megatron.runtime.weight_gradient import problem as weight_gradient_problem
 
     te, problem = _transformer_engine()
     deepep, hybridep = _deep_ep()
@@ -77,6 +80,7 @@ def probe(device: Literal["cpu", "cuda"], index: int | None = None) -> Capabilit
         hybridep_problem=hybridep,
         apex_adam=_imports("apex.optimizers") is None,
         apex_weight_gradient=_imports("fused_weight_gradient_mlp_cuda") is None,
+        weight_gradient_problem=weight_gradient_problem(),
     )
 
 

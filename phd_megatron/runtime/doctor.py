@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
@@ -63,7 +64,12 @@ _PACKAGES = (
         _TE_COST,
         "pip install --no-build-isolation 'transformer_engine[pytorch]'",
     ),
-    ("apex", "apex", "nothing here needs it", "see https://github.com/NVIDIA/apex"),
+    (
+        "apex",
+        "apex.optimizers",  # pip has another package of the name apex
+        "torch computes what it would: the optimizer, and weight gradients (gradient_accumulation_fusion)",
+        "build https://github.com/NVIDIA/apex; pip's package of that name is another one",
+    ),
     ("flash-attn", "flash_attn", "torch's own flash attention is used", "pip install --no-build-isolation flash-attn"),
     ("triton", "triton", "no Triton kernels", "comes with the CUDA builds of torch"),
     ("deepspeed", "deepspeed", "nothing here needs it", "pip install deepspeed"),
@@ -75,10 +81,15 @@ _PACKAGES = (
 
 
 def _installed(module: str) -> bool:
+    """Whether it is there. Nothing is imported: a package of that name may be another one."""
+    package, _, folder = module.partition(".")
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return False
+    if spec is None or not folder:
+        return spec is not None
+    return any((Path(place) / folder).is_dir() for place in spec.submodule_search_locations or ())
 
 
 def _packages() -> list[Package]:

@@ -82,7 +82,8 @@ def require_transformer_engine(model: ModelConfig, capabilities: Capabilities) -
 def gradient_accumulation(model: ModelConfig, capabilities: Capabilities) -> tuple[Literal["", "te", "all"], str]:
     """Which weights' gradients a GEMM adds to the gradient buffer itself, and why: none, Transformer Engine's, all.
 
-    ``all`` needs apex: Megatron-Core's own layers, of which the head is one, have it from there.
+    ``all`` has Megatron-Core's own layers too, of which the head is one. Apex does it where that is installed, and
+    torch where it is asked for.
 
     Raises:
         UserError: if it is asked for and cannot be had.
@@ -93,14 +94,19 @@ def gradient_accumulation(model: ModelConfig, capabilities: Capabilities) -> tup
     te, why = use_transformer_engine(model.transformer_impl, capabilities)
     if capabilities.apex_weight_gradient:
         return "all", "apex's fused_weight_gradient_mlp_cuda is installed"
+    if asked and capabilities.weight_gradient_problem is None:
+        return "all", "asked for by gradient_accumulation_fusion=True; torch's addmm adds to the gradient buffer"
     if te:
-        return "te", "Transformer Engine's layers do so themselves; the head's would need apex"
+        return (
+            "te",
+            "Transformer Engine's layers do so themselves; the head's is added with gradient_accumulation_fusion",
+        )
     if asked:
         raise UserError(
-            f"gradient_accumulation_fusion=True needs Transformer Engine or apex's fused_weight_gradient_mlp_cuda, and "
-            f"{why}; leave it out, or install one of them"
+            "gradient_accumulation_fusion=True needs Transformer Engine, apex's fused_weight_gradient_mlp_cuda or "
+            f"another torch: {why}, and {capabilities.weight_gradient_problem}; leave it out, or install one of them"
         )
-    return "", f"it needs Transformer Engine's layers or apex, and {why}"
+    return "", f"Transformer Engine's layers and apex do so unasked, and {why}"
 
 
 def fused_norms(model: ModelConfig, transformer_engine: bool) -> bool:

@@ -238,6 +238,14 @@ def _norm_on_device(module: ModuleType) -> None:
     put(module, local_multi_tensor_l2_norm=norm_of_all)
 
 
+def _weight_gradient(module: ModuleType) -> None:
+    if not module._grad_accum_fusion_available:
+        from phd_megatron.runtime import weight_gradient
+
+        module._grad_accum_fusion_available = True  # type: ignore[attr-defined]
+        module.fused_weight_gradient_mlp_cuda = weight_gradient  # type: ignore[attr-defined]
+
+
 REDIRECTS = (
     Redirect(
         "torch-adamw",
@@ -288,5 +296,11 @@ REDIRECTS = (
         ("megatron.core.utils",),
         _norm_on_device,
         "the gradient norm without Transformer Engine and apex waits for the GPU once for every parameter",
+    ),
+    Redirect(
+        "weight-gradient",
+        ("megatron.core.tensor_parallel.layers",),
+        _weight_gradient,
+        "gradient_accumulation_fusion knows apex's extension alone, and torch has the operators",
     ),
 )

@@ -5,7 +5,7 @@ The runs and the comparison are those of ``phd-megatron parity``; tolerance (all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,14 @@ NAMED = {
         },
         ranks=2,
     ),
+    **{
+        f"{layout.name}, gradients added in the products": replace(
+            layout,
+            name=f"{layout.name}, gradients added in the products",
+            fields={**layout.fields, "gradient_accumulation_fusion": True},
+        )
+        for layout in map(parse_layout, ("tp2+sp", "pp2+vpp2", "dp2+overlap"))
+    },
     "dp2+overlap in buckets": Layout(
         "dp2+overlap in buckets",
         {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 3000},
@@ -94,6 +102,9 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "pp2": (*TWO, *TOLD_APART, "hybrid-k2-untied"),
     "pp2+vpp2": (*SIX, APART, "hybrid-k2-untied", "embed_norm-k2", "deepnorm-k2", "mix_ln-k2"),
     "pp2+vpp2 in groups of 4, all transfers overlapped": ("hybrid_star-k2",),
+    "tp2+sp, gradients added in the products": ("hybrid_star-k2", "hybrid-k2-untied"),
+    "pp2+vpp2, gradients added in the products": ("hybrid_star-k2", "hybrid-k2-untied"),
+    "dp2+overlap, gradients added in the products": ("hybrid_star-k2", "hybrid-k2-untied"),
     "pp2+first1": ("hybrid_star-k2", "hybrid-k2-untied"),
     "pp2+vpp3 with embedding and loss counted": ("hybrid_star-k3", "hybrid-k2-untied"),
     "dp2": TWO,
