@@ -147,7 +147,7 @@ def _launch(
     early = parts > 1 and _starts_early(query.device)
     shared = {"COPIES": copies, "RATIO": heads // groups, "D": width, "BLOCK_D": block_of(width), "PDL": early}
     split_kernel[parts, bundles, blocks](
-        *(grouped, query_position, key, value, key_position.contiguous()),
+        *(grouped, query_position.contiguous(), key, value, key_position.contiguous()),
         *(hidden.key, hidden.value, hidden.position.contiguous(), found, lse, grouped_out),
         *(grouped.stride()[:4], key.stride()[:3], value.stride()[:3]),
         *(hidden.key.stride()[:4], hidden.value.stride()[:4], grouped_out.stride()[:4]),

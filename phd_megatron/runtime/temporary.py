@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -31,7 +32,15 @@ def temporary_directory(purpose: str) -> Iterator[Path]:
 
 def _delete(place: Path) -> None:
     try:
-        shutil.rmtree(place, ignore_errors=True)
+        _delete_once(place)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        _delete_once(place)
         raise
+
+
+def _delete_once(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    if place.exists():  # what was copied from a read-only installation is read-only too
+        for folder, _, _ in os.walk(place):
+            os.chmod(folder, 0o700)
+        shutil.rmtree(place, ignore_errors=True)

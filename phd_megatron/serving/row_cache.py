@@ -36,21 +36,26 @@ def join(caches: Sequence[Cache]) -> Cache:
     if not others:
         return first
     slots = max(cache.get_seq_length() for cache in caches)
+    if is_phd(first):
+        hidden = max(cache.hidden_positions.size(-1) for cache in caches)
+        for cache in caches:
+            cache.widen(hidden)
     changes = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         sizes = {"keys": slots, "values": slots}
         if is_phd(first):
-            hidden = max(layer.hidden_keys.size(-2) for layer in layers)
             sizes |= {"hidden_keys": hidden, "hidden_values": hidden}
         for name, size in sizes.items():
             changes.append((layers[0], name, _stack([getattr(layer, name) for layer in layers], size, -2)))
     if is_phd(first):
-        hidden = max(cache.hidden_positions.size(-1) for cache in caches)
         for name, size in (("positions", slots), ("hidden_positions", hidden)):
             changes.append((first, name, _stack([getattr(cache, name) for cache in caches], size, -1, -1)))
         changes.append((first, "lengths", torch.cat([cache.lengths for cache in caches])))
     for owner, name, tensor in changes:
         setattr(owner, name, tensor)
+    if is_phd(first):
+        for layer in first.layers:
+            layer.stores = []  # they hold what was there before
     return first
 
 

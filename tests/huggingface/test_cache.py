@@ -108,6 +108,11 @@ def test_the_decode_kernel_generates_the_same(make_model, policy, monkeypatch):
     for a, b in zip(found.logits, expected.logits, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
     assert calls == 3 * 5  # layers, and tokens after the first, which the prompt gives
+    # A prompt of one token in a batch without padding, whose positions are one number.
+    first = torch.randint(61, (5, 1))
+    with torch.no_grad(), decode_kernel(model):
+        found = model(first, past_key_values=model.make_cache()).logits
+    torch.testing.assert_close(found, model(first, use_cache=False).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="float64"), decode_kernel(model.double()):
         pass
     assert decoding.takes_decode_kernel(model, "triton") and not decoding.takes_decode_kernel(model, "auto")  # no GPU

@@ -11,6 +11,7 @@ POLICIES = {
     "PHD": {"phd_repeat": 3, "phd_window": 1},
     "SWA": {"phd_repeat": 2, "phd_window": 5},
     "CSWA": {"phd_repeat": 3, "phd_window": 4, "phd_chunk": 8},
+    "SWA, slots that become more": {"phd_repeat": 2, "phd_window": 150},
 }
 PROMPT = 200  # longer than the room that a cache has at its end
 
@@ -69,10 +70,14 @@ def test_memory_that_nobody_wrote_is_not_read(make_model, fields, monkeypatch) -
 
 
 @pytest.mark.parametrize("fields", POLICIES.values(), ids=POLICIES)
-def test_gradients_go_through_the_cache(make_model, fields) -> None:
+@pytest.mark.parametrize("trained", ["", "q_proj", "v_proj"])
+def test_gradients_go_through_the_cache(make_model, fields, trained: str) -> None:
+    """Of all parameters, and of some alone: queries may need one where keys do not."""
     model = make_model(norm_scheme="hybrid_star", **fields)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     tokens, gradients = torch.randint(61, (2, 14)), []
-    for pieces in ([14], [6, 1, 1, 5, 1]):
+    for pieces in ([14], [6, 1, 1, 1, 4, 1]):
         model.zero_grad()
         cache = model.make_cache()
         logits = torch.cat([model(piece, past_key_values=cache).logits for piece in tokens.split(pieces, 1)], 1)
@@ -133,3 +138,58 @@ def test_others_tensors_are_taken(make_model) -> None:
     found = [model(tokens[[2, 0], place : place + 1], past_key_values=cache).logits for place in (18, 19)]
     expected = model(tokens[[2, 0]], use_cache=False).logits[:, 18:]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_slots_become_more_with_the_sequence(make_model) -> None:
+    """A window of 150 has 64 slots, then 128, then 150; rows of unequal length, from any first position."""
+    model = make_model(norm_scheme="hybrid_star", phd_repeat=2, phd_window=150, max_position_embeddings=400)
+    tokens = torch.randint(61, (2, 200))
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    first, cache, seen, found = (
+        model(tokens, attention_mask=mask, use_cache=False).logits,
+        model.make_cache(),
+        set(),
+        [],
+    )
+    start = 0
+    for size in (40, *[1] * 30, 50, *[1] * 80):
+        piece = slice(start, start := start + size)
+        words = {"attention_mask": mask[:, :start], "past_key_values": cache}
+        found.append(model(tokens[:, piece], **words).logits)
+        seen.add(cache.hidden_entries())
+    assert seen == {64, 128, 150}
+    torch.testing.assert_close(torch.cat(found, 1)[mask == 1], first[mask == 1], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_with_unequal_numbers_of_slots_are_joined(make_model) -> None:
+    from phd_megatron.serving import row_cache
+
+    model = make_model(norm_scheme="hybrid_star", phd_repeat=3, phd_window=150, max_position_embeddings=400)
+    tokens, lengths = torch.randint(61, (2, 190)), (30, 170)
+    caches = [model.make_cache() for _ in lengths]
+    for cache, row, length in zip(caches, tokens, lengths, strict=True):
+        model(row[None, :length], past_key_values=cache)
+    assert [cache.hidden_entries() for cache in caches] == [128, 300]
+    joined = row_cache.join(caches)
+    found = []
+    for place in range(20):
+        new = torch.stack([row[length + place] for row, length in zip(tokens, lengths, strict=True)])[:, None]
+        found.append(model(new, past_key_values=joined).logits)
+    for row, length, logits in zip(tokens, lengths, torch.cat(found, 1), strict=True):
+        expected = model(row[None, : length + 20], use_cache=False).logits[0, length:]
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_autocast_that_comes_and_goes(make_model) -> None:
+    for first in (True, False):
+        model = make_model(dtype=torch.float32, **POLICIES["CSWA"])
+        tokens, cache, found = torch.randint(61, (2, 13)), model.make_cache(), []
+        for number, piece in enumerate(tokens.split([6, 1, 1, 4, 1], 1)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=first == (number % 2 == 0)):
+                found.append(model(piece, past_key_values=cache).logits.float())
+        error = torch.cat(found, 1) - model(tokens, use_cache=False).logits
+        assert error.norm() < 0.1 * torch.cat(found, 1).norm()

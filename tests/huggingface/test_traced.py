@@ -131,3 +131,17 @@ def test_exported_with_padding(make_model) -> None:
             way(tokens, attention_mask=mask, use_cache=False).logits[mask == 1] for way in (program.module(), model)
         )
         torch.testing.assert_close(found, expected, **EXACT)
+
+
+@torch.no_grad()
+def test_an_expert_that_overflows_on_rows_of_others(make_model) -> None:
+    """In a graph it computes them too."""
+    model = make_model(dtype=torch.float16, **MODELS["experts"])
+    experts = next(layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts"))
+    rows = torch.randn(6, 24, dtype=torch.float16)
+    weights, chosen = torch.full((6, 2), 0.5, dtype=torch.float16), torch.tensor([[0, 1]] * 6)
+    for parameter in experts.experts[3].parameters():
+        parameter.fill_(3e4)
+    assert not experts.experts[3](rows).isfinite().all()
+    expected = experts._chosen(rows, weights, chosen)
+    torch.testing.assert_close(experts._all(rows, weights, chosen), expected, rtol=1e-2, atol=1e-2)

@@ -64,3 +64,11 @@ def test_a_signal_while_it_is_deleted(place: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit), temporary_directory("some"):
         pass
     assert came and not list(place.iterdir())
+
+
+def test_what_is_read_only_vanishes_too(place: Path) -> None:
+    with temporary_directory("some") as made:
+        (made / "folder").mkdir()
+        (made / "folder" / "file").write_text("text")
+        (made / "folder").chmod(0o500)
+    assert not list(place.iterdir())

@@ -1,8 +1,8 @@
 """KV cache of a PHD-Transformer: the originals, as vanilla's, plus the few hidden entries the window still needs.
 
 Shapes: ``b`` sequences, ``g`` KV heads, ``d`` head dimension, ``n`` new token slots of this step, ``p`` slots already
-cached, ``span = min(W, C)`` hidden slots, ``K`` copies. A *slot* is an index on the time axis of the batch and may hold
-padding; a *position* is a token's index in its own sequence, -1 for padding.
+cached, ``r`` hidden slots, at most ``span = min(W, C)``, ``K`` copies. A *slot* is an index on the time axis of the
+batch and may hold padding; a *position* is a token's index in its own sequence, -1 for padding.
 """
 
 from __future__ import annotations
@@ -42,20 +42,24 @@ class CacheStep(Shared):
     """Where the tokens of one forward pass go, shared by all layers."""
 
     positions: Tensor  # [b, p + n] of all originals, new ones last
-    hidden_positions: Tensor  # [b, span] of the hidden slots once this step is in
+    hidden_positions: Tensor  # [b, r] of the hidden slots once this step is in
     lengths: Tensor  # [b] tokens of each sequence once this step is in
-    places: (
-        Tensor  # n = 1: [b, 1], the hidden slot of the new token; else [b, span], indices into what is there and new
-    )
     new: int  # n
-    retained: int  # hidden slots that there are for this step's queries: span, or 0 of an empty cache
+    retained: int  # hidden slots before this step, 0 of an empty cache
+    in_place: bool  # one token, for which there is a slot
+    places: Tensor  # in place: [b, 1], the slot of the new token; else [b, r], indices into the old slots and the new
+
+    @property
+    def slots(self) -> int:
+        """Hidden slots after this step, r."""
+        return self.hidden_positions.size(1)
 
     def index_of(self, like: Tensor, fresh: int) -> Tensor:
-        """``places`` for a layer's ``[b, g, K-1, slots, d]``, which has only the last ``fresh`` of the new slots."""
+        """``places`` for a layer's ``[b, g, K-1, slots, d]``, which has only the last ``fresh`` of the new tokens."""
 
         def index() -> Tensor:
             places = self.places.to(like.device)
-            if self.new > 1:
+            if not self.in_place:
                 places = torch.where(places < self.retained, places, places - (self.new - fresh)).clamp(min=0)
             return places[:, None, None, :, None]
 
@@ -63,77 +67,74 @@ class CacheStep(Shared):
         return wide.expand(-1, like.size(1), like.size(2), -1, like.size(4))
 
 
-def hidden_slots(policy: KVPolicy) -> int:
-    """Slots for the hidden entries of each copy: what a query can see, its own token included."""
-    return policy.span if policy.repeat > 1 else 0
-
-
 class _Store:
-    """The keys, or the values, of one layer in one tensor ``[b, g, (K-1) * span + p + room, d]``, hidden ones first."""
+    """The keys, or the values, of one layer in one tensor ``[b, g, (K-1) * r + p + room, d]``, hidden ones first."""
 
     def __init__(self, originals: Tensor, hidden: Tensor) -> None:
         self.whole: Tensor | None = None
-        self.views = originals, hidden  # [b, g, p, d] and [b, g, K-1, span, d]
+        self.views = originals, hidden  # [b, g, p, d] and [b, g, K-1, r, d]
 
     def append(self, originals: Tensor, hidden: Tensor, rows: Tensor, step: CacheStep) -> Tensor:
         """Put ``rows`` of a step behind what there is; what its queries attend to, see :meth:`PHDCacheLayer.update`."""
-        new_hidden = rows[:, :, step.new :].unflatten(2, (hidden.size(2), -1)) if hidden.size(2) else hidden
+        dtype = torch.promote_types(originals.dtype, rows.dtype)  # under autocast they may differ
+        originals, hidden, rows = originals.to(dtype), hidden.to(dtype), rows.to(dtype)
+        copies, attended = hidden.size(2), None
         new = rows[:, :, : step.new]
-        attended = None
-        if step.new > 1 and hidden.size(2):
-            fresh, candidates, attended = new_hidden.size(3), new_hidden, rows
-            if step.retained or originals.size(2):
-                candidates = torch.cat([hidden[:, :, :, : step.retained], new_hidden], dim=3)
-                attended = torch.cat([originals, new, candidates.flatten(2, 3)], dim=2)
+        new_hidden = rows[:, :, step.new :].unflatten(2, (copies, -1)) if copies else hidden
+        if copies and not step.in_place:
+            fresh, candidates = new_hidden.size(3), new_hidden
+            if step.retained:
+                candidates = torch.cat([hidden, new_hidden], dim=3)
+            if step.new > 1:
+                attended = rows
+                if step.retained:
+                    attended = torch.cat([originals, new, candidates.flatten(2, 3)], dim=2)
             new_hidden = candidates.gather(3, step.index_of(candidates, fresh))
-        if rows.requires_grad or originals.requires_grad:
-            whole = self._joined(originals, hidden, new, new_hidden, step)
-        else:
-            whole = self._written(originals, hidden, new, new_hidden, step)
+        # What a gradient needs must not be written over, and queries may need one where keys do not.
+        put = self._joined if torch.is_grad_enabled() else self._written
+        whole = put(originals, hidden, new, new_hidden, step)
+        slots = whole[:, :, : copies * step.slots].unflatten(2, (copies, -1)) if copies else hidden
+        self.views = whole[:, :, copies * step.slots :], slots
         return whole if attended is None else attended
 
     def _joined(self, originals: Tensor, hidden: Tensor, new: Tensor, new_hidden: Tensor, step: CacheStep) -> Tensor:
         """A new tensor, through which gradients go."""
-        if hidden.size(2):
-            hidden = new_hidden if step.new > 1 else hidden.scatter(3, step.index_of(hidden, 1), new_hidden)
-        whole = torch.cat([hidden.flatten(2, 3), originals, new], dim=2)
-        self.whole, self.views = whole, self._split(whole, hidden)
-        return whole
+        if step.in_place and hidden.size(2):
+            new_hidden = hidden.scatter(3, step.index_of(hidden, 1), new_hidden)
+        self.whole = torch.cat([new_hidden.flatten(2, 3), originals, new], dim=2)
+        return self.whole
 
     def _written(self, originals: Tensor, hidden: Tensor, new: Tensor, new_hidden: Tensor, step: CacheStep) -> Tensor:
-        """The tensor that there is, or a longer one where it is full or somebody has set others."""
-        entries, past = hidden.size(2) * hidden.size(3), originals.size(2)
+        """The tensor that there is, or another one where it is full, has too few slots, or somebody has set others."""
+        entries, past = hidden.size(2) * step.slots, originals.size(2)
         end = entries + past + step.new
         whole = self.whole
         # Tensors of inference mode can be written in it alone.
         frozen = whole is not None and whole.is_inference() and not torch.is_inference_mode_enabled()
-        is_same = self.views[0] is originals and self.views[1] is hidden
+        is_same = self.views[0] is originals and self.views[1] is hidden and hidden.size(3) == step.slots
         if whole is None or frozen or not is_same or whole.size(2) < end:
             whole = originals.new_empty((*originals.shape[:2], end + ROOM, originals.size(3)))
-            whole[:, :, :entries] = hidden.flatten(2, 3)
+            if step.in_place:
+                whole[:, :, :entries] = hidden.flatten(2, 3)
             whole[:, :, entries : entries + past] = originals
+            self.whole = whole
         whole[:, :, entries + past : end] = new
-        if entries:
+        if entries and step.in_place:
             slots = whole[:, :, :entries].unflatten(2, hidden.shape[2:4])
-            if step.new > 1:
-                slots.copy_(new_hidden)
-            else:
-                slots.scatter_(3, step.index_of(slots, 1), new_hidden)
-        self.whole, self.views = whole, self._split(whole[:, :, :end], hidden)
+            slots.scatter_(3, step.index_of(slots, 1), new_hidden)
+        elif entries:
+            whole[:, :, :entries] = new_hidden.flatten(2, 3)
         return whole[:, :, :end]
-
-    def _split(self, whole: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        entries = hidden.size(2) * hidden.size(3)
-        return whole[:, :, entries:], whole[:, :, :entries].unflatten(2, hidden.shape[2:4])
 
 
 class PHDCacheLayer(DynamicLayer):
-    """One layer's KV: originals ``keys``/``values`` [b, g, p, d], hidden ``hidden_keys/values`` [b, g, K-1, span, d].
+    """One layer's KV: originals ``keys``/``values`` [b, g, p, d], hidden ``hidden_keys/values`` [b, g, K-1, r, d].
 
-    The hidden entry of a position lies in slot ``position % span``, where it replaces one that no later query sees.
-    Both kinds are views of one tensor with room behind it, so that a step writes its own entries alone and attends to
-    all of them without a copy. Whoever needs other rows or slots sets the four tensors; they are put together again at
-    the next step.
+    There are ``r`` hidden slots, ``span`` at most. The hidden entry of a position lies in slot ``position % r``, where
+    it replaces one that no later query sees. Both kinds are views of one tensor with room behind it, so that a step
+    writes its own entries alone and attends to all of them without a copy: a cache is continued twice by
+    ``copy.deepcopy``. Whoever needs other rows or slots sets the four tensors; they are put together again at the next
+    step.
     """
 
     def __init__(self, policy: KVPolicy):
@@ -152,13 +153,13 @@ class PHDCacheLayer(DynamicLayer):
             step: from :meth:`PHDCache.begin`.
 
         Returns:
-            Keys and values. Of one token (n = 1): [b, g, (K-1) * span + p + 1, d], copy by copy the hidden slots, then
-            the originals. Of more: [b, g, p + n + (K-1) * (r + h), d], originals first, then copy by copy the ``r``
-            slots that were there and the new ones.
+            Keys and values. Of one token (n = 1): [b, g, (K-1) * r + p + 1, d], copy by copy the hidden slots, then
+            the originals. Of more: [b, g, p + n + (K-1) * (r + h), d], originals first, then copy by copy the slots
+            that were there before and the new ones.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            shape = (*key_states.shape[:2], self.policy.repeat - 1, hidden_slots(self.policy), key_states.size(3))
+            shape = (*key_states.shape[:2], self.policy.repeat - 1, step.slots, key_states.size(3))
             self.hidden_keys, self.hidden_values = key_states.new_zeros(shape), value_states.new_zeros(shape)
             self.keys = self.values = key_states.new_empty((*shape[:2], 0, shape[4]))
         assert self.hidden_keys is not None and self.hidden_values is not None
@@ -174,6 +175,16 @@ class PHDCacheLayer(DynamicLayer):
         if self.is_initialized:
             for name in ("keys", "values", "hidden_keys", "hidden_values"):
                 setattr(self, name, function(getattr(self, name)))
+
+    def take_hidden(self, index: Tensor) -> None:
+        """Have these hidden slots ``[b, r]``."""
+        for name in ("hidden_keys", "hidden_values") if self.is_initialized else ():
+            held = getattr(self, name)
+            wide = index.to(held.device)[:, None, None, :, None].expand(
+                -1, held.size(1), held.size(2), -1, held.size(4)
+            )
+            setattr(self, name, held.gather(3, wide))
+        self.stores = []
 
     def reset(self) -> None:
         """Forget everything."""
@@ -234,32 +245,51 @@ class PHDCache(Cache):
 
     def begin(self, positions: Tensor) -> CacheStep:
         """Plan the step that adds tokens at ``positions`` [b, n] (-1 is padding). Nothing changes until :meth:`end`."""
-        (batch, new), slots = positions.shape, hidden_slots(self.policy)
+        batch, new = positions.shape
         past = positions.new_empty((batch, 0)) if self.positions is None else self.positions
-        held = self.hidden_positions
-        lengths = positions.amax(1) + 1
+        held, lengths = self.hidden_positions, positions.amax(1) + 1
         if self.lengths is not None:
             lengths = torch.maximum(lengths, self.lengths)
-        if new == 1:
+        slots, retained = self._slots(past.size(1) + new), 0 if held is None else held.size(1)
+        in_place = new == 1 and retained in (0, slots)
+        if in_place:
             held = positions.new_full((batch, slots), -1) if held is None else held
             # The slot of a token; of padding, the one that the next token will have.
             places = torch.where(positions >= 0, positions, lengths[:, None]) % max(slots, 1)
             hidden = held.scatter(1, places, positions) if slots else held
         else:
-            candidates = positions if held is None else torch.cat([held, positions], dim=1)
-            places = self._newest(candidates, lengths, slots)
-            hidden = torch.where(places >= 0, candidates.gather(1, places.clamp(min=0)), -1)
-        retained = 0 if self.hidden_positions is None else slots
-        return CacheStep(torch.cat([past, positions], dim=1), hidden, lengths, places, new, retained)
+            places, hidden = self._placed(
+                positions if held is None else torch.cat([held, positions], dim=1), lengths, slots
+            )
+        return CacheStep(torch.cat([past, positions], dim=1), hidden, lengths, new, retained, in_place, places)
+
+    def _slots(self, tokens: int) -> int:
+        """Hidden slots for sequences of so many tokens: what a query can see, its own token included."""
+        if self.policy.repeat == 1:
+            return 0
+        held = 0 if self.hidden_positions is None else self.hidden_positions.size(1)
+        return max(held, min(self.policy.span, -(-tokens // ROOM) * ROOM))
 
     @staticmethod
-    def _newest(positions: Tensor, lengths: Tensor, slots: int) -> Tensor:
-        """For each hidden slot the index ``[b, slots]`` of the position that belongs there, -1 for none."""
+    def _placed(positions: Tensor, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """For each of ``slots`` [b, r] the index into ``positions`` that belongs there, -1 for none, and the position.
+
+        The oldest of them may be one that a prefill did not compute: the next query does not see it.
+        """
         belongs = (positions >= 0) & (positions >= lengths[:, None] - slots)
-        spare = slots  # where all the others go
-        slot = torch.where(belongs, positions % max(slots, 1), spare)
+        slot = torch.where(belongs, positions % max(slots, 1), slots)  # the last one is for all the others
         index = torch.arange(positions.size(1), device=positions.device).expand_as(positions)
-        return positions.new_full((positions.size(0), slots + 1), -1).scatter(1, slot, index)[:, :slots]
+        places = positions.new_full((positions.size(0), slots + 1), -1).scatter(1, slot, index)[:, :slots]
+        return places, torch.where(places >= 0, positions.gather(1, places.clamp(min=0)), -1)
+
+    def widen(self, slots: int) -> None:
+        """Have so many hidden slots, where there are fewer; for caches that are put together."""
+        if self.hidden_positions is None or self.hidden_positions.size(1) >= slots:
+            return
+        assert self.lengths is not None
+        places, self.hidden_positions = self._placed(self.hidden_positions, self.lengths, slots)
+        for layer in self.layers:
+            layer.take_hidden(places.clamp(min=0))
 
     def end(self, step: CacheStep) -> None:
         """The step's rows are in every layer."""
@@ -323,6 +353,7 @@ class PHDCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = (t[:, :, :tokens_to_remove] for t in (layer.keys, layer.values))
+                layer.stores = []
 
     def hidden_entries(self) -> int:
         """Hidden KV entries held per layer and sequence, at most ``(K - 1) * min(W, C)``."""

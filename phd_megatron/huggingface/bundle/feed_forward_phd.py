@@ -109,9 +109,14 @@ class PHDExperts(nn.Module):
         return output
 
     def _all(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """The same for a graph, in which no size may depend on what was chosen: each expert computes all rows."""
+        """The same for a graph, in which no size may depend on what was chosen: each expert computes all rows.
+
+        Those that did not choose it are zeros to it, so that it cannot overflow on them.
+        """
         output = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
-            weight = torch.where(chosen == number, weights, 0).sum(1, keepdim=True)
-            output = output + (expert(rows) * weight).to(rows.dtype)
+            chose = chosen == number
+            weight = torch.where(chose, weights, 0).sum(1, keepdim=True)
+            its_rows = torch.where(chose.any(1, keepdim=True), rows, 0)
+            output = output + (expert(its_rows) * weight).to(rows.dtype)
         return output
