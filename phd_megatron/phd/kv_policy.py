@@ -172,7 +172,7 @@ class KVPolicy:
         return max(self.chunk_start(position), position - self.window + 1, 0)
 
     def retained_from(self, length: int) -> int:
-        """First position whose hidden KV the cache keeps once ``length`` tokens are in it.
+        """First position whose hidden KV is still needed once ``length`` tokens are in the cache.
 
         Only queries at position ``length`` or later are still to come, and what they see starts no earlier.
         """
