@@ -35,6 +35,7 @@ CASES = (
     "single-rank",
     "scale-in-place",
     "norm-on-device",
+    "weight-gradient",
 )
 
 

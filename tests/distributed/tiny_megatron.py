@@ -32,7 +32,20 @@ class Tiny:
     """Model, optimizer and schedule; weights depend on their global names alone."""
 
     def __init__(
-        self, tp=1, pp=1, vpp=None, sp=0, bf16=0, sharded=1, overlap=0, fused=0, moe=0, ep=1, recompute="", wire=0
+        self,
+        tp=1,
+        pp=1,
+        vpp=None,
+        sp=0,
+        bf16=0,
+        sharded=1,
+        overlap=0,
+        fused=0,
+        moe=0,
+        ep=1,
+        recompute="",
+        wire=0,
+        accumulates=0,
     ):
         import torch
         from megatron.core.distributed import (
@@ -51,6 +64,8 @@ class Tiny:
             more |= {"moe_router_dtype": "fp32", "moe_aux_loss_coeff": 0.01, "expert_model_parallel_size": ep}
         if recompute:
             more |= {"recompute_granularity": "selective", "recompute_modules": [recompute]}
+        if accumulates:
+            more |= {"gradient_accumulation_fusion": True}
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.tp, self.moe, self.vpp = tp, moe, vpp
         self.config = TransformerConfig(
@@ -368,6 +383,7 @@ CASES = {
     "single-rank": lambda directory: _collectives_of_one_rank(),
     "scale-in-place": lambda directory: _clips_in_place(),
     "norm-on-device": lambda directory: _norm_is_not_read(),
+    "weight-gradient": lambda directory: _train(accumulates=1),
 }
 
 
