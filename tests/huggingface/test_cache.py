@@ -279,3 +279,13 @@ def test_foreign_caches_are_refused(make_model):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation='static'"):
         generate(model, tokens, 3, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_the_bound_is_enforced(make_model):
+    """A step that would keep more than the promised entries stops instead of growing."""
+    model = make_model(phd_repeat=3, phd_window=4)
+    cache = model.make_cache()
+    cache._slots = lambda tokens: tokens
+    with pytest.raises(AssertionError, match="more than 8"):
+        model(torch.randint(61, (1, 9)), past_key_values=cache)

@@ -12,10 +12,8 @@ import sys
 import pytest
 import torch
 
-EXPERTS = {
-    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "mlp_only_layers": [0]},
-    **{"scoring_func": "sigmoid", "use_expert_bias": True, "shared_expert_intermediate_size": 12},
-}
+from .test_everyday import EXPERTS
+
 CSWA = {"phd_repeat": 3, "phd_window": 4, "phd_chunk": 8}
 MODELS = {
     "vanilla": {"phd_repeat": 1},

@@ -61,10 +61,15 @@ class CacheStep(Shared):
             places = self.places.to(like.device)
             if not self.in_place:
                 places = torch.where(places < self.retained, places, places - (self.new - fresh)).clamp(min=0)
-            return places[:, None, None, :, None]
+            return places
 
-        wide = self.once((fresh, like.device), index)
-        return wide.expand(-1, like.size(1), like.size(2), -1, like.size(4))
+        return _wide(self.once((fresh, like.device), index), like)
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    """Slots ``[b, n]`` as an index ``[b, g, K-1, n, d]`` into the slots of ``like``."""
+    index = index.to(like.device)[:, None, None, :, None]
+    return index.expand(-1, like.size(1), like.size(2), -1, like.size(4))
 
 
 class _Store:
@@ -168,6 +173,9 @@ class PHDCacheLayer(DynamicLayer):
             self.stores = [_Store(*tensors[:2]) for tensors in held]
         keys, values = (store.append(*tensors, step) for store, tensors in zip(self.stores, held, strict=True))
         (self.keys, self.hidden_keys), (self.values, self.hidden_values) = (store.views for store in self.stores)
+        entries = self.hidden_keys.size(2) * self.hidden_keys.size(3)
+        if entries > self.policy.max_hidden_entries:
+            raise AssertionError(f"{entries} hidden entries are cached, more than {self.policy.max_hidden_entries}")
         return keys, values
 
     def _map(self, function) -> None:
@@ -175,16 +183,6 @@ class PHDCacheLayer(DynamicLayer):
         if self.is_initialized:
             for name in ("keys", "values", "hidden_keys", "hidden_values"):
                 setattr(self, name, function(getattr(self, name)))
-
-    def take_hidden(self, index: Tensor) -> None:
-        """Have these hidden slots ``[b, r]``."""
-        for name in ("hidden_keys", "hidden_values") if self.is_initialized else ():
-            held = getattr(self, name)
-            wide = index.to(held.device)[:, None, None, :, None].expand(
-                -1, held.size(1), held.size(2), -1, held.size(4)
-            )
-            setattr(self, name, held.gather(3, wide))
-        self.stores = []
 
     def reset(self) -> None:
         """Forget everything."""
@@ -287,9 +285,15 @@ class PHDCache(Cache):
         if self.hidden_positions is None or self.hidden_positions.size(1) >= slots:
             return
         assert self.lengths is not None
-        places, self.hidden_positions = self._placed(self.hidden_positions, self.lengths, slots)
-        for layer in self.layers:
-            layer.take_hidden(places.clamp(min=0))
+        places, positions = self._placed(self.hidden_positions, self.lengths, slots)
+        index, names = places.clamp(min=0), ("hidden_keys", "hidden_values")
+        layers = [layer for layer in self.layers if layer.is_initialized]
+        # All of them first: where memory ends, the cache is as it was.
+        made = [[held.gather(3, _wide(index, held)) for held in (getattr(each, n) for n in names)] for each in layers]
+        for layer, tensors in zip(layers, made, strict=True):
+            layer.hidden_keys, layer.hidden_values = tensors
+            layer.stores = []
+        self.hidden_positions = positions
 
     def end(self, step: CacheStep) -> None:
         """The step's rows are in every layer."""
