@@ -21,21 +21,14 @@ class OurStep:
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         from phd_megatron.model.build import build_model
-        from phd_megatron.training.cuda_graph import StepGraph
-        from phd_megatron.training.optimizer import build_optimizer, wrap_data_parallel
+        from phd_megatron.training.engine import build_engine
         from phd_megatron.training.step import Stepper
 
-        model = config.model
+        model, size = config.model, config.training.micro_batch_size
         self._runtime = runtime
-        self._models = wrap_data_parallel(build_model(config, vocabulary_of(model), runtime.device), config)
-        try:
-            optimizer, size = build_optimizer(self._models, config), config.training.micro_batch_size
-            graph = StepGraph.of_run(config, self._models, runtime.device, runtime.log)
-            length, repeat = model.seq_length, model.phd_repeat
-            self._stepper = Stepper(self._models, optimizer, runtime.device, size, length, repeat, graph)
-        except BaseException:
-            self.close()
-            raise
+        built = build_model(config, vocabulary_of(model), runtime.device)
+        self._engine = build_engine(built, config, runtime.device, runtime.log)
+        self._stepper = Stepper(self._engine, runtime.device, size, model.seq_length, model.phd_repeat)
 
     def __call__(self, *batches: dict[str, torch.Tensor]) -> tuple[float, float]:
         """Mean loss of the micro-batches, and the seconds that the step took."""
@@ -46,10 +39,8 @@ class OurStep:
         return float(total / count), time.perf_counter() - start
 
     def close(self) -> None:
-        """Free what Megatron's wrapper of the model holds."""
-        from phd_megatron.training.optimizer import let_go
-
-        let_go(self._models)
+        """Free what the wrapper of the model holds."""
+        self._engine.let_go()
 
     def __enter__(self) -> OurStep:
         return self

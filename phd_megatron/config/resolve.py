@@ -51,6 +51,9 @@ def _resolve_sharding(config: RunConfig) -> list[str]:
     parallel, has_muon = config.parallel, config.optimizer.optimizer == "muon"
     if parallel.use_distributed_optimizer is not None:
         return []
+    if parallel.deepspeed:
+        parallel.use_distributed_optimizer = False
+        return ["use_distributed_optimizer=False: DeepSpeed's ZeRO divides the states"]
     parallel.use_distributed_optimizer = not has_muon
     if not has_muon:
         return []

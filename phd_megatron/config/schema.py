@@ -64,6 +64,7 @@ _TO_FP16 = Needs("fp16", reason="a loss to scale; only fp16 has it")
 _TO_DECOUPLE = Needs("decoupled_lr", reason="a rate to fall from")
 _OF_MUON = Needs("optimizer", value="muon", reason="the optimizer that has it")
 _ON_WANDB = Needs("wandb_project", reason="a project there")
+_OF_DEEPSPEED = Needs("deepspeed", reason="the engine that reads it")
 
 
 @dataclass
@@ -186,6 +187,10 @@ class ParallelConfig:
     overlap_param_gather: Annotated[bool, LAYOUT] = False
     #: parameters per gradient bucket
     ddp_bucket_size: Annotated[Samples | None, LAYOUT] = None
+    #: DeepSpeed's ZeRO holds and updates the model, instead of Megatron-Core's optimizer
+    deepspeed: Annotated[bool, LAYOUT, OPTIMIZER_STATES] = False
+    #: DeepSpeed's configuration file (JSON), with the ZeRO stage
+    deepspeed_config: Annotated[str | None, LAYOUT, OPTIMIZER_STATES, _OF_DEEPSPEED] = None
     #: auto is cuda where there is one
     device: Annotated[Literal["auto", "cpu", "cuda"], START] = "auto"
     #: timeout of collectives

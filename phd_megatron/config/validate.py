@@ -8,6 +8,7 @@ from typing import Any
 from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
 from phd_megatron.config.cuda_graph import graph_problems
+from phd_megatron.config.deepspeed import deepspeed_problems
 from phd_megatron.config.facts import violates
 from phd_megatron.config.moe import moe_problems, overlap_problems
 from phd_megatron.config.precision import precision_problems
@@ -217,6 +218,7 @@ def problems(config: RunConfig) -> list[str]:
         *_profile(config),
         *moe_problems(config.model),
         *overlap_problems(config),
+        *deepspeed_problems(config),
         *precision_problems(config),
         *graph_problems(config),
         *_norms(config.model),

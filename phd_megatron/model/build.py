@@ -85,7 +85,7 @@ def _build_chunks(
         if run.model.transformer.get("num_moe_experts") is not None:
             config.experts_backend, _ = experts_backend(run, config.transformer_engine, capabilities)
         config.fused_norms = fused_norms(run.model, config.transformer_engine)
-        accumulates, _ = gradient_accumulation(run.model, capabilities)
+        accumulates, _ = gradient_accumulation(run, capabilities)
         if config.tp_comm_overlap:
             start_userbuffers(run, dims)
     config.gradient_accumulation_fusion = accumulates == "all"

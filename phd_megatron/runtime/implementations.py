@@ -11,6 +11,7 @@ from typing import Literal
 
 from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
+from phd_megatron.config.deepspeed import offloads, zero_stage
 from phd_megatron.config.moe import stacked_experts
 from phd_megatron.config.precision import fp8_layers, fp8_recipe
 from phd_megatron.config.schema import ModelConfig, RunConfig
@@ -79,7 +80,7 @@ def require_transformer_engine(model: ModelConfig, capabilities: Capabilities) -
         )
 
 
-def gradient_accumulation(model: ModelConfig, capabilities: Capabilities) -> tuple[Literal["", "te", "all"], str]:
+def gradient_accumulation(run: RunConfig, capabilities: Capabilities) -> tuple[Literal["", "te", "all"], str]:
     """Which weights' gradients a GEMM adds to the gradient buffer itself, and why: none, Transformer Engine's, all.
 
     ``all`` has Megatron-Core's own layers too, of which the head is one. Apex does it where that is installed, and
@@ -88,6 +89,9 @@ def gradient_accumulation(model: ModelConfig, capabilities: Capabilities) -> tup
     Raises:
         UserError: if it is asked for and cannot be had.
     """
+    if run.parallel.deepspeed:
+        return "", "DeepSpeed takes gradients from autograd"
+    model = run.model
     asked = model.transformer.get("gradient_accumulation_fusion")
     if asked is False:
         return "", "asked for by gradient_accumulation_fusion=False"
@@ -245,15 +249,32 @@ def _step(run: RunConfig, capabilities: Capabilities) -> Iterator[Operation]:
         if capabilities.triton_problem is not None:
             implementation = "Megatron's vocabulary-parallel"
         yield Operation("cross entropy", implementation, why)
-    fusion, why = gradient_accumulation(run.model, capabilities)
+    fusion, why = gradient_accumulation(run, capabilities)
     where = {"": "after the GEMM", "te": "inside Transformer Engine's GEMMs", "all": "inside the GEMMs"}
     yield Operation("gradient accumulation", where[fusion], why)
+    if run.parallel.deepspeed:
+        yield Operation("optimizer", *_zero(run))
+        yield Operation("gradient norm and clipping", "DeepSpeed", "asked for by deepspeed")
+        yield from _after_optimizer(run)
+        return
     # Megatron-Core takes the first of these that imports, whatever transformer_impl says.
     te, order = capabilities.transformer_engine is not None, "Megatron's order is Transformer Engine, apex, torch"
     library = "Transformer Engine" if te else "apex" if capabilities.apex_adam else ""
     why = order if library else f"{order}; {capabilities.transformer_engine_problem}"
     yield Operation("optimizer", f"{library} FusedAdam" if library else "torch AdamW(fused=True)", why)
     yield Operation("gradient norm and clipping", f"{library} multi-tensor" if library else "torch, per tensor", why)
+    yield from _after_optimizer(run)
+
+
+def _zero(run: RunConfig) -> tuple[str, str]:
+    stage = zero_stage(run)
+    held = {"offload_optimizer": "states", "offload_param": "parameters"}
+    on_host = " and ".join(what for name, what in held.items() if offloads(run, name))
+    return f"DeepSpeed ZeRO-{stage}" + (f", {on_host} on the host" if on_host else ""), "asked for by deepspeed"
+
+
+def _after_optimizer(run: RunConfig) -> Iterator[Operation]:
+    extra = run.model.transformer
     if is_graphed(run.model):
         first = warm_up_steps(run.model)
         why = f"cuda_graph_impl=local; recorded after {first} steps of a process; evaluation is not in it"

@@ -10,6 +10,7 @@ from phd_megatron.config.precision import fp8_recipe
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError, raise_all
 from phd_megatron.runtime.capabilities import Capabilities
+from phd_megatron.runtime.deepspeed import require_deepspeed
 from phd_megatron.runtime.expert_backends import experts_backend, plain_problem
 from phd_megatron.runtime.flex_dispatcher import flex_problems
 from phd_megatron.runtime.fp8 import machine_problems, size_problems
@@ -32,7 +33,7 @@ def require(run: RunConfig, dims: ParallelDims, capabilities: Capabilities) -> N
         UserError: with value, reason and cure of each problem.
     """
     require_transformer_engine(run.model, capabilities)
-    gradient_accumulation(run.model, capabilities)
+    gradient_accumulation(run, capabilities)
     if run.model.transformer.get("num_moe_experts") is not None:
         layers, _ = use_transformer_engine(run.model.transformer_impl, capabilities)
         experts_backend(run, layers, capabilities)
@@ -82,6 +83,7 @@ def require_optimizer(run: RunConfig) -> None:
     Raises:
         UserError: with the reason and the cure.
     """
+    require_deepspeed(run)
     asked = run.optimizer
     if asked.grad_norm_skip_threshold is not None:
         _require_megatron(

@@ -22,6 +22,7 @@ from phd_megatron.model.build import build_model
 from phd_megatron.runtime import agreement
 from phd_megatron.runtime.context import Runtime
 from phd_megatron.runtime.parallel_dims import ParallelDims
+from phd_megatron.training.megatron_engine import MegatronEngine
 from phd_megatron.training.optimizer import in_run_precision
 from phd_megatron.training.run_data import agree_on_data, check_own_data
 from phd_megatron.training.step import Stepper
@@ -98,7 +99,7 @@ def evaluate_checkpoint(
     load_checkpoint(path, models=models, optimizer=None, scheduler=None, runtime=runtime, load_rng=False, verify=verify)
     model = run.model
     size, stages = run.training.micro_batch_size, runtime.dims.pp
-    stepper = Stepper(models, None, runtime.device, size, model.seq_length, model.phd_repeat)
+    stepper = Stepper(MegatronEngine(models), runtime.device, size, model.seq_length, model.phd_repeat)
     batch = _batch(run, runtime.dims)
     total = torch.zeros(stepper.report_shape, dtype=torch.float64, device=runtime.device)
     progress = EvaluationProgress(samples, runtime.log)

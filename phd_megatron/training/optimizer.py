@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    _get_param_groups,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from phd_megatron.config.plain import Plain
 from phd_megatron.config.precision import fp8_recipe
@@ -23,6 +28,9 @@ from phd_megatron.runtime.fp8 import forget_fp8_scales
 from phd_megatron.runtime.requirements import require_optimizer
 from phd_megatron.training.cuda_graph import stream_of
 from phd_megatron.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from phd_megatron.training.engine import HasGroups
 
 _EMBEDDING = "is_embedding_or_output_parameter"
 
@@ -66,8 +74,25 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         UserError: the installed packages do not have the optimizer.
     """
     require_optimizer(run)
+    options = optimizer_options(run)
+    built = get_megatron_optimizer(options, models, config_overrides=_overrides(models, run.optimizer, options))
+    config = models[0].config
+    config.grad_scale_func = built.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    interleaved = len(models) > 1
+    if run.parallel.overlap_grad_reduce:
+        config.no_sync_func = [model.no_sync for model in models] if interleaved else models[0].no_sync
+    if run.parallel.overlap_grad_reduce and interleaved:
+        config.grad_sync_func = [model.start_grad_sync for model in models]
+    if run.parallel.overlap_param_gather and interleaved:
+        config.param_sync_func = [model.start_param_sync for model in models]
+    return built
+
+
+def optimizer_options(run: RunConfig) -> MegatronOptimizerConfig:
+    """Megatron-Core's options of the optimizer."""
     optimizer = run.optimizer
-    options = MegatronOptimizerConfig(
+    return MegatronOptimizerConfig(
         optimizer=optimizer.optimizer,
         lr=optimizer.lr,
         min_lr=optimizer.min_lr,
@@ -88,18 +113,13 @@ def build_optimizer(models: list[DistributedDataParallel], run: RunConfig) -> Me
         overlap_param_gather=run.parallel.overlap_param_gather,
         fp8_recipe=fp8_recipe(run.model) if run.model.transformer.get("fp8_param") else None,
     )
-    built = get_megatron_optimizer(options, models, config_overrides=_overrides(models, optimizer, options))
-    config = models[0].config
-    config.grad_scale_func = built.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    interleaved = len(models) > 1
-    if run.parallel.overlap_grad_reduce:
-        config.no_sync_func = [model.no_sync for model in models] if interleaved else models[0].no_sync
-    if run.parallel.overlap_grad_reduce and interleaved:
-        config.grad_sync_func = [model.start_grad_sync for model in models]
-    if run.parallel.overlap_param_gather and interleaved:
-        config.param_sync_func = [model.start_param_sync for model in models]
-    return built
+
+
+def parameter_groups(models: Sequence[MegatronModule], run: RunConfig) -> list[dict[str, Any]]:
+    """Megatron-Core's groups of parameters that are treated alike; collective. Some may be empty."""
+    options = optimizer_options(run)
+    groups: list[dict[str, Any]] = _get_param_groups(models, options, _overrides(models, run.optimizer, options))
+    return groups
 
 
 def _muon(optimizer: OptimizerConfig) -> dict[str, Plain]:
@@ -130,7 +150,7 @@ def _loss_scale(run: RunConfig) -> dict[str, float]:
 
 
 def _overrides(
-    models: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, options: MegatronOptimizerConfig
+    models: Sequence[MegatronModule], optimizer: OptimizerConfig, options: MegatronOptimizerConfig
 ) -> dict[ParamKey, ParamGroupOverride]:
     """What is not treated as everything else: what weight decay leaves out, and the rate of embedding and head.
 
@@ -151,7 +171,7 @@ def _overrides(
     return overrides
 
 
-def _leave_to_adam(models: Sequence[DistributedDataParallel], overrides: dict[ParamKey, ParamGroupOverride]) -> None:
+def _leave_to_adam(models: Sequence[MegatronModule], overrides: dict[ParamKey, ParamGroupOverride]) -> None:
     """Keep muon off the vectors of copies, which are a matrix by their shape alone.
 
     Megatron leaves to AdamW what it takes for an embedding, whose rate they do not have, though.
@@ -173,7 +193,7 @@ def _input_embeddings(wrapped: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
         yield model.shared_embedding_or_output_weight()
 
 
-def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Schedule) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: HasGroups, run: RunConfig, schedule: Schedule) -> OptimizerParamScheduler:
     """Megatron-Core's schedule of learning rate and weight decay (:mod:`.schedule` says what it counts)."""
     options = run.optimizer
     decay = options.weight_decay
@@ -196,13 +216,13 @@ def build_scheduler(optimizer: MegatronOptimizer, run: RunConfig, schedule: Sche
     )
 
 
-def learning_rate(optimizer: MegatronOptimizer, run: RunConfig) -> float:
+def learning_rate(optimizer: HasGroups, run: RunConfig) -> float:
     """Of the next step, of the parameters that have no rate of their own."""
-    groups: list[dict[str, Any]] = optimizer.param_groups
+    groups = optimizer.param_groups
     return float(next((group for group in groups if group["max_lr"] == run.optimizer.lr), groups[0])["lr"])
 
 
-def let_go(models: Sequence[DistributedDataParallel]) -> None:
+def let_go(models: Sequence[MegatronModule]) -> None:
     """Free what wrapped models hold; they cannot be used afterwards.
 
     A process that trains several models one after the other would otherwise keep all of them, with the threads of their

@@ -16,7 +16,7 @@ from phd_megatron.data.datasets import build_datasets
 from phd_megatron.data.tokenizers import Tokenizer, inherit_generation
 from phd_megatron.errors import DIVERGED, UserError
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.cuda_graph import Batch, StepGraph
+from phd_megatron.training.cuda_graph import Batch
 from phd_megatron.training.interval import Interval, Meter
 from phd_megatron.training.metrics import Reporter
 from phd_megatron.training.observers.observer import Step
@@ -67,15 +67,8 @@ class Trainer:
         if resume_from is not None:
             runtime.watch.at("loading the checkpoint")
             self.state.load(resume_from, self.position)
-        self.stepper = Stepper(
-            self.state.models,
-            self.state.optimizer,
-            runtime.device,
-            run.training.micro_batch_size,
-            run.model.seq_length,
-            run.model.phd_repeat,
-            StepGraph.of_run(run, self.state.models, runtime.device, runtime.log),
-        )
+        size, model = run.training.micro_batch_size, run.model
+        self.stepper = Stepper(self.state.engine, runtime.device, size, model.seq_length, model.phd_repeat)
         self.meter = Meter(run, runtime, self.state)
         self.saver = open_saver(run, runtime, tokenizer, place, resume_from)
         runtime.watch.at("opening the data", self.state.counters.iteration)

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phd_megatron.config.deepspeed import batch_problems
 from phd_megatron.config.help import format_config
 from phd_megatron.config.load import LoadedConfig, load_run_config
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import CheckpointConfig, RunConfig
 from phd_megatron.config.serialize import read_yaml, to_dict
 from phd_megatron.config.validate import require_for_pretraining
-from phd_megatron.errors import UserError
+from phd_megatron.errors import UserError, raise_all
 from phd_megatron.planning.fit import refuse_what_cannot_fit
 from phd_megatron.runtime.capabilities import Capabilities, probe
 from phd_megatron.runtime.compatibility import installed_versions, note_of_a_start
@@ -108,6 +109,7 @@ def complete(config: RunConfig, world_size: int) -> tuple[Tokenizer, list[str]]:
     if not is_given:
         notes.append(f"global_batch_size={batch}: micro_batch_size x DP {dims.dp}")
     dims.validate(config.model, config.training)
+    raise_all([*batch_problems(config, dims.dp)])
     schedule = plan_schedule(config, batch, _position(config.checkpoint))
     if config.data.data_horizon_samples is None:
         config.data.data_horizon_samples = schedule.samples

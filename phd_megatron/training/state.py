@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 
 from phd_megatron.checkpoint.load import load_checkpoint
 from phd_megatron.checkpoint.run_directory import RunDirectory
@@ -17,13 +17,8 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.model.build import build_model
 from phd_megatron.runtime.context import Runtime
-from phd_megatron.training.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    learning_rate,
-    let_go,
-    wrap_data_parallel,
-)
+from phd_megatron.training.engine import Engine, HasGroups, build_engine
+from phd_megatron.training.optimizer import build_scheduler, learning_rate
 from phd_megatron.training.run_data import Record
 from phd_megatron.training.schedule import Position, Schedule
 
@@ -50,7 +45,7 @@ class TrainState:
         schedule: of this start.
 
     Attributes:
-        models: the wrapped model chunks of this rank.
+        engine: what holds and updates the model.
         model_config: the configuration that the chunks share.
     """
 
@@ -62,12 +57,21 @@ class TrainState:
         if run.model.phd_repeat > 1 and self.model_config.copies_dropped_at_head:
             runtime.log("note: the head has a pipeline stage of its own, so the last decoder layer computes all copies")
         self.padded_vocab_size = padded_vocab_size(run.model.vocab_size, run.model.make_vocab_size_divisible_by)
-        self.models: list[DistributedDataParallel] = wrap_data_parallel(models, run)
-        self.optimizer: MegatronOptimizer = build_optimizer(self.models, run)
+        self.engine: Engine = build_engine(models, run, runtime.device, runtime.log)
         self.scheduler: OptimizerParamScheduler = build_scheduler(self.optimizer, run, schedule)
         self.counters = Counters(
             first_batch_size=schedule.iteration, counted_in=schedule.counted_in, schedule_total=schedule.total
         )
+
+    @property
+    def models(self) -> Sequence[MegatronModule]:
+        """The wrapped model chunks of this rank."""
+        return self.engine.models
+
+    @property
+    def optimizer(self) -> HasGroups:
+        """Whose rates the schedule sets."""
+        return self.engine.optimizer
 
     @property
     def learning_rate(self) -> float:
@@ -77,7 +81,7 @@ class TrainState:
     @property
     def loss_scale(self) -> float:
         """What the loss of the next step is multiplied by (float16), and its gradients with it."""
-        return float(self.optimizer.get_loss_scale())
+        return self.engine.loss_scale()
 
     def load(self, path: Path, position: Position) -> None:
         """Take over a checkpoint, or of one that is finetuned the parameters alone; collective.
@@ -89,17 +93,18 @@ class TrainState:
             UserError: on all ranks, for a checkpoint that is damaged or of another model.
         """
         run, counters = self._run, self.counters
-        found = load_checkpoint(
-            path,
-            models=self.models,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            run_config=run,
-            runtime=self._runtime,
-            load_optimizer=not (run.checkpoint.finetune or run.checkpoint.no_load_optim),
-            load_rng=not (run.checkpoint.finetune or run.checkpoint.no_load_rng),
-            verify=run.checkpoint.verify_checkpoint,
-        )
+        with self.engine.state(loading=True) as (models, optimizer):
+            found = load_checkpoint(
+                path,
+                models=models,
+                optimizer=optimizer,
+                scheduler=self.scheduler,
+                run_config=run,
+                runtime=self._runtime,
+                load_optimizer=not (run.checkpoint.finetune or run.checkpoint.no_load_optim),
+                load_rng=not (run.checkpoint.finetune or run.checkpoint.no_load_rng),
+                verify=run.checkpoint.verify_checkpoint,
+            )
         if run.checkpoint.finetune:
             return
         counters.iteration, counters.consumed_samples = found["iteration"], found["consumed_samples"]
@@ -110,19 +115,20 @@ class TrainState:
 
     def save(self, saver: CheckpointSaver, data: Record | None, *, background: bool, patient: bool) -> None:
         """Write a checkpoint; the arguments are those of :meth:`CheckpointSaver.save`, ``data`` what was trained on."""
-        saver.save(
-            iteration=self.counters.iteration,
-            models=self.models,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            training_state={**vars(self.counters), **({} if data is None else {"data": data})},
-            background=background,
-            patient=patient,
-        )
+        with self.engine.state(loading=False) as (models, optimizer):
+            saver.save(
+                iteration=self.counters.iteration,
+                models=models,
+                optimizer=optimizer,
+                scheduler=self.scheduler,
+                training_state={**vars(self.counters), **({} if data is None else {"data": data})},
+                background=background,
+                patient=patient,
+            )
 
     def let_go(self) -> None:
         """Free what the models hold; they cannot be used afterwards."""
-        let_go(self.models)
+        self.engine.let_go()
 
 
 def open_saver(

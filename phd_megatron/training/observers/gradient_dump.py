@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import MegatronModule
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,7 +52,8 @@ class GradientDump(Observer):
         """Write them in a step that is named."""
         if step.iteration in self._iterations:
             place = iteration_place(self._directory, step.iteration)
-            dump_gradients(step.state.models, place, self._rank, step.groups.dp_cp)
+            with step.state.engine.final_gradients() as models:
+                dump_gradients(models, place, self._rank, step.groups.dp_cp)
 
 
 def iteration_place(directory: str | Path, iteration: int) -> Path:
@@ -109,9 +111,7 @@ def _is_dump(path: Path) -> bool:
         return False
 
 
-def dump_gradients(
-    models: Sequence[DistributedDataParallel], directory: Path, rank: int, dp_cp_group: ProcessGroup
-) -> None:
+def dump_gradients(models: Sequence[MegatronModule], directory: Path, rank: int, dp_cp_group: ProcessGroup) -> None:
     """Write this rank's final gradients to ``directory/rank_<n>.safetensors``."""
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, str | list[int]]] = {}

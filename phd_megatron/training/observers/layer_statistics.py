@@ -70,7 +70,8 @@ class LayerStatisticsObserver(Observer):
     def on_gradients(self, step: Step) -> None:
         """Their norms."""
         if self._taking is not None:
-            self._taking.take_gradients()
+            with step.state.engine.final_gradients():
+                self._taking.take_gradients()
 
     def on_report(self, step: Step) -> Mapping[str, Value]:
         """The statistics of this step, by name and layer number."""
