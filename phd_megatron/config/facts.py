@@ -79,9 +79,10 @@ class Belongs(enum.Enum):
     SCHEDULE = "the learning-rate and weight-decay schedule"
     PIPELINE_CUT = "how the layers of one pipeline size are cut"
     OPTIMIZER_STATES = "how one optimizer's states are held"
+    GRADIENT_BUFFERS = "how Megatron-Core's gradient buffers are reduced"
 
 
-SCHEDULE, PIPELINE_CUT, OPTIMIZER_STATES = Belongs
+SCHEDULE, PIPELINE_CUT, OPTIMIZER_STATES, GRADIENT_BUFFERS = Belongs
 
 Size = Annotated[int, Ge(1), Le(2**20)]  #: of one dimension, and of groups of ranks
 Depth = Annotated[int, Ge(1), Le(10_000)]  #: layers

@@ -7,7 +7,7 @@ else, or from a run that somebody still needs.
 from __future__ import annotations
 
 from phd_megatron.config.catalog import fields, role
-from phd_megatron.config.facts import FORM, OPTIMIZER_STATES, PIPELINE_CUT, PLACE, SCHEDULE, Belongs
+from phd_megatron.config.facts import FORM, GRADIENT_BUFFERS, OPTIMIZER_STATES, PIPELINE_CUT, PLACE, SCHEDULE, Belongs
 from phd_megatron.config.plain import Plain, Values
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.config.serialize import of_values, values_of
@@ -15,6 +15,14 @@ from phd_megatron.errors import raise_all, shown
 
 _ENDS = {"train_iters": "lr_decay_iters", "train_samples": "lr_decay_samples"}
 """Length of a run -> length of a schedule that follows from it."""
+
+_CHOSEN_WITH = (
+    ("pipeline_model_parallel_size", PIPELINE_CUT),
+    ("optimizer", OPTIMIZER_STATES),
+    ("deepspeed", OPTIMIZER_STATES),
+    ("deepspeed", GRADIENT_BUFFERS),
+)
+"""Field -> the group that is chosen anew where it is given another value."""
 
 _ADDS_FROM_ZERO = ("phd_copy_embedding", "none")
 """Field and value from which ``finetune`` may add parameters, because they start at zero and change nothing."""
@@ -24,7 +32,7 @@ def inherited(saved: Values, given: Values) -> dict[str, Plain]:
     """The saved values that a run takes over which is given those; name -> value."""
     chosen_anew = [
         group
-        for field, group in (("pipeline_model_parallel_size", PIPELINE_CUT), ("optimizer", OPTIMIZER_STATES))
+        for field, group in _CHOSEN_WITH
         if given.get(field) not in (None, saved.get(field, fields()[field].default))
     ]
     return {

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le
 from phd_megatron.config.facts import (
     COMPUTING,
     FORM,
+    GRADIENT_BUFFERS,
     INITIAL,
     LAYOUT,
     OPTIMIZER_STATES,
@@ -182,11 +183,11 @@ class ParallelConfig:
     #: shard optimizer states over DP; default on, with adam
     use_distributed_optimizer: Annotated[bool | None, LAYOUT, OPTIMIZER_STATES] = None
     #: overlap gradient reduction with backward
-    overlap_grad_reduce: Annotated[bool, LAYOUT] = False
+    overlap_grad_reduce: Annotated[bool, LAYOUT, GRADIENT_BUFFERS] = False
     #: overlap parameter gather with forward
-    overlap_param_gather: Annotated[bool, LAYOUT] = False
+    overlap_param_gather: Annotated[bool, LAYOUT, GRADIENT_BUFFERS] = False
     #: parameters per gradient bucket
-    ddp_bucket_size: Annotated[Samples | None, LAYOUT] = None
+    ddp_bucket_size: Annotated[Samples | None, LAYOUT, GRADIENT_BUFFERS] = None
     #: DeepSpeed's ZeRO holds and updates the model, instead of Megatron-Core's optimizer
     deepspeed: Annotated[bool, LAYOUT, OPTIMIZER_STATES] = False
     #: DeepSpeed's configuration file (JSON), with the ZeRO stage

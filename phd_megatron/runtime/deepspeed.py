@@ -10,6 +10,7 @@ from types import ModuleType
 
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError
+from phd_megatron.runtime.environment import Environment
 from phd_megatron.runtime.mcore_versions import numbers
 
 OLDEST = "0.19.0"
@@ -36,6 +37,8 @@ def require_deepspeed(run: RunConfig) -> None:
 
 def load_deepspeed(on_cpu: bool) -> ModuleType:
     """The package, for a process whose device is known."""
+    # Known by other variables where another launcher started this process, and needless to a process alone.
+    os.environ.setdefault("LOCAL_RANK", str(Environment.read().local_rank))
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # it would take a GPU that it finds
     import deepspeed

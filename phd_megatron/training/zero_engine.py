@@ -107,7 +107,7 @@ class ZeroEngine:
         batches = [next(step.batches) for _ in range(step.count)]
         scale = self._group.size() / self._tokens(batches, step.device)
         if self._has_experts:
-            MoEAuxLossAutoScaler.set_loss_scale(scale)
+            MoEAuxLossAutoScaler.set_loss_scale(scale.view(1))  # [1], as the schedules give it
         reports = []
         for number, batch in enumerate(batches, 1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
