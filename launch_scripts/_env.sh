@@ -157,6 +157,7 @@ phd_install() {
         fi
     fi
     phd_say "installing this checkout and what it needs"
+    export DS_BUILD_OPS=0 # DeepSpeed would compile its extensions; the few that a run asks for are compiled then
     # Without build isolation the build needs no network.
     "${pip[@]}" "setuptools>=77" wheel
     pip+=(--no-build-isolation -e ".${extra:+[$extra]}" --constraint)

@@ -8,7 +8,7 @@ change a recipe unseen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from phd_megatron.config.catalog import nearest
@@ -222,8 +222,11 @@ def _unknown(content: Mapping[str, Any]) -> Iterator[str]:
         if name in REFUSED:
             yield f"{name} is not taken: {REFUSED[name]}; take it out of the file"
         else:
-            hint = nearest(name, known)
-            yield f"{shown(name)} is no field that is passed on{f'; {hint}' if hint else ''}; take it out of the file"
+            yield f"{shown(name)} is no field that is passed on{_hint(name, known)}; correct it, or take it out"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    return nearest(name, known, " (did you mean {}?)") or ""
 
 
 def _zero_problems(content: Mapping[str, Any]) -> Iterator[str]:
@@ -239,8 +242,7 @@ def _zero_problems(content: Mapping[str, Any]) -> Iterator[str]:
             if value not in (False, None):
                 yield f"zero_optimization.{name} is not taken: {_REFUSED_OF_ZERO[name]}; take it out of the file"
         elif name not in ZERO_FIELDS:
-            hint = nearest(name, ZERO_FIELDS)
-            yield f"zero_optimization.{name} is not passed on{f'; {hint}' if hint else ''}; take it out of the file"
+            yield f"zero_optimization.{name} is not passed on{_hint(name, ZERO_FIELDS)}; correct it, or take it out"
         elif name in OFFLOAD_FIELDS:
             yield from _offload_problems(name, value, stage)
         elif isinstance(value, str) and value != AUTO:

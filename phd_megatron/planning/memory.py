@@ -9,9 +9,10 @@ pipeline stage that needs most. It has been compared with tensors saved for back
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phd_megatron.config.architecture import Architecture, architecture_of
+from phd_megatron.config.deepspeed import offloads, zero_stage
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.planning.parameters import Parameters
 from phd_megatron.runtime.parallel_dims import ParallelDims
@@ -65,7 +66,8 @@ def _stage(
     half = run.training.bf16 or run.training.fp16
     element = 2 if half else 4
     gradient = 2 if half and not run.training.accumulate_allreduce_grads_in_fp32 else 4
-    state = 12 if half else 8  # first and second moment, and fp32 main parameters of half-precision ones
+    # First and second moment, and fp32 main parameters: of half-precision ones, and with DeepSpeed of all.
+    state = 12 if half or run.parallel.deepspeed else 8
     one_moment = 0.0  # parameters of which muon keeps the first alone; it leaves norms and vocabulary to AdamW
     if run.optimizer.optimizer == "muon":
         one_moment = sum(layer.dense for layer in layers) / dims.tp + experts
@@ -85,11 +87,25 @@ def _stage(
         # Logits; Megatron-Core's loss keeps their fp32 softmax and gradient too, ours on a GPU overwrites them.
         ours = half and not run.model.transformer.get("cross_entropy_loss_fusion")
         activations += rows * padded_vocab_size / dims.tp * (element if ours else element + 8)
-    return Memory(
+    memory = Memory(
         weights=math.ceil((dense + experts) * element),
         gradients=math.ceil((dense + experts) * gradient),
         optimizer=math.ceil(state * (dense / shards + experts / expert_shards) - 4 * one_moment),
         activations=math.ceil(activations),
+    )
+    return _under_zero(memory, run, dims.dp * dims.cp) if run.parallel.deepspeed else memory
+
+
+def _under_zero(memory: Memory, run: RunConfig, ranks: int) -> Memory:
+    """What is left on the device where so many ranks divide it; buckets and fetched parameters are not counted."""
+    stage, states_on_host = zero_stage(run), offloads(run, "offload_optimizer")
+    weights = math.ceil(memory.weights / ranks) if stage == 3 else memory.weights
+    gradients = math.ceil(memory.gradients / ranks) if stage > 1 else memory.gradients
+    return replace(
+        memory,
+        weights=0 if offloads(run, "offload_param") else weights,
+        gradients=0 if states_on_host and stage > 1 else gradients,
+        optimizer=0 if states_on_host else math.ceil(memory.optimizer / ranks),
     )
 
 

@@ -70,9 +70,7 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "tp2+sp": {"zero2": ("hybrid_star-k2", "olmo2-k3", "experts-k2"), "zero3": ("pre-k1", "hybrid_star-k2")},
     "cp2": {"zero2": ("hybrid_star-k2", "experts-k2"), "zero3": ("olmo2-k3",)},
 }
-NAMES = [
-    (layout, file, model) for layout, files in CASES.items() for file, models in files.items() for model in models
-]
+NAMES = [(layout, file, model) for layout, files in CASES.items() for file, models in files.items() for model in models]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +154,7 @@ def resumes(
 
     def start(model: str, name: str, file: str | None, **more: object) -> list[str]:
         run = {
-            **{"global-batch-size": 8, "train-iters": STEPS, "eval-iters": 2, "log-interval": 1, "adam-eps": 1e-6},
+            **{"global-batch-size": 8, "train-iters": STEPS, "eval-iters": 2, "log-interval": 1, "adam-eps": 1e-5},
             **{"metrics-file": root / f"{name}.jsonl", "decoupled-lr": 5e-3},
         }
         named = {key.replace("_", "-"): value for key, value in more.items()}
@@ -224,11 +222,14 @@ def test_updates_and_moments_are_those_of_the_other_engine(resumes: Path, case: 
 
 def test_a_checkpoint_of_zero_is_evaluated_exported_and_generated_from(resumes: Path, tmp_path: Path) -> None:
     """By programs that know nothing of the file, which may be gone by then."""
-    saved = resumes / "hybrid_star-k2 zero2"
-    done = run_program("evaluate", "--load", saved, "--samples", 8, "--split", "train", "--device", "cpu")
-    assert done.returncode == 0, done.stdout
-    done = run_program("export", "--load", saved, "--output", tmp_path / "hf")
-    assert done.returncode == 0, done.stdout
+    saved = resumes / "hybrid_star-k2 zero2" / f"iter_{INTERRUPTED:07d}"
+    for command in (
+        ("evaluate", "--checkpoint", saved, "--num-samples", 8, "--device", "cpu"),
+        ("export", "--checkpoint", saved, "--output", tmp_path / "hf"),
+        ("generate", "--checkpoint", tmp_path / "hf", "--prompt", "2 times", "--max-new-tokens", 3),
+    ):
+        done = run_program(*command)
+        assert done.returncode == 0, done.stdout
 
 
 def test_the_start_says_who_updates_and_the_checkpoint_who_did(
@@ -240,6 +241,17 @@ def test_the_start_says_who_updates_and_the_checkpoint_who_did(
     assert "DeepSpeed ZeRO-3, states and parameters on the host" in done.stdout
     (written,) = (tmp_path / "run").glob("iter_*/run_config.yaml")
     assert "deepspeed: true" in written.read_text("utf-8")
+
+
+def test_a_step_whose_gradients_are_not_finite_ends_the_run(
+    documents: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    run = {**options(documents, STAR), "lr": 1e30, "lr-decay-style": "constant", "train-iters": 5, "eval-iters": 0}
+    run |= {"save": tmp_path / "run", "deepspeed": True, "deepspeed_config": files["zero2"]}
+    done = run_program("pretrain", *flags(run))
+    assert done.returncode == 2, done.stdout
+    assert "diverged" in done.stdout and "the gradient norm of iteration" in done.stdout
+    assert not list((tmp_path / "run").glob("iter_*"))
 
 
 def test_without_the_sums_over_tensor_ranks_the_numbers_are_others(

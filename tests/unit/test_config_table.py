@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from phd_megatron.config.catalog import PASSTHROUGH, fields, role
-from phd_megatron.config.facts import OPTIMIZER_STATES, PIPELINE_CUT, SCHEDULE
+from phd_megatron.config.facts import GRADIENT_BUFFERS, OPTIMIZER_STATES, PIPELINE_CUT, SCHEDULE
 from phd_megatron.config.load import load_run_config
 from phd_megatron.config.resume import check_resume, for_reading, inherited, schedule_of
 from phd_megatron.config.schema import RunConfig
@@ -33,12 +33,14 @@ from phd_megatron.model.transformer_config import transformer_field_types
 # free      yes                    | told              | told                  | no
 # place     no, and that is told   | not looked at     | not looked at         | no
 # start     no                     | not looked at     | not looked at         | no
+GROUPS = {"cut": PIPELINE_CUT, "schedule": SCHEDULE, "states": OPTIMIZER_STATES, "buffers": GRADIENT_BUFFERS}
 INHERITED, EXPORTED = {"shape", "form", "free"}, {"shape", "form"}
 ON_RESUME = {"shape": "refused", "form": "refused", "free": "told", "place": "silent", "start": "silent"}
 ON_FINETUNE = {"shape": "refused", "form": "told", "free": "told", "place": "silent", "start": "silent"}
 
 # name, default, kind, values. Intervals as in mathematics; "-": any of the type. Then: groups (cut: of one pipeline
-# size; schedule; states: of one optimizer), and after "needs" one of which must be set.
+# size; schedule; states: of one optimizer;
+# buffers: of one engine), and after "needs" one of which must be set.
 TABLE = """
 num_layers                               null      shape [1,10000]
 hidden_size                              null      shape [1,1048576]
@@ -91,9 +93,11 @@ expert_model_parallel_size               1         free  [1,1048576]
 expert_tensor_parallel_size              null      free  [1,1048576]
 sequence_parallel                        false     free  -
 use_distributed_optimizer                null      free  - states
-overlap_grad_reduce                      false     free  -
-overlap_param_gather                     false     free  -
-ddp_bucket_size                          null      free  [1,1000000000000]
+overlap_grad_reduce                      false     free  - buffers
+overlap_param_gather                     false     free  - buffers
+ddp_bucket_size                          null      free  [1,1000000000000] buffers
+deepspeed                                false     free  - states
+deepspeed_config                         null      free  - states needs deepspeed
 device                                   auto      start auto|cpu|cuda
 distributed_timeout_minutes              10.0      free  (0,10000000]
 data_path                                []        free  -
@@ -299,7 +303,7 @@ def test_what_a_resume_takes_over(row: Row) -> None:
     loaded = load_run_config(["--load", "ckpt"], transformer_fields={}, saved=to_dict(saved))
     config, told = loaded.config, [note for note in loaded.notes if f"{row.name}={row.other()!r}" in note]
     assert [note.startswith("not taken over from ckpt: ") for note in told] == [True] * (row.kind == "place")
-    lost = bool(row.needs) and not {"fp16", "decoupled_lr", "optimizer"} & {*row.needs}
+    lost = bool(row.needs) and not {"fp16", "decoupled_lr", "optimizer", "deepspeed"} & {*row.needs}
     expected = row.other() if row.kind in INHERITED and not lost else row.default
     assert lookup(config, row.name) == ("ckpt" if row.name == "load" else expected)
     # A command that only reads the checkpoint takes no more.
@@ -342,9 +346,7 @@ def test_what_an_export_says_what_is_needed_and_what_goes_together(row: Row) -> 
     info = fields()[row.name]
     assert info.role.is_architecture == (row.kind in EXPORTED)
     assert list(info.needs.names if info.needs else ()) == row.needs
-    assert info.groups == {
-        {"cut": PIPELINE_CUT, "schedule": SCHEDULE, "states": OPTIMIZER_STATES}[group] for group in row.groups
-    }
+    assert info.groups == {GROUPS[group] for group in row.groups}
     if row.needs:
         config = RunConfig()
         assign(config, row.name, row.other())

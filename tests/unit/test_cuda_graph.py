@@ -261,6 +261,7 @@ def built(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, graphed: bool) -> I
     """A stepper of a small model; a graphed one never records, and has no stream of its own."""
     from phd_megatron.model.build import build_model
     from phd_megatron.training import cuda_graph
+    from phd_megatron.training.megatron_engine import MegatronEngine
     from phd_megatron.training.optimizer import build_optimizer, let_go, wrap_data_parallel
     from phd_megatron.training.step import Stepper
 
@@ -268,7 +269,7 @@ def built(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, graphed: bool) -> I
     run = resolved(phd_repeat=2, phd_window=5, phd_chunk=8, norm_scheme="hybrid_star", train_iters=3)
     models = wrap_data_parallel(build_model(run, VOCAB, runtime.device), run)
     graph = cuda_graph.StepGraph(models, 100, runtime.device, print) if graphed else None
-    yield Stepper(models, build_optimizer(models, run), runtime.device, BATCH, 48, 2, graph)
+    yield Stepper(MegatronEngine(models, build_optimizer(models, run), graph), runtime.device, BATCH, 48, 2)
     let_go(models)
 
 
@@ -283,12 +284,12 @@ def batches(step: int, visible: float = 0.5) -> Iterator[dict[str, Tensor]]:
 
 
 def gradients(stepper: Any) -> Tensor:
-    return torch.cat([buffer.grad_data.flatten() for model in stepper.models for buffer in model.buffers])
+    return torch.cat([buffer.grad_data.flatten() for model in stepper.engine.models for buffer in model.buffers])
 
 
 def three_steps(stepper: Any) -> list[Tensor]:
     """Gradients, loss, norm and evaluation of each step, then the weights."""
-    finalize, seen = stepper.models[0].config.finalize_model_grads_func, []
+    finalize, seen = stepper.engine.models[0].config.finalize_model_grads_func, []
 
     def look() -> None:
         seen.append(gradients(stepper).clone())
@@ -296,8 +297,8 @@ def three_steps(stepper: Any) -> list[Tensor]:
     for step in range(3):
         result = stepper.train(batches(step), 2, [look], watched=step == 1)
         seen += [result.loss, torch.tensor(result.grad_norm), stepper.evaluate(batches(9), 1, 2)]
-    assert stepper.models[0].config.finalize_model_grads_func is finalize
-    return seen + [parameter.detach().clone() for model in stepper.models for parameter in model.parameters()]
+    assert stepper.engine.models[0].config.finalize_model_grads_func is finalize
+    return seen + [parameter.detach().clone() for model in stepper.engine.models for parameter in model.parameters()]
 
 
 def test_finalising_after_the_schedule_changes_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,10 +321,8 @@ def test_division_by_tokens_is_megatrons(runtime: Runtime, monkeypatch: pytest.M
     found = []
     with built(runtime, monkeypatch, False) as stepper:
         for finalize in (ours, megatrons):
-            stepper.models[0].config.finalize_model_grads_func = finalize
-            stepper.models[0].zero_grad_buffer()
-            stepper.optimizer.zero_grad()
-            stepper._run(batches(0, visible), 2, forward_only=False)
+            stepper.engine.models[0].config.finalize_model_grads_func = finalize
+            stepper.engine.forward_backward(stepper._micro_batches(batches(0, visible), 2), False)
             found.append(gradients(stepper).clone())
     assert torch.equal(*found)
     assert bool(found[0].any()) == (visible > 0) and bool(found[0].isfinite().all())

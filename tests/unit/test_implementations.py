@@ -105,9 +105,9 @@ def test_fused_cross_entropy_of_transformer_engine() -> None:
 
 
 def test_gradient_accumulation() -> None:
-    auto = make().model
-    off = make(gradient_accumulation_fusion=False).model
-    on = make(gradient_accumulation_fusion=True).model
+    auto = make()
+    off = make(gradient_accumulation_fusion=False)
+    on = make(gradient_accumulation_fusion=True)
     assert [gradient_accumulation(auto, machine)[0] for machine in (HOPPER, APEX, WITHOUT)] == ["te", "all", ""]
     assert {gradient_accumulation(off, machine)[0] for machine in (HOPPER, APEX, WITHOUT)} == {""}
     assert [gradient_accumulation(on, machine)[0] for machine in (HOPPER, APEX, WITHOUT)] == ["all"] * 3
@@ -117,6 +117,9 @@ def test_gradient_accumulation() -> None:
         UserError, match=r"gradient_accumulation_fusion=True needs .*not installed.*torch 2.1.*leave it"
     ):
         gradient_accumulation(on, replace(WITHOUT, **old))
+    divided = make()
+    divided.parallel.deepspeed = True
+    assert {gradient_accumulation(divided, machine)[0] for machine in (HOPPER, APEX, WITHOUT)} == {""}
 
 
 OVERLAP = {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}

@@ -252,9 +252,10 @@ def hand_made_loss(model: Any, each: list[dict[str, torch.Tensor]]) -> tuple[tor
 
 
 def stepper(built: Any) -> Any:
+    from phd_megatron.training.megatron_engine import MegatronEngine
     from phd_megatron.training.step import Stepper
 
-    return Stepper(built.models, built.optimizer, torch.device("cpu"), MICRO, LENGTH, 1)
+    return Stepper(MegatronEngine(built.models, built.optimizer), torch.device("cpu"), MICRO, LENGTH, 1)
 
 
 def named(model: Any) -> dict[str, torch.nn.Parameter]:
