@@ -26,6 +26,17 @@ OF_MCORE_2=(tests/integration/test_{between_versions,moe_resume,reshard,resume,s
     tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py
     tests/unit/test_{datasets,implementations,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes}.py
     tests/unit/test_{optimizer,run_lock}.py)
+# What a commit runs a third of where CI is set, by its number: whole files that start many processes, in three parts of
+# as many minutes. Everywhere else, and where one of them is named, all of them run.
+# shellcheck disable=SC2034 # used by their number
+IN_TURN_0=(tests/distributed/test_checkpointing.py tests/faults tests/huggingface/test_traced.py
+    tests/integration/test_{decay_groups,launch_scripts,moe_resume,parity_command,stock_checkpoints}.py)
+# shellcheck disable=SC2034
+IN_TURN_1=(tests/distributed/test_cpu_backend.py tests/documents/test_commands.py
+    tests/integration/test_{evaluate,moe_overlap,routing_replay,sweep,virtual_pipeline,evaluate_copies}.py)
+# shellcheck disable=SC2034
+IN_TURN_2=(tests/distributed/test_context_parallel.py tests/huggingface/test_import.py
+    tests/integration/test_{faults,layer_statistics,recovery,validation}.py tests/kernels/test_triton_compiles.py)
 # Of the 90 that continuous integration has; one share and its set-up took 16 on two busy cores.
 MINUTES_FOR_THE_FIRST=55
 # The quick part of the other programs and its set-up take 5.
@@ -106,8 +117,18 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # No test may ask the network for anything.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
+left_out=()
+number=$((16#$(git rev-parse --short=6 HEAD 2>/dev/null || echo 0) % 3))
+if [[ -n "${CI:-}" && -z "$mcore" ]] && ((${#arguments[@]} + ${#selection[@]} == 0)); then
+    for turn in 0 1 2; do
+        declare -n files="IN_TURN_$turn"
+        ((turn == number)) || left_out+=("${files[@]/#/--ignore=}")
+    done
+    phd_say "this commit's turn is $number of 0 to 2; bash tests/run.sh without CI runs ${#left_out[@]} files more"
+fi
+
 phd_say "tests ($workers files at a time, megatron-core $(phd_version megatron-core))"
-"$PYTHON" -m pytest -n "$workers" --dist loadfile "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
+"$PYTHON" -m pytest -n "$workers" --dist loadfile "${left_out[@]}" "${selection[@]}" "${arguments[@]}" || failed+=("pytest")
 
 if [[ -n "${CI:-}" ]] && ((lint && ${#arguments[@]} + ${#selection[@]} == 0)) && [[ -z "$mcore" ]]; then
     if ((SECONDS - began > MINUTES_BEFORE_SERVING * 60)); then
@@ -120,7 +141,6 @@ fi
 # Under CI everything is followed by a share of what the newest Megatron-Core that we know changes.
 if [[ -n "${CI:-}" ]] && ((lint && ${#arguments[@]} + ${#selection[@]} == 0)); then
     newest="$("$PYTHON" -c 'from phd_megatron.runtime.compatibility import newest; print(newest("megatron-core"))')"
-    number=$((16#$(git rev-parse --short=6 HEAD 2>/dev/null || echo 0) % 3))
     declare -n share="OF_MCORE_$number"
     if [[ "$(phd_version megatron-core)" == "$newest" ]]; then
         phd_say "all of this was with megatron-core $newest"
