@@ -127,7 +127,7 @@ overlap_p2p_comm_warmup_flush sequence_parallel use_distributed_optimizer overla
 reset_position_ids reset_attention_mask eod_mask_loss allow_changed_data bf16 fp16 accumulate_allreduce_grads_in_fp32
 decay_norms decay_embeddings muon_nesterov muon_split_qkv async_save verify_checkpoint exit_on_missing_checkpoint rewind
 finetune no_load_optim
-no_load_rng use_checkpoint_opt_param_scheduler profile
+no_load_rng use_checkpoint_opt_param_scheduler profile deepspeed
 """)
 """Fields of ours that are true or false."""
 
