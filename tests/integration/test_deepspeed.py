@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO gives the numbers of Megatron-Core's engine, and each goes on from the other's checkpoints.
 
 Runs of the real program under torchrun. Against Megatron-Core's engine in the same layout, in float32: losses of
-three steps within 1e-6, their gradient norms and every gradient of the first within 2e-6, and what three steps change of each
-parameter and moment within 1e-4 in norm. In bfloat16, where sums round at other places: the tolerance of
+three steps within 1e-6, their gradient norms and every gradient of the first within 2e-6, and what three steps change
+of each parameter and moment within 1e-4 in norm. In bfloat16, where sums round at other places: the tolerance of
 ``phd-megatron parity``.
 """
 
