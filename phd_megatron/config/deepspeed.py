@@ -51,7 +51,6 @@ OFFLOAD_FIELDS = {
 }
 #: top-level switches that are passed on
 SWITCHES = frozenset({"wall_clock_breakdown", "memory_breakdown", "zero_force_ds_cpu_optimizer"})
-_ADAM = {"lr", "betas", "eps", "weight_decay"}
 #: what is refused with a reason of its own
 REFUSED = {
     "scheduler": "rates follow lr_decay_style and its companions",

@@ -72,7 +72,7 @@ _PACKAGES = (
     ),
     ("flash-attn", "flash_attn", "torch's own flash attention is used", "pip install --no-build-isolation flash-attn"),
     ("triton", "triton", "no Triton kernels", "comes with the CUDA builds of torch"),
-    ("deepspeed", "deepspeed", "its engine (--deepspeed)", "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19,<0.20'"),
+    ("deepspeed", "deepspeed", "no --deepspeed", "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19,<0.20'"),
     ("tensorboard", "tensorboard", "no TensorBoard log", "pip install tensorboard"),
     ("wandb", "wandb", "no Weights & Biases log", "pip install wandb"),
     ("matplotlib", "matplotlib", "no loss plots", "pip install matplotlib"),

@@ -37,9 +37,10 @@ class MicroBatches:
     rows: int
     by_copy: bool = False
 
-    def forward(self, batches: Iterator[Batch], model: torch.nn.Module, plan: bool = False) -> tuple[Tensor, Loss]:
-        """One of ``batches``; see :func:`forward_step`."""
-        return forward_step(batches, model, plan, device=self.device, by_copy=self.by_copy)
+    @property
+    def forward_step(self) -> Callable[..., tuple[Tensor, Loss]]:
+        """:func:`forward_step` of an iterator of micro-batches and a model."""
+        return partial(forward_step, device=self.device, by_copy=self.by_copy)
 
     def with_batches(self, batches: Iterator[Batch]) -> MicroBatches:
         """The same of other tensors."""
@@ -51,7 +52,7 @@ def run_schedule(models: Sequence[torch.nn.Module], step: MicroBatches, *, forwa
     # Every chunk of an interleaved pipeline reads all micro-batches at its own pace.
     iterators = list(tee(step.batches, len(models)))
     reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=step.device, by_copy=step.by_copy),
+        forward_step_func=step.forward_step,
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=list(models),
         num_microbatches=step.count,

@@ -11,7 +11,7 @@ Its numbers are those of Megatron-Core's engine. Three things make them so, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
-from phd_megatron.config.deepspeed import deepspeed_settings, offloads
+from phd_megatron.config.deepspeed import deepspeed_settings
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.model.gpt_model import PHDGPTModel
+from phd_megatron.runtime import agreement
 from phd_megatron.runtime.deepspeed import load_deepspeed, require_deepspeed
 from phd_megatron.training.micro_batch import MicroBatches, run_schedule
 from phd_megatron.training.optimizer import in_run_precision, let_go, parameter_groups
@@ -79,6 +80,8 @@ class ZeroEngine:
         sum_over_tensor_ranks(model, parallel_state.get_tensor_model_parallel_group())
         self._chunk = ZeroChunk(module, self._group)
         self.models: Sequence[MegatronModule] = [self._chunk]
+        # The first rank's file is every rank's, should they see different ones.
+        settings = agreement.from_rank_zero(lambda: deepspeed_settings(run, self._group.size()))
         self._groups = parameter_groups([model], run)
         for parameter in model.parameters():
             # Megatron-Core's mark of experts, and DeepSpeed's of experts that other ranks do not have.
@@ -86,8 +89,8 @@ class ZeroEngine:
                 parameter.allreduce = True
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=_adamw(deepspeed, self._groups, run),
-            config=deepspeed_settings(run, self._group.size()),
+            optimizer=_adamw(deepspeed, self._groups, run, settings),
+            config=settings,
             mpu=_Layout(),
             dist_init_required=False,
         )
@@ -111,7 +114,7 @@ class ZeroEngine:
         reports = []
         for number, batch in enumerate(batches, 1):
             self._engine.set_gradient_accumulation_boundary(number == len(batches))
-            output, loss_of = step.forward(iter([batch]), self._chunk)
+            output, loss_of = step.forward_step(iter([batch]), self._chunk)
             loss, _, report = loss_of(output)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
             reports.append(report)
@@ -165,9 +168,11 @@ class ZeroEngine:
         let_go([self._chunk])
 
 
-def _adamw(deepspeed: Any, groups: list[dict[str, Any]], run: RunConfig) -> torch.optim.Optimizer:
+def _adamw(
+    deepspeed: Any, groups: list[dict[str, Any]], run: RunConfig, settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     """The optimizer of the pieces: torch's fused one, wherever they are, or DeepSpeed's for the host if asked for."""
-    asked, options = deepspeed_settings(run, 1), run.optimizer
+    options, host = run.optimizer, settings["zero_optimization"].get("offload_optimizer") or {}
     # Copies: the optimizer writes into its groups, and DeepSpeed puts flat pieces in the place of parameters.
     groups = [{**group, "params": list(group["params"])} for group in groups if group["params"]]
     common: dict[str, Any] = {
@@ -175,7 +180,7 @@ def _adamw(deepspeed: Any, groups: list[dict[str, Any]], run: RunConfig) -> torc
         "betas": (options.adam_beta1, options.adam_beta2),
         "eps": options.adam_eps,
     }
-    if asked["zero_force_ds_cpu_optimizer"] and offloads(run, "offload_optimizer"):
+    if settings["zero_force_ds_cpu_optimizer"] and host.get("device") == "cpu":
         built: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, weight_decay=options.weight_decay, adamw_mode=True, **common
         )

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO gives the numbers of Megatron-Core's engine, and each goes on from the other's checkpoints.
 
-Runs of the real program under torchrun. Against Megatron-Core's engine in the same layout, in float32: losses of
-three steps within 1e-6, their gradient norms and every gradient of the first within 2e-6, and what three steps change
-of each parameter and moment within 1e-4 in norm. In bfloat16, where sums round at other places: the tolerance of
+Runs of the real program under torchrun. Against Megatron-Core's engine in the same layout, in float32: losses and
+gradient norms of three steps and every gradient of the first within 1e-6, and what the steps of a run change of each
+parameter and moment within 1e-4 in norm. In bfloat16, where sums round at other places: the tolerance of
 ``phd-megatron parity``.
 """
 
@@ -29,7 +29,6 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = pytest.mark.timeout(1200)
 
 SAME = Tolerance("float32 in one layout", 1e-6, 1e-6)
-GRADIENT = 2e-6
 UPDATE = 1e-4
 
 HOST = {"device": "cpu"}
@@ -83,6 +82,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def options(data: Path, model: Mapping[str, object]) -> dict[str, object]:
     fixed = {"phd-window": 5, "phd-chunk": 8, "data-path": data, "micro-batch-size": 2, "lr": 1e-2, "device": "cpu"}
+    # The two engines divide by the tokens at other places. AdamW's first update makes a step of that rounding where a
+    # gradient is of epsilon's size, which later norms show: 1.2e-6 with 1e-5. Most elements are a hundred times this.
+    fixed["adam-eps"] = 1e-4
     return {**TINY_MODEL, **fixed, **model}
 
 
@@ -122,7 +124,7 @@ def test_zero_gives_the_numbers_of_the_other_engine(
     if MODELS[model].get("bf16"):
         return
     found = compare(work / model / layout, work / model / row.layout, SAME)
-    assert found.loss <= SAME.value and max(found.grad_norm, found.gradient) <= GRADIENT, found
+    assert found.within(SAME), found
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -154,7 +156,7 @@ def resumes(
 
     def start(model: str, name: str, file: str | None, **more: object) -> list[str]:
         run = {
-            **{"global-batch-size": 8, "train-iters": STEPS, "eval-iters": 2, "log-interval": 1, "adam-eps": 1e-5},
+            **{"global-batch-size": 8, "train-iters": STEPS, "eval-iters": 2, "log-interval": 1},
             **{"metrics-file": root / f"{name}.jsonl", "decoupled-lr": 5e-3},
         }
         named = {key.replace("_", "-"): value for key, value in more.items()}
@@ -220,8 +222,18 @@ def test_updates_and_moments_are_those_of_the_other_engine(resumes: Path, case: 
         assert (found[name] - whole[name]).double().norm() <= UPDATE * change, name
 
 
-def test_a_checkpoint_of_zero_is_evaluated_exported_and_generated_from(resumes: Path, tmp_path: Path) -> None:
-    """By programs that know nothing of the file, which may be gone by then."""
+def test_a_checkpoint_of_zero_is_evaluated_exported_and_generated_from(
+    resumes: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """By programs that need no DeepSpeed, when the file is gone; a resume says that it is."""
+    files["zero2"].rename(tmp_path / "elsewhere.json")
+    try:
+        read(resumes, tmp_path)
+    finally:
+        (tmp_path / "elsewhere.json").rename(files["zero2"])
+
+
+def read(resumes: Path, tmp_path: Path) -> None:
     saved = resumes / "hybrid_star-k2 zero2" / f"iter_{INTERRUPTED:07d}"
     for command in (
         ("evaluate", "--checkpoint", saved, "--num-samples", 8, "--device", "cpu"),
@@ -230,6 +242,26 @@ def test_a_checkpoint_of_zero_is_evaluated_exported_and_generated_from(resumes: 
     ):
         done = run_program(*command)
         assert done.returncode == 0, done.stdout
+    done = run_program("pretrain", "--load", saved.parent, "--train-iters", 5)
+    assert done.returncode == 2 and "zero2.json: No such file" in done.stdout, done.stdout
+
+
+def test_a_batch_that_grows(
+    documents: Path, files: dict[str, Path], run_cases: Callable[..., str], tmp_path: Path
+) -> None:
+    """The number of micro-batches changes, and with it what DeepSpeed would call gradient accumulation."""
+    cases = []
+    for name, engine in (("plain", {}), ("zero2", {"deepspeed": True, "deepspeed_config": files["zero2"]})):
+        run = {"rampup-batch-size": [4, 4, 24], "global-batch-size": 12, "train-samples": 48, "eval-iters": 0}
+        run |= {"log-interval": 1, "metrics-file": tmp_path / f"{name}.jsonl", **engine}
+        cases.append(["pretrain", *flags({**options(documents, STAR), **run})])
+    run_cases(2, cases)
+    plain, zero = (read_metrics(tmp_path / f"{name}.jsonl") for name in ("plain", "zero2"))
+    assert len({line["global_batch_size"] for line in plain}) == 3
+    for expected, found in zip(plain, zero, strict=True):
+        assert found["consumed_samples"] == expected["consumed_samples"]
+        assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 def test_the_start_says_who_updates_and_the_checkpoint_who_did(
