@@ -45,9 +45,9 @@ def broken(what: str | None) -> Any:
     if what is None:
         return mock.patch.dict(os.environ)  # changes nothing
     if what == "loss":
-        from phd_megatron.training import step
+        from phd_megatron.training import micro_batch
 
-        return mock.patch.object(step, "summed_loss", mean_of_each_rank)
+        return mock.patch.object(micro_batch, "summed_loss", mean_of_each_rank)
     name, replacement = {
         "halo": ("halo", no_halo),
         "zigzag": ("context_parallel_slices", contiguous_slices),

@@ -32,17 +32,17 @@ def options(documents: Path, **more: object) -> list[str]:
 @pytest.fixture
 def optimizers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The optimizer of each run, as the real trainer built it, and what its groups were at each step."""
-    from phd_megatron.training import state
+    from phd_megatron.training import megatron_engine
 
     found: list[Any] = []
-    build = state.build_optimizer
+    build = megatron_engine.build_optimizer
 
     def keep(*args: Any) -> Any:
         built = build(*args)
         found.append(built)
         return built
 
-    monkeypatch.setattr(state, "build_optimizer", keep)
+    monkeypatch.setattr(megatron_engine, "build_optimizer", keep)
     return found
 
 
