@@ -97,7 +97,7 @@ BACKENDS = {
         attend="flex:flex_attention",
         context_parallel=None,
         problem=_flex,
-        variants=({"token_major": True},),
+        variants=({"token_major": True}, {"flash": True}),
     ),
     "triton": Backend(
         about="one fused kernel",

@@ -105,7 +105,7 @@ def _cudnn_backward(grad: Tensor, call: Call) -> Three:
     return op(*tensors, seed, offset, None, *lengths, 0.0, call.causal, scale=call.scale)
 
 
-# The flash-attn packages, 2 (2.7 or later) and 3: tensors [b, s, heads, d], log-sum-exp [b, heads, s].
+# The flash-attn packages, 2 (2.7 or later), 3 and 4: tensors [b, s, heads, d], log-sum-exp [b, heads, s].
 
 
 def _package(name: str) -> ModuleType:
@@ -161,6 +161,24 @@ def _package_3_backward(grad: Tensor, call: Call) -> Three:
         dv=dv,
         softmax_scale=call.scale,
         is_causal=call.causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _package_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Forward:
+    inputs = (x.transpose(1, 2) for x in (q, k, v))
+    attend = _package("flash_attn.cute.interface")._flash_attn_fwd
+    found = attend(*inputs, softmax_scale=scale, causal=causal, return_lse=True)
+    return found[0].transpose(1, 2), found[1], ()
+
+
+def _package_4_backward(grad: Tensor, call: Call) -> Three:
+    grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, call.q, call.k, call.v, call.out))
+    dq, dk, dv = _package("flash_attn.cute.interface")._flash_attn_bwd(
+        *(q, k, v, out, grad, call.lse.contiguous()),
+        softmax_scale=call.scale,
+        causal=call.causal,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
@@ -253,9 +271,11 @@ CUDNN = CausalKernel("cudnn", _cudnn_forward, _cudnn_backward, _HALF, 8, 128, sh
 EFFICIENT = CausalKernel("cuda efficient", _efficient_forward, _efficient_backward, _HALF | {torch.float32}, 8)
 PACKAGE_2 = CausalKernel("flash-attn 2", _package_2_forward, _package_2_backward, _HALF, 8, 256)
 PACKAGE_3 = CausalKernel("flash-attn 3", _package_3_forward, _package_3_backward, _HALF, 8, 256)
+PACKAGE_4 = CausalKernel("flash-attn 4", _package_4_forward, _package_4_backward, _HALF, 8, 128, shares_keys=True)
 
-# On a GPU cuDNN's was measured to be the quickest of torch's. The packages come next where they are installed.
-_PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (CUDNN, PACKAGE_3, PACKAGE_2, CUDA_FLASH, EFFICIENT)}
+# On a GPU flash-attn 4 was measured to be quicker than cuDNN's, and that the quickest of torch's (docs/benchmarks.md).
+# The other packages have not been measured, and come next where they are installed.
+_PREFERRED = {"cpu": (CPU_FLASH,), "cuda": (PACKAGE_4, CUDNN, PACKAGE_3, PACKAGE_2, CUDA_FLASH, EFFICIENT)}
 _BY_NAME = {kernel.name: kernel for kernel in (PLAIN, *(k for kernels in _PREFERRED.values() for k in kernels))}
 FORCED = "PHD_CAUSAL_KERNEL"  # environment variable: the name of the only one of these to try
 
@@ -267,30 +287,29 @@ def causal_kernel(
 
     Without ``causal`` it is the one for blocks in which every query sees every key (context parallelism).
     """
-    place = (device.type, device.index, dtype, width, causal)
+    place = (device.type, device.index, dtype, width, causal, os.environ.get(FORCED))
     if torch.compiler.is_compiling():
         return _BY_NAME[_name(*place)], "chosen while the model was compiled"
     return _causal_kernel(*place)
 
 
 @torch.compiler.assume_constant_result
-def _name(kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool) -> str:
+def _name(kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool, forced: str | None) -> str:
     """The choice as a constant of a compiled graph: trying operators is no part of the graph."""
-    return _causal_kernel(kind, index, dtype, width, causal)[0].name
+    return _causal_kernel(kind, index, dtype, width, causal, forced)[0].name
 
 
 @lru_cache(maxsize=64)
 def _causal_kernel(
-    kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool
+    kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool, forced: str | None
 ) -> tuple[CausalKernel, str]:
     reasons: list[str] = []
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     preferred = _PREFERRED.get(kind, ())
-    if forced := os.environ.get(FORCED):
-        preferred = tuple(kernel for kernel in preferred if kernel.name == forced)
-        if not preferred:
-            names = ", ".join(kernel.name for kernel in _PREFERRED.get(kind, ()))
-            raise ValueError(f"{FORCED}={forced} is no operator for {kind}; unset it, or use one of {names}")
+    if forced:
+        if problem := operator_problem(forced, device, dtype, width, causal):
+            raise ValueError(f"{FORCED}={forced} {problem}; unset it")
+        preferred = (_BY_NAME[forced],)
     for kernel in preferred:
         problem = _probe(kernel, device, dtype, width, causal)
         if problem is None:
@@ -298,10 +317,19 @@ def _causal_kernel(
                 kernel = kernel._replace(shares_keys=False)
                 reasons.append(f"called for each copy: with shared keys {problem}")
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
-        if forced:
-            raise ValueError(f"{FORCED}={forced} cannot be used here: {problem}; unset it")
         reasons.append(f"{kernel.name} not used: {problem}")
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
+
+
+def operator_problem(
+    name: str, device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
+) -> str | None:
+    """Why the operator of that name cannot compute part (a) here, or None."""
+    known = {kernel.name: kernel for kernel in _PREFERRED.get(device.type, ())}
+    if name not in known:
+        return f"is no operator for {device.type}; use one of {', '.join(known)}"
+    problem = _probe(known[name], device, dtype, width, causal)
+    return problem and f"cannot be used here: {problem}"
 
 
 class Block(NamedTuple):
@@ -356,7 +384,7 @@ def _probe(
         got = (out, lse[..., :5], *grads)
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except (RuntimeError, AttributeError, NotImplementedError, TypeError, ValueError, IndexError, ImportError) as error:
+    except Exception as error:  # whatever kind: packages that compile have kinds of their own
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     want_out, want_lse, _ = _plain_forward(q, k, v, scale, causal)
     plain = Call(q, k, v, want_out, want_lse, (), scale, causal)

@@ -61,10 +61,12 @@ def flex_attention(
     *,
     scale: float | None = None,
     token_major: bool = False,
+    flash: bool = False,
 ) -> Tensor:
     """PHD attention as one masked attention over ``K * s`` rows. Shapes as :func:`sdpa_attention`'s.
 
-    On CUDA it is compiled; elsewhere it runs eagerly, forward only.
+    On CUDA it is compiled, with ``flash`` around FlashAttention 4 (package flash-attn-4) instead of Triton; elsewhere
+    it runs eagerly, forward only.
     """
     length = query.size(1)
 
@@ -78,7 +80,9 @@ def flex_attention(
         from torch.nn.attention.flex_attention import flex_attention as attend
     mask = _block_mask(policy, length, query.size(0), token_major, query.device)
     grouped = query.size(3) != key.size(3)
-    out = attend(rows(query), rows(key), rows(value), block_mask=mask, scale=scale, enable_gqa=grouped)
+    options = {"BACKEND": "FLASH"} if flash else None
+    inputs = (rows(query), rows(key), rows(value))
+    out = attend(*inputs, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     if token_major:
         return out.unflatten(2, (length, query.size(0))).permute(3, 2, 0, 1, 4)
     return out.unflatten(2, (query.size(0), length)).permute(2, 3, 0, 1, 4)

@@ -168,6 +168,13 @@ def _attention(parser: Parser) -> None:
     parser.add_argument(
         "--backends", nargs="+", default=None, metavar="NAME", help="only these (default: all that can run here)"
     )
+    parser.add_argument(
+        "--causal-kernels",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="time vanilla and backends with each of these vendor's operators too, such as cudnn 'flash-attn 4'",
+    )
     parser.add_argument("--only-phd", action="store_true", help="leave out the dense mask and naive repetition")
     parser.add_argument(
         "--fail-above", type=float, default=None, metavar="RATIO", help="exit 1 if auto's backend / floor exceeds it"
@@ -242,6 +249,14 @@ def _members(parser: Parser) -> None:
         default=["vanilla", "hybrid_star", "K=2", "K=3"],
         metavar="NAME",
         help=f"of {', '.join(MEMBERS)}; joined by + where both shall hold, as K=2+delayed or K=2+vector",
+    )
+    parser.add_argument(
+        "--define",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "OPTIONS"),
+        help='a further name for --members, by options of pretrain: --define small "--num-layers 4"',
     )
     parser.add_argument("--options", default="", help='further options of pretrain for all, e.g. "--vocab-size 50304"')
     parser.add_argument("--micro-batch-size", type=int, default=1)

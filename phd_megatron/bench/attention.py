@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from phd_megatron.bench.arguments import policies_of
 from phd_megatron.bench.place import Place, choose_place
@@ -22,6 +24,7 @@ from phd_megatron.bench.results import Report, Result, Row
 from phd_megatron.bench.timing import BOTH, FORWARD, Contender, differentiable, measure, relative_error
 from phd_megatron.console.tables import milliseconds, print_table
 from phd_megatron.console.terminal import show
+from phd_megatron.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +59,51 @@ class Case:
         return int(self.args.heads // self.args.kv_heads)
 
 
+class Way(NamedTuple):
+    """One way to compute PHD attention.
+
+    Attributes:
+        kernel: the vendor's operator of part (a), or None where that is left to the backend.
+        options: of the backend, beside the policy.
+    """
+
+    backend: str
+    kernel: str | None = None
+    options: Mapping[str, bool] = {}
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        options = "".join(f", {option}={value}" for option, value in self.options.items())
+        return f"PHD {self.backend}{options}" + (f", {self.kernel}" if self.kernel else "")
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, policy: KVPolicy) -> torch.Tensor:
+        """Shapes as :func:`~phd_megatron.kernels.phd_attention.phd_attention`'s."""
+        from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
+
+        with _part_a(self.kernel):
+            if self.options:
+                return BACKENDS[self.backend](query, key, value, policy, **self.options)
+            out: torch.Tensor = phd_attention(query, key, value, policy, backend=self.backend)
+            return out
+
+
+@contextmanager
+def _part_a(kernel: str | None) -> Iterator[None]:
+    """The vendor's operator by name, as whoever uses the product forces one."""
+    from phd_megatron.kernels.phd_attention.causal import FORCED
+
+    before = os.environ.get(FORCED)
+    if kernel is not None:
+        os.environ[FORCED] = kernel
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCED, None)
+        if before is not None:
+            os.environ[FORCED] = before
+
+
 def run(args: argparse.Namespace) -> int:
     """Check, time, print. 1 if a check fails or ``--fail-above`` is exceeded."""
     import torch
@@ -76,15 +124,16 @@ def run(args: argparse.Namespace) -> int:
         auto, reason = choose_backend(place.device, place.dtype, width)
         show(f"{policy.name}, head dimension {width}: auto = {auto}: {reason}")
         able, notes = _able(case)
-        wrong = _wrong(case, able)
+        wrong, more = _wrong(case, able)
+        notes += more
         status |= bool(wrong)
-        if auto in wrong:
+        if Way(auto) in wrong:
             return 1
-        names = [name for name in able if name not in wrong]
-        if auto not in names:
-            names.insert(0, auto)
+        ways = [way for way in able if way not in wrong]
+        if Way(auto) not in ways:
+            ways.insert(0, Way(auto))
         for length in args.seq_length:
-            contenders, more = _contenders(case, length, names)
+            contenders, more = _contenders(case, length, ways)
             measure(contenders, args.rounds, place.device)
             result = _result(policy, args, length, width, contenders, place.on_cuda)
             result.details |= {"auto": auto, "why": reason}
@@ -94,47 +143,66 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _able(case: Case) -> tuple[list[str], list[str]]:
-    """Backends to time, ``sdpa`` first, and a note on each that cannot run here."""
+def _able(case: Case) -> tuple[list[Way], list[str]]:
+    """What to time, ``sdpa`` first, and a note on each backend that cannot run here.
+
+    Raises:
+        UserError: what was asked for by name cannot run here.
+    """
     from phd_megatron.kernels.phd_attention import BACKENDS, choose_backend
+    from phd_megatron.kernels.phd_attention.causal import operator_problem
     from phd_megatron.kernels.triton_support import interpreted
 
     args, where = case.args, (case.place.device, case.place.dtype, case.width)
-    names, notes = [], []
+    for kernel in args.causal_kernels:
+        if problem := operator_problem(kernel, *where):
+            raise UserError(f"--causal-kernels: {kernel} {problem}")
+    ways, notes = [], []
     for name in args.backends or sorted(BACKENDS, key=lambda name: name != "sdpa"):
         if args.backends is not None:
             choose_backend(*where, backend=name)  # refuses what was asked for and cannot be
-        elif BACKENDS[name].dense_mask and args.only_phd:
+        row = BACKENDS[name]
+        if args.backends is None and row.dense_mask and args.only_phd:
             notes.append(f"PHD {name} is not timed: --only-phd")
             continue
-        problem = BACKENDS[name].problem(*where)
-        if problem is None and BACKENDS[name].triton and interpreted() and args.backends is None:
+        problem = row.problem(*where)
+        if problem is None and row.triton and interpreted() and args.backends is None:
             problem = "it would be interpreted; name it with --backends to do it all the same"
-        if problem is None:
-            names.append(name)
-        else:
+        if problem is not None:
             notes.append(f"PHD {name} is not timed: {problem}")
-    return names, notes
+            continue
+        ways += [Way(name), *(Way(name, None, options) for options in row.variants)]
+        ways += [Way(name, kernel) for kernel in args.causal_kernels if row.vendor_kernel]
+    return ways, notes
 
 
-def _wrong(case: Case, names: Sequence[str]) -> list[str]:
-    """Backends that do not compute what the definition says."""
-    wrong = []
-    for name in names:
-        off, allowed = _worst_error(case, name), case.place.tolerance
-        show(f"{name} against the dense-mask definition: worst relative error {off:.1e} (allowed {allowed:g})")
+def _wrong(case: Case, ways: list[Way]) -> tuple[list[Way], list[str]]:
+    """Those that do not compute what the definition says, and a note on each variant that does not run and goes."""
+    wrong, notes = [], []
+    for way in [*ways]:
+        try:
+            off, allowed = _worst_error(case, way), case.place.tolerance
+        except (RuntimeError, ValueError) as error:
+            if way == Way(way.backend):
+                raise
+            ways.remove(way)
+            notes.append(f"{way.name} is not timed: {_first_line(error)}")
+            continue
+        show(f"{way.name} against the dense-mask definition: worst relative error {off:.1e} (allowed {allowed:g})")
         if not off <= allowed:
-            wrong.append(name)
+            wrong.append(way)
     if wrong:
-        show(f"error: {', '.join(wrong)} is wrong, so it is not timed")
-    return wrong
+        show(f"error: {', '.join(way.name for way in wrong)} is wrong, so it is not timed")
+    return wrong, notes
 
 
-def _worst_error(case: Case, name: str) -> float:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _worst_error(case: Case, way: Way) -> float:
     """Worst relative Frobenius error of output and gradients on a short sequence, against float64."""
     import torch
-
-    from phd_megatron.kernels.phd_attention import phd_attention
 
     policy = case.policy
     length = min(*case.args.seq_length, 2 * policy.span + 37, 200)
@@ -144,13 +212,13 @@ def _worst_error(case: Case, name: str) -> float:
         for count in (*case.heads, case.heads[0])
     )
 
-    def both(backend: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    def both(way: Way, *inputs: torch.Tensor) -> list[torch.Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out = phd_attention(leaves[0], leaves[1], leaves[2], policy, backend=backend)
+        out = way(leaves[0], leaves[1], leaves[2], policy)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
-    expected = both("reference", query.double(), key.double(), value.double())
-    return relative_error(both(name, query, key, value), expected, 1e-3 * float(grad.double().norm()))
+    expected = both(Way("reference"), query.double(), key.double(), value.double())
+    return relative_error(both(way, query, key, value), expected, 1e-3 * float(grad.double().norm()))
 
 
 @dataclass
@@ -182,18 +250,18 @@ class _Field:
         if unsure:
             try:
                 contender.steps[BOTH]()
-            except RuntimeError as error:
-                self.notes.append(f"{name} is not timed: {str(error).splitlines()[0]}")
+            except (RuntimeError, ValueError) as error:
+                self.notes.append(f"{name} is not timed: {_first_line(error)}")
                 return
         self.contenders.append(contender)
 
 
-def _contenders(case: Case, length: int, backends: Sequence[str]) -> tuple[list[Contender], list[str]]:
+def _contenders(case: Case, length: int, ways: Sequence[Way]) -> tuple[list[Contender], list[str]]:
     """What is timed, vanilla first, and a note on each thing that is not."""
     found = _Field(case, length)
     _add_vanilla(found)
-    for name in backends:
-        _add_backend(found, name)
+    for way in ways:
+        _add_way(found, way)
     if not case.args.only_phd:
         _add_dense_mask(found)
         found.add("naive repetition, causal over K*s", _causal(case.ratio), found.flat(found.rows))
@@ -210,11 +278,21 @@ def _causal(ratio: int) -> Attend:
 
 
 def _add_vanilla(found: _Field) -> None:
-    """As torch chooses, and on CUDA through each fused kernel that takes these tensors."""
+    """As torch chooses, through operators that were asked for, and on CUDA through each that takes these tensors."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from phd_megatron.phd.kv_policy import KVPolicy
 
     causal = _causal(found.case.ratio)
     found.add(VANILLA, causal, found.flat(found.length))
+    one_copy = [(1, found.length, found.case.args.batch, heads, found.case.width) for heads in found.case.heads]
+
+    def ours(name: str) -> Attend:
+        way = Way("sdpa", name)
+        return lambda q, k, v: way(q, k, v, KVPolicy(1))
+
+    for name in found.case.args.causal_kernels:
+        found.add(f"{VANILLA}, ours by {name}", ours(name), one_copy, unsure=True)
     if not found.case.place.on_cuda:
         return
 
@@ -230,32 +308,17 @@ def _add_vanilla(found: _Field) -> None:
         found.add(name, causal_by(kernel), found.flat(found.length), unsure=True)
 
 
-def _add_backend(found: _Field, name: str) -> None:
-    """One of ours, and its variants."""
-    from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
+def _add_way(found: _Field, way: Way) -> None:
+    """One of ours."""
+    from phd_megatron.kernels.phd_attention import BACKENDS
 
     case = found.case
     scores = case.args.batch * case.args.heads * found.rows * found.rows * case.place.dtype.itemsize
-    if BACKENDS[name].dense_mask and scores > REFERENCE_BYTES:
-        found.notes.append(f"PHD {name} is not timed: its scores alone take {scores / 2**20:.0f} MiB")
+    if BACKENDS[way.backend].dense_mask and scores > REFERENCE_BYTES:
+        found.notes.append(f"{way.name} is not timed: its scores alone take {scores / 2**20:.0f} MiB")
         return
     shapes = [(case.policy.repeat, found.length, case.args.batch, heads, case.width) for heads in case.heads]
-
-    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = phd_attention(q, k, v, case.policy, backend=name)
-        return out
-
-    def variant(option: str, value: bool) -> None:
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = BACKENDS[name](q, k, v, case.policy, **{option: value})
-            return out
-
-        found.add(f"PHD {name}, {option}={value}", attend, shapes)
-
-    found.add(f"PHD {name}", ours, shapes)
-    for options in BACKENDS[name].variants:
-        for option, value in options.items():
-            variant(option, value)
+    found.add(way.name, lambda q, k, v: way(q, k, v, case.policy), shapes, unsure=way != Way(way.backend))
 
 
 def _add_dense_mask(found: _Field) -> None:

@@ -112,21 +112,19 @@ def _configure(args: argparse.Namespace, name: str) -> RunConfig:
     from phd_megatron.model.transformer_config import transformer_field_types
 
     words = ["--preset", args.preset]
+    known = {part: _pairs(options) for part, options in (MEMBERS | dict(args.define)).items()}
     for part in name.split("+"):
-        if part not in MEMBERS:
-            raise UserError(f"--members {name}: {part!r} is none of {', '.join(MEMBERS)}")
+        if part not in known:
+            raise UserError(f"--members {name}: {part!r} is none of {', '.join(known)}; --define NAME OPTIONS adds one")
     # What a part says beyond the first one's defaults: in K=2+delayed both K and the recipe count.
-    default = dict(_pairs(MEMBERS["vanilla"]))
+    default = dict(known["vanilla"])
     changes = dict(default)
     for part in name.split("+"):
-        changes |= {flag: value for flag, value in _pairs(MEMBERS[part]) if value != default.get(flag)}
+        changes |= {flag: value for flag, value in known[part] if value != default.get(flag)}
     size = args.micro_batch_size
     batch = ["--micro-batch-size", str(size), "--global-batch-size", str(size * args.num_microbatches)]
     flags = [word for pair in changes.items() for word in pair]
-    try:
-        options = shlex.split(args.options)
-    except ValueError as error:
-        raise UserError(f"--options {args.options!r}: {error}; close the quotation") from None
+    options = _words("--options", args.options)
     loaded = load_run_config([*words, *batch, *flags, *options], transformer_fields=transformer_field_types())
     model = loaded.config.model
     if model.transformer.get("fp8") and model.moe_experts_backend in ("te", "sequential"):
@@ -136,8 +134,20 @@ def _configure(args: argparse.Namespace, name: str) -> RunConfig:
     return loaded.config
 
 
+def _words(flag: str, options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"{flag} {options!r}: {error}; close the quotation") from None
+
+
 def _pairs(options: str) -> list[tuple[str, str]]:
-    words = options.split()
+    words = _words("--define", options)
+    if len(words) % 2 or any(not flag.startswith("--") for flag in words[::2]):
+        raise UserError(
+            f"--define {options!r} is no list of options that each have one value; write --option value, and true or "
+            "false for a switch"
+        )
     return list(zip(words[::2], words[1::2], strict=True))
 
 

@@ -70,7 +70,18 @@ _PACKAGES = (
         "torch computes what it would: the optimizer, and weight gradients (gradient_accumulation_fusion)",
         "build https://github.com/NVIDIA/apex; pip's package of that name is another one",
     ),
-    ("flash-attn", "flash_attn", "torch's own flash attention is used", "pip install --no-build-isolation flash-attn"),
+    (
+        "flash-attn-4",
+        "flash_attn.cute",
+        "attention is cuDNN's, up to a quarter slower",
+        "pip install --pre flash-attn-4",
+    ),
+    (
+        "flash-attn",
+        "flash_attn.layers",  # flash-attn-4 is a folder beside it
+        "attention is cuDNN's or torch's own",
+        "pip install --no-build-isolation flash-attn",
+    ),
     ("triton", "triton", "no Triton kernels", "comes with the CUDA builds of torch"),
     ("deepspeed", "deepspeed", "no --deepspeed", "DS_BUILD_OPS=0 pip install 'deepspeed>=0.19,<0.20'"),
     ("tensorboard", "tensorboard", "no TensorBoard log", "pip install tensorboard"),

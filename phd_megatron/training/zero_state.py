@@ -179,13 +179,16 @@ def on_the_host(
         return whole.cpu() if has_values else torch.zeros((), dtype=whole.dtype).expand(whole.shape)
 
     mains = {id(parameter): host(partitions.main(parameter)) for parameter in parameters}
+    # Before parameters are on the host: where one is, DeepSpeed collects what belongs to it.
+    moments = {
+        id(parameter): {name: host(partitions.moment(parameter, name)) for name in MOMENTS} for parameter in parameters
+    }
     with partitions.replaced(lambda parameter: mains[id(parameter)].to(parameter.dtype)):
         step = torch.tensor(float(partitions.steps))
         held, states = {}, {}
         for parameter in parameters:
             main = nn.Parameter(mains[id(parameter)]) if run.training.bf16 else parameter
-            moments = {name: host(partitions.moment(parameter, name)) for name in MOMENTS}
-            held[id(parameter)], states[main] = main, {"step": step.clone(), **moments}
+            held[id(parameter)], states[main] = main, {"step": step.clone(), **moments[id(parameter)]}
         whole = _megatron_optimizer(groups, optimizer.param_groups, held, states, run)
         yield whole
         data = [parameter.data for parameter in parameters]

@@ -6,6 +6,7 @@ import argparse
 import csv
 import gc
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from phd_megatron.cli import bench
 from phd_megatron.cli.main import main
 from phd_megatron.config.cuda_graph import is_graphed, warm_up_steps
 from phd_megatron.errors import UserError
+from phd_megatron.kernels.phd_attention import BACKENDS
 from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.phd.kv_policy import KVPolicy
 
@@ -46,6 +48,37 @@ def test_attention_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
     assert "sdpa against the dense-mask definition" in printed and "PHD flex is not timed" in printed
+
+
+def test_vendors_operators_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that is asked for is held to the definition, then timed for vanilla and for the backends that take it."""
+    monkeypatch.setenv("PHD_CAUSAL_KERNEL", "cpu flash")
+    target = tmp_path / "bench.json"
+    words = ["--backends", "sdpa", "reference", "--causal-kernels", "cpu flash", "--only-phd", "--json", str(target)]
+    assert main(["bench", *SMALL, *words]) == 0
+    (result,) = json.loads(target.read_text(encoding="utf-8"))["results"]
+    names = ["vanilla causal SDPA", "vanilla causal SDPA, ours by cpu flash", "floor: 2 x vanilla"]
+    assert [row["name"] for row in result["rows"]] == [*names, "PHD sdpa", "PHD sdpa, cpu flash", "PHD reference"]
+    assert os.environ["PHD_CAUSAL_KERNEL"] == "cpu flash"  # as it was
+    with bench_attention._part_a("another"):
+        assert os.environ["PHD_CAUSAL_KERNEL"] == "another"
+
+
+def test_a_variant_that_cannot_run_is_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = bench_attention._worst_error
+
+    def error(case: bench_attention.Case, way: bench_attention.Way) -> float:
+        if way.options:
+            raise RuntimeError("it needs a package\nthat is not here")
+        return genuine(case, way)
+
+    monkeypatch.setattr(bench_attention, "_worst_error", error)
+    row = BACKENDS["sdpa"]._replace(variants=({"fancy": True},))
+    monkeypatch.setitem(BACKENDS, "sdpa", row)
+    assert bench.run([*SMALL, "--backends", "sdpa", "--only-phd"]) == 0
+    assert "PHD sdpa, fancy=True is not timed: it needs a package\n" in capsys.readouterr().out
 
 
 def test_a_sweep_as_csv_and_plot(tmp_path: Path) -> None:
@@ -128,6 +161,10 @@ def test_fail_above(capsys: pytest.CaptureFixture[str]) -> None:
         (["attention", "--rounds", "0"], "--rounds 0"),
         (["attention", "--window", "0"], "phd_window=0"),
         (["attention", "--backends", "flex", "--device", "cpu"], "no backward on cpu"),
+        (
+            ["attention", "--causal-kernels", "cudnn", "--device", "cpu"],
+            "--causal-kernels: cudnn is no operator for cpu",
+        ),
         (["decode", "--kv-length", "5", "0"], "--kv-length 0"),
         (["norm-rope", "--norms", "qc"], "--norms qc"),
         (["attention", "--device", "abacus"], "abacus"),
@@ -209,6 +246,20 @@ def test_members_are_configured_and_named() -> None:
         assert ("moe_router_padding_for_quantization" in model.transformer) == (name == "te+tensorwise")
     with pytest.raises(UserError, match="'K=9' is none of vanilla"):
         bench_members._configure(args, "K=9")
+
+
+def test_members_of_the_users_own() -> None:
+    parser = bench_arguments.parser("members")
+    defined = ["--define", "small", "--num-layers 2 --phd-repeat 3", "--define", "K=2", "--phd-repeat 4"]
+    args = parser.parse_args(["--preset", "tiny-dense", "--options", "--vocab-size 300", *defined])
+    model = bench_members._configure(args, "small+hybrid_star").model
+    assert (model.num_layers, model.phd_repeat, model.norm_scheme) == (2, 3, "hybrid_star")
+    assert bench_members._configure(args, "K=2").model.phd_repeat == 4
+    refused = {"--num-layers 2 x": "each have one value", "2 --num-layers": "each have", "'": "close the quotation"}
+    for options, message in refused.items():
+        args = parser.parse_args(["--preset", "tiny-dense", "--define", "odd", options])
+        with pytest.raises(UserError, match=message):
+            bench_members._configure(args, "odd")
 
 
 @pytest.mark.parametrize(
