@@ -37,6 +37,10 @@ samples=$((memory > 120000 ? 4 : 2))
 kernel_tests() {
     PHD_TRITON_TUNE=0 check 200 -n "${PHD_TEST_WORKERS:-8}" tests/gpu/test_cuda_kernels.py tests/gpu/test_cuda_triton.py
 }
+# Packages that may be there: flash-attn, deepspeed, apex. What is not installed is skipped, with the reason.
+causal_tests() { check 240 -n "${PHD_TEST_WORKERS:-6}" tests/gpu/test_cuda_causal.py; }
+weight_gradient_tests() { check 100 -s tests/gpu/test_cuda_weight_gradient.py; }
+deepspeed_tests() { check 300 -s tests/gpu/test_cuda_deepspeed.py; }
 paged_tests() { check 60 tests/gpu/test_cuda_paged_attention.py; }
 model_tests() { check 240 tests/gpu/test_cuda_parity.py; }
 sync_tests() { check 120 -n 4 tests/gpu/test_cuda_sync.py; }
@@ -90,6 +94,33 @@ experts_run() { # the real router on real text: corpus as evidence's (docs/resul
         --lr-warmup-iters 10 --eval-iters 0 --log-interval 5 --data-path "${PHD_EXPERTS_DATA:?prefix of tokenised text}" \
         --cuda-graph-impl local --cuda-graph-scope full_iteration --overlap-grad-reduce false \
         --overlap-param-gather false --metrics-file "$out/pretrain_moe.jsonl"
+}
+flash_attn() { # vendors' operators beside each other; then all of PHD as one masked call
+    for width in 64 128; do
+        phd 160 "flash_attn_d$width" bench attention --seq-length 4096 16384 32768 --head-dim "$width" --repeat 2 3 \
+            --heads 16 --kv-heads 4 --dtype bfloat16 --rounds 5 --only-phd --backends sdpa_triton \
+            --causal-kernels cudnn "flash-attn 4" --json "$out/flash_attn_d$width.json"
+    done
+    phd 160 flash_attn_flex bench attention --seq-length 16384 --head-dim 128 --repeat 2 --heads 16 --kv-heads 4 \
+        --dtype bfloat16 --rounds 3 --only-phd --backends sdpa_triton flex --causal-kernels cudnn "flash-attn 4" \
+        --json "$out/flash_attn_flex.json"
+}
+zero() { # DeepSpeed's engine beside Megatron-Core's
+    local name members=() host='{"device": "cpu"}'
+    echo '{"zero_optimization": {"stage": 1}}' > "$out/zero1.json"
+    echo '{"zero_optimization": {"stage": 3}}' > "$out/zero3.json"
+    echo "{\"zero_optimization\": {\"stage\": 2, \"offload_optimizer\": $host}}" > "$out/states.json"
+    for name in zero1 zero3 states; do
+        members+=(--define "$name" "--deepspeed true --deepspeed-config $out/$name.json --overlap-grad-reduce false \
+            --overlap-param-gather false")
+    done
+    phd 240 train_zero bench train --preset dense-1.2b --members vanilla zero1 zero3 states "${members[@]}" \
+        --micro-batch-size 4 --rounds 4 --json "$out/train_zero.json"
+}
+fused() { # weight gradients inside the product, in Megatron-Core's own layers
+    phd 120 train_fused bench train --preset dense-1.2b --members local fused --micro-batch-size 4 --rounds 5 \
+        --define local "--transformer-impl local --gradient-accumulation-fusion false" \
+        --define fused "--transformer-impl local --gradient-accumulation-fusion true" --json "$out/train_fused.json"
 }
 attention() {
     for width in 64 128; do

@@ -42,6 +42,7 @@ MODEL += " --kv-channels 64 --norm-scheme hybrid_star --phd-repeat 2 --phd-windo
 DATA = " --seq-length 256 --micro-batch-size 4 --global-batch-size 8 --log-interval 1 --eval-iters 0 --bf16 --seed 5"
 SHORT = DATA + " --train-iters 6 --lr 3e-4"
 LONG = MODEL + DATA + " --train-iters 120 --lr 1e-3 --lr-warmup-iters 10"
+EXPERTS_CURVE = 5e-3
 EXPERTS = " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-aux-loss-coeff 0.01"
 EXPERTS += " --moe-token-dispatcher-type alltoall"
 BACKEND = " --moe-experts-backend "
@@ -85,6 +86,10 @@ if HAS_FP8:
     RUNS["experts/fp8 sequential"] = PRE + EXPERTS + SHORT + tensorwise + BACKEND + "sequential"
     RUNS["experts/fp8 grouped"] = PRE + EXPERTS + SHORT + tensorwise + BACKEND + "te"
     RUNS["experts/fp8 beside"] = PRE + EXPERTS + SHORT + tensorwise
+    # Half a percent is what experts in FP8 may end beside those in bfloat16; beside: they stay in bfloat16 themselves.
+    RUNS["curve/experts"] = LONG + EXPERTS + TE
+    RUNS["curve/experts fp8"] = LONG + EXPERTS + tensorwise + BACKEND + "te"
+    RUNS["curve/experts beside"] = LONG + EXPERTS + tensorwise
     RUNS["experts/fp8 padded"] = RUNS["experts/fp8 grouped"] + " --moe-router-padding-for-quantization"
 
 
@@ -200,6 +205,17 @@ def test_fp8_learns_as_bfloat16_does(runs, recipe: str) -> None:
     print(f"  largest difference of a step {worst(found.losses, expected.losses):.1e}")
     assert reference < 0.75 * expected.losses[0], "the text was not learnt, so nothing is compared"
     assert abs(last - reference) <= CURVE * reference
+    assert found.losses != expected.losses, "not one product was FP8"
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="needs FP8")
+@pytest.mark.parametrize("kind", ["fp8", "beside"])
+def test_experts_in_fp8_learn_as_in_bfloat16(runs, kind: str) -> None:
+    found, expected = runs(f"curve/experts {kind}"), runs("curve/experts")
+    last, reference = mean(found.losses[-20:]), mean(expected.losses[-20:])
+    print(f"experts {kind}: {last:.4f}, bf16 {expected.losses[0]:.4f} -> {reference:.4f}")
+    assert reference < 0.75 * expected.losses[0], "the text was not learnt, so nothing is compared"
+    assert abs(last - reference) <= EXPERTS_CURVE * reference
     assert found.losses != expected.losses, "not one product was FP8"
 
 
