@@ -21,7 +21,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 OF_MCORE_0=(tests/distributed tests/integration/test_stock_checkpoints.py tests/unit/test_stock.py
     tests/huggingface/test_to_megatron.py)
 OF_MCORE_1=(tests/integration/test_{context_parallel,moe_overlap,moe_parity,muon,virtual_pipeline}.py)
-OF_MCORE_2=(tests/integration/test_{between_versions,moe_resume,reshard,resume,skipped_steps}.py
+OF_MCORE_2=(tests/integration/test_{between_versions,deepspeed,moe_resume,reshard,resume,skipped_steps}.py
     tests/huggingface/test_{against_megatron,export}.py
     tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py
     tests/unit/test_{datasets,implementations,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes}.py

@@ -9,6 +9,7 @@ for the host and the products can be part of a CUDA graph. :func:`grouped_linear
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         ends: ``[E]`` int32, ascending; the last one is R. Equal neighbours are a group without rows.
 
     Returns:
-        ``[R, out]``. The gradient of a group without rows is zero.
+        ``[R, out]``. The gradient of a group without rows is zero. Where Megatron-Core's DDP has put a ``main_grad``
+        beside the weight, the gradient is added there, and ``grad_added_to_main_grad`` says so, as its own layers do
+        under ``gradient_accumulation_fusion``; what autograd hands on is then not to be read.
     """
     grouped = _has_grouped_mm(rows.device, rows.dtype) and width_problem(*weight.shape[1:]) is None
     return _GroupedLinear.apply(rows, weight, ends, grouped)
@@ -72,6 +75,7 @@ def grouped_linear_reference(rows: Tensor, weight: Tensor, ends: Tensor) -> Tens
 
 class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, Tensor, Tensor]
+    parameter: Any  # the weight, with the attributes of Megatron-Core's DDP where that wraps the model
     needs_input_grad: tuple[bool, ...]
     grouped: bool
 
@@ -81,7 +85,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: _Saved, rows: Tensor, weight: Tensor, ends: Tensor, grouped: bool) -> Tensor:
         rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, ends)
-        ctx.grouped = grouped and len(rows) > 0
+        ctx.parameter, ctx.grouped = weight, grouped and len(rows) > 0
         return _product(rows, weight.transpose(1, 2), ends, ctx.grouped)
 
     @staticmethod
@@ -91,6 +95,8 @@ class _GroupedLinear(torch.autograd.Function):
         grad = grad.contiguous()
         rows_grad = _product(grad, weight, ends, ctx.grouped) if ctx.needs_input_grad[0] else None
         weight_grad = _weight_gradient(grad, rows, ends, ctx.grouped) if ctx.needs_input_grad[1] else None
+        if weight_grad is not None:
+            weight_grad = _accumulated(weight_grad, ctx.parameter, ends)
         return rows_grad, weight_grad, None, None
 
 
@@ -107,9 +113,18 @@ def _product(rows: Tensor, matrices: Tensor, ends: Tensor, grouped: bool) -> Ten
 def _weight_gradient(grad: Tensor, rows: Tensor, ends: Tensor, grouped: bool) -> Tensor:
     """``[R, out]`` and ``[R, in]`` to ``[E, out, in]``."""
     if grouped:
-        return clear_empty_groups(F.grouped_mm(grad.T, rows, offs=ends), ends)
+        return F.grouped_mm(grad.T, rows, offs=ends)  # groups without rows: see _accumulated
     parts = zip(_parts(grad, ends), _parts(rows, ends), strict=True)
     return torch.stack([part.T @ inputs for part, inputs in parts])
+
+
+def _accumulated(gradient: Tensor, parameter: Any, ends: Tensor) -> Tensor:
+    """Add it to the parameter's ``main_grad`` where there is one; else only zero what groups without rows have."""
+    if not hasattr(parameter, "main_grad") or not hasattr(parameter, "grad_added_to_main_grad"):
+        return clear_empty_groups(gradient, ends)
+    add_groups(parameter.main_grad, gradient, ends)
+    parameter.grad_added_to_main_grad = True
+    return gradient  # DDP's hook waits for one, and drops it
 
 
 def _parts(rows: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
@@ -134,3 +149,23 @@ def clear_empty_groups_triton(gradient: Tensor, ends: Tensor) -> Tensor:
     size = gradient[0].numel()
     clear_empty_groups_kernel[(gradient.size(0), -(-size // CLEARED))](gradient, ends, size, BLOCK=CLEARED)
     return gradient
+
+
+def add_groups(total: Tensor, gradient: Tensor, ends: Tensor) -> Tensor:
+    """Add ``[E, out, in]`` to ``total``, of any floating type, in place, but for groups without rows.
+
+    As ``total.add_(clear_empty_groups(gradient, ends))``, bit for bit. Where torch adds a bfloat16 to a float32 tensor,
+    three fifths of an H200's bandwidth are used (docs/benchmarks.md).
+    """
+    if runs_on_gpu(gradient.device, gradient.dtype) and total.is_contiguous() and gradient.is_contiguous():
+        return add_groups_triton(total, gradient, ends)
+    return total.add_(clear_empty_groups(gradient, ends))
+
+
+def add_groups_triton(total: Tensor, gradient: Tensor, ends: Tensor) -> Tensor:
+    """The same in Triton. Both are contiguous."""
+    from .grouped_mm_kernels import ADDED, add_groups_kernel
+
+    size = gradient[0].numel()
+    add_groups_kernel[(gradient.size(0), -(-size // ADDED))](total, gradient, ends, size, BLOCK=ADDED, num_warps=8)
+    return total

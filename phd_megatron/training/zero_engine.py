@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class ZeroChunk(nn.Module):
     def __init__(self, module: MegatronModule, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.module, self.config = module, module.config
-        self.ddp_config = SimpleNamespace(use_distributed_optimizer=False)
+        self.ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
         places = {parameter: (0, parameter.numel(), 0) for parameter in module.parameters()}
         # As in Megatron-Core's DDP, where these are no longer the method of that name.
         self.buffers = [SimpleNamespace(data_parallel_group=group, param_index_map=places)]  # type: ignore[assignment]

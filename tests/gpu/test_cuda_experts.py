@@ -14,7 +14,12 @@ from torch import Tensor
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from phd_megatron.kernels.grouped_mm import clear_empty_groups_triton, grouped_linear, grouped_linear_reference
+from phd_megatron.kernels.grouped_mm import (
+    add_groups_triton,
+    clear_empty_groups_triton,
+    grouped_linear,
+    grouped_linear_reference,
+)
 from phd_megatron.kernels.moe_permute import (
     order_by_expert,
     permute,
@@ -82,6 +87,21 @@ def test_groups_without_rows_are_cleared(load: list[int]) -> None:
     gradient = torch.full((len(load), 300, 70), 3.0, device="cuda", dtype=torch.bfloat16)
     expected = torch.tensor([3.0 if rows else 0.0 for rows in load], device="cuda").view(-1, 1, 1)
     assert torch.equal(clear_empty_groups_triton(gradient, ends).float(), expected.expand(-1, 300, 70))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(300, 70), (512, 256), (7, 1)])
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_groups_are_added(load: list[int], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    ends = torch.tensor(load, device="cuda").cumsum(0).to(torch.int32)
+    total, gradient = random(len(load), *shape, dtype=dtype), random(len(load), *shape, seed=1)
+    expected = total.clone()
+    for group, rows in enumerate(load):
+        if rows:
+            expected[group] += gradient[group]
+        else:
+            gradient[group] = float("nan")
+    assert torch.equal(add_groups_triton(total, gradient, ends), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -157,7 +157,7 @@ def cross_entropy(dtype: torch.dtype, width: int, every_tile: bool) -> None:
 
 
 def experts(dtype: torch.dtype, width: int, every_tile: bool) -> None:
-    """What has no choice of tiles: SwiGLU with and without weights, permutation, groups without rows."""
+    """What has no choice of tiles: SwiGLU with and without weights, permutation, sums of groups and zeros."""
     from phd_megatron.kernels import grouped_mm, moe_permute, swiglu
     from phd_megatron.kernels.grouped_mm import grouped_mm_kernels
     from phd_megatron.kernels.moe_permute import permute_kernels
@@ -171,7 +171,9 @@ def experts(dtype: torch.dtype, width: int, every_tile: bool) -> None:
         swiglu.weighted_swiglu_triton(rows, torch.zeros(8, requires_grad=True)).sum().backward()
         moe_permute.gather_triton(rows.detach()[:, :columns], torch.zeros(16, dtype=torch.long))
         moe_permute.gather_sum_triton(rows.detach()[:, :columns], torch.zeros(4, 2, dtype=torch.long))
-        grouped_mm.clear_empty_groups_triton(rows.detach().view(8, 2, columns), torch.zeros(8, dtype=torch.int32))
+        matrices, ends = rows.detach().view(8, 2, columns), torch.zeros(8, dtype=torch.int32)
+        grouped_mm.clear_empty_groups_triton(matrices, ends)
+        grouped_mm.add_groups_triton(matrices.float(), matrices, ends)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from phd_megatron.kernels.grouped_mm import (
+    add_groups,
+    add_groups_triton,
     clear_empty_groups,
     clear_empty_groups_triton,
     grouped_linear,
@@ -128,6 +130,40 @@ def test_groups_without_rows_are_cleared(clear: Callable[[Tensor, Tensor], Tenso
     gradient = torch.full((len(load), 5, 7), 3.0)
     expected = torch.tensor([3.0 if rows else 0.0 for rows in load]).view(-1, 1, 1).expand(-1, 5, 7)
     assert torch.equal(clear(gradient, ends_of(load)), expected) and torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("add", [add_groups, pytest.param(add_groups_triton, marks=needs_triton)])
+@pytest.mark.parametrize("types", [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32")], ids=str)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_groups_are_added(add: Callable[..., Tensor], types: tuple[str, str], load: list[int]) -> None:
+    """As torch adds, to the last bit of float32; what groups without rows have is not read."""
+    total, gradient = (
+        random(len(load), 5, 7, dtype=getattr(torch, name), seed=seed) for seed, name in enumerate(types)
+    )
+    expected = total.clone()
+    for group, rows in enumerate(load):
+        if rows:
+            expected[group] += gradient[group]
+        else:
+            gradient[group] = float("nan")
+    assert add(total, gradient, ends_of(load)) is total
+    last_bit = 2**-7 if types[0] == "bfloat16" else 0.0  # Triton's interpreter cuts where a GPU rounds
+    torch.testing.assert_close(total, expected, rtol=last_bit, atol=0)
+
+
+def test_a_gradient_is_added_where_megatron_keeps_it() -> None:
+    """Twice, as two micro-batches; and nothing is added that DDP would add once more."""
+    load = [4, 0, 8]
+    rows, ends = random(12, 8, dtype=torch.bfloat16), ends_of(load)
+    weight = random(3, 16, 8, dtype=torch.bfloat16, seed=2).requires_grad_()
+    grouped_linear(rows, weight, ends).sum().backward()
+    expected, weight.grad = weight.grad.float(), None
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(3, 16, 8), False
+    for count in (1, 2):
+        grouped_linear(rows, weight, ends).sum().backward()
+        assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape
+        torch.testing.assert_close(weight.main_grad, 1 + count * expected, rtol=0, atol=0)
+        weight.grad = None
 
 
 def routing(tokens: int, experts: int, topk: int, chosen: list[int] | None = None) -> Tensor:

@@ -18,7 +18,7 @@ KERNELS = {
     *("window_forward_kernel", "window_backward_kernel"),
     *("swiglu_forward_kernel", "swiglu_backward_kernel"),
     *("weighted_swiglu_forward_kernel", "weighted_swiglu_backward_kernel"),
-    *("gather_kernel", "gather_sum_kernel", "clear_empty_groups_kernel"),
+    *("gather_kernel", "gather_sum_kernel", "clear_empty_groups_kernel", "add_groups_kernel"),
     *("split_kernel", "combine_kernel", "cross_entropy_statistics_kernel", "cross_entropy_gradient_kernel"),
 }
 
