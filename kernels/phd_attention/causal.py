@@ -287,16 +287,16 @@ def causal_kernel(
 
     Without ``causal`` it is the one for blocks in which every query sees every key (context parallelism).
     """
-    place = (device.type, device.index, dtype, width, causal, os.environ.get(FORCED))
+    place = (device.type, device.index, dtype, width, causal)
     if torch.compiler.is_compiling():
         return _BY_NAME[_name(*place)], "chosen while the model was compiled"
-    return _causal_kernel(*place)
+    return _causal_kernel(*place, os.environ.get(FORCED))
 
 
 @torch.compiler.assume_constant_result
-def _name(kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool, forced: str | None) -> str:
+def _name(kind: str, index: int | None, dtype: torch.dtype, width: int, causal: bool) -> str:
     """The choice as a constant of a compiled graph: trying operators is no part of the graph."""
-    return _causal_kernel(kind, index, dtype, width, causal, forced)[0].name
+    return _causal_kernel(kind, index, dtype, width, causal, os.environ.get(FORCED))[0].name
 
 
 @lru_cache(maxsize=64)
