@@ -242,6 +242,11 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
             "Megatron-Core 0.19; tests/integration/test_muon.py"
         ),
     },
+    "docs/packages.md": {
+        "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation .": Skip(
+            "compiles for a GPU, in a clone of NVIDIA/apex"
+        ),
+    },
     "docs/parallelism.md": {
         "phd-megatron parity --config run.yaml": Skip("a minute a layout; tests/integration/test_parity_command.py"),
         'phd-megatron parity --config run.yaml --layouts "tp2+sp,pp2+vpp2,dp2+overlap" --json parity.json '
