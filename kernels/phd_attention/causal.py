@@ -307,7 +307,7 @@ def _causal_kernel(
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     preferred = _PREFERRED.get(kind, ())
     if forced:
-        if problem := operator_problem(forced, device, dtype, width, causal):
+        if problem := _unknown(forced, kind):
             raise ValueError(f"{FORCED}={forced} {problem}; unset it")
         preferred = (_BY_NAME[forced],)
     for kernel in preferred:
@@ -317,6 +317,8 @@ def _causal_kernel(
                 kernel = kernel._replace(shares_keys=False)
                 reasons.append(f"called for each copy: with shared keys {problem}")
             return kernel, "; ".join([f"{kernel.name} operator checked here", *reasons])
+        if forced:
+            raise ValueError(f"{FORCED}={forced} cannot be used here: {problem}; unset it")
         reasons.append(f"{kernel.name} not used: {problem}")
     return PLAIN, "; ".join(["plain matrix products", *(reasons or [f"no fused operator is known for {kind}"])])
 
@@ -325,11 +327,15 @@ def operator_problem(
     name: str, device: torch.device, dtype: torch.dtype, width: int, causal: bool = True
 ) -> str | None:
     """Why the operator of that name cannot compute part (a) here, or None."""
-    known = {kernel.name: kernel for kernel in _PREFERRED.get(device.type, ())}
-    if name not in known:
-        return f"is no operator for {device.type}; use one of {', '.join(known)}"
-    problem = _probe(known[name], device, dtype, width, causal)
+    if problem := _unknown(name, device.type):
+        return problem
+    problem = _probe(_BY_NAME[name], device, dtype, width, causal)
     return problem and f"cannot be used here: {problem}"
+
+
+def _unknown(name: str, kind: str) -> str | None:
+    known = [kernel.name for kernel in _PREFERRED.get(kind, ())]
+    return None if name in known else f"is no operator for {kind}; use one of {', '.join(known)}"
 
 
 class Block(NamedTuple):

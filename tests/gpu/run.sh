@@ -106,7 +106,7 @@ flash_attn() { # vendors' operators beside each other; then all of PHD as one ma
         --json "$out/flash_attn_flex.json"
 }
 zero() { # DeepSpeed's engine beside Megatron-Core's
-    local name members=() host='{"device": "cpu"}'
+    local name members=() host='{"device": "cpu", "pin_memory": true}'
     echo '{"zero_optimization": {"stage": 1}}' > "$out/zero1.json"
     echo '{"zero_optimization": {"stage": 3}}' > "$out/zero3.json"
     echo "{\"zero_optimization\": {\"stage\": 2, \"offload_optimizer\": $host}}" > "$out/states.json"

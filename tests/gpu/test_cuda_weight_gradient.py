@@ -16,6 +16,7 @@ from phd_megatron.runtime.capabilities import probe
 from .programs import documentation_as_bytes, program, succeeded, worst
 from .test_cuda_graph_step import LOCAL, LOSS, MODEL, NORM
 
+ADDMM = "torch's addmm adds to the gradient buffer"
 RUN = " --seq-length 256 --micro-batch-size 4 --global-batch-size 8 --train-iters 8 --lr 1e-3 --seed 5 --log-interval 1"
 RUN += " --eval-iters 0"
 
@@ -62,7 +63,7 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
         metrics = tmp_path / f"{fused}.jsonl"
         done = succeeded(program("pretrain", *words, "--data-path", str(corpus), metrics=metrics))
         series[fused] = done
-    said = "apex's fused_weight_gradient_mlp_cuda is installed" if probe("cuda").apex_weight_gradient else "torch"
+    said = "apex's fused_weight_gradient_mlp_cuda is installed" if probe("cuda").apex_weight_gradient else ADDMM
     assert said in series["true"].text
     for name, allowed in (("lm_loss", LOSS), ("grad_norm", NORM)):
         found = worst(series["true"].series(name), series["false"].series(name), 8)
