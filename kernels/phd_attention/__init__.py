@@ -24,6 +24,7 @@ from phd_megatron.phd.kv_policy import KVPolicy
 
 from .backends import AUTOMATIC, BACKENDS, load
 from .causal import causal_kernel
+from .documents import attend_documents
 from .exchange import COMM_TYPES, ContextParallel
 
 __all__ = [
@@ -47,6 +48,7 @@ def phd_attention(
     backend: str = "auto",
     query_copies: int | None = None,
     context: ContextParallel | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last ``Kq`` copies of every token over all ``K`` copies, as ``policy`` allows (Eq. 2).
 
@@ -61,6 +63,8 @@ def phd_attention(
         query_copies: ``Kq``, if the caller wants it checked.
         context: the ranks that share the sequence, where there are several. ``s`` is this rank's part then: the two
             slices of ``policy.context_parallel_slices``, one after the other.
+        starts: ``[b, s]`` on the host, where the document of each token begins (:mod:`phd_megatron.phd.documents`): it
+            sees nothing of others. None is one document, whatever lies in the sequence.
 
     Returns:
         ``[Kq, s, b, heads, d]``.
@@ -69,10 +73,17 @@ def phd_attention(
         ValueError: if shapes, strides, dtypes or devices do not fit together, or the policy does not fit the slices.
         UserError: if the backend is unknown, or cannot run here.
     """
-    _check(query, key, value, policy, query_copies)
+    _check(query, key, value, policy, query_copies, starts)
     name = _choose(query.device.type, query.device.index, query.dtype, query.size(-1), backend)[0]
     if context is None or context.size == 1:
+        if starts is not None:
+            return attend_documents(BACKENDS[name], query, key, value, policy, starts, scale)
         return BACKENDS[name](query, key, value, policy, scale=scale)
+    if starts is not None:
+        raise UserError(
+            f"documents are kept apart (reset_attention_mask), and context_parallel_size={context.size} cuts the "
+            "sequence without regard to them; use context_parallel_size 1"
+        )
     path = BACKENDS[name].context_parallel
     if path is None:
         able = ", ".join(other for other, entry in BACKENDS.items() if entry.context_parallel)
@@ -122,7 +133,9 @@ def _choose(kind: str, index: int | None, dtype: torch.dtype, head_dim: int, bac
     return name, reason
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_copies: int | None) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_copies: int | None, starts: Tensor | None
+) -> None:
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if query.dim() != 5 or key.dim() != 5:
         raise ValueError(f"{shapes}: attention takes [copies, s, b, heads, d]; split the copies from the rows first")
@@ -132,6 +145,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, policy: KVPolicy, query_co
         raise ValueError(f"{shapes}: {policy.name} has {policy.repeat} copies of keys, and as many of queries or fewer")
     if query_copies is not None and query.size(0) != query_copies:
         raise ValueError(f"{shapes}: query_copies={query_copies}, so query must be the last {query_copies} copies")
+    if starts is not None and starts.shape != (query.size(2), query.size(1)):
+        raise ValueError(f"{shapes}: documents {tuple(starts.shape)} must be [b, s]")
     if query.size(3) % key.size(3):
         raise ValueError(f"{shapes}: query heads must be a multiple of the key-value groups")
     if any(x.size(-1) > 1 and x.stride(-1) != 1 for x in (query, key, value)):

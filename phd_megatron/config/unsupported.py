@@ -104,12 +104,6 @@ _INFERENCE = "Megatron-Core's inference engine does not know PHD's copies"
 UNSUPPORTED: tuple[Unsupported, ...] = (
     # --- not built yet
     Unsupported(
-        "reset_attention_mask", "PHD attention has no document mask yet, so documents would see each other", "use false"
-    ),
-    Unsupported(
-        "reset_position_ids", "RoPE counts from the start of the sample, so positions would not restart", "use false"
-    ),
-    Unsupported(
         "attention_dropout", "PHD attention has no dropout on its weights", "use 0, or hidden_dropout", _not(0)
     ),
     # --- parallel features of Megatron-Core

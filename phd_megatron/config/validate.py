@@ -7,7 +7,7 @@ from typing import Any
 
 from phd_megatron.config.architecture import head_dim
 from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
-from phd_megatron.config.cuda_graph import graph_problems
+from phd_megatron.config.cuda_graph import graph_problems, is_graphed
 from phd_megatron.config.deepspeed import deepspeed_problems
 from phd_megatron.config.facts import violates
 from phd_megatron.config.moe import moe_problems, overlap_problems
@@ -109,6 +109,33 @@ def _data(data: DataConfig) -> Iterator[str]:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
         yield f"split={data.split!r} is not up to three shares of training, validation and test; write 969,30,1"
+
+
+def _documents(config: RunConfig) -> Iterator[str]:
+    """What does not go with documents that are kept apart."""
+    data, model = config.data, config.model
+    if data.reset_position_ids and not data.reset_attention_mask:
+        yield (
+            "reset_position_ids=True without reset_attention_mask: tokens would see those of other documents at "
+            "positions that may be later than their own; set reset_attention_mask too, or leave it out"
+        )
+    if not data.reset_attention_mask:
+        return
+    if (size := config.parallel.context_parallel_size) > 1:
+        yield (
+            f"reset_attention_mask=True with context_parallel_size={size}: ranks exchange keys without regard to "
+            "documents yet; use context_parallel_size 1, or leave it out"
+        )
+    if model.phd_attention_backend == "flex":
+        yield (
+            "reset_attention_mask=True with phd_attention_backend=flex: it would be compiled for every length of a "
+            "document; use auto, or leave it out"
+        )
+    if is_graphed(model):
+        yield (
+            "reset_attention_mask=True with cuda_graph_impl: where documents begin is read by the host, and differs "
+            "from step to step; use cuda_graph_impl none, or leave it out"
+        )
 
 
 def _blend(name: str, words: list[str]) -> Iterator[str]:
@@ -213,6 +240,7 @@ def problems(config: RunConfig) -> list[str]:
         *_exclusive(values),
         *_model(config.model),
         *_data(config.data),
+        *_documents(config),
         *_optimizer(config.optimizer),
         *_training(config, values),
         *_profile(config),

@@ -83,12 +83,6 @@ def check_data(run: RunConfig, tokenizer: Tokenizer, wanted: tuple[int, int, int
     Returns the checked files by prefix. Raises UserError.
     """
     data, model = run.data, run.model
-    for name, text in (("reset_attention_mask", "mask attention"), ("reset_position_ids", "restart positions")):
-        if getattr(data, name):
-            raise UserError(
-                f"{name}=true: the models here do not {text} between documents of one sample, so the setting would be "
-                f"ignored; set it to false"
-            )
     if model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but vocab_size is {model.vocab_size}; set vocab_size to "

@@ -24,10 +24,11 @@ from phd_megatron.data.blend import SplitPlan
 from phd_megatron.data.index_cache import Arrays, Files, forget_index, is_alone, is_as_written, load_index, save_index
 from phd_megatron.data.indexed import IndexedInfo
 from phd_megatron.data.open_file import FileArray
-from phd_megatron.data.samples import Samples
+from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.data.token_files import TokenFiles
 from phd_megatron.data.tokenizers import Tokenizer
 from phd_megatron.errors import UserError
+from phd_megatron.phd.documents import positions_in_documents, starts_of_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class IndexedGPTConfig(GPTDatasetConfig):
 
     infos: dict[str, IndexedInfo] = field(default_factory=dict)
     """Per prefix, the checked files."""
+
+    separate_documents: bool = False
+    """Samples say where documents begin (``reset_attention_mask``). Megatron's own field would make dense masks."""
+
+    restart_positions: bool = False
+    """Positions count from each document's start (``reset_position_ids``)."""
 
 
 class IndexedGPTDataset(GPTDataset):
@@ -62,6 +69,16 @@ class IndexedGPTDataset(GPTDataset):
     def numel_low_level_dataset(low_level_dataset: TokenFiles) -> int:
         """Sequences of the data."""
         return len(low_level_dataset)
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        """A sample, which says where its documents begin if it is asked for."""
+        sample: Sample = super().__getitem__(idx)
+        if self.config.separate_documents:
+            starts = starts_of_tokens(sample["tokens"], self.config.tokenizer.eod)
+            sample["document_starts"] = starts
+            if self.config.restart_positions:
+                sample["position_ids"] = positions_in_documents(starts)
+        return sample
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, ...]:
         """Token ids of a sample, its documents, and what else Megatron-Core says of them.
@@ -201,6 +218,8 @@ def index_config(
         reset_attention_mask=False,
         eod_mask_loss=run.data.eod_mask_loss,
         create_attention_mask=False,
+        separate_documents=run.data.reset_attention_mask,
+        restart_positions=run.data.reset_position_ids,
         index_cache=run.data.data_cache_path,
         fingerprints={
             p: [infos[p].bin_file.size, infos[p].idx_file.size, infos[p].idx_file.mtime_ns] for p in plan.prefixes

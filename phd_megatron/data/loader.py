@@ -18,7 +18,7 @@ from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.errors import UserError
 from phd_megatron.runtime.context import usable_cores
 
-KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+KEYS = ("tokens", "labels", "loss_mask", "position_ids", "document_starts")  # the last one where it is there
 _MOST_WORKERS = 64
 
 
@@ -54,7 +54,8 @@ def _collate(samples: list[Sample | UserError], slices: Sequence[range] | None =
     if refusal is not None:
         return refusal
     whole = [sample for sample in samples if not isinstance(sample, UserError)]
-    batch = {key: torch.stack([sample[key] for sample in whole]) for key in KEYS}
+    keys = [key for key in KEYS if key in whole[0]]
+    batch = {key: torch.stack([sample[key] for sample in whole]) for key in keys}
     if slices is None:
         return batch
     return {key: torch.cat([x[:, part.start : part.stop] for part in slices], 1) for key, x in batch.items()}

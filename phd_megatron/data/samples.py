@@ -7,7 +7,11 @@ from typing import Protocol, TypeAlias
 from torch import Tensor
 
 Sample: TypeAlias = dict[str, Tensor]
-"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each ``[seq_length]``."""
+"""``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each ``[seq_length]``.
+
+Where documents are kept apart (``reset_attention_mask``) also ``document_starts`` (int64): for each token where its
+document begins (:mod:`phd_megatron.phd.documents`).
+"""
 
 
 class Samples(Protocol):

@@ -86,7 +86,9 @@ class PHDSelfAttention(SelfAttention):
             mixed, _ = self.linear_qkv(hidden_states)
             mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))  # [rows, b, ng, (np/ng + 2) * hn]
             heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-            if self.can_fuse_norms and self._wants_fused_norms(mixed):
+            # The fused kernel turns all samples of a batch by the same positions.
+            shared = table is None or table.size(2) == 1
+            if shared and self.can_fuse_norms and self._wants_fused_norms(mixed):
                 norms = {"q": self.q_layernorm, "k": self.k_layernorm, "v": self.v_layernorm}
                 weights = {name: norm.weight for name, norm in norms.items() if norm is not None}
                 return qkv_norm_rope(mixed, heads_per_group, table, weights, self.config.layernorm_epsilon)
@@ -152,12 +154,19 @@ class PHDCoreAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]`` to ``[rows, b, np*hn]``."""
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+        """q ``[rows, b, np, hn]``, k and v ``[rows, b, ng, hn]`` to ``[rows, b, np*hn]``.
+
+        Args:
+            attention_mask: no mask, but where documents begin: ``[b, s]`` int64 on the host
+                (:mod:`phd_megatron.phd.documents`). Megatron-Core hands it through its layers and their recomputation.
+        """
+        if (attention_mask is not None and attention_mask.dim() != 2) or attention_bias is not None:
             raise UserError(
-                "PHD attention takes its mask from KVPolicy alone; attention_mask, attention_bias and packed sequences "
-                "are not supported"
+                "PHD attention takes its mask from KVPolicy and documents alone; give attention_mask as [b, s], where "
+                "the document of each token begins, and no attention_bias"
             )
+        if packed_seq_params is not None:
+            raise UserError("the model turns packed sequences into documents; its layers take them as attention_mask")
         repeat = self.policy.repeat
         query = split_copies(query, repeat, self.ranks)[repeat - self.query_copies :]  # [Kq, s, b, np, hn]
         key = split_copies(key, repeat, self.ranks)  # [K, s, b, ng, hn]
@@ -171,6 +180,7 @@ class PHDCoreAttention(nn.Module):
             backend=self.backend,
             query_copies=self.query_copies,
             context=self.context_parallel,
+            starts=attention_mask,
         )
         if self.c_layernorm is not None:
             context = self.c_layernorm(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,27 @@ class PHDGPTModel(GPTModel):
         if self.decoder.input_tensor is not None and self.config.copies_dropped_at_head and not self.decoder.layers:
             self.decoder.set_input_tensor(last_copy(self.decoder.input_tensor, self.repeat))
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As Megatron-Core's.
+
+        Args:
+            attention_mask: ``[b, s]`` int64 on the host: where the document of each token begins, if documents are kept
+                apart (:mod:`phd_megatron.phd.documents`); None otherwise.
+            packed_seq_params: instead of it, ``cu_seqlens_q`` of the documents of one sample (``b = 1``).
+        """
+        if packed_seq_params is not None:
+            attention_mask = _starts_of(packed_seq_params, input_ids)
+        output: Tensor = super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+        return output
+
     def _preprocess(
         self,
         input_ids: Tensor,
@@ -69,8 +91,8 @@ class PHDGPTModel(GPTModel):
         """Embeds and repeats on the first stage; lays out RoPE for every stage."""
         if inference_context is not None or packed_seq_params is not None or padding_mask is not None:
             raise UserError(
-                "Megatron-Core's inference contexts, packed sequences and padding masks are not supported by the PHD "
-                "model; generate from an export instead (phd-megatron generate)"
+                "Megatron-Core's inference contexts, packed sequences inside its schedules and padding masks are not "
+                "supported by the PHD model; generate from an export instead (phd-megatron generate)"
             )
         if decoder_input is None and self.pre_process:
             embedded = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -80,7 +102,11 @@ class PHDGPTModel(GPTModel):
                 repeat_tokens(embedded, self.repeat) if self.copy_embedding is None else self.copy_embedding(embedded)
             )
         rows: Tensor = decoder_input if decoder_input is not None else self.decoder.input_tensor
-        table = self._rotary_table(rows.size(0), rows.device) if self.decoder.layers else None
+        table = None
+        if self.decoder.layers and self.config.reset_position_ids:
+            table = self._table_of(position_ids.t().to(rows.device))
+        elif self.decoder.layers:
+            table = self._rotary_table(rows.size(0), rows.device)
         return decoder_input, table, None, None, None, None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -109,13 +135,28 @@ class PHDGPTModel(GPTModel):
             length = rows // self.repeat * self.ranks * group.size()
             slices = config.kv_policy.context_parallel_slices(length, group.size(), group.rank())
             tokens = torch.cat([torch.arange(part.start, part.stop, device=device) for part in slices])
-            copies = torch.arange(1, self.repeat + 1, device=device)[:, None]
-            positions = rotary_positions(tokens, copies, self.repeat, config.copy_positions)  # [K, s]
-            angles = positions[:, :, None, None, None] * self.rotary_pos_emb.inv_freq.to(device)
-            angles = join_copies(torch.cat([angles, angles], -1), self.ranks)  # [ranks*K*s_rank, 1, 1, hn]
-            # [2, ranks*K*s_rank, 1, 1, hn/2]
-            self.rotary_pos_emb_cache = {rows: rope_table(angles, config.params_dtype)}
+            self.rotary_pos_emb_cache = {rows: self._table_of(tokens[:, None])}
         return self.rotary_pos_emb_cache[rows]
+
+    def _table_of(self, tokens: Tensor) -> Tensor:
+        """RoPE table ``[2, ranks*K*s_rank, b, 1, hn/2]`` of token positions ``[s, b]``, or of ``[s, 1]`` for any b."""
+        copies = torch.arange(1, self.repeat + 1, device=tokens.device)[:, None, None]
+        positions = rotary_positions(tokens, copies, self.repeat, self.config.copy_positions)  # [K, s, b]
+        angles = positions[..., None, None] * self.rotary_pos_emb.inv_freq.to(tokens.device)
+        angles = join_copies(torch.cat([angles, angles], -1), self.ranks)  # [ranks*K*s_rank, b, 1, hn]
+        return rope_table(angles, self.config.params_dtype)
+
+
+def _starts_of(packed: PackedSeqParams, input_ids: Tensor) -> Tensor:
+    """Where documents begin, of Megatron-Core's description of them."""
+    borders = packed.cu_seqlens_q.tolist()
+    if input_ids.size(0) != 1 or borders[0] != 0 or borders[-1] != input_ids.size(1):
+        raise UserError(
+            f"packed_seq_params with cu_seqlens_q {borders} and input_ids {tuple(input_ids.shape)}: packed sequences "
+            "are one sample, [1, s], whose documents fill it from 0 to s"
+        )
+    lengths = [stop - start for start, stop in pairwise(borders)]
+    return torch.tensor(borders[:-1]).repeat_interleave(torch.tensor(lengths))[None]
 
 
 def _mask_vocabulary_padding(output_layer: nn.Module, true_vocab_size: int) -> None:

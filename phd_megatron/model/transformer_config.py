@@ -28,6 +28,7 @@ class PHDTransformerConfig(TransformerConfig):
 
     kv_policy: KVPolicy = field(default_factory=KVPolicy)
     copy_positions: str = "token"  #: by what RoPE turns the copies of a token (phd.copy_positions)
+    reset_position_ids: bool = False  #: RoPE takes the batch's positions, which count from each document's start
     copy_embedding: str = "none"  #: what is added to copies 2 to K after the embedding
     norm_plan: tuple[BlockNorm, ...] = ()
     embed_norm: bool = False  #: a norm follows the embedding
@@ -168,6 +169,7 @@ def _copies_and_norms(run: RunConfig, keep_copies: bool) -> _Fields:
     return {
         "kv_policy": policy,
         "copy_positions": model.phd_copy_positions,
+        "reset_position_ids": run.data.reset_position_ids,
         "copy_embedding": model.phd_copy_embedding if policy.repeat > 1 else "none",
         "norm_plan": norm_plan(model.norm_scheme, layers),
         "embed_norm": scheme.embed_norm,

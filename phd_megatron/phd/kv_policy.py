@@ -6,8 +6,10 @@ tokens*: their keys and values live only inside a local window. :class:`KVPolicy
 rule. The attention mask, the KV cache, the prefill cone, context-parallel exchange and FLOP counts are all read
 from it; nothing else derives them again.
 
-Positions are 0-based token positions inside a sample, copies are 1-based as in the paper (Eq. 2). The module needs
-torch and the standard library alone, because it also ships inside an exported Hugging Face model.
+Positions are 0-based token positions inside a sample, copies are 1-based as in the paper (Eq. 2). Where documents of a
+sample are kept apart (:mod:`phd_megatron.phd.documents`), each is a sequence of its own: its tokens see nothing of the
+others, and positions, windows and chunks count from its start. The module needs torch and the standard library alone,
+because it also ships inside an exported Hugging Face model.
 """
 
 from __future__ import annotations
@@ -155,11 +157,23 @@ class KVPolicy:
         original = (key_copy == 1) & self.original_visible(query_position, key_position)
         return original | self.hidden_visible(query_position, query_copy, key_position, key_copy)
 
-    def mask(self, length: int, device: torch.device | str | None = None) -> Tensor:
-        """Dense mask ``[K*length, K*length]``, True where the key is visible, copy-major rows and columns."""
-        position = torch.arange(length, device=device).repeat(self.repeat)
-        copy = torch.arange(1, self.repeat + 1, device=device).repeat_interleave(length)
-        return self.visible(position[:, None], copy[:, None], position[None, :], copy[None, :])
+    def mask(self, length: int, device: torch.device | str | None = None, starts: Tensor | None = None) -> Tensor:
+        """Dense mask ``[K*length, K*length]``, True where the key is visible, copy-major rows and columns.
+
+        Args:
+            starts: ``[..., length]``, where the documents of samples begin; the mask then has the same dimensions
+                before its two.
+        """
+        position, copy = torch.arange(length, device=device), torch.arange(1, self.repeat + 1, device=device)
+        copy = copy.repeat_interleave(length)
+        if starts is None:
+            position = position.repeat(self.repeat)
+            return self.visible(position[:, None], copy[:, None], position[None, :], copy[None, :])
+        starts = starts.to(position.device)
+        position = torch.cat([position - starts] * self.repeat, -1)
+        document = torch.cat([starts] * self.repeat, -1)
+        seen = self.visible(position[..., :, None], copy[:, None], position[..., None, :], copy[None, :])
+        return seen & (document[..., :, None] == document[..., None, :])
 
     # ---------------------------------------------------------------- decoding
 
@@ -273,3 +287,8 @@ class KVPolicy:
         hidden_queries = range(max(2, self.repeat - copies + 1), self.repeat + 1)
         own = sum(j - 1 for j in hidden_queries) * positions
         return copies * seen, own + len(hidden_queries) * (self.repeat - 1) * earlier
+
+    def document_pairs(self, lengths: Iterable[int], query_copies: int | None = None) -> tuple[int, int]:
+        """:meth:`pairs` of a sample of documents that are kept apart, of these lengths."""
+        found = [self.pairs(length, query_copies) for length in lengths]
+        return sum(originals for originals, _ in found), sum(hidden for _, hidden in found)

@@ -75,12 +75,14 @@ def forward_step(
 
     With ``return_schedule_plan`` nothing runs yet: a schedule that overlaps micro-batches runs what it gets in pieces.
     """
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    whole = dict(next(batches))
+    starts = whole.pop("document_starts", None)  # stays on the host, which says how attention is cut
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()}
     run: Callable[..., Tensor] = model.build_schedule_plan if return_schedule_plan else model  # type: ignore[assignment]
     output = run(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
-        attention_mask=None,
+        attention_mask=starts,
         labels=batch["labels"],
     )
     return output, partial(summed_loss_by_copy if by_copy else summed_loss, loss_mask=batch["loss_mask"])
