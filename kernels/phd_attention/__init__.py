@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
+from phd_megatron.phd.documents import document_lengths
 from phd_megatron.phd.kv_policy import KVPolicy
 
 from .backends import AUTOMATIC, BACKENDS, load
+from .by_document import attend_documents
 from .causal import causal_kernel
-from .documents import attend_documents
 from .exchange import COMM_TYPES, ContextParallel
 
 __all__ = [
@@ -77,7 +78,8 @@ def phd_attention(
     name = _choose(query.device.type, query.device.index, query.dtype, query.size(-1), backend)[0]
     if context is None or context.size == 1:
         if starts is not None:
-            return attend_documents(BACKENDS[name], query, key, value, policy, starts, scale)
+            lengths = [document_lengths(sample) for sample in starts]
+            return attend_documents(BACKENDS[name].__call__, query, key, value, policy, lengths, scale)
         return BACKENDS[name](query, key, value, policy, scale=scale)
     if starts is not None:
         raise UserError(

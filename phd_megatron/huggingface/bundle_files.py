@@ -7,7 +7,7 @@ from pathlib import Path
 
 import phd_megatron.kernels
 
-_ATTENTION = ("reference.py", "sdpa.py", "causal.py", "local.py", "folding.py")
+_ATTENTION = ("reference.py", "sdpa.py", "causal.py", "local.py", "folding.py", "by_document.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -27,6 +27,7 @@ def bundle_files() -> dict[str, Path]:
         **own,
         "kv_policy.py": _PACKAGE / "phd" / "kv_policy.py",
         "copy_positions.py": _PACKAGE / "phd" / "copy_positions.py",
+        "documents.py": _PACKAGE / "phd" / "documents.py",
         "norm_schemes.py": _PACKAGE / "norm" / "schemes.py",
         **{name: _kernel(f"phd_attention/{name}") for name in _ATTENTION},
     }

@@ -12,6 +12,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.evaluation import Evaluation, EvaluationProgress, evaluation_dataset
 from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.tokenizers import Tokenizer
+from phd_megatron.phd.documents import positions_in_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,10 @@ def evaluate_model(
     try:
         for number, batch in enumerate(stream.microbatches(0, len(dataset) // size), 1):
             tokens, labels, mask = (batch[name].to(model.device) for name in ("tokens", "labels", "loss_mask"))
-            logits = model(tokens, use_cache=False).logits.float()
+            documents = {}
+            if (starts := batch.get("document_starts")) is not None:  # kept apart, as transformers' own models do
+                documents["position_ids"] = positions_in_documents(starts).to(model.device)
+            logits = model(tokens, use_cache=False, **documents).logits.float()
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
             total += torch.stack([(losses * mask.flatten()).sum(), mask.sum()]).double().cpu()
             progress.advance(number * size, total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from phd_megatron.model.copy_embedding import CopyEmbedding
 from phd_megatron.model.layer_modules import wide_norm
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens, split_copies
 from phd_megatron.phd.copy_positions import rotary_positions
+from phd_megatron.phd.documents import starts_of_borders
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import BaseInferenceContext
@@ -155,8 +155,7 @@ def _starts_of(packed: PackedSeqParams, input_ids: Tensor) -> Tensor:
             f"packed_seq_params with cu_seqlens_q {borders} and input_ids {tuple(input_ids.shape)}: packed sequences "
             "are one sample, [1, s], whose documents fill it from 0 to s"
         )
-    lengths = [stop - start for start, stop in pairwise(borders)]
-    return torch.tensor(borders[:-1]).repeat_interleave(torch.tensor(lengths))[None]
+    return starts_of_borders(borders)[None]
 
 
 def _mask_vocabulary_padding(output_layer: nn.Module, true_vocab_size: int) -> None:

@@ -7,6 +7,7 @@ it stays on the host. Needs torch alone, since it also ships inside an exported 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -17,19 +18,19 @@ def starts_of_tokens(tokens: Tensor, end: int) -> Tensor:
     """``starts`` ``[..., s]`` int64 of ``tokens [..., s]``: a document ends with its token ``end``, as in Megatron."""
     first = torch.zeros_like(tokens, dtype=torch.bool)
     first[..., 1:] = tokens[..., :-1] == end
-    return _starts(first)
+    return starts_of_first(first)
 
 
-def starts_of_positions(positions: Tensor) -> Tensor:
-    """The same of positions ``[..., s]`` that begin again at 0 with every document."""
-    first = positions == 0
-    first[..., 0] = True  # a document that began before the sample
-    return _starts(first)
-
-
-def _starts(first: Tensor) -> Tensor:
+def starts_of_first(first: Tensor) -> Tensor:
+    """The same of bool ``[..., s]``: whether a token is the first of its document. A sample's first token always is."""
     places = torch.arange(first.size(-1), device=first.device).expand(first.shape)
     return torch.where(first, places, 0).cummax(-1).values
+
+
+def starts_of_borders(borders: Sequence[int]) -> Tensor:
+    """The same ``[s]`` of the borders between the documents of one sample, from 0 to s."""
+    lengths = [stop - start for start, stop in pairwise(borders)]
+    return torch.tensor(borders[:-1]).repeat_interleave(torch.tensor(lengths))
 
 
 def positions_in_documents(starts: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def test_half_precision_and_refusals(make_model):
     with pytest.raises(ValueError, match="attention_mask has shape"):
         model(tokens, attention_mask=torch.ones(2, 8))
     with pytest.raises(ValueError, match="count up by one"):
-        model(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 3, 7, 8, 9, 10, 11]]))
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="no tokens"):

@@ -83,7 +83,7 @@ def test_layout_gives_the_numbers_of_one_rank(
 
 
 def test_the_cases_differ(parity: tuple[dict[tuple[str, str], Row], Path], sentences: Path) -> None:
-    """From each other, but for where positions begin, which RoPE cannot tell; and from documents that see each other."""
+    """From each other, but for where positions begin, which RoPE cannot tell."""
     losses = {name: read_metrics(parity[1] / name / SINGLE.name / METRICS)[1]["lm_loss"] for name in MODELS}
     together = losses.pop("pre-k2-positions-of-the-sample")
     assert together == pytest.approx(losses["pre-k2-cswa"], rel=1e-6)

@@ -12,7 +12,7 @@ from phd_megatron.kernels.triton_support import triton_problem
 from phd_megatron.phd.documents import (
     document_lengths,
     positions_in_documents,
-    starts_of_positions,
+    starts_of_first,
     starts_of_tokens,
 )
 from phd_megatron.phd.kv_policy import KVPolicy
@@ -53,8 +53,8 @@ def test_where_documents_begin() -> None:
     assert starts.tolist() == [[0, 0, 2, 2, 2, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
     positions = positions_in_documents(starts)
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
-    assert torch.equal(starts_of_positions(positions), starts)
-    assert starts_of_positions(torch.tensor([4, 5, 0, 1])).tolist() == [0, 0, 2, 2]  # cut off at the sample's start
+    assert torch.equal(starts_of_first(positions == 0), starts)
+    assert starts_of_first(torch.tensor([False, False, True, False])).tolist() == [0, 0, 2, 2]
     assert [document_lengths(row) for row in starts] == [[2, 3, 1, 1], [1, 6]]
 
 

@@ -14,6 +14,7 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.data.blend import SplitPlan, check_split, parse_blend, parse_split
 from phd_megatron.data.datasets import build_datasets, check_data, resolve_tokenizer
 from phd_megatron.data.indexed import check_indexed
+from phd_megatron.data.loader import SampleStream
 from phd_megatron.data.preprocess import prepare
 from phd_megatron.data.tokenizers import ByteTokenizer
 from phd_megatron.errors import UserError
@@ -98,6 +99,27 @@ def test_eod_mask_loss(data):
     for i in range(20):
         expected = [0.0 if token == 256 else 1.0 for token in train[i]["tokens"].tolist()]
         assert train[i]["loss_mask"].tolist() == expected
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_documents_of_a_sample(data, restart):
+    """Each token's document begins after the last end of a document before it, and positions count from there."""
+    run = make_run(data / "a", reset_attention_mask=True, reset_position_ids=restart)
+    train, valid, _ = build_datasets(run, ByteTokenizer(), (20, 4, 0))
+    borders = 0
+    for dataset in (train, valid):
+        for sample in (dataset[i] for i in range(len(dataset))):
+            start, expected = 0, []
+            for place, token in enumerate(sample["tokens"].tolist()):
+                expected.append(start)
+                start = place + 1 if token == 256 else start
+            assert sample["document_starts"].tolist() == expected
+            places = [place - start * restart for place, start in enumerate(expected)]
+            assert sample["position_ids"].tolist() == places
+            borders += len(set(expected)) - 1
+    assert borders > 10
+    stream = SampleStream(train, 2)
+    assert next(stream.microbatches(0, 1))["document_starts"].shape == (2, SEQ)
 
 
 def test_splits_do_not_overlap_and_unwanted_ones_are_absent(data):
@@ -397,8 +419,6 @@ def test_tokenizer_files_of_other_content_are_noted(data, caplog):
         ({"data_path": ["0", "x"]}, "no positive number"),
         ({"data_path": ["x", "0.5", "y"]}, "WEIGHT PREFIX"),
         ({"train_data_path": ["x"]}, "both given"),
-        ({"reset_attention_mask": True}, "reset_attention_mask"),
-        ({"reset_position_ids": True}, "reset_position_ids"),
         ({"data_horizon_samples": 0}, "--data-horizon-samples 0"),
     ],
 )

@@ -23,7 +23,7 @@ from .cache_phd import PHDCache
 from .configuration_phd import PHDConfig
 from .feed_forward_phd import PHDMLP, PHDExperts, PHDRouter
 from .norm_schemes import BlockNorm, SublayerNorm, norm_plan, norm_scheme
-from .rows_phd import LayerRows, StepRows, kept_slots
+from .rows_phd import LayerRows, StepRows, kept_slots, packed_documents
 
 # transformers 5.24 calls the cache `cache`, in arguments and outputs; earlier versions, `past_key_values`.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -237,6 +237,7 @@ class PHDModel(PHDPreTrainedModel):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: PHDCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the decoder over ``n`` new tokens of ``b`` sequences.
@@ -244,7 +245,9 @@ class PHDModel(PHDPreTrainedModel):
         Args:
             input_ids: [b, n]; or ``inputs_embeds`` [b, n, h].
             attention_mask: [b, p + n], 0 for padding on either side, ``p`` being the cached slots.
-            position_ids: [b, n]; default from the mask and the cache. They must count up by one in each sequence.
+            position_ids: [b, n]; default from the mask and the cache. They count up by one in each sequence; or,
+                without a cache, begin again at 0 with each document of a row, and no document sees another.
+            cu_seq_lens_q: borders of the documents of one row, from 0 to n, instead of position ids that begin again.
             past_key_values, cache: a :class:`PHDCache` to continue, by the name of either generation of transformers.
             output_hidden_states: also return the last copy's states before each layer and after the final norm.
             logits_to_keep: as in :class:`PHDForCausalLM`; the rows before the first wanted slot are not computed.
@@ -270,9 +273,12 @@ class PHDModel(PHDPreTrainedModel):
                 f"the cache is a {type(cache).__name__}, which has no place for hidden copies; "
                 "leave it out or pass PHDCache(model.config), which model.make_cache() builds"
             )
-        if use_cache and cache is None:
-            cache = PHDCache(config)
         hidden = self.embed_norm(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        documents = None
+        if cache is None or not cache.get_seq_length():
+            documents = packed_documents(attention_mask, position_ids, cu_seq_lens_q, (hidden.size(0), hidden.size(1)))
+        if use_cache and cache is None and documents is None:
+            cache = PHDCache(config)
         step = StepRows.plan(
             config.kv_policy(),
             config.num_hidden_layers,
@@ -281,6 +287,7 @@ class PHDModel(PHDPreTrainedModel):
             position_ids,
             cache,
             0 if output_hidden_states else logits_to_keep,
+            documents,
         )
         hidden = step.first_rows(hidden) if self.copy_embedding is None else self.copy_embedding(step, hidden)
         states = []
@@ -358,6 +365,7 @@ class PHDForCausalLM(PHDPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
+            cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
         )
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None  # the decoder refused it otherwise

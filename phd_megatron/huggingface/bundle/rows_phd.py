@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .by_document import attend_documents
 from .cache_phd import CacheStep, PHDCache, Shared
 from .copy_positions import rotary_positions
+from .documents import document_lengths, positions_in_documents, starts_of_borders, starts_of_first
 from .kv_policy import KVPolicy
 from .reference import reference_attention
 from .sdpa import sdpa_attention
 
 _NOT_COUNTED = (
-    "position_ids do not count up by one in each sequence (several documents in one row?); "
-    "put each document in its own row, with padding"
+    "position_ids neither count up by one in each sequence nor begin again at 0 with each of its documents; "
+    "leave them out, or count each document from 0"
 )
+_NO_CACHE = "several documents in one row cannot be continued; pass use_cache=False, or each document in its own row"
 
 
 def kept_slots(hidden: Tensor, logits_to_keep: int | Tensor, new: int) -> Tensor:
@@ -47,6 +50,44 @@ def first_wanted(logits_to_keep: int | Tensor, new: int) -> int:
         wanted = logits_to_keep.any(0).nonzero()
         return int(wanted[0]) if len(wanted) else new - 1
     return int((logits_to_keep % new).min()) if logits_to_keep.numel() else new - 1
+
+
+def packed_documents(
+    attention_mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, shape: tuple[int, int]
+) -> Tensor | None:
+    """``[b, n]``: where the document of each token begins, of rows with several documents; None of others.
+
+    Args:
+        position_ids: ``[b or 1, n]``, which begin again at 0 with each document.
+        cu_seq_lens: borders of the documents of one row, from 0 to n, as FlashAttention's functions take them.
+
+    Raises:
+        ValueError: the two do not agree, or padding lies before a token.
+    """
+    batch, new = shape
+    if torch.compiler.is_compiling() or new == 1:
+        return None  # graphs are made for one document, and a step over a cache is one token
+    present = torch.ones(batch, new, dtype=torch.bool)
+    if attention_mask is not None and attention_mask.shape == present.shape:  # another one is refused later
+        present = attention_mask.bool().cpu()
+    starts = None
+    if cu_seq_lens is not None:
+        borders = cu_seq_lens.tolist()
+        if batch != 1 or borders[0] != 0 or borders[-1] != new or sorted(borders) != borders:
+            raise ValueError(f"cu_seq_lens {borders} of {batch} x {new} tokens: they are borders of a row, from 0 to n")
+        starts = starts_of_borders(borders)[None]
+    elif position_ids is not None:
+        positions = position_ids.cpu().expand(batch, new)
+        first = positions == 0
+        first[:, 1:] &= present[:, 1:] & present[:, :-1]  # a token after padding is the first of its row
+        starts = starts_of_first(first)
+        if bool(((positions != positions_in_documents(starts)) & present)[starts > 0].any()):
+            raise ValueError(_NOT_COUNTED)
+    if starts is None or not bool((starts > 0).any()):
+        return None
+    if bool((present[:, 1:] & ~present[:, :-1]).any()):
+        raise ValueError("padding lies before tokens of packed documents; put it at the end of the row")
+    return starts
 
 
 def token_positions(
@@ -99,6 +140,7 @@ class StepRows(Shared):
     hidden_positions: Tensor  # [b or 1, r], r = 0 of an empty cache
     aligned: bool  # nothing cached, and padding on the right at most: slots are positions
     cache_step: CacheStep | None
+    documents: list[list[int]] | None = None  # lengths of several in a row, each a sequence of its own
 
     # Whoever has a faster attention for steps of one token over a cache puts it here, see LayerRows.attend.
     decode: ClassVar[Callable[..., Tensor] | None] = None
@@ -113,11 +155,21 @@ class StepRows(Shared):
         position_ids: Tensor | None,
         cache: PHDCache | None,
         logits_to_keep: int | Tensor,
+        document_starts: Tensor | None = None,
     ) -> StepRows:
-        """Plan the pass for embeddings ``hidden`` [b, n, h]."""
+        """Plan the pass for embeddings ``hidden`` [b, n, h]; ``document_starts`` as :func:`packed_documents`'."""
         batch, new = hidden.shape[:2]
         if new == 0:
             raise ValueError("the input has no tokens; pass at least one (a beginning-of-text token, for instance)")
+        if document_starts is not None:
+            if cache is not None:
+                raise ValueError(_NO_CACHE)
+            positions = positions_in_documents(document_starts).to(hidden.device)
+            lengths = [document_lengths(row) for row in document_starts]
+            nothing = positions[:, :0]
+            return cls(
+                policy, num_layers, new, 0, [0] * (num_layers + 1), positions, nothing, nothing, True, None, lengths
+            )
         if cache is not None:
             cache.check_batch(batch)
         positions = token_positions(new, hidden.device, attention_mask, position_ids, cache)
@@ -285,7 +337,11 @@ class LayerRows:
         """
         parts = [part.unflatten(1, (-1, self.step.new)).permute(1, 2, 0, 3, 4) for part in (query, key, value)]
         attention = reference_attention if reference else sdpa_attention
-        return attention(*parts, self.step.policy).permute(2, 0, 1, 3, 4).flatten(1, 2)
+        if self.step.documents is not None:
+            context = attend_documents(attention, *parts, self.step.policy, self.step.documents)
+        else:
+            context = attention(*parts, self.step.policy)
+        return context.permute(2, 0, 1, 3, 4).flatten(1, 2)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
