@@ -79,12 +79,12 @@ def _add_data_flags(parser: Parser) -> None:
     parser.add_argument("--num-samples", type=int, metavar="N", help="the first N samples (default: one pass)")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of a sample (default: as in training)")
     parser.add_argument("--micro-batch-size", type=int, metavar="N", help="samples at once (default: as in training)")
-    parser.add_argument(
-        "--eod-mask-loss",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="no loss on end-of-document tokens (default: as in training)",
-    )
+    for flag, help_text in (
+        ("--eod-mask-loss", "no loss on end-of-document tokens (default: as in training)"),
+        ("--reset-attention-mask", "no attention across documents (default: as in training)"),
+        ("--reset-position-ids", "positions restart with each document (default: as in training)"),
+    ):
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
 
 
 def run(argv: list[str]) -> int:
@@ -266,8 +266,9 @@ def _choose_data(source: Path, config: RunConfig, args: argparse.Namespace) -> s
         config.model.max_position_embeddings, config.model.seq_length = longest, args.seq_length
     if args.micro_batch_size is not None:
         config.training.micro_batch_size = args.micro_batch_size
-    if args.eod_mask_loss is not None:
-        data.eod_mask_loss = args.eod_mask_loss
+    for name in ("eod_mask_loss", "reset_attention_mask", "reset_position_ids"):
+        if (value := getattr(args, name)) is not None:
+            setattr(data, name, value)
     subset: str = args.subset or ("train" if is_whole else "valid")
     if not args.data_path:
         require_files(source, config, subset)

@@ -27,8 +27,11 @@ _FIELDS = (
     "valid_data_path",
     "test_data_path",
     "eod_mask_loss",
+    "reset_attention_mask",
+    "reset_position_ids",
     "seq_length",
 )
+_ADDED = ("reset_attention_mask", "reset_position_ids")  # records of older exports do not have them
 _LARGEST = 1 << 20  # bytes of a record
 
 
@@ -82,6 +85,8 @@ class TrainingData:
 
     @classmethod
     def _checked(cls, content: Plain) -> TrainingData:
+        if isinstance(content, dict):
+            content = {**{name: fields()[name].default for name in _ADDED}, **content}
         if not isinstance(content, dict) or content.keys() != {*_FIELDS, "files"}:
             raise ValueError(f"it must hold {', '.join(_FIELDS)} and files, and nothing else")
         values = {name: check_value(name, content[name], fields()[name].annotation, RECORD) for name in _FIELDS}

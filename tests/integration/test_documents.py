@@ -88,3 +88,33 @@ def test_the_cases_differ(parity: tuple[dict[tuple[str, str], Row], Path], sente
     together = losses.pop("pre-k2-positions-of-the-sample")
     assert together == pytest.approx(losses["pre-k2-cswa"], rel=1e-6)
     assert len({f"{loss:.6f}" for loss in losses.values()}) == len(losses)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", ["pre-k1-swa", "hybrid_star-k3-cswa"], ids=["a model of transformers' own", "ours"])
+def test_an_export_is_evaluated_as_its_checkpoint(sentences: Path, tmp_path: Path, model: str) -> None:
+    """With documents kept apart as in training, and, asked for, without."""
+    options = {**TINY_MODEL, "data-path": str(sentences), "lr": 1e-2, "device": "cpu", "split": "80,20,0"}
+    options |= {
+        "micro-batch-size": 2,
+        "train-iters": 4,
+        "eval-iters": 0,
+        "save": str(tmp_path / "run"),
+        **MODELS[model],
+    }
+    commands = [
+        ["pretrain", *flags(options)],
+        ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "hf")],
+    ]
+    for place in ("run", "hf"):
+        for kind, more in (("apart", []), ("together", ["--no-reset-attention-mask", "--no-reset-position-ids"])):
+            target = str(tmp_path / f"{place}-{kind}.json")
+            words = ["--checkpoint", str(tmp_path / place), "--device", "cpu", "--num-samples", "9", "--json", target]
+            commands.append(["evaluate", *words, *more])
+    for words in commands:
+        done = run_program(*words)
+        assert done.returncode == 0, done.stdout
+    found = {path.stem: json.loads(path.read_text())["loss"] for path in tmp_path.glob("*.json")}
+    assert found["hf-apart"] == pytest.approx(found["run-apart"], rel=2e-6)
+    assert found["hf-together"] == pytest.approx(found["run-together"], rel=2e-6)
+    assert abs(found["run-apart"] - found["run-together"]) > 1e-4
