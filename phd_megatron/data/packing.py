@@ -1,8 +1,8 @@
 """Which documents go into one sample: best-fit decreasing, so that a document is cut only where it must be.
 
-As in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830): documents longer than a sample are cut into whole
-samples and a rest; rests and other documents are taken from the longest to the shortest, each into the fullest sample
-that still has room for it.
+As in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830): documents longer than a sample are cut into
+whole samples and a rest; rests and other documents are taken from the longest to the shortest, each into the fullest
+sample that still has room for it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def best_fit(lengths: np.ndarray, room: int, overlap: int = 1) -> Packing:
 
 
 def _pieces(lengths: np.ndarray, room: int, overlap: int) -> np.ndarray:
-    """``[P, 3]``: documents cut into pieces of at most ``room`` tokens; empty ones, and rests of no target, have none."""
+    """``[P, 3]``: documents cut into pieces of at most ``room`` tokens; what has no target has no piece."""
     step = room - overlap
     # A document of n tokens needs pieces until one reaches its end.
     counts = np.where(lengths > overlap, 1 + np.maximum(0, -(-(lengths - room) // step)), 0)
