@@ -25,6 +25,7 @@ from phd_megatron.phd.kv_policy import KVPolicy
 
 from .backends import AUTOMATIC, BACKENDS, load
 from .by_document import attend_documents
+from .by_document_context_parallel import attend_documents_over_ranks
 from .causal import causal_kernel
 from .exchange import COMM_TYPES, ContextParallel
 
@@ -65,7 +66,8 @@ def phd_attention(
         context: the ranks that share the sequence, where there are several. ``s`` is this rank's part then: the two
             slices of ``policy.context_parallel_slices``, one after the other.
         starts: ``[b, s]`` on the host, where the document of each token begins (:mod:`phd_megatron.phd.documents`): it
-            sees nothing of others. None is one document, whatever lies in the sequence.
+            sees nothing of others. None is one document, whatever lies in the sequence. With ``context`` this rank's
+            tokens', and positions in the whole sequence.
 
     Returns:
         ``[Kq, s, b, heads, d]``.
@@ -81,18 +83,16 @@ def phd_attention(
             lengths = [document_lengths(sample) for sample in starts]
             return attend_documents(BACKENDS[name].__call__, query, key, value, policy, lengths, scale)
         return BACKENDS[name](query, key, value, policy, scale=scale)
-    if starts is not None:
-        raise UserError(
-            f"documents are kept apart (reset_attention_mask), and context_parallel_size={context.size} cuts the "
-            "sequence without regard to them; use context_parallel_size 1"
-        )
-    path = BACKENDS[name].context_parallel
-    if path is None:
+    row = BACKENDS[name]
+    if row.context_parallel is None or row.tail is None:
         able = ", ".join(other for other, entry in BACKENDS.items() if entry.context_parallel)
         raise UserError(
             f"phd_attention_backend={name!r} has no form for context_parallel_size={context.size}; use one of {able}"
         )
-    return load(path)(query, key, value, policy, context, scale=scale)
+    if starts is None:
+        return load(row.context_parallel)(query, key, value, policy, context, scale=scale)
+    whole = row.__call__
+    return attend_documents_over_ranks(whole, load(row.tail), query, key, value, policy, starts, context, scale)
 
 
 def choose_backend(

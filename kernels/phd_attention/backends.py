@@ -25,6 +25,7 @@ class Backend(NamedTuple):
         about: in a few words.
         attend: ``module:function`` over whole sequences, imported when it is first called.
         context_parallel: the same over ranks, or None.
+        tail: the last tokens of a document over all of it, which it takes where documents are kept apart over ranks.
         problem: ``(device, dtype, head_dim)`` to the reason why it cannot run there, or None.
         vendor_kernel: part (a) is whatever operator :func:`.causal.causal_kernel` finds.
         triton: it has Triton kernels of its own, which are interpreted where there is no GPU.
@@ -37,6 +38,7 @@ class Backend(NamedTuple):
     about: str
     attend: str
     context_parallel: str | None
+    tail: str | None
     problem: Callable[[torch.device, torch.dtype, int], str | None]
     vendor_kernel: bool = False
     triton: bool = False
@@ -82,6 +84,7 @@ BACKENDS = {
         about="dense mask, exact and slow",
         attend="reference:reference_attention",
         context_parallel="reference_context_parallel:reference_context_parallel",
+        tail="reference_context_parallel:reference_tail",
         problem=_anywhere,
         dense_mask=True,
     ),
@@ -89,6 +92,7 @@ BACKENDS = {
         about="the vendor's causal kernel and a local part in torch",
         attend="sdpa:sdpa_attention",
         context_parallel="sdpa_context_parallel:sdpa_context_parallel",
+        tail="sdpa_tail:sdpa_tail",
         problem=_anywhere,
         vendor_kernel=True,
     ),
@@ -96,6 +100,7 @@ BACKENDS = {
         about="FlexAttention with a block mask",
         attend="flex:flex_attention",
         context_parallel=None,
+        tail=None,
         problem=_flex,
         variants=({"token_major": True}, {"flash": True}),
     ),
@@ -103,6 +108,7 @@ BACKENDS = {
         about="one fused kernel",
         attend="triton:triton_attention",
         context_parallel="triton_context_parallel:triton_context_parallel",
+        tail="triton_context_parallel:triton_tail",
         problem=_triton,
         triton=True,
         fused_norms=True,
@@ -112,6 +118,7 @@ BACKENDS = {
         about="the vendor's causal kernel for each copy, and one Triton kernel for the hidden window and the merge",
         attend="sdpa_triton:sdpa_triton_attention",
         context_parallel="sdpa_triton_context_parallel:sdpa_triton_context_parallel",
+        tail="sdpa_triton_context_parallel:sdpa_triton_tail",
         problem=_triton,
         vendor_kernel=True,
         triton=True,

@@ -87,7 +87,7 @@ class TorchWindow(NamedTuple):
 
     def merge(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
         found, total, top = local_forward(query, key, value, self._plan(query), self.scale)
-        _merge(out, lse, found / total, (total.log() + top).squeeze(-1))
+        merge(out, lse, found / total, (total.log() + top).squeeze(-1))
 
     def gradients(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, query_grad: Tensor
@@ -166,7 +166,7 @@ class _ContextParallelAttention(torch.autograd.Function):
             late, both = q[:, :, first:].contiguous(), _block_keys(kv, stop)
             found, found_lse, block = Block.run(late, both, scale, causal=False)
             blocks.append(block)
-            _merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
+            merge(out[:, :, first:], lse[:, :, first:], found, found_lse)
         result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
         ctx.save_for_backward(q, own, result, lse, hidden, *(near or ()))
         ctx.shape, ctx.blocks, ctx.context, ctx.scale, ctx.window = shape, blocks, context, scale, window
@@ -250,7 +250,7 @@ def _block_gradients(found: list[Tensor], kv: Tensor, stop: int) -> Tensor:
     return pad(both.permute(2, 0, 1, 3, 4), [0, 0, 0, kv.size(3) - stop])
 
 
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     """Make ``out [..., d]`` and ``lse [...]`` those of the union with a further set of keys, in place."""
     merged = torch.logaddexp(lse, more_lse)
     out.mul_((lse - merged).exp().unsqueeze(-1)).addcmul_(

@@ -11,6 +11,7 @@ from phd_megatron.phd.kv_policy import KVPolicy
 
 from .exchange import ContextParallel
 from .sdpa_context_parallel import attend_over_ranks
+from .sdpa_tail import attend_tail
 from .window import Window
 
 
@@ -26,6 +27,13 @@ def sdpa_triton_context_parallel(
     """This rank's queries over the whole sequence. Shapes and errors as :func:`sdpa_context_parallel`'s."""
     return attend_over_ranks(query, key, value, policy, context, scale, TritonWindow)
 
+
+
+def sdpa_triton_tail(
+    query: Tensor, originals: Tensor, hidden: Tensor, policy: KVPolicy, *, scale: float | None = None
+) -> Tensor:
+    """The last tokens of a document over all of it. Shapes as :func:`.reference_context_parallel.reference_tail`'s."""
+    return attend_tail(query, originals, hidden, policy, scale, TritonWindow)
 
 class TritonWindow(NamedTuple):
     """:class:`.sdpa_context_parallel.SliceWindow` in Triton."""

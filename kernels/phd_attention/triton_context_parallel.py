@@ -16,7 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from phd_megatron.phd.kv_policy import Halo, KVPolicy
 
-from .exchange import ContextParallel, HaloGradients, HaloKeys, OriginalGradients, Originals
+from .exchange import ContextParallel, HaloGradients, HaloKeys, Originals
+from .fetch import in_order, send_home
 from .folding import unit_stride
 from .triton import Keys, Problem, Rows, launch_backward, launch_forward
 
@@ -67,7 +68,7 @@ class _TritonRanks(torch.autograd.Function):
         query = unit_stride(query)
         rows = Rows(len(slices[0]), tuple(part.start for part in slices), widths)
         problem = Problem.of(query, key.size(3), policy, rows, scale)
-        keys = _keys(_in_order(originals.everything()), hidden)
+        keys = _keys(in_order(originals.everything()), hidden)
         out, lse = launch_forward(query, keys, problem)
         ctx.save_for_backward(query, own, hidden, out, lse)
         ctx.problem, ctx.context, ctx.halos = problem, context, halos
@@ -79,11 +80,10 @@ class _TritonRanks(torch.autograd.Function):
         query, own, hidden, out, lse = ctx.saved_tensors
         problem = ctx.problem
         context, repeat, half = ctx.context, problem.policy.repeat, problem.rows.length
-        everything = _in_order(Originals(own, context).everything())
+        everything = in_order(Originals(own, context).everything())
         grads = torch.empty_like(everything), torch.empty_like(hidden)
         into = _keys(*grads)
         query_grad = launch_backward(grad, query, _keys(everything, hidden), out, lse, into, problem)
-        by_rank, homeward = _by_rank(grads[0], context.size), OriginalGradients(context)
         both = own.new_empty(2, repeat, *own.shape[1:])
         if repeat > 1:
             first, second = problem.rows.halos
@@ -91,12 +91,45 @@ class _TritonRanks(torch.autograd.Function):
             found = torch.cat([parts[1], parts[3]], 1).unsqueeze(1)  # [2, 1, s_rank, K - 1, b, g, d]
             HaloGradients([parts[0].unsqueeze(1), parts[2].unsqueeze(1)], ctx.halos, context).add_to(found)
             both[:, 1:] = found.squeeze(1).transpose(1, 2)
-        for step in range(1, context.size):  # the order of a ring
-            source = (context.rank - step) % context.size
-            homeward.add(range(source, source + 1), by_rank[source : source + 1])
-        both[:, 0] = homeward.total(by_rank[context.rank].contiguous())
+        both[:, 0] = send_home(grads[0], context)
         return query_grad, both[0], both[1], None, None, None
 
+
+
+def triton_tail(
+    query: Tensor, originals: Tensor, hidden: Tensor, policy: KVPolicy, *, scale: float | None = None
+) -> Tensor:
+    """The last tokens of a document over all of it. Shapes as :func:`.reference_context_parallel.reference_tail`'s."""
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    return _TritonTail.apply(query, originals, hidden, policy, scale)
+
+
+class _TritonTail(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Saved, query: Tensor, originals: Tensor, hidden: Tensor, policy: KVPolicy, scale: float
+    ) -> Tensor:
+        query, rows = unit_stride(query), query.size(1)
+        originals, hidden = originals.contiguous(), hidden.contiguous()
+        place = Rows(rows, (originals.size(1) - rows,), (hidden.size(1) - rows,))
+        problem = Problem.of(query, originals.size(3), policy, place, scale)
+        out, lse = launch_forward(query, _keys_of(originals, hidden), problem)
+        ctx.save_for_backward(query, originals, hidden, out, lse)
+        ctx.problem = problem
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, originals, hidden, out, lse = ctx.saved_tensors
+        grads = torch.empty_like(originals), torch.empty_like(hidden)
+        keys, into = _keys_of(originals, hidden), _keys_of(*grads)
+        return launch_backward(grad, query, keys, out, lse, into, ctx.problem), *grads, None, None
+
+
+def _keys_of(originals: Tensor, hidden: Tensor) -> Keys:
+    """With one copy the hidden ones are never read, and originals stand for them."""
+    return _keys(originals, hidden if hidden.size(2) else originals[:, :, None])
 
 def _keys(originals: Tensor, hidden: Tensor) -> Keys:
     """Originals ``[2, s, b, g, d]`` and hidden ``[2, rows, K - 1, b, g, d]`` as the kernels take them."""
@@ -110,14 +143,3 @@ def _with_halos(local: Tensor, near: list[Tensor]) -> tuple[Tensor, tuple[int, .
     early, late = local.chunk(2, 1)
     return torch.cat([near[0], early, near[1], late], 1), tuple(x.size(1) for x in near)
 
-
-def _in_order(by_rank: Tensor) -> Tensor:
-    """``[size, 2, s_rank, ...]`` of ranks that hold zigzag slices to ``[2, s, ...]`` in the order of the sequence."""
-    early, late = by_rank.chunk(2, 2)
-    return torch.cat([early, late.flip(0)]).transpose(0, 1).flatten(1, 2)
-
-
-def _by_rank(in_order: Tensor, size: int) -> Tensor:
-    """Inverse of :func:`_in_order`."""
-    slices = in_order.unflatten(1, (2 * size, -1)).transpose(0, 1)  # [2 * size, 2, s_rank / 2, ...]
-    return torch.cat([slices[:size], slices[size:].flip(0)], 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from phd_megatron.config.architecture import head_dim
+from phd_megatron.config.architecture import head_dim, kv_policy
 from phd_megatron.config.catalog import ALTERNATIVES, fields, nearest
 from phd_megatron.config.cuda_graph import graph_problems, is_graphed
 from phd_megatron.config.deepspeed import deepspeed_problems
@@ -121,10 +121,12 @@ def _documents(config: RunConfig) -> Iterator[str]:
         )
     if not data.reset_attention_mask:
         return
-    if (size := config.parallel.context_parallel_size) > 1:
+    slices = 2 * config.parallel.context_parallel_size
+    if slices > 2 and (seen := kv_policy(model).document_halo) > model.seq_length // slices:
         yield (
-            f"reset_attention_mask=True with context_parallel_size={size}: ranks exchange keys without regard to "
-            "documents yet; use context_parallel_size 1, or leave it out"
+            f"reset_attention_mask=True: hidden keys are seen {seen} positions back in a document, further than one "
+            f"of {slices} context-parallel slices of {model.seq_length} tokens; use a phd_window or phd_chunk of at "
+            f"most {model.seq_length // slices + 1}, or a smaller context_parallel_size"
         )
     if model.phd_attention_backend == "flex":
         yield (

@@ -47,17 +47,20 @@ class ContextParallelTraffic(NamedTuple):
 
     An entry is the key and the value of one position and copy: ``2 * groups * head_dim`` numbers. The forward sends
     ``originals + halo_sent``. The backward fetches the originals again, which were not kept, and sends all gradients
-    to the ranks that the keys came from: ``2 * originals + halo_returned``.
+    to the ranks that the keys came from: ``2 * originals + halo_returned``. Where documents are kept apart, what is seen
+    of them was kept, and only gradients are sent.
 
     Attributes:
         originals: ``(size - 1) * length / size``, the same for every K.
         halo_sent: hidden entries that slices on other ranks see.
         halo_returned: hidden entries of other ranks that this rank sees, whose gradients go back.
+        kept: whether the backward has what it needs of other ranks' originals.
     """
 
     originals: int
     halo_sent: int
     halo_returned: int
+    kept: bool = False
 
     @property
     def forward(self) -> int:
@@ -67,7 +70,7 @@ class ContextParallelTraffic(NamedTuple):
     @property
     def backward(self) -> int:
         """Entries sent in a backward pass."""
-        return 2 * self.originals + self.halo_returned
+        return (1 if self.kept else 2) * self.originals + self.halo_returned
 
 
 @dataclass(frozen=True)
@@ -234,12 +237,29 @@ class KVPolicy:
         """Hidden positions before ``slice_start`` that queries of the slice see: at most ``W - 1``, in-chunk only."""
         return 0 if self.repeat == 1 else slice_start - self.first_hidden_key(slice_start)
 
-    def halos(self, length: int, size: int) -> tuple[Halo, ...]:
-        """Every halo of a sequence, by slice. The middle one stays on its rank: both slices around it are there."""
+    @property
+    def document_halo(self) -> int:
+        """The same, wherever the slice begins in a document: chunks count from there."""
+        return 0 if self.repeat == 1 else self.span - 1
+
+    def halos(self, length: int, size: int, *, documents: bool = False) -> tuple[Halo, ...]:
+        """Every halo of a sequence, by slice. The middle one stays on its rank: both slices around it are there.
+
+        With ``documents`` those that hold what is seen wherever documents begin, whose chunks count from there.
+
+        Raises:
+            ValueError: as :meth:`context_parallel_slices`.
+        """
         owner = {part.start: rank for rank in range(size) for part in self.context_parallel_slices(length, size, rank)}
-        starts = sorted(owner)
+        starts, widest, slice_length = sorted(owner), self.document_halo, length // (2 * size)
+        if documents and size > 1 and widest > slice_length:
+            raise ValueError(
+                f"hidden keys are seen {widest} positions back in a document, further than one context-parallel slice "
+                f"of {slice_length} tokens; use a phd_window or phd_chunk of at most {slice_length + 1}, or a smaller "
+                "context_parallel_size"
+            )
         wanted = (
-            Halo(number, owner[before], owner[start], range(start - self.halo(start), start))
+            Halo(number, owner[before], owner[start], range(start - (widest if documents else self.halo(start)), start))
             for number, (before, start) in enumerate(pairwise(starts), start=1)
         )
         return tuple(halo for halo in wanted if halo.positions)
@@ -256,15 +276,22 @@ class KVPolicy:
             raise ValueError(f"context-parallel rank {rank} sees its own originals causally, not as a block")
         return (0, 1) if source < rank else (1, 2)
 
-    def context_parallel_traffic(self, length: int, size: int, rank: int) -> ContextParallelTraffic:
-        """What a rank sends in one layer and sequence. K enters through the halo alone."""
-        halos = self.halos(length, size) if size > 1 else ()
+    def context_parallel_traffic(
+        self, length: int, size: int, rank: int, *, documents: bool = False
+    ) -> ContextParallelTraffic:
+        """What a rank sends in one layer and sequence. K enters through the halo alone.
+
+        Args:
+            documents: they are kept apart.
+        """
+        halos = self.halos(length, size, documents=documents) if size > 1 else ()
         sent = [h for h in halos if h.sender != h.receiver and rank == h.sender]
         returned = [h for h in halos if h.sender != h.receiver and rank == h.receiver]
         return ContextParallelTraffic(
             originals=(size - 1) * (length // size),
             halo_sent=(self.repeat - 1) * sum(len(h.positions) for h in sent),
             halo_returned=(self.repeat - 1) * sum(len(h.positions) for h in returned),
+            kept=documents,
         )
 
     # ---------------------------------------------------------------- counting

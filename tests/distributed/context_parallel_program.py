@@ -18,6 +18,7 @@ from torch import Tensor
 
 from phd_megatron.kernels.phd_attention import COMM_TYPES, ContextParallel, phd_attention
 from phd_megatron.kernels.phd_attention.exchange import HaloGradients, HaloKeys, OriginalGradients, Originals
+from phd_megatron.phd.documents import starts_of_borders
 from phd_megatron.phd.kv_policy import KVPolicy
 
 BATCH, GROUPS, RATIO, WIDTH = 2, 2, 2, 8
@@ -57,17 +58,25 @@ def attend(inputs: tuple[Tensor, ...], grad: Tensor, policy: KVPolicy, **options
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def case(policy: KVPolicy, backend: str, comm_type: str, dtype: torch.dtype, query_copies: int) -> float:
-    """Worst relative error on this rank; bytes are checked against the formula."""
+def case(
+    policy: KVPolicy,
+    backend: str,
+    comm_type: str,
+    dtype: torch.dtype,
+    query_copies: int,
+    starts: Tensor | None = None,
+) -> float:
+    """Worst relative error on this rank; bytes are checked against the formula. ``starts`` keep documents apart."""
     group = dist.group.WORLD
     size, rank = dist.get_world_size(), dist.get_rank()
     length = 2 * size * SLICE
     *inputs, grad = draw(policy, length, query_copies)
-    expected = attend(tuple(inputs), grad, policy, backend="reference")
+    expected = attend(tuple(inputs), grad, policy, backend="reference", starts=starts)
     mine = torch.tensor([n for part in policy.context_parallel_slices(length, size, rank) for n in part])
     local = [x[:, mine].to(dtype) for x in (*inputs, grad)]
     context = ContextParallel(group, comm_type)
-    found = attend(tuple(local[:3]), local[3], policy, backend=backend, context=context)
+    own = None if starts is None else starts[:, mine]
+    found = attend(tuple(local[:3]), local[3], policy, backend=backend, context=context, starts=own)
     worst = 0.0
     for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
         assert a.dtype is dtype
@@ -75,10 +84,11 @@ def case(policy: KVPolicy, backend: str, comm_type: str, dtype: torch.dtype, que
         error = float((a.double() - b[:, mine]).norm()) / max(float(b[:, mine].norm()), floor)
         assert error <= TOLERANCE[dtype], f"{policy.name} {backend} {comm_type} {dtype}: {name} off by {error:.1e}"
         worst = max(worst, error)
-    traffic = policy.context_parallel_traffic(length, size, rank)
+    traffic = policy.context_parallel_traffic(length, size, rank, documents=starts is not None)
+    if backend == "reference":
+        traffic = traffic._replace(kept=True)  # the plain path keeps the whole sequence
     entry = 2 * BATCH * GROUPS * WIDTH * dtype.itemsize
-    fetched_again = 0 if backend == "reference" else traffic.originals  # the plain path keeps the whole sequence
-    formula = (traffic.forward + traffic.backward - traffic.originals + fetched_again) * entry
+    formula = (traffic.forward + traffic.backward) * entry
     sent = sum(context.sent.values())
     assert sent == formula, f"{policy.name} {comm_type}: sent {sent} bytes, the formula says {formula}"
     assert context.sent["halo"] == traffic.halo_sent * entry
@@ -100,6 +110,46 @@ def cases() -> None:
         vanilla = KVPolicy(1).context_parallel_traffic(2 * size * SLICE, size, rank)
         assert traffic.originals == vanilla.originals
         print(f"OK rank {rank} {policy.name}: worst {max(errors):.1e}, {traffic}\n", end="", flush=True)
+
+
+def borders_of(length: int) -> dict[str, list[list[int]]]:
+    """Where documents of the two samples begin: around the borders of slices, in the middle, nowhere, everywhere."""
+    edges = [n for border in range(SLICE, length, SLICE) for n in (border - 1, border, border + 1)]
+    scattered = [0, 3, 4, SLICE + 5, 2 * SLICE + 1, length - SLICE - 2, length - 2]
+    return {
+        "one and two": [[0], [0, SLICE + 2]],
+        "around borders": [[0, *edges], [0, *range(SLICE, length, SLICE)]],
+        "scattered": [sorted({*scattered}), [0, length // 2 + 1]],
+        "alike": [[0, 5, SLICE + 7], [0, 5, SLICE + 7]],
+        "tokens": [[*range(length)], [0, length - 1]],
+    }
+
+
+def documents() -> None:
+    """Documents that are kept apart, wherever they begin: every policy, backend and way of exchange."""
+    size = dist.get_world_size()
+    length, errors = 2 * size * SLICE, []
+    for (name, borders), policy in itertools.product(borders_of(length).items(), POLICIES):
+        starts = torch.stack([starts_of_borders([*row, length]) for row in borders])
+        if policy.repeat > 1 and policy.span - 1 > SLICE:
+            continue
+        for backend, comm_type in (("sdpa", "all_gather"), ("reference", "p2p"), ("sdpa", "p2p")):
+            for query_copies in {policy.repeat, 1}:
+                errors.append(case(policy, backend, comm_type, torch.float64, query_copies, starts))
+        print(f"OK {name}, {policy.name}\n", end="", flush=True)
+    case(KVPolicy(3, 6, 7), "sdpa", "p2p", torch.bfloat16, 3, starts)
+    print(f"OK documents: worst {max(errors):.1e}\n", end="", flush=True)
+
+
+def fused_documents() -> None:
+    """The same by the Triton kernels, in the interpreter."""
+    length = 2 * dist.get_world_size() * SLICE
+    borders = borders_of(length)["scattered"]
+    starts = torch.stack([starts_of_borders([*row, length]) for row in borders])
+    for policy, query_copies in ((KVPolicy(1), 1), (KVPolicy(3, 6, 7), 3), (KVPolicy(2, SLICE + 1), 1)):
+        for backend in ("triton", "sdpa_triton"):
+            case(policy, backend, "all_gather", torch.float32, query_copies, starts)
+            print(f"OK {backend} documents, {policy.name}\n", end="", flush=True)
 
 
 def halves() -> None:
@@ -241,9 +291,8 @@ def overlap() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     torch.set_num_threads(1)
+    parts = (cases, documents, halves, fused, fused_documents, broken, overlap, flight)
     for part in sys.argv[1:]:
-        {"cases": cases, "halves": halves, "fused": fused, "broken": broken, "overlap": overlap, "flight": flight}[
-            part
-        ]()
+        {function.__name__: function for function in parts}[part]()
     dist.barrier()
     dist.destroy_process_group()

@@ -26,12 +26,22 @@ def test_every_message_arrives_where_it_is_meant_and_merges_are_in_float32(torch
     assert output.count("OK flight") == output.count("OK bfloat16") == 3
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_documents_that_are_kept_apart(torchrun: Launcher, ranks: int) -> None:
+    """Wherever they begin; those that a slice goes on with see what lies on other ranks."""
+    output = torchrun(ranks, PROGRAM, "documents", timeout=300).stdout
+    assert output.count("OK documents: worst") == ranks
+    lines = re.findall(r"OK ([\w ]+), (\S+)", output)
+    assert len({name for name, _ in lines}) == 5 and len({policy for _, policy in lines}) == 10
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_fused_kernels(torchrun: Launcher, ranks: int) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux")
-    output = torchrun(ranks, PROGRAM, "fused", timeout=300).stdout
+    output = torchrun(ranks, PROGRAM, "fused", "fused_documents", timeout=300).stdout
     for backend in ("triton", "sdpa_triton"):
-        assert output.count(f"OK {backend} ") == 4 * ranks
+        assert output.count(f"OK {backend} PHD") + output.count(f"OK {backend} vanilla") == 4 * ranks
+        assert output.count(f"OK {backend} documents, ") == 3 * ranks
 
 
 def test_parts_that_must_not_go_missing_and_overlap(torchrun: Launcher) -> None:

@@ -22,7 +22,7 @@ from .conftest import TINY_MODEL, flags, read_metrics, run_program
 SENTENCES = [f"{i} and {i * i}" if i % 7 else "lorem ipsum dolor sit amet " * 3 for i in range(900)]
 KEPT_APART: dict[str, object] = {"reset-attention-mask": True, "reset-position-ids": True}
 MODELS: dict[str, dict[str, object]] = {
-    f"{scheme}-k{repeat}-{kind}": {"norm-scheme": scheme, "phd-repeat": repeat, "phd-window": 5, **chunk, **KEPT_APART}
+    f"{scheme}-k{repeat}-{kind}": {"norm-scheme": scheme, "phd-repeat": repeat, "phd-window": 4, **chunk, **KEPT_APART}
     for scheme in ("pre", "hybrid_star")
     for repeat in (1, 2, 3)
     for kind, chunk in (("cswa", {"phd-chunk": 8}), ("swa", {}))
@@ -38,7 +38,8 @@ MODELS["hybrid_star-k2-experts"] = {
     **{"num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 16, "moe-aux-loss-coeff": 0.01},
 }
 LAYOUTS = ("tp2", "tp2+sp", "pp2", "pp2+vpp2", "dp2+overlap", "tp2+sp+recompute", "tp2+sp+pp2+vpp2")
-EXPERTS = ("tp2+sp", "ep2+dp2")
+LAYOUTS += ("cp2", "cp4+p2p", "tp2+sp+cp2")
+EXPERTS = ("tp2+sp", "ep2+dp2", "cp2+ep2")
 
 
 @pytest.fixture(scope="module")
