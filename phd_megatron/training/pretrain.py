@@ -64,13 +64,22 @@ class Trainer:
         self.total_iterations, self._total_samples = self.batches.run_length(self.position)
         self.observers = observers_of(run, runtime, self.position.iteration + 1, self.total_iterations)
         self.state = TrainState(run, runtime, self.schedule)
-        if resume_from is not None:
+        with ExitStack() as refused:
+            # Hooks of the model hold it, and it the process groups, where nothing that collects garbage can see.
+            refused.callback(self.state.let_go)
+            self._open(tokenizer, place)
+            refused.pop_all()
+
+    def _open(self, tokenizer: Tokenizer, place: RunDirectory | None) -> None:
+        """Load the checkpoint and open what a step needs."""
+        run, runtime = self.run, self.runtime
+        if self.loaded is not None:
             runtime.watch.at("loading the checkpoint")
-            self.state.load(resume_from, self.position)
+            self.state.load(self.loaded, self.position)
         size, model = run.training.micro_batch_size, run.model
         self.stepper = Stepper(self.state.engine, runtime.device, size, model.seq_length, model.phd_repeat)
         self.meter = Meter(run, runtime, self.state)
-        self.saver = open_saver(run, runtime, tokenizer, place, resume_from)
+        self.saver = open_saver(run, runtime, tokenizer, place, self.loaded)
         runtime.watch.at("opening the data", self.state.counters.iteration)
         self._open_data(tokenizer)
 

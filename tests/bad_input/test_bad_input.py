@@ -87,6 +87,22 @@ def test_refused(
     assert tree(here, kit["data"].parent) == before
 
 
+def test_a_refusal_of_a_checkpoint_leaves_no_connections(
+    kit: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model was built then, and holds process groups: whoever calls the program from a process of theirs goes on."""
+    row = next(row for row in FILES if row.title.startswith("pretrain RUN --load @stock --finetune --norm-scheme"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    row.make_files(here)
+    left = []
+    for _ in range(3):
+        assert ended(row.argv(kit)) == 2
+        left.append(len(os.listdir("/dev/fd")))
+    assert left[0] == left[1] == left[2]
+
+
 def ended(argv: list[str]) -> int:
     try:
         return main(argv)

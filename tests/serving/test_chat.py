@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -55,13 +55,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(exports):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(slave)
+    screen = selectors.DefaultSelector()
+    screen.register(master, selectors.EVENT_READ)
     seen = ""
 
     def until(text, count=1):
         nonlocal seen
         end = time.monotonic() + 60
         while seen.count(text) < count:
-            assert select.select([master], [], [], max(0, end - time.monotonic()))[0], seen
+            assert screen.select(max(0, end - time.monotonic())), seen
             try:
                 seen += os.read(master, 4096).decode(errors="replace")
             except OSError:
@@ -84,4 +86,5 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(exports):
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
+        screen.close()
         os.close(master)
