@@ -56,7 +56,8 @@ def attend_documents_over_ranks(
             pieces = [*zip(*(x[number].split(lengths, 1) for x in parts), strict=True)]
             if first < place.start:
                 q, k, v = pieces.pop(0)
-                outs.append(tail(q, *_whole(k, v, mine, policy, number, range(first, place.start)), policy, scale=scale))
+                whole = _whole(k, v, mine, policy, number, range(first, place.start))
+                outs.append(tail(q, *whole, policy, scale=scale))
             outs += [attend(*piece, policy, scale=scale) for piece in pieces]
         results.append(torch.cat(outs, 1))
     return torch.cat(results, 2)

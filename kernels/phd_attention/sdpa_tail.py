@@ -63,7 +63,7 @@ class _Tail(torch.autograd.Function):
         merge(out, lse, found, found_lse)
         if near.size(3):
             where, out_rows, lse_rows = _hidden(copies, near), as_rows(out, copies), as_rows(lse, copies)
-            window.merge(q_rows[where], *near, out_rows[where], lse_rows[where])
+            window.merge(q_rows[where], near[0], near[1], out_rows[where], lse_rows[where])
         result = unfold_queries(as_rows(out.to(q.dtype), copies), batch)
         ctx.save_for_backward(q, keys, near, result, lse)
         ctx.blocks, ctx.scale, ctx.window = (first, second), scale, window
@@ -86,7 +86,7 @@ class _Tail(torch.autograd.Function):
         if near.size(3):
             where = _hidden(copies, near)
             found = ctx.window.gradients(
-                *(grad_rows[where], as_rows(q, copies)[where], *near, out_rows[where]),
+                *(grad_rows[where], as_rows(q, copies)[where], near[0], near[1], out_rows[where]),
                 *(as_rows(lse, copies)[where], as_rows(dq, copies)[where]),
             )
             dhidden = torch.stack([x.to(near.dtype) for x in found])

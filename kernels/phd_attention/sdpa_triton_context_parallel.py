@@ -28,12 +28,12 @@ def sdpa_triton_context_parallel(
     return attend_over_ranks(query, key, value, policy, context, scale, TritonWindow)
 
 
-
 def sdpa_triton_tail(
     query: Tensor, originals: Tensor, hidden: Tensor, policy: KVPolicy, *, scale: float | None = None
 ) -> Tensor:
     """The last tokens of a document over all of it. Shapes as :func:`.reference_context_parallel.reference_tail`'s."""
     return attend_tail(query, originals, hidden, policy, scale, TritonWindow)
+
 
 class TritonWindow(NamedTuple):
     """:class:`.sdpa_context_parallel.SliceWindow` in Triton."""

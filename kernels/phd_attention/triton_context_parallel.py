@@ -95,7 +95,6 @@ class _TritonRanks(torch.autograd.Function):
         return query_grad, both[0], both[1], None, None, None
 
 
-
 def triton_tail(
     query: Tensor, originals: Tensor, hidden: Tensor, policy: KVPolicy, *, scale: float | None = None
 ) -> Tensor:
@@ -131,6 +130,7 @@ def _keys_of(originals: Tensor, hidden: Tensor) -> Keys:
     """With one copy the hidden ones are never read, and originals stand for them."""
     return _keys(originals, hidden if hidden.size(2) else originals[:, :, None])
 
+
 def _keys(originals: Tensor, hidden: Tensor) -> Keys:
     """Originals ``[2, s, b, g, d]`` and hidden ``[2, rows, K - 1, b, g, d]`` as the kernels take them."""
     key, value = originals.unsqueeze(1)
@@ -142,4 +142,3 @@ def _with_halos(local: Tensor, near: list[Tensor]) -> tuple[Tensor, tuple[int, .
     """Hidden rows of both slices, each behind its halo, and the halos' widths."""
     early, late = local.chunk(2, 1)
     return torch.cat([near[0], early, near[1], late], 1), tuple(x.size(1) for x in near)
-

@@ -18,11 +18,18 @@ def build_parser() -> Parser:
     """Flags of the command itself; what is left describes the run, as for ``pretrain``."""
     parser = Parser(
         prog="phd-megatron plan",
-        usage="phd-megatron plan [--ranks N] [--mfu X] [--preset NAME] [--config FILE] [--any-field-of-a-run VALUE]",
+        usage="phd-megatron plan [--ranks N] [--mfu X] [--mean-document-length N] [--preset NAME] [--config FILE] "
+        "[--any-field-of-a-run VALUE]",
         description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula. Nothing is started.",
     )
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
     parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak that is reached; an assumption (0.4)")
+    parser.add_argument(
+        "--mean-document-length",
+        type=float,
+        metavar="N",
+        help="tokens of a document, where --reset-attention-mask keeps them apart; lengths are taken as geometric",
+    )
     return parser
 
 
@@ -42,11 +49,19 @@ def run(argv: list[str]) -> int:
     mfu = ASSUMED_MFU if args.mfu is None else args.mfu
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu} is no share of the peak; use a value above 0 and at most 1")
+    length = args.mean_document_length
+    if length is not None and not 1 <= length < float("inf"):
+        raise UserError(f"--mean-document-length {length} is no mean of lengths in tokens; use a number from 1 on")
     loaded = load_config(rest)
     config = loaded.config
     notes = loaded.notes + resolve(config)
     samples, iterations = fix_size(config, args.ranks)
-    plan = plan_run(config, samples, args.ranks)
+    plan = plan_run(config, samples, args.ranks, length)
+    if config.data.reset_attention_mask and length is None:
+        notes.append(
+            "documents are kept apart, and FLOPs count one a sample, so they are an upper bound; "
+            "--mean-document-length N counts shorter ones"
+        )
     peak = config.logging.peak_tflops or PEAK_TFLOPS[ASSUMED_DEVICE]
     hours = plan.device_hours(peak, mfu)
     days = [f"days on {args.ranks} rank{'s' * (args.ranks > 1)}", f"{hours / args.ranks / 24:,.3g}"]

@@ -47,8 +47,8 @@ class ContextParallelTraffic(NamedTuple):
 
     An entry is the key and the value of one position and copy: ``2 * groups * head_dim`` numbers. The forward sends
     ``originals + halo_sent``. The backward fetches the originals again, which were not kept, and sends all gradients
-    to the ranks that the keys came from: ``2 * originals + halo_returned``. Where documents are kept apart, what is seen
-    of them was kept, and only gradients are sent.
+    to the ranks that the keys came from: ``2 * originals + halo_returned``. Where documents are kept apart, what is
+    seen of them was kept, and only gradients are sent.
 
     Attributes:
         originals: ``(size - 1) * length / size``, the same for every K.
@@ -304,16 +304,21 @@ class KVPolicy:
         ``query_copies`` counts only the last so many copies as queries: 1 is the pruned last layer. ``slices`` counts
         only queries at those positions: the work of a context-parallel rank.
         """
+        slices = (range(length),) if slices is None else tuple(slices)
+        found = [self.pairs_at(torch.arange(part.start, part.stop), query_copies) for part in slices]
+        return sum(int(originals.sum()) for originals, _ in found), sum(int(hidden.sum()) for _, hidden in found)
+
+    def pairs_at(self, positions: Tensor, query_copies: int | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`pairs` of the queries at each of ``positions`` (int64, any shape), counted from a document's start."""
         copies = self.repeat if query_copies is None else query_copies
         if not 1 <= copies <= self.repeat:
             raise ValueError(f"query_copies={query_copies} is not in 1..{self.repeat}")
-        slices = (range(length),) if slices is None else tuple(slices)
-        positions = sum(len(part) for part in slices)
-        seen = sum((part.start + part.stop + 1) * len(part) // 2 for part in slices)  # n + 1 originals at position n
-        earlier = sum(n - self.first_hidden_key(n) for part in slices for n in part) if self.repeat > 1 else 0
+        earlier = positions.clamp(max=self.window - 1)  # positions whose hidden keys are seen, the query's own left out
+        if self.chunk is not None:
+            earlier = torch.minimum(earlier, positions % self.chunk)
         hidden_queries = range(max(2, self.repeat - copies + 1), self.repeat + 1)
-        own = sum(j - 1 for j in hidden_queries) * positions
-        return copies * seen, own + len(hidden_queries) * (self.repeat - 1) * earlier
+        own = sum(j - 1 for j in hidden_queries)
+        return copies * (positions + 1), own + len(hidden_queries) * (self.repeat - 1) * earlier
 
     def document_pairs(self, lengths: Iterable[int], query_copies: int | None = None) -> tuple[int, int]:
         """:meth:`pairs` of a sample of documents that are kept apart, of these lengths."""

@@ -8,7 +8,7 @@ from phd_megatron.config.architecture import padded_vocab_size
 from phd_megatron.config.plain import Json
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.errors import UserError, raise_all
-from phd_megatron.planning.flops import forward_flops
+from phd_megatron.planning.flops import forward_flops, mean_document_flops
 from phd_megatron.planning.memory import Memory, estimate_memory
 from phd_megatron.planning.parameters import count_parameters
 from phd_megatron.planning.peak import device_hours
@@ -40,11 +40,16 @@ class RunPlan:
         return asdict(self)
 
 
-def plan_run(run: RunConfig, samples: int, world_size: int) -> RunPlan:
+def plan_run(run: RunConfig, samples: int, world_size: int, mean_document_length: float | None = None) -> RunPlan:
     """Plan a resolved run of so many samples, for whatever machine.
 
+    Args:
+        mean_document_length: in tokens, of documents that are kept apart; None counts one document a sample, which is
+            the most that attention can have to do.
+
     Raises:
-        UserError: when the vocabulary is not known, the layout does not fit, or FP8 cannot take a product's size.
+        UserError: for a mean length where documents are not kept apart; when the vocabulary is not known, the layout
+            does not fit, or FP8 cannot take a product's size.
     """
     model = run.model
     if model.vocab_size is None:
@@ -54,7 +59,14 @@ def plan_run(run: RunConfig, samples: int, world_size: int) -> RunPlan:
     dims.validate(model, run.training)
     raise_all([*size_problems(run, dims)])
     parameters = count_parameters(model, vocabulary)
-    per_sample = forward_flops(model, vocabulary).training
+    per_sample: float = forward_flops(model, vocabulary).training
+    if mean_document_length is not None:
+        if not run.data.reset_attention_mask:
+            raise UserError(
+                f"--mean-document-length {mean_document_length:g}: attention goes across documents without "
+                "reset_attention_mask, so their length changes nothing; add --reset-attention-mask, or leave it out"
+            )
+        per_sample = mean_document_flops(model, vocabulary, mean_document_length)
     return RunPlan(
         parameters=parameters.total,
         active_parameters=parameters.active,

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from phd_megatron.config.schema import RunConfig
-from phd_megatron.planning.flops import forward_flops
+from phd_megatron.config.schema import ModelConfig, RunConfig
+from phd_megatron.planning.flops import attention_flops_at, forward_flops
 from phd_megatron.planning.peak import peak_tflops
 from phd_megatron.runtime.context import Runtime
+from phd_megatron.training.cuda_graph import Batch
 from phd_megatron.training.metrics import StepMetrics, Value
 from phd_megatron.training.state import TrainState
 
@@ -24,6 +28,7 @@ class Interval:
     Attributes:
         losses: of each step ``[2]`` on the device: summed loss and token count.
         microbatches: of each data-parallel rank.
+        attention: operations of attention over this rank's tokens, where documents are kept apart.
     """
 
     losses: list[Tensor] = field(default_factory=list)
@@ -31,6 +36,7 @@ class Interval:
     steps: int = 0
     microbatches: int = 0
     skipped: int = 0
+    attention: int = 0
     _started: float = field(default_factory=lambda: time.perf_counter())
 
     @property
@@ -63,8 +69,18 @@ class Meter:
     def __init__(self, run: RunConfig, runtime: Runtime, state: TrainState) -> None:
         self._run, self._runtime, self._state = run, runtime, state
         pruned = replace(run.model, phd_last_layer_pruning=state.model_config.phd_last_layer_pruning)
-        self._flops = forward_flops(pruned, state.padded_vocab_size).training  # of one sample
+        forward = forward_flops(pruned, state.padded_vocab_size)
+        self._flops = forward.training  # of one sample
+        self._documents: DocumentMeter | None = None
+        if run.data.reset_attention_mask:
+            self._flops_of_rows = 3 * (forward.linear + forward.head)
+            self._documents = DocumentMeter(pruned, runtime.device, run.data.reset_position_ids)
         self._peak = peak_tflops(run.logging.peak_tflops, runtime.device_name)
+
+    def count(self, interval: Interval, batch: Batch) -> None:
+        """Add what depends on where documents begin in a micro-batch of this rank."""
+        if self._documents is not None:
+            interval.attention += self._documents.flops(batch)
 
     def measure(
         self,
@@ -75,7 +91,7 @@ class Meter:
         validation_loss: float | None,
         observed: Mapping[str, Value],
     ) -> StepMetrics:
-        """The row of an interval of ``seconds``.
+        """The row of an interval of ``seconds``; collective.
 
         Args:
             losses: :meth:`Interval.mean_losses`.
@@ -84,7 +100,12 @@ class Meter:
         """
         model, counters = self._run.model, self._state.counters
         tokens_per_second = interval.samples * model.seq_length / seconds
-        tflops = self._flops * interval.samples / seconds / self._runtime.world_size / 1e12
+        flops: float = self._flops * interval.samples
+        if self._documents is not None:
+            total, of_most = self._documents.of_all_ranks(interval.attention)
+            flops = self._flops_of_rows * interval.samples + total
+            observed = {**observed, "attention_max_over_mean": of_most}
+        tflops = flops / seconds / self._runtime.world_size / 1e12
         return StepMetrics(
             iteration=counters.iteration,
             consumed_samples=counters.consumed_samples,
@@ -103,3 +124,29 @@ class Meter:
             validation_loss=validation_loss,
             observed=observed,
         )
+
+
+class DocumentMeter:
+    """Counts attention's operations, forward and backward, over documents that are kept apart.
+
+    Args:
+        restart: the data's positions count from each document's start.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device, restart: bool) -> None:
+        original, hidden = attention_flops_at(model, torch.arange(model.seq_length))
+        self._at = 3 * (original + hidden)
+        self._device, self._restart = device, restart
+
+    def flops(self, batch: Batch) -> int:
+        """Of the tokens of a micro-batch on the host."""
+        positions = batch["position_ids"] if self._restart else batch["position_ids"] - batch["document_starts"]
+        return int(self._at[positions].sum())
+
+    def of_all_ranks(self, own: int) -> tuple[float, float]:
+        """The sum over all ranks that have tokens of their own, and how much more than the mean the busiest one has."""
+        group = ProcessGroupCollection.use_mpu_process_groups().dp_cp
+        total, most = (torch.tensor(float(own), dtype=torch.float64, device=self._device) for _ in range(2))
+        dist.all_reduce(total, group=group)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        return float(total), float(most) * group.size() / float(total)

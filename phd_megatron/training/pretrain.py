@@ -139,7 +139,7 @@ class Trainer:
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.enter_context(observer.around_step(step))
-            batches = self._counted(self.train_stream.microbatches(counters.consumed_samples, count))
+            batches = self._counted(self.train_stream.microbatches(counters.consumed_samples, count), interval)
             look = [partial(observer.on_gradients, step) for observer in self.observers]
             result = self.stepper.train(batches, count, look, step.watched)
             self._count(result, samples, step)
@@ -163,10 +163,11 @@ class Trainer:
         if not math.isfinite(result.grad_norm) and not self.run.training.fp16:
             self._diverged(f"the gradient norm of iteration {step.iteration} is {result.grad_norm}", samples)
 
-    def _counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _counted(self, batches: Iterator[Batch], interval: Interval) -> Iterator[Batch]:
         """Each micro-batch is progress."""
         for batch in batches:
             self.runtime.watch.tick()
+            self.meter.count(interval, batch)
             yield batch
 
     # ---------------------------------------------------------------- evaluation and reports

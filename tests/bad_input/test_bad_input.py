@@ -90,7 +90,7 @@ def test_refused(
 def test_a_refusal_of_a_checkpoint_leaves_no_connections(
     kit: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model was built then, and holds process groups: whoever calls the program from a process of theirs goes on."""
+    """The model was built then, and holds process groups; the process that calls the program may go on."""
     row = next(row for row in FILES if row.title.startswith("pretrain RUN --load @stock --finetune --norm-scheme"))
     here = tmp_path / "here"
     here.mkdir()

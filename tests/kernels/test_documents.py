@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from phd_megatron.errors import UserError
 from phd_megatron.kernels.phd_attention import BACKENDS, phd_attention
 from phd_megatron.kernels.triton_support import triton_problem
 from phd_megatron.phd.documents import (
@@ -114,9 +113,3 @@ def test_refusals() -> None:
     inputs, _ = draw(KVPolicy(2), torch.float32)
     with pytest.raises(ValueError, match=r"documents \(2, 32\) must be \[b, s\]"):
         phd_attention(*inputs, KVPolicy(2), starts=torch.zeros(2, 32, dtype=torch.long))
-
-    class Ranks:
-        size = 2
-
-    with pytest.raises(UserError, match="context_parallel_size=2 cuts the sequence without regard"):
-        phd_attention(*inputs, KVPolicy(2), starts=torch.zeros(2, 33, dtype=torch.long), context=Ranks())  # type: ignore[arg-type]

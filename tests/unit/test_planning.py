@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,9 @@ from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.console.tables import gib, short
 from phd_megatron.errors import UserError
+from phd_megatron.phd.kv_policy import KVPolicy
 from phd_megatron.planning.fit import refuse_what_cannot_fit
-from phd_megatron.planning.flops import forward_flops
+from phd_megatron.planning.flops import forward_flops, mean_document_flops
 from phd_megatron.planning.parameters import count_parameters
 from phd_megatron.planning.peak import device_hours, peak_tflops
 from phd_megatron.planning.run_plan import RunPlan, plan_run
@@ -397,6 +399,29 @@ def test_a_start_compares_the_run_with_the_memory_that_is_known() -> None:
 
 
 # ---------------------------------------------------------------- costs
+
+
+def test_expected_operations_of_documents_that_are_kept_apart() -> None:
+    """Every way in which seven tokens may be documents, weighed by its chance."""
+    run = make_run(phd_repeat=3, phd_window=3, phd_chunk=4, seq_length=7, num_layers=2)
+    mean, expected = 2.5, 0.0
+    whole = forward_flops(run.model, 384)
+    per_pair = 4 * run.model.hidden_size
+    policy, last = KVPolicy(3, 3, 4), 1 if run.model.phd_last_layer_pruning else 3
+    for ends in itertools.product((False, True), repeat=6):  # whether a token ends its document
+        borders = [0, *(place + 1 for place, end in enumerate(ends) if end), 7]
+        lengths = [stop - start for start, stop in itertools.pairwise(borders)]
+        pairs = sum(policy.document_pairs(lengths)) + sum(policy.document_pairs(lengths, last))
+        chance = math.prod(1 / mean if end else 1 - 1 / mean for end in ends)
+        expected += chance * per_pair * pairs
+    assert mean_document_flops(run.model, 384, mean) == pytest.approx(3 * (whole.linear + whole.head + expected))
+    assert mean_document_flops(run.model, 384, 1e15) == pytest.approx(whole.training)
+    run.data.reset_attention_mask = True
+    plan = plan_run(run, 100, 1, mean)
+    assert (
+        plan.flops == pytest.approx(100 * mean_document_flops(run.model, 384, mean))
+        and plan.flops < planned(run, 1).flops
+    )
 
 
 def test_costs_by_hand() -> None:
