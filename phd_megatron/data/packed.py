@@ -119,7 +119,8 @@ def document_borders(info: IndexedInfo, sequences: range) -> np.ndarray:
     """
     marks = info.marks.read()
     inside = marks[(marks > sequences.start) & (marks < sequences.stop)]
-    return np.unique(np.concatenate([[0], inside - sequences.start, [len(sequences)]]))
+    borders = np.concatenate([[0], inside - sequences.start, [len(sequences)]])
+    return borders[np.diff(borders, prepend=-1) > 0]  # documents without sequences are none
 
 
 def _by_sequence(packing: Packing, tokens: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,17 +32,6 @@ class Packing:
         """Their number, B."""
         return len(self.borders) - 1
 
-    @property
-    def padding(self) -> float:
-        """The share of all room that nothing fills."""
-        total = self.samples * self.room
-        return 1 - int(self.pieces[:, 2].sum()) / total if total else 0.0
-
-    @property
-    def cut_documents(self) -> int:
-        """Documents in more than one piece."""
-        return int((np.unique(self.pieces[:, 0], return_counts=True)[1] > 1).sum())
-
 
 def best_fit(lengths: np.ndarray, room: int, overlap: int = 1) -> Packing:
     """Pack documents of ``lengths`` ``[D]`` into samples of ``room`` tokens; the same for the same lengths.

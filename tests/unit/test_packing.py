@@ -25,8 +25,7 @@ def test_by_hand() -> None:
         [(0, 0, 7), (2, 0, 3)],
         [(1, 18, 5)],
     ]
-    assert (packing.samples, packing.cut_documents) == (5, 1)
-    assert packing.padding == pytest.approx(5 / 50)
+    assert packing.samples == 5
 
 
 @pytest.mark.parametrize("room", [2, 3, 17, 64, 1000])
@@ -89,9 +88,9 @@ def test_little_padding() -> None:
     """No pair of samples would fit into one, and documents of usual lengths leave next to nothing."""
     lengths = np.random.RandomState(0).lognormal(6, 1, 5000).astype(int) + 2
     packing = best_fit(lengths, 4097)
-    assert packing.padding < 0.01
     filled = sorted(sum(length for _, _, length in sample) for sample in members(packing))
     assert filled[0] + filled[1] > packing.room
+    assert sum(filled) > 0.99 * packing.room * packing.samples
 
 
 def test_refusal() -> None:
