@@ -51,7 +51,7 @@ class PackedGPTDataset(IndexedGPTDataset):
             begins[filled] = True  # what fills the rest is a document of its own
         tokens = whole[:-1].contiguous()
         loss_mask = (~begins[1:]).float()  # nothing says how the next document begins
-        loss_mask[filled - 1 :] = 0.0
+        loss_mask[filled:] = 0.0
         if self.config.eod_mask_loss:
             loss_mask[tokens == self.config.tokenizer.eod] = 0.0
         if idx is None:

@@ -224,6 +224,31 @@ def test_only_documents_of_the_split_are_packed(data: Path) -> None:
     }
 
 
+def test_training_may_be_a_later_part(data: Path) -> None:
+    """Of training data that begins behind others' sequences; Megatron's splits begin with training."""
+    from megatron.core.datasets.utils import Split
+
+    from phd_megatron.data.blend import SplitPlan
+    from phd_megatron.data.gpt_index import index_config
+    from phd_megatron.data.indexed import check_indexed
+    from phd_megatron.data.packed import PackedGPTDataset
+
+    documents = made_up(0)
+    sequences, late = len([sequence for document in documents for sequence in document]), documents[20:]
+    begin = sequences - len([sequence for document in late for sequence in document])
+    prefix = str(data / "a")
+    plan, infos = SplitPlan([prefix], None, (0.0, 1.0)), {prefix: check_indexed(prefix)}
+    config = index_config(make_run(prefix), ByteTokenizer(), plan, infos, 0, random_seed=SEED)
+    low_level = PackedGPTDataset.build_low_level_dataset(prefix, config)
+    indices = np.arange(begin, sequences, dtype=np.int32)
+    dataset = PackedGPTDataset(low_level, prefix, indices, None, Split.train, config)
+    expected = expected_samples(joined(late))
+    assert sorted(rows(dataset)) == sorted(sample["tokens"] for sample in expected), (
+        "one epoch, where no number is given"
+    )
+    assert dataset[None]["loss_mask"].sum() == 0 and dataset[None]["tokens"].tolist() == rows(dataset)[0]
+
+
 def test_statistics(data: Path) -> None:
     documents = joined(made_up(0))
     packing = best_fit(np.array([*map(len, documents)]), SEQ + 1)
@@ -288,6 +313,18 @@ def test_numbers_that_are_damaged_under_a_run_are_no_samples(
     array[..., slice(None) if column is None else column] = value
     np.save(path, array)
     with pytest.raises(UserError, match=r"a\.cache.*damaged; delete"):
+        rows(train)
+
+
+def test_a_negative_sequence_is_not_counted_from_the_end(tmp_path: Path) -> None:
+    """Documents of one length, so that every one could stand for another."""
+    write(tmp_path, "a", [[[*range(first, first + SEQ), END]] for first in range(20)])
+    train = training(make_run(tmp_path / "a"), 20)
+    (path,) = tmp_path.glob("a.cache/*document.npy")
+    array = np.load(path)
+    array[:, 0] -= 20
+    np.save(path, array)
+    with pytest.raises(UserError, match=r"sequence -\d+ of 20.*damaged; delete"):
         rows(train)
 
 
