@@ -1,8 +1,9 @@
 """Training, validation and test data of a run.
 
 The training order is drawn in blocks of ``data_horizon_samples``. Within a block it is Megatron's order for that many
-samples; the next block is drawn anew with the next seed. Megatron's own order depends on how many epochs a run asks
-for, so a run that is extended, or a member of a sweep with another budget, would see other batches from the start.
+samples, or that of packed ones (`packed.py`); the next block is drawn anew with the next seed. Megatron's own order
+depends on how many epochs a run asks for, so a run that is extended, or a member of a sweep with another budget, would
+see other batches from the start.
 """
 
 from __future__ import annotations
