@@ -224,6 +224,8 @@ class DataConfig:
     reset_position_ids: Annotated[bool, RECIPE] = False
     #: no attention across documents
     reset_attention_mask: Annotated[bool, RECIPE] = False
+    #: which documents share a training sample: neighbours in Megatron's order, or those that fit whole
+    packing: Annotated[Literal["none", "best_fit"], RECIPE] = "none"
     #: no loss on the end-of-document token
     eod_mask_loss: Annotated[bool, RECIPE] = False
     #: resume though the data is not what the checkpoint was trained on

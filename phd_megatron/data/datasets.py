@@ -1,8 +1,9 @@
 """Training, validation and test data of a run.
 
 The training order is drawn in blocks of ``data_horizon_samples``. Within a block it is Megatron's order for that many
-samples; the next block is drawn anew with the next seed. Megatron's own order depends on how many epochs a run asks
-for, so a run that is extended, or a member of a sweep with another budget, would see other batches from the start.
+samples, or that of packed ones (`packed.py`); the next block is drawn anew with the next seed. Megatron's own order
+depends on how many epochs a run asks for, so a run that is extended, or a member of a sweep with another budget, would
+see other batches from the start.
 """
 
 from __future__ import annotations
@@ -219,7 +220,9 @@ def _build_block(
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
     from phd_megatron.data.gpt_index import IndexedGPTDataset, index_config
+    from phd_megatron.data.packed import PackedGPTDataset
 
+    kind = {"none": IndexedGPTDataset, "best_fit": PackedGPTDataset}[run.data.packing]
     weights = plan.weights
     if weights is None and len(plan.prefixes) > 1:
         # Without weights Megatron stops after one epoch of the blend; by tokens is the same mix without an end.
@@ -237,7 +240,7 @@ def _build_block(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's notes on read-only arrays
-        dataset = BlendedMegatronDatasetBuilder(IndexedGPTDataset, [count, 0, 0], lambda: True, config).build()[0]
+        dataset = BlendedMegatronDatasetBuilder(kind, [count, 0, 0], lambda: True, config).build()[0]
     if dataset is None or len(dataset) < count:
         raise UserError(
             f"the training split gives {0 if dataset is None else len(dataset)} samples of the {count} wanted; give "

@@ -94,9 +94,12 @@ class IndexedGPTDataset(GPTDataset):
             reason = "it is too short"
         except (IndexError, ValueError) as error:
             reason = str(error)
-        raise UserError(
-            f"sample {idx} of {self.dataset_path!r} cannot be made of the index {self._cache_path()}-*.npy ({reason}): "
-            "it is damaged; delete these files, and it is built again"
+        raise self._damaged(idx, reason)
+
+    def _damaged(self, sample: int, reason: str) -> UserError:
+        return UserError(
+            f"sample {sample} of {self.dataset_path!r} cannot be made of the index {self._cache_path()}-*.npy "
+            f"({reason}): it is damaged; delete these files, and it is built again"
         )
 
     def _cache_path(self) -> Path:

@@ -32,17 +32,6 @@ class Packing:
         """Their number, B."""
         return len(self.borders) - 1
 
-    @property
-    def padding(self) -> float:
-        """The share of all room that nothing fills."""
-        total = self.samples * self.room
-        return 1 - int(self.pieces[:, 2].sum()) / total if total else 0.0
-
-    @property
-    def cut_documents(self) -> int:
-        """Documents in more than one piece."""
-        return int((np.unique(self.pieces[:, 0], return_counts=True)[1] > 1).sum())
-
 
 def best_fit(lengths: np.ndarray, room: int, overlap: int = 1) -> Packing:
     """Pack documents of ``lengths`` ``[D]`` into samples of ``room`` tokens; the same for the same lengths.
@@ -54,33 +43,60 @@ def best_fit(lengths: np.ndarray, room: int, overlap: int = 1) -> Packing:
     if room <= overlap:
         raise ValueError(f"room for {room} tokens must be more than the overlap of {overlap}")
     pieces = _pieces(np.asarray(lengths, np.int64), room, overlap)
-    whole = pieces[:, 2] == room
-    bins = [[int(index)] for index in np.flatnonzero(whole)]
-    rests = np.flatnonzero(~whole)
-    rests = rests[np.argsort(-pieces[rests, 2], kind="stable")]
-    # Samples by the room that they have left, and these rooms in order: the fullest that fits is the first at or above.
-    by_room: dict[int, list[int]] = {}
+    order = np.argsort(-pieces[:, 2], kind="stable")
+    sample_of = _samples_of(pieces[order, 2], room)
+    by_sample = np.argsort(sample_of, kind="stable")
+    sizes = np.bincount(sample_of)
+    return Packing(pieces[order[by_sample]], np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), room)
+
+
+def _samples_of(lengths: np.ndarray, room: int) -> np.ndarray:
+    """The sample ``[P]`` of each piece, from the longest to the shortest.
+
+    Pieces of one length are placed together: a sample that is the fullest with room for one stays it until it has room
+    for none, so samples with one room left take as many each as fit, one sample after the other.
+    """
+    sample_of, used, begin = np.empty(len(lengths), np.int64), 0, 0
+    # Samples by the room that they have left, the last ones first, and these rooms in order.
+    by_room: dict[int, list[np.ndarray]] = {}
     rooms: list[int] = []
-    for index in rests.tolist():
-        length = int(pieces[index, 2])
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
-            chosen, left = len(bins), room - length
-            bins.append([index])
-        else:
-            found = rooms[place]
-            chosen, left = by_room[found].pop(), found - length
-            bins[chosen].append(index)
-            if not by_room[found]:
-                del by_room[found], rooms[place]
-        if left:
-            if left not in by_room:
-                insort(rooms, left)
-            by_room.setdefault(left, []).append(chosen)
-    order = np.fromiter((index for members in bins for index in members), np.int64, len(pieces))
-    borders = np.zeros(len(bins) + 1, np.int64)
-    np.cumsum([len(members) for members in bins], out=borders[1:])
-    return Packing(pieces[order], borders, room)
+    ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)] if len(lengths) else []
+    for end in ends:
+        length = int(lengths[begin])
+        while begin < end:
+            place = bisect_left(rooms, length)
+            found = rooms[place] if place < len(rooms) else room
+            each = found // length
+            wanted = -(-(end - begin) // each)
+            if place == len(rooms):
+                samples = np.arange(used, used + wanted)
+                used += wanted
+            else:
+                samples = _take(by_room[found], wanted)
+                if not by_room[found]:
+                    del by_room[found], rooms[place]
+            count = min(end - begin, each * len(samples))
+            sample_of[begin : begin + count] = np.repeat(samples, each)[:count]
+            begin += count
+            full, rest = divmod(count, each)
+            for left, some in ((found - each * length, samples[:full]), (found - rest * length, samples[full:])):
+                if left and len(some):
+                    if left not in by_room:
+                        insort(rooms, left)
+                    by_room.setdefault(left, []).append(some)
+    return sample_of
+
+
+def _take(stacks: list[np.ndarray], wanted: int) -> np.ndarray:
+    """At most ``wanted`` samples off the top, the last that came first."""
+    taken: list[np.ndarray] = []
+    while wanted and stacks:
+        top = stacks.pop()
+        taken.append(top[-wanted:][::-1])
+        if len(top) > wanted:
+            stacks.append(top[:-wanted])
+        wanted -= len(taken[-1])
+    return np.concatenate(taken)
 
 
 def _pieces(lengths: np.ndarray, room: int, overlap: int) -> np.ndarray:

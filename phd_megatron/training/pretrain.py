@@ -88,6 +88,11 @@ class Trainer:
         wanted = (self.schedule.samples, run.training.eval_iters * self.batches.size, 0)
         train, valid, _ = with_whole_indices(lambda: build_datasets(run, tokenizer, wanted), runtime.local_rank)
         assert train is not None  # a run without samples was refused
+        if run.data.packing != "none" and runtime.is_main:
+            from phd_megatron.data.packed import packing_statistics
+
+            for statistics in packing_statistics(train):
+                runtime.log(str(statistics))
         self.train_stream = open_stream(run, runtime, train)
         self.validation: Validation | None = None
         if valid is not None:

@@ -80,6 +80,11 @@ PRETRAIN = [
     Row(f"pretrain {RUN} --init-method-std 1e38", ("init_method_std=1e+38", "at most 1000")),
     Row(f"pretrain {RUN} --layernorm-epsilon 1e30", ("layernorm_epsilon=1e+30", "at most 1")),
     Row(f"pretrain {RUN} --adam-eps 1e-320", ("adam_eps=1e-320", "at least 1e-30")),
+    Row(
+        f"pretrain {RUN} --packing first_fit",
+        ("packing='first_fit'", "is not one of none, best_fit", "did you mean best_fit"),
+    ),
+    Row(f"pretrain {RUN} --packing", ("--packing has no value", "write --packing VALUE")),
     Row(f"pretrain {RUN} --num-workers 1024", ("num_workers=1024", "a few are enough", "at most")),
     Row("export --checkpoint ~/run --output out", ("--checkpoint '~/run'", "begins with ~", "write the directory out")),
     Row("prepare --input ~someone/a.txt --output-prefix p", ("--input '~someone/a.txt'", "begins with ~")),

@@ -195,6 +195,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         ),
     },
     "docs/data.md": {
+        "phd-megatron pretrain ... --packing best_fit --reset-attention-mask --reset-position-ids": Run(RUN),
         "phd-megatron prepare --input FILE_OR_DIR... --output-prefix P --tokenizer byte|bpe:N|DIR --workers N": Run(
             {
                 r"FILE_OR_DIR\.\.\.": "corpus",

@@ -111,6 +111,7 @@ data_horizon_samples                     null      free  [1,1000000000000]
 num_workers                              0         free  [0,1024]
 reset_position_ids                       false     free  -
 reset_attention_mask                     false     free  -
+packing                                  none      free  none|best_fit
 eod_mask_loss                            false     free  -
 allow_changed_data                       false     start -
 micro_batch_size                         1         free  [1,1048576]
