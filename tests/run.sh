@@ -20,11 +20,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 # What depends on Megatron-Core, for --mcore, in three shares.
 OF_MCORE_0=(tests/distributed tests/integration/test_stock_checkpoints.py tests/unit/test_stock.py
     tests/huggingface/test_to_megatron.py)
-OF_MCORE_1=(tests/integration/test_{context_parallel,moe_overlap,moe_parity,muon,virtual_pipeline}.py)
+OF_MCORE_1=(tests/integration/test_{context_parallel,documents,moe_overlap,moe_parity,muon,packing,virtual_pipeline}.py)
 OF_MCORE_2=(tests/integration/test_{between_versions,deepspeed,moe_resume,reshard,resume,skipped_steps}.py
     tests/huggingface/test_{against_megatron,export}.py
     tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py
-    tests/unit/test_{datasets,implementations,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes}.py
+    tests/unit/test_{datasets,document_model,implementations,layer_statistics,mcore_versions,model,moe,muon_step,norm_schemes}.py
     tests/unit/test_{optimizer,run_lock}.py)
 # What a commit runs a third of where CI is set, by its number: whole files that start many processes, in three parts of
 # as many minutes. Everywhere else, and where one of them is named, all of them run.
@@ -36,7 +36,8 @@ IN_TURN_1=(tests/distributed/test_cpu_backend.py tests/documents/test_commands.p
     tests/integration/test_{evaluate,moe_overlap,routing_replay,sweep,virtual_pipeline,evaluate_copies}.py)
 # shellcheck disable=SC2034
 IN_TURN_2=(tests/distributed/test_context_parallel.py tests/huggingface/test_import.py
-    tests/integration/test_{faults,layer_statistics,recovery,validation}.py tests/kernels/test_triton_compiles.py)
+    tests/integration/test_{documents,faults,layer_statistics,recovery,validation}.py
+    tests/kernels/test_triton_compiles.py)
 # Of the 90 that continuous integration has; one share and its set-up took 16 on two busy cores.
 MINUTES_FOR_THE_FIRST=55
 # The quick part of the other programs and its set-up take 5.
