@@ -191,6 +191,22 @@ def _decode(parser: Parser) -> None:
     _kernel(parser)
 
 
+def _documents(parser: Parser) -> None:
+    parser.add_argument("--seq-length", type=int, default=4096, help="original tokens (default %(default)s)")
+    parser.add_argument(
+        "--mean-document-length", type=int, nargs="+", default=[512], metavar="N", help="in tokens (default 512)"
+    )
+    _policy(parser, 2)
+    _heads(parser, 8, 2)
+    parser.add_argument("--head-dim", type=int, default=64, help="size of a head (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
+    parser.add_argument("--backend", default="auto", help="implementation of attention (default %(default)s)")
+    parser.add_argument(
+        "--fail-above", type=float, default=None, metavar="X", help="exit 1 if time / share of pairs exceeds it"
+    )
+    _kernel(parser)
+
+
 def _norm_rope(parser: Parser) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[4096], help="K * s rows (default 4096)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default %(default)s)")
@@ -277,6 +293,9 @@ def _members(parser: Parser) -> None:
 FLAGS = {
     "attention": Flags(_attention, ("seq_length", "repeat", "heads", "kv_heads", "head_dim", "batch")),
     "decode": Flags(_decode, ("kv_length", "batch", "repeat", "heads", "kv_heads", "head_dim")),
+    "documents": Flags(
+        _documents, ("seq_length", "mean_document_length", "repeat", "heads", "kv_heads", "head_dim", "batch")
+    ),
     "norm_rope": Flags(_norm_rope, ("rows", "batch", "heads", "kv_heads", "head_dim")),
     "generate": Flags(
         _generate,

@@ -12,6 +12,7 @@ from phd_megatron.errors import UserError
 BENCHES = {
     "attention": "PHD attention against K vanilla attentions, a dense mask and naive repetition",
     "decode": "K new rows over a long KV cache against vanilla decoding",
+    "documents": "attention over documents that are kept apart, against one document",
     "generate": "prefill and decode latency over K, against vanilla and naive repetition",
     "norm-rope": "fused norm and RoPE of q, k, v against separate operations and a plain copy",
     "train": "training steps of our loop against Hugging Face's, and PHD against vanilla",

@@ -402,6 +402,7 @@ OTHERS = [
         ("cannot write d", "it is a directory", "choose another --plot"),
         files={"d": DIRECTORY},
     ),
+    Row("bench documents --mean-document-length 0", ("--mean-document-length 0", "use 1 or more")),
     Row("bench norm-rope --norms x", ("--norms x", "name some of q, k and v")),
     Row("bench norm-rope --rows -1", ("--rows -1", "use 1 or more")),
     Row("bench generate --repeats 1", ("--repeats [1]", "2 or more")),

@@ -143,6 +143,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
     "docs/benchmarks.md": {
         "phd-megatron bench attention": Run(more="--seq-length 64 --head-dim 16 --rounds 1 --device cpu"),
         "phd-megatron bench decode": Run(more="--kv-length 64 --head-dim 16 --rounds 1 --device cpu"),
+        "phd-megatron bench documents": Run(more="--seq-length 64 --head-dim 16 --rounds 1 --device cpu"),
         "phd-megatron bench norm-rope": Run(more="--rows 64 --head-dim 16 --rounds 1 --device cpu"),
         "phd-megatron bench train": Run(more="--seq-length 32 --micro-batch-size 1 --rounds 1 --device cpu"),
         "phd-megatron bench train --preset dense-1.2b --members vanilla K=2 delayed vanilla+graph": GPU,

@@ -142,6 +142,22 @@ def test_small_benches(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert "the Triton kernel is not timed: " in capsys.readouterr().out
 
 
+DOCUMENTS = ["documents", "--seq-length", "64", "--mean-document-length", "9", "--heads", "4", "--kv-heads", "2"]
+
+
+def test_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "bench.json"
+    common = ["--batch", "2", "--head-dim", "16", "--rounds", "1", "--device", "cpu", "--json", str(target)]
+    assert bench.run([*DOCUMENTS, *common]) == 0
+    (result,) = json.loads(target.read_text(encoding="utf-8"))["results"]
+    one, alone, apart = result["rows"]
+    assert one["over_one"] == one["share_of_pairs"] == alone["share_of_pairs"] == 1
+    assert one["documents"] == alone["documents"] == 2 and 2 < apart["documents"] < 40
+    assert 0.05 < apart["share_of_pairs"] < 0.6 and apart["milliseconds"] > 0
+    assert bench.run([*DOCUMENTS, *common[:-2], "--fail-above", "1e-9"]) == 1
+    assert "more than 1e-09 times their share" in capsys.readouterr().out
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_attention, "_worst_error", lambda *_: float("nan"))
     assert bench.run(SMALL) == 1
