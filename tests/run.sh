@@ -20,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch_scripts/_env.sh"
 # What depends on Megatron-Core, for --mcore, in three shares.
 OF_MCORE_0=(tests/distributed tests/integration/test_stock_checkpoints.py tests/unit/test_stock.py
     tests/huggingface/test_to_megatron.py)
-OF_MCORE_1=(tests/integration/test_{context_parallel,documents,moe_overlap,moe_parity,muon,packing,virtual_pipeline}.py)
+OF_MCORE_1=(tests/integration/test_{context_parallel,document_counts,documents,moe_overlap,moe_parity,muon,packing,virtual_pipeline}.py)
 OF_MCORE_2=(tests/integration/test_{between_versions,deepspeed,moe_resume,reshard,resume,skipped_steps}.py
     tests/huggingface/test_{against_megatron,export}.py
     tests/unit/test_{adam_state,checkpoint_match,compatibility,config_facts,config_megatron,config_refusals,cpu_names}.py

@@ -5,22 +5,16 @@ The runs and the comparison are those of ``phd-megatron parity``; tolerance (all
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
 import pytest
 
-from phd_megatron.config.architecture import kv_policy
 from phd_megatron.config.layouts import SINGLE, parse_layout
 from phd_megatron.config.load import load_run_config
-from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import RunConfig
-from phd_megatron.data.datasets import build_datasets
-from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.parity.compare import FLOAT32, METRICS
 from phd_megatron.parity.runs import Row, run_parity
-from phd_megatron.planning.flops import forward_flops
 
 from .conftest import TINY_MODEL, flags, read_metrics, run_program
 
@@ -95,34 +89,6 @@ def test_the_cases_differ(parity: tuple[dict[tuple[str, str], Row], Path], sente
     together = losses.pop("pre-k2-positions-of-the-sample")
     assert together == pytest.approx(losses["pre-k2-cswa"], rel=1e-6)
     assert len({f"{loss:.6f}" for loss in losses.values()}) == len(losses)
-
-
-@pytest.mark.parametrize("layout", [SINGLE.name, "dp2+overlap", "cp2", "tp2+sp+cp2"])
-def test_operations_of_a_step_are_those_of_its_documents(
-    parity: tuple[dict[tuple[str, str], Row], Path], sentences: Path, layout: str
-) -> None:
-    """Counted by hand from the samples, whichever ranks hold them; and who has most is said."""
-    name = "hybrid_star-k3-cswa"
-    run = configuration(sentences, MODELS[name])
-    resolve(run)
-    run.model.vocab_size = 257
-    tokenizer = load_tokenizer("byte")
-    batch = run.training.global_batch_size or 0
-    samples = build_datasets(run, tokenizer, (batch, 0, 0))[0]
-    assert samples is not None
-    whole, model, policy, attention = forward_flops(run.model, 384), run.model, kv_policy(run.model), 0
-    for index in range(batch):
-        ends = [0, *((samples[index]["tokens"][:-1] == tokenizer.eod).nonzero().flatten() + 1).tolist(), 24]
-        lengths = [stop - start for start, stop in itertools.pairwise(ends)]
-        pairs = (model.num_layers - 1) * sum(policy.document_pairs(lengths)) + sum(policy.document_pairs(lengths, 1))
-        attention += 4 * model.hidden_size * pairs
-    expected = 3 * (batch * (whole.linear + whole.head) + attention)
-    assert expected < batch * whole.training
-    row = read_metrics(parity[1] / name / layout / METRICS)[0]
-    ranks = 1 if layout == SINGLE.name else parse_layout(layout).ranks
-    assert row["tflops_per_gpu"] * row["iteration_seconds"] * ranks * 1e12 == pytest.approx(expected)
-    assert (row["attention_max_over_mean"] == 1) == (layout == SINGLE.name)
-    assert 1 <= row["attention_max_over_mean"] < 2
 
 
 @pytest.mark.timeout(600)
