@@ -79,7 +79,7 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, kinds: Tensor
     Args:
         query: ``[n, b, heads, d]``.
         key: ``[keys, b, groups, d]``; head ``h`` uses group ``h // (heads / groups)``.
-        visible: ``[n, keys]``.
+        visible: ``[n, keys]``, or of each sequence ``[b, n, keys]``.
         kinds: ``[kinds, n, keys]``, whether a key is of a kind; its mean is the weights' share on that kind.
         scale: factor on the scores.
 
@@ -90,16 +90,20 @@ def attention_moments(query: Tensor, key: Tensor, visible: Tensor, kinds: Tensor
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).unflatten(2, (key.size(2), -1))  # [n, b, g, r, d]
     moments = []
+    visible = visible.expand(key.size(1), -1, -1)
     for sequence, group in product(range(key.size(1)), range(key.size(2))):  # the scores of all would be large
         scores = torch.einsum("qrd,kd->rqk", grouped[:, sequence, group], key[:, sequence, group].to(wide)) * scale
-        top = scores.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
-        below = (scores - top.clamp_min(torch.finfo(wide).min)).masked_fill(~visible, 0.0)
-        weights = below.exp().masked_fill(~visible, 0.0)
+        unseen = ~visible[sequence]
+        top = scores.masked_fill(unseen, float("-inf")).amax(-1, keepdim=True)
+        below = (scores - top.clamp_min(torch.finfo(wide).min)).masked_fill(unseen, 0.0)
+        weights = below.exp().masked_fill(unseen, 0.0)
         total = weights.sum(-1, dtype=torch.float64)
         mean = (weights * below).sum(-1, dtype=torch.float64) / total.clamp_min(1.0)  # 0 or at least 1
         top = top.squeeze(-1).double()
         shares = [(weights * kind).sum(-1, dtype=torch.float64) / total.clamp_min(1.0) for kind in kinds]
-        moments.append(torch.stack([total.log() + top, torch.where(visible.any(-1), mean + top, 0.0), *shares]))
+        moments.append(
+            torch.stack([total.log() + top, torch.where(visible[sequence].any(-1), mean + top, 0.0), *shares])
+        )
     return torch.stack(moments, 1).unflatten(1, (key.size(1), -1)).flatten(2, 3)  # [2 + kinds, b, g*r, n]
 
 
@@ -140,6 +144,7 @@ class LayerRecorder:
         self._copy_cosines: dict[int, Tensor] = {}
         self._attention: dict[int, Tensor] = {}
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._starts: Tensor | None = None  # [b, n]: where the document of each sampled query begins
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -168,14 +173,14 @@ class LayerRecorder:
             self._copy_cosines[number] = cosine_sum(copies[0], copies[-1])
 
     @torch.no_grad()
-    def _see_attention(self, core: PHDCoreAttention, args: tuple[Tensor, ...]) -> None:
+    def _see_attention(self, core: PHDCoreAttention, args: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
         if core.layer_number in self._attention:
             return
         query, key, policy = args[0].detach(), args[1].detach(), core.policy
         query = split_copies(query, policy.repeat, core.ranks)[-1]  # [s_rank, b, np, hn]
         key = split_copies(key, policy.repeat, core.ranks).flatten(0, 1)  # [K*s_rank, b, ng, hn]
         if self._tables is None:
-            self._tables = self._lookup(policy, query.device)
+            self._tables = self._lookup(policy, query.device, args[3])
         held, rows, visible, kinds = self._tables
         # Each sampled query is on one rank; the others add zeros. In float32, since not every backend adds halves.
         sampled = query[rows].to(torch.promote_types(query.dtype, torch.float32))
@@ -185,25 +190,32 @@ class LayerRecorder:
         scale = query.size(-1) ** -0.5 if core.scale is None else core.scale
         self._attention[core.layer_number] = attention_moments(sampled, key, visible, kinds, scale)
 
-    def _lookup(self, policy: KVPolicy, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Whether this rank has each sampled query, in which row, which of this rank's keys it sees, their kinds."""
+    def _lookup(
+        self, policy: KVPolicy, device: torch.device, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whether this rank has each sampled query, in which row, which of this rank's keys it sees, their kinds.
+
+        ``starts [b, s_rank]`` are where the documents of this rank's tokens begin, if they are kept apart.
+        """
         slices = policy.context_parallel_slices(self.length, self.groups.cp.size(), self.groups.cp.rank())
         positions = torch.cat([torch.arange(part.start, part.stop) for part in slices])
-        match = sampled_positions(self.length)[:, None] == positions
-        visible, kinds = self._keys(policy, positions)
-        return match.any(1).to(device), match.int().argmax(1).to(device), visible.to(device), kinds.to(device)
-
-    def _keys(self, policy: KVPolicy, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Which keys at these positions, copy-major, the sampled queries of the last copy see, ``[n, K*positions]``.
-
-        And their :func:`key_kinds`; none with K = 1.
-        """
-        query_position = sampled_positions(self.length)[:, None]
-        key_copy = torch.arange(1, policy.repeat + 1).repeat_interleave(len(positions))
-        query_copy, key_position = torch.tensor(policy.repeat), positions.repeat(policy.repeat)
-        kinds = key_kinds(query_position, key_position, key_copy)
-        visible = policy.visible(query_position, query_copy, key_position, key_copy)
-        return visible, kinds if policy.repeat > 1 else kinds[:0]
+        queries = sampled_positions(self.length)
+        match = queries[:, None] == positions
+        held, rows = match.any(1), match.int().argmax(1)
+        first = torch.zeros(1, len(positions), dtype=torch.long) if starts is None else starts
+        query_first = first[:, rows] * held  # [b, n]
+        if starts is not None and self.groups.cp.size() > 1:
+            query_first = query_first.to(device)
+            dist.all_reduce(query_first, group=self.groups.cp)
+            query_first = query_first.cpu()
+        self._starts = query_first
+        key_copy = torch.arange(1, policy.repeat + 1).repeat_interleave(len(positions))  # copy-major
+        key_position, key_first = positions.repeat(policy.repeat), first.repeat(1, policy.repeat)[:, None]
+        kinds = key_kinds(queries[:, None], key_position, key_copy)
+        places = (queries - query_first)[..., None], torch.tensor(policy.repeat), key_position - key_first, key_copy
+        visible = policy.visible(*places) & (query_first[..., None] == key_first)  # [b or 1, n, K*s_rank]
+        kinds = kinds if policy.repeat > 1 else kinds[:0]
+        return held.to(device), rows.to(device), visible.to(device), kinds.to(device)
 
     # ------------------------------------------------------------ sums over ranks
 
@@ -246,10 +258,12 @@ class LayerRecorder:
         moments = torch.stack([*self._attention.values()], 1)  # [2 + kinds, layers, b, np, n]
         log_sum, mean, *shares = union_moments(moments, self.groups.cp)
         entropy = log_sum - mean
-        visible, _ = self._keys(config.kv_policy, torch.arange(self.length))
-        most = visible.sum(-1).double().log().to(entropy.device)
+        assert self._starts is not None
+        originals, hidden = config.kv_policy.pairs_at(sampled_positions(self.length) - self._starts, 1)
+        most = (originals + hidden).double().log().to(entropy.device).expand(entropy.size(1), -1)[:, None]  # [b, 1, n]
         several = most > 0  # a query with a single key has no choice
-        tables = {"attention_entropy": entropy, "attention_entropy_share": entropy[..., several] / most[several]}
+        share = torch.where(several, entropy / most, 0.0) * (several.numel() / several.sum(dtype=torch.float64))
+        tables = {"attention_entropy": entropy, "attention_entropy_share": share}
         tables |= zip(ATTENDED, shares, strict=False)  # none with K = 1
         return {
             name: dict(zip(self._attention, values.mean((1, 3)).sum(-1) / config.num_attention_heads, strict=True))

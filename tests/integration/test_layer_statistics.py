@@ -33,6 +33,7 @@ EXPERTS: Options = {
 MODELS: dict[str, Options] = {
     "k1": {"norm-scheme": "hybrid_star"},
     "k2": {"norm-scheme": "hybrid_star", "phd-repeat": 2},
+    "k2-apart": {"norm-scheme": "hybrid_star", "phd-repeat": 2, "reset-attention-mask": True},
     "moe-k1": EXPERTS,
     "moe-k2": {**EXPERTS, "norm-scheme": "hybrid_star", "phd-repeat": 2},
 }
@@ -57,7 +58,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...], Options]] = {
     "tp2+sp off": (2, ("k2",), {**SP, **OFF}),
     "pp2": (2, DENSE, PP),
     "pp2+vpp2+recompute": (2, ("k2",), {**PP, **FULL, "num-layers-per-virtual-pipeline-stage": 1}),
-    "cp2": (2, DENSE, CP),
+    "cp2": (2, (*DENSE, "k2-apart"), CP),
     "cp2 off": (2, ("k2",), {**CP, **OFF}),
     "dp2+no-distopt": (2, ("k2",), {"no-use-distributed-optimizer": True}),
     "ep2": (2, MOE, EP),
@@ -77,7 +78,7 @@ BIGGER: dict[str, tuple[int, tuple[str, ...], Options]] = {
 OTHER_NUMBERS = ("bf16", "fp16")
 
 
-def run_layouts(layouts: dict[str, Any], root: Path, corpus: Path, run_cases: Any) -> None:
+def run_layouts(layouts: dict[str, Any], root: Path, corpus: Path, documents: Path, run_cases: Any) -> None:
     """``root/<layout>/<model>/{metrics.jsonl,gradients/}``; one launch a world size."""
     for world_size in sorted({ranks for ranks, _, _ in layouts.values()}):
         cases = []
@@ -85,7 +86,8 @@ def run_layouts(layouts: dict[str, Any], root: Path, corpus: Path, run_cases: An
             for name in models if ranks == world_size else ():
                 directory = root / layout / name
                 run: Options = {
-                    **{"seq-length": LENGTH, "phd-window": 5, "phd-chunk": 32, "data-path": str(corpus)},
+                    **{"seq-length": LENGTH, "phd-window": 5, "phd-chunk": 32},
+                    "data-path": str(documents if "apart" in name else corpus),
                     **{"micro-batch-size": 2, "global-batch-size": 8, "train-iters": 3, "lr": 1e-2, "eval-iters": 0},
                     **{"log-interval": 1, "metrics-file": str(directory / "metrics.jsonl"), "device": "cpu"},
                     # Else the first update multiplies the rounding of gradients near 0, and the second step shows it.
@@ -97,9 +99,9 @@ def run_layouts(layouts: dict[str, Any], root: Path, corpus: Path, run_cases: An
 
 
 @pytest.fixture(scope="module")
-def results(corpus: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(corpus: Path, documents: Path, run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layer_statistics")
-    run_layouts(LAYOUTS, root, corpus, run_cases)
+    run_layouts(LAYOUTS, root, corpus, documents, run_cases)
     return root
 
 
@@ -193,8 +195,8 @@ def test_float16_gradients_are_without_the_loss_scale(results: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_bigger_layouts(results: Path, corpus: Path, run_cases: Any, tmp_path: Path) -> None:
-    run_layouts(BIGGER, tmp_path, corpus, run_cases)
+def test_bigger_layouts(results: Path, corpus: Path, documents: Path, run_cases: Any, tmp_path: Path) -> None:
+    run_layouts(BIGGER, tmp_path, corpus, documents, run_cases)
     for layout, (_, models, _) in BIGGER.items():
         for model in models:
             error = worst(results / "single" / model, tmp_path / layout / model)

@@ -127,13 +127,21 @@ def build(**model):
     return build_model(run, VOCAB, torch.device("cpu"))[0]
 
 
-def batch(seed: int = 0):
+def documents() -> torch.Tensor:
+    """Where documents begin in each sample: several, one of a single token among them; and one."""
+    starts = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    for begin in (5, 6, LENGTH - 9):
+        starts[0, begin:] = begin
+    return starts
+
+
+def batch(seed: int = 0, starts=None):
     drawn = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
-    return {"input_ids": drawn[:, :-1], "position_ids": positions, "attention_mask": None, "labels": drawn[:, 1:]}
+    return {"input_ids": drawn[:, :-1], "position_ids": positions, "attention_mask": starts, "labels": drawn[:, 1:]}
 
 
-def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
+def by_hand(model, policy: KVPolicy, starts=None) -> dict[str, list[float]]:
     """Run the model once more and compute everything from what its modules take and give."""
     from phd_megatron.model.attention import PHDCoreAttention
     from phd_megatron.model.layer_statistics import sampled_positions
@@ -143,12 +151,13 @@ def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
     cores = [module for module in model.modules() if isinstance(module, PHDCoreAttention)]
     hooks += [core.register_forward_pre_hook(lambda _, args: inputs.append(args[:2])) for core in cores]
     with torch.no_grad():
-        model(**batch())
+        model(**batch(starts=starts))
     for hook in hooks:
         hook.remove()
     copies = policy.repeat
     found: dict[str, list[float]] = {name: [] for name in STATISTICS[1 : 5 if copies == 1 else None]}
-    mask = policy.mask(LENGTH)[(copies - 1) * LENGTH :][sampled_positions(LENGTH)]
+    mask = policy.mask(LENGTH, starts=torch.zeros(BATCH, LENGTH, dtype=torch.long) if starts is None else starts)
+    mask = mask[:, (copies - 1) * LENGTH :][:, sampled_positions(LENGTH)]  # [b, n, K*s]
     for number, (rows, (query, key)) in enumerate(zip(outputs, inputs, strict=True), 1):
         assert len(rows) == LENGTH * (1 if number == LAYERS else copies)
         last = rows[-LENGTH:].double()
@@ -158,11 +167,11 @@ def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
         found["cosine_similarity"].append(float(cosine[:, ~torch.eye(LENGTH, dtype=torch.bool)].mean()))
         sampled = query[-LENGTH:][sampled_positions(LENGTH)].unflatten(2, (2, 2)).double()
         scores = torch.einsum("qbgrd,kbgd->bgrqk", sampled, key.double()) / math.sqrt(8)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        weights = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
         entropy = torch.special.entr(weights).sum(-1)
         found["attention_entropy"].append(float(entropy.mean()))
         several = mask.sum(-1) > 1
-        share = entropy[..., several] / mask.sum(-1)[several].double().log()
+        share = entropy.movedim(3, 1)[several] / mask.sum(-1)[several].double().log()[:, None, None]
         found["attention_entropy_share"].append(float(share.mean()))
         if copies > 1 and number < LAYERS:
             found["copy_cosine"].append(float(torch.cosine_similarity(rows[:LENGTH], rows[-LENGTH:], dim=-1).mean()))
@@ -178,7 +187,8 @@ def by_hand(model, policy: KVPolicy, pruned: bool) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("repeat", [1, 3])
 @pytest.mark.parametrize("pruned", [True, False])
-def test_recorder_sees_what_a_direct_computation_gives(runtime, repeat, pruned):
+@pytest.mark.parametrize("starts", [None, documents()], ids=["together", "apart"])
+def test_recorder_sees_what_a_direct_computation_gives(runtime, repeat, pruned, starts):
     """The first micro-batch counts, whatever comes after it, and the values do not change the model's."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -189,13 +199,13 @@ def test_recorder_sees_what_a_direct_computation_gives(runtime, repeat, pruned):
     recorder = LayerRecorder([model], groups, LENGTH)
     before = torch.get_rng_state()
     with recorder.watching():
-        watched = model(**batch())
-        model(**batch(seed=1))
+        watched = model(**batch(starts=starts))
+        model(**batch(seed=1, starts=starts))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(model(**batch()), watched)
+    assert torch.equal(model(**batch(starts=starts)), watched)
     assert not [module for module in model.modules() if module._forward_pre_hooks]
     found = recorder.activations()
-    expected = by_hand(model, model.config.kv_policy, pruned)
+    expected = by_hand(model, model.config.kv_policy, starts)
     for number, values in found.items():
         dropped = {"copy_cosine"} if number == LAYERS else set()  # only the last copy leaves the last layer
         assert values.keys() == expected.keys() - dropped
