@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from phd_megatron.errors import UserError
-from phd_megatron.phd.documents import positions_in_documents, starts_of_borders
+from phd_megatron.phd.documents import positions_in_documents, starts_of_borders, starts_of_tokens
 from phd_megatron.runtime.context import Runtime
 
 from .configurations import resolved
-from .test_model import VOCAB, build, make_run
+from .test_model import VOCAB, build, copy_by_name, make_run, stock_model
 
 LENGTHS = [[5, 1, 7, 3], [9, 7]]
 STARTS = torch.stack([starts_of_borders([0, *torch.tensor(row).cumsum(0).tolist()]) for row in LENGTHS])
@@ -71,6 +71,43 @@ def test_one_document_tells_another_nothing() -> None:
     inside = torch.zeros(2, 16, dtype=torch.bool)
     inside[0, 6:13] = True
     assert torch.equal(one[~inside], two[~inside]) and not torch.equal(one[inside], two[inside])
+
+
+def megatrons(tokens: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """Megatron's own mask ``[b, 1, s, s]``, True where nothing is seen, and positions, of documents that are reset."""
+    from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+    rows = [_get_ltor_masks_and_position_ids(row, end, True, True, False, True) for row in tokens]
+    return torch.stack([mask for mask, _, _ in rows]), torch.stack([places for _, _, places in rows])
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_k1_is_stock_megatron_under_its_own_mask(restart: bool) -> None:
+    """Losses and every gradient in float64, within 1e-6: Megatron's layers and attention, told by a dense mask."""
+    from phd_megatron.model.build import build_model
+
+    run = make_run()
+    run.data.reset_attention_mask, run.data.reset_position_ids = True, restart
+    tokens = torch.randint(VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
+    tokens[0, [3, 4, 11]] = tokens[1, 8] = end = 7
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    starts, (mask, places) = starts_of_tokens(inputs, end), megatrons(inputs, end)
+    assert torch.equal(positions_in_documents(starts), places)
+    ours = build_model(run, 64, torch.device("cpu"))[0].double()
+    stock = stock_model(run).double()
+    copy_by_name(ours, stock)
+    losses = ours(inputs, places if restart else torch.arange(16).expand(2, -1), starts, labels=labels)
+    expected = stock(inputs, places, mask, labels=labels)
+    assert torch.allclose(losses, expected, rtol=1e-6, atol=0)
+    together = ours(inputs, places, torch.zeros_like(starts), labels=labels)
+    assert not torch.allclose(together, expected, rtol=1e-3)
+    losses.mean().backward()
+    expected.mean().backward()
+    gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    scale = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    for name, parameter in ours.named_parameters():
+        off = (parameter.grad - gradients[name]).norm()
+        assert off <= 1e-6 * max(gradients[name].norm(), 1e-6 * scale), name
 
 
 @torch.no_grad()
