@@ -128,7 +128,13 @@ def test_packed_sequences_as_megatron_describes_them() -> None:
             {"reset_position_ids": True},
             "reset_position_ids=True without reset_attention_mask.*set reset_attention_mask",
         ),
-        ({"reset_attention_mask": True, "context_parallel_size": 2}, "context_parallel_size=2: ranks exchange keys"),
+        (
+            {
+                **{"reset_attention_mask": True, "context_parallel_size": 2, "seq_length": 16},
+                **{"phd_repeat": 2, "phd_window": 6},
+            },
+            "seen 5 positions back in a document, further than one of 4 .* slices of 16 tokens; use a phd_window .*most 5",
+        ),
         ({"reset_attention_mask": True, "phd_attention_backend": "flex"}, "every length of a document; use auto"),
         (
             {"reset_attention_mask": True, "cuda_graph_impl": "local", "cuda_graph_scope": "full_iteration"},
