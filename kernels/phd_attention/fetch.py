@@ -57,7 +57,7 @@ class _Fetch(torch.autograd.Function):
         coming = Originals(torch.stack([key[0], value[0]]), context)
         hidden = torch.stack([key[1:], value[1:]]).transpose(1, 2)  # [2, s_rank, K - 1, b, g, d]
         near = [x.squeeze(1).clone() for x in HaloKeys(hidden.unsqueeze(1), halos, context).wait()]
-        return key.clone(), value.clone(), in_order(coming.everything()), *near
+        return key.view_as(key), value.view_as(value), in_order(coming.everything()), *near
 
     @staticmethod
     @once_differentiable

@@ -121,13 +121,11 @@ def _documents(config: RunConfig) -> Iterator[str]:
         )
     if not data.reset_attention_mask:
         return
-    slices = 2 * config.parallel.context_parallel_size
-    if slices > 2 and (seen := kv_policy(model).document_halo) > model.seq_length // slices:
-        yield (
-            f"reset_attention_mask=True: hidden keys are seen {seen} positions back in a document, further than one "
-            f"of {slices} context-parallel slices of {model.seq_length} tokens; use a phd_window or phd_chunk of at "
-            f"most {model.seq_length // slices + 1}, or a smaller context_parallel_size"
-        )
+    if (size := config.parallel.context_parallel_size) > 1:
+        try:
+            kv_policy(model).document_halo(model.seq_length // (2 * size))
+        except ValueError as error:
+            yield f"reset_attention_mask=True: {error}"
     if model.phd_attention_backend == "flex":
         yield (
             "reset_attention_mask=True with phd_attention_backend=flex: it would be compiled for every length of a "

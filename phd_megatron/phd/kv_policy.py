@@ -237,10 +237,20 @@ class KVPolicy:
         """Hidden positions before ``slice_start`` that queries of the slice see: at most ``W - 1``, in-chunk only."""
         return 0 if self.repeat == 1 else slice_start - self.first_hidden_key(slice_start)
 
-    @property
-    def document_halo(self) -> int:
-        """The same, wherever the slice begins in a document: chunks count from there."""
-        return 0 if self.repeat == 1 else self.span - 1
+    def document_halo(self, slice_length: int) -> int:
+        """The same, wherever the slice begins in a document: chunks count from there.
+
+        Raises:
+            ValueError: if a window would reach past one neighbouring slice.
+        """
+        widest = 0 if self.repeat == 1 else self.span - 1
+        if widest > slice_length:
+            raise ValueError(
+                f"hidden keys are seen {widest} positions back in a document, further than one context-parallel slice "
+                f"of {slice_length} tokens; use a phd_window or phd_chunk of at most {slice_length + 1}, or a smaller "
+                "context_parallel_size"
+            )
+        return widest
 
     def halos(self, length: int, size: int, *, documents: bool = False) -> tuple[Halo, ...]:
         """Every halo of a sequence, by slice. The middle one stays on its rank: both slices around it are there.
@@ -251,16 +261,15 @@ class KVPolicy:
             ValueError: as :meth:`context_parallel_slices`.
         """
         owner = {part.start: rank for rank in range(size) for part in self.context_parallel_slices(length, size, rank)}
-        starts, widest, slice_length = sorted(owner), self.document_halo, length // (2 * size)
-        if documents and size > 1 and widest > slice_length:
-            raise ValueError(
-                f"hidden keys are seen {widest} positions back in a document, further than one context-parallel slice "
-                f"of {slice_length} tokens; use a phd_window or phd_chunk of at most {slice_length + 1}, or a smaller "
-                "context_parallel_size"
-            )
+        widest = self.document_halo(length // (2 * size)) if documents and size > 1 else None
         wanted = (
-            Halo(number, owner[before], owner[start], range(start - (widest if documents else self.halo(start)), start))
-            for number, (before, start) in enumerate(pairwise(starts), start=1)
+            Halo(
+                number,
+                owner[before],
+                owner[start],
+                range(start - (self.halo(start) if widest is None else widest), start),
+            )
+            for number, (before, start) in enumerate(pairwise(sorted(owner)), start=1)
         )
         return tuple(halo for halo in wanted if halo.positions)
 

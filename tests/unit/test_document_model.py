@@ -133,7 +133,7 @@ def test_packed_sequences_as_megatron_describes_them() -> None:
                 **{"reset_attention_mask": True, "context_parallel_size": 2, "seq_length": 16},
                 **{"phd_repeat": 2, "phd_window": 6},
             },
-            "seen 5 positions back in a document, further than one of 4 .* slices of 16 tokens; use a .*most 5",
+            "seen 5 positions back in a document, further than one context-parallel slice of 4 tokens; .*at most 5",
         ),
         ({"reset_attention_mask": True, "phd_attention_backend": "flex"}, "every length of a document; use auto"),
         (

@@ -61,7 +61,7 @@ def test_lines_that_nobody_can_act_on_are_not_logged(caplog: pytest.LogCaptureFi
     for name, begin in mcore_fixes._LOGGED_NOISE:
         logger, heard = logging.getLogger(name), logging.handlers.BufferingHandler(9)
         assert len([each for each in logger.filters if each == mcore_fixes._Without(begin)]) == 1
-        # What was run before may have raised the level, or kept torch's loggers from handing on what they hear.
+        # Torch's loggers hand nothing on, and lose pytest's handler when torch reads its settings of logs again.
         caplog.set_level(logging.WARNING, name)
         logger.addHandler(heard)
         logger.warning("%s: words", begin)
