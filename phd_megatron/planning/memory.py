@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from phd_megatron.config.architecture import Architecture, architecture_of
 from phd_megatron.config.deepspeed import offloads, zero_stage
 from phd_megatron.config.schema import RunConfig
+from phd_megatron.planning.in_flight import most_kept
 from phd_megatron.planning.parameters import Parameters
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
@@ -53,8 +54,8 @@ def _stage(
 ) -> Memory:
     starts = [sum(stages[:number]) for number in range(len(stages))]
     mine = range(stage, len(stages), dims.pp)  # chunk c of stage p is number c * PP + p
-    held = [index for number in mine for index in range(starts[number], starts[number] + stages[number])]
-    layers = [parameters.layers[index] for index in held]
+    held = [range(starts[number], starts[number] + stages[number]) for number in mine]
+    layers = [parameters.layers[index] for chunk in held for index in chunk]
     first, last = stage == 0, stage == dims.pp - 1
     head = parameters.head or parameters.embedding  # tied weights are copied to the last stage
     vocabulary = parameters.embedding * first + (0 if first and last and not parameters.head else head * last)
@@ -76,12 +77,13 @@ def _stage(
         shards = dims.dp * dims.cp
         expert_shards = max(1, dims.world_size // (dims.etp * dims.ep * dims.pp))
     rows = run.training.micro_batch_size * run.model.seq_length / dims.cp
-    in_flight = dims.pp - stage if chunks == 1 else dims.pp  # micro-batches whose backward pass is still to come
     a = architecture_of(run.model)
-    every = [_activations(a, index, dims, element) for index in held]
-    kept = in_flight * sum(every)
+    every = [[_activations(a, index, dims, element) for index in chunk] for chunk in held]
+    of_chunks, at_once = [sum(chunk) for chunk in every], 0.0
     if run.model.transformer.get("recompute_granularity") == "full":
-        kept = in_flight * len(held) * element * a.hidden_size / (dims.tp if dims.sp else 1) + max(every, default=0.0)
+        of_chunks = [len(chunk) * element * a.hidden_size / (dims.tp if dims.sp else 1) for chunk in held]
+        at_once = max((layer for chunk in every for layer in chunk), default=0.0)
+    kept = most_kept(of_chunks, stage, dims.pp, **_order(run, dims)) + at_once
     activations = rows * a.policy.repeat * kept
     if last:
         # Logits; Megatron-Core's loss keeps their fp32 softmax and gradient too, ours on a GPU overwrites them.
@@ -94,6 +96,19 @@ def _stage(
         activations=math.ceil(activations),
     )
     return _under_zero(memory, run, dims.dp * dims.cp) if run.parallel.deepspeed else memory
+
+
+def _order(run: RunConfig, dims: ParallelDims) -> dict[str, int]:
+    """Micro-batches of a step, where a global batch is known, and how they go through the chunks of a stage."""
+    group, training = dims.vpp_group or dims.pp, run.training
+    count = 4 * (dims.pp + group)
+    if training.global_batch_size is not None:
+        count = max(1, training.global_batch_size // (training.micro_batch_size * dims.dp))
+    return {
+        "count": count,
+        "group": group,
+        "ahead": int(bool(run.model.transformer.get("overlap_moe_expert_parallel_comm"))),
+    }
 
 
 def _under_zero(memory: Memory, run: RunConfig, ranks: int) -> Memory:
@@ -116,17 +131,20 @@ def _activations(a: Architecture, index: int, dims: ParallelDims, element: int) 
     # query, key, value; query and key again after RoPE; context and its log-sum-exp
     attention = (query + 2 * key) + (query + key) + query + a.heads * 4 / element
     # input and output of two norms; what the FFN reads and the two sums are among them
-    return element * (4 * stream + attention / dims.tp + _ffn(a, index, dims, stream))
+    return element * (4 * stream + attention / dims.tp + _ffn(a, index, dims))
 
 
-def _ffn(a: Architecture, index: int, dims: ParallelDims, stream: float) -> float:
+def _ffn(a: Architecture, index: int, dims: ParallelDims) -> float:
     """Elements that one row keeps in the FFN: up and gate projections and the activation.
 
-    Experts keep their row once more, sorted, and without a gate the activation before and after the router's weight.
-    Those of ``moe_experts_backend`` te and sequential keep both with a gate too; that is not counted.
+    Experts keep the rows that are routed to them, by an even router, once more and sorted: each rank of TP those of its
+    part of the sequence, and each rank of the experts' own TP those of all of its ranks. Without a gate they keep the
+    activation before and after the router's weight. Those of ``moe_experts_backend`` te and sequential keep both with a
+    gate too; that is not counted.
     """
     widths, moe = 3 if a.gated else 2, a.moe
     if moe is None or not moe.layers[index]:
         return widths * a.ffn_hidden_size / dims.tp
-    routed = moe.topk * (stream + 3 * moe.ffn_hidden_size / dims.etp)
-    return routed + widths * moe.shared_hidden_size / dims.tp + moe.experts
+    # Training with experts divides the sequence over TP.
+    routed = moe.topk * (dims.etp * a.hidden_size + 3 * moe.ffn_hidden_size)
+    return (routed + widths * moe.shared_hidden_size + moe.experts) / dims.tp

@@ -347,15 +347,20 @@ def test_layouts_divide_states_over_the_ranks_that_hold_the_same() -> None:
 
 
 def test_micro_batches_in_flight() -> None:
-    """Stage p of PP holds PP - p micro-batches; with virtual stages about PP. The first stage needs most here."""
+    """The first stage needs most here: PP micro-batches, with virtual stages 2 (PP - 1) + 2 + 1 passes of one layer."""
     rows, layer = 4 * 256, 4 * 128 + 2 * (128 + 64) + 64 + 128 + 4 + 3 * 384
     dense = make_run()
     assert planned(dense, 4, pipeline_model_parallel_size=4).memory.activations == rows * 4 * 4 * layer
     virtual = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     found = planned(dense, 2, **virtual).memory
-    # both have 2 micro-batches of 2 layers; the last one the logits too
-    assert found.activations == rows * (2 * 2 * 4 * layer + 384 * 12)
-    assert found.weights == 4 * (2 * LAYER + EMBEDDING + 128)
+    assert found.activations == rows * 5 * 4 * layer
+    assert found.weights == 4 * (2 * LAYER + EMBEDDING)
+    dense.training.global_batch_size = 8  # two micro-batches; the last stage has 3 passes, and the logits
+    few = planned(dense, 2, **virtual).memory
+    assert few.activations == rows * max(4 * 4 * layer, 3 * 4 * layer + 384 * 12)
+    dense.training.global_batch_size = 4
+    one = planned(dense, 4, pipeline_model_parallel_size=4).memory
+    assert one.activations == rows * (4 * layer + 384 * 12), "one micro-batch"
 
 
 def test_vectors_of_copies_lie_on_the_first_stage() -> None:
