@@ -16,10 +16,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def rope_table(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[2, ..., r/2]``: cosine and sine of angles ``[..., r]`` whose two halves are equal."""
+def rope_table(angles: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """``[2, ..., r/2]``: cosine and sine, times ``factor``, of angles ``[..., r]`` whose two halves are equal.
+
+    With another factor than 1 the rotation also scales, and its backward does the same, which is its transpose.
+    """
     half = angles[..., : angles.size(-1) // 2]
-    return torch.stack([half.cos(), half.sin()]).to(dtype)
+    return (torch.stack([half.cos(), half.sin()]) * factor).to(dtype)
 
 
 def split_qkv_rope(mixed: Tensor, heads_per_group: int, table: Tensor | None) -> Three:

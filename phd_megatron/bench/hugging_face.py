@@ -13,7 +13,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from phd_megatron.config.architecture import architecture_of
 from phd_megatron.config.schema import OptimizerConfig, RunConfig
+from phd_megatron.huggingface.rope import rope_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +76,7 @@ class HuggingFaceStep:
             "num_key_value_heads": model.num_query_groups,
             "max_position_embeddings": model.seq_length,
             "rms_norm_eps": model.layernorm_epsilon,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+            "rope_parameters": rope_words(architecture_of(model)),
             "tie_word_embeddings": True,
             "attn_implementation": "sdpa",
             "use_cache": False,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from phd_megatron.config.moe import MoE
+from phd_megatron.config.rope import Scaling, scaling_of
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.errors import UserError
 from phd_megatron.norm.schemes import ALIASES, NORM_SCHEMES, BlockNorm, NormScheme, norm_plan, norm_scheme
@@ -139,6 +140,7 @@ class Architecture:
     copy_positions: str = "token"
     copy_embedding: str = "none"
     moe: MoE | None = None
+    rope: Scaling | None = None  #: how the frequencies are changed for a longer context
 
     @property
     def blocks(self) -> tuple[BlockNorm, ...]:
@@ -176,4 +178,5 @@ def architecture_of(model: ModelConfig) -> Architecture:
         copy_positions=full.phd_copy_positions if policy.repeat > 1 else "token",
         copy_embedding=full.phd_copy_embedding if policy.repeat > 1 else "none",
         moe=MoE.from_model(full),
+        rope=scaling_of(full),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 _OTHER_MODEL = "it belongs to another kind of model; models here are decoders with rotary positions"
+_LATENT = "it belongs to latent attention, which is not available"
 _INFERENCE = "it belongs to Megatron's inference server; export the model and serve it elsewhere"
 _OPTIMIZER = "optimizers are adam and muon, with fp32 states"
 _RESTARTS = "restarts are torchrun's (MAX_RESTARTS of the launch scripts), and a run ends by itself when a rank is lost"
@@ -47,12 +48,14 @@ REFUSED: dict[str, str] = {
     "cache_mla_latents": _OTHER_MODEL,
     "openai_gelu": "the FFN is SwiGLU or GELU; use --gated-linear-unit or --no-gated-linear-unit",
     "onnx_safe": "the FFN is SwiGLU or GELU; use --gated-linear-unit or --no-gated-linear-unit",
-    "yarn_*": "RoPE has one base and no scaling; raise --rotary-base for longer context",
-    "no_yarn_*": "RoPE has one base and no scaling; raise --rotary-base for longer context",
-    "mscale*": "RoPE has one base and no scaling; raise --rotary-base for longer context",
-    "rope_*": "RoPE has one base and no scaling; raise --rotary-base for longer context",
-    "rotary_scaling_factor": "RoPE has one base and no scaling; raise --rotary-base for longer context",
-    "rotary_seq_len_interpolation_factor": "RoPE has one base and no scaling; raise --rotary-base for longer context",
+    "mscale*": f"{_LATENT}; for YaRN use yarn_mscale",
+    "rope_type": f"{_LATENT}; use position_embedding_type",
+    "rotary_scaling_factor": f"{_LATENT}; for YaRN use yarn_rotary_scaling_factor",
+    "original_max_position_embeddings": f"{_LATENT}; for YaRN use yarn_original_max_position_embeddings",
+    "beta_fast": f"{_LATENT}; for YaRN use yarn_beta_fast",
+    "beta_slow": f"{_LATENT}; for YaRN use yarn_beta_slow",
+    "rotary_seq_len_interpolation_factor": "linear interpolation of RoPE is not available; use use_rope_scaling or "
+    "position_embedding_type yarn",
     "rl_*": "reinforcement learning is not available; export the model for it",
     "grpo_*": "reinforcement learning is not available; export the model for it",
     "perform_rl_step": "reinforcement learning is not available; export the model for it",

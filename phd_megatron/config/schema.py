@@ -36,6 +36,7 @@ from phd_megatron.config.facts import (
     Deviation,
     Dropout,
     Epsilon,
+    Growth,
     Length,
     Minutes,
     Needs,
@@ -50,7 +51,9 @@ from phd_megatron.config.facts import (
     Size,
     Steps,
     StepsOrNone,
+    Stretch,
     TokensOrNone,
+    Turns,
 )
 
 Backend = Literal["auto", "reference", "sdpa", "flex", "triton", "sdpa_triton"]
@@ -64,6 +67,8 @@ _TO_WRITE = Needs("metrics_file", "tensorboard_dir", "wandb_project", reason="a 
 _TO_FP16 = Needs("fp16", reason="a loss to scale; only fp16 has it")
 _TO_DECOUPLE = Needs("decoupled_lr", reason="a rate to fall from")
 _OF_MUON = Needs("optimizer", value="muon", reason="the optimizer that has it")
+_OF_ROPE_SCALING = Needs("use_rope_scaling", reason="the scaling that reads it")
+_OF_YARN = Needs("position_embedding_type", value="yarn", reason="the scaling that reads it")
 _ON_WANDB = Needs("wandb_project", reason="a project there")
 _OF_DEEPSPEED = Needs("deepspeed", reason="the engine that reads it")
 
@@ -104,6 +109,26 @@ class ModelConfig:
     attention_dropout: Annotated[Dropout, RECIPE] = 0.0
     #: RoPE theta
     rotary_base: Annotated[float, FORM, Ge(1), Le(1e18)] = 10000.0
+    #: yarn stretches RoPE for a longer context (YaRN), by the yarn_* fields
+    position_embedding_type: Annotated[Literal["rope", "yarn"], FORM] = "rope"
+    #: Llama 3.1's scaling of RoPE, from a context of 8192
+    use_rope_scaling: Annotated[bool, FORM] = False
+    #: how much it stretches long waves
+    rope_scaling_factor: Annotated[Stretch, FORM, _OF_ROPE_SCALING] = 8.0
+    #: how much yarn stretches
+    yarn_rotary_scaling_factor: Annotated[Stretch | None, FORM, _OF_YARN] = None
+    #: positions before it
+    yarn_original_max_position_embeddings: Annotated[Length | None, FORM, _OF_YARN] = None
+    #: what turns more often in those is left as it was
+    yarn_beta_fast: Annotated[Turns, FORM, _OF_YARN] = 32.0
+    #: what turns less often is stretched whole
+    yarn_beta_slow: Annotated[Turns, FORM, _OF_YARN] = 1.0
+    #: queries and keys grow by 0.1 * this * ln(factor) + 1
+    yarn_mscale: Annotated[Growth, FORM, _OF_YARN] = 1.0
+    #: over the same of this
+    yarn_mscale_all_dim: Annotated[Growth, FORM, _OF_YARN] = 0.0
+    #: what is stretched in part begins and ends at whole dimensions
+    yarn_correction_range_round_to_int: Annotated[bool, FORM, _OF_YARN] = True
     #: share of the head dimension that RoPE turns
     rotary_percent: Annotated[float, SHAPE, Gt(0), Le(1)] = 1.0
     #: separate LM head

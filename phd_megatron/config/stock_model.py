@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from phd_megatron.config.architecture import Architecture
 from phd_megatron.config.plain import Json, Plain
+from phd_megatron.config.rope import Llama3, Yarn
 from phd_megatron.errors import UserError, shown
 from phd_megatron.norm.schemes import norm_scheme
 
@@ -50,14 +51,12 @@ _NEUTRAL: dict[str, tuple[Plain, ...]] = {
     "openai_gelu": (False,),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
-    "rope_scaling": (False,),
     "rotary_interleaved": (False,),
     "seq_len_interpolation_factor": (None, 1),
     "softmax_scale": (None,),
     "softmax_type": ("vanilla",),
     "squared_relu": (False,),
     "use_mup": (False,),
-    "use_rope_scaling": (False,),
     "window_size": (None, [-1, -1]),
 }
 
@@ -67,6 +66,8 @@ def not_stock(a: Architecture) -> str | None:
     pre = norm_scheme("pre").plan(0, a.num_layers)
     if a.policy.repeat != 1:
         return f"phd_repeat={a.policy.repeat}: that model knows no copies of a token"
+    if isinstance(a.rope, Yarn) and a.rotary_percent != 1:
+        return f"rotary_percent={a.rotary_percent} with YaRN: there that model turns the whole of a head"
     for block in a.blocks:
         plain = (block.attention, block.mlp) == (pre.attention, pre.mlp) and block.heads in ("", "qk")
         if not plain or block.qk_norm_width != "head" or norm_scheme(a.norm_scheme).embed_norm:
@@ -91,7 +92,10 @@ def words_of(a: Architecture) -> Json:
         "qk_layernorm": any("q" in block.heads or "k" in block.heads for block in a.blocks),
         "rotary_base": a.rotary_base,
         "rotary_percent": a.rotary_percent,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "yarn" if isinstance(a.rope, Yarn) else "rope",
+        # Megatron-LM's word, and that of GPTModel and Bridge
+        "use_rope_scaling": isinstance(a.rope, Llama3),
+        "rope_scaling": isinstance(a.rope, Llama3),
         "untie_embeddings_and_output_weights": not a.tied,
         "num_moe_experts": None,
     }
@@ -109,6 +113,18 @@ def words_of(a: Architecture) -> Json:
             "moe_router_num_groups": a.moe.groups,
             "moe_router_group_topk": a.moe.group_topk,
             "moe_router_topk_scaling_factor": a.moe.scaling,
+        }
+    if isinstance(a.rope, Llama3):
+        words["rope_scaling_factor"] = a.rope.factor
+    elif a.rope is not None:
+        words |= {
+            "yarn_rotary_scaling_factor": a.rope.factor,
+            "yarn_original_max_position_embeddings": a.rope.original,
+            "yarn_beta_fast": a.rope.beta_fast,
+            "yarn_beta_slow": a.rope.beta_slow,
+            "yarn_mscale": a.rope.mscale,
+            "yarn_mscale_all_dim": a.rope.mscale_all_dim,
+            "yarn_correction_range_round_to_int": a.rope.round_range,
         }
     return words
 
@@ -188,6 +204,9 @@ _IF_NONE: dict[str, Callable[[Architecture], Plain]] = {
     "ffn_hidden_size": lambda model: 4 * model.hidden_size,
     "moe_ffn_hidden_size": lambda model: model.ffn_hidden_size,
     "moe_router_topk_scaling_factor": lambda model: 1.0,
+    # Without one of the two Megatron-Core takes 1 and 0, whatever the other says.
+    "yarn_mscale": lambda model: 1.0,
+    "yarn_mscale_all_dim": lambda model: 0.0 if isinstance(model.rope, Yarn) and model.rope.mscale == 1 else None,
 }
 
 

@@ -12,6 +12,7 @@ from phd_megatron.config.deepspeed import deepspeed_problems
 from phd_megatron.config.facts import violates
 from phd_megatron.config.moe import moe_problems, overlap_problems
 from phd_megatron.config.precision import precision_problems
+from phd_megatron.config.rope import rope_problems
 from phd_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from phd_megatron.config.serialize import values_of
 from phd_megatron.config.values import is_optional
@@ -239,6 +240,7 @@ def problems(config: RunConfig) -> list[str]:
         *_needs(values),
         *_exclusive(values),
         *_model(config.model),
+        *rope_problems(config.model),
         *_data(config.data),
         *_documents(config),
         *_optimizer(config.optimizer),

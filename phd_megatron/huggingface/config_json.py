@@ -7,7 +7,6 @@ refused by name, so nothing of a model is dropped.
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from phd_megatron.errors import UserError
 from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.family import Apply, Family, ignored, must, to
 from phd_megatron.huggingface.json_values import JSON, Fields
+from phd_megatron.huggingface.rope import read_rope, rope_words
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class TokenIds:
 
 def write_config(a: Architecture, family: Family, dtype: str, tokens: TokenIds) -> Fields:
     """The content of ``config.json`` of a model of ``family``, whose tensors are of type ``dtype``."""
-    rope: Fields = {"rope_type": "default", "rope_theta": float(a.rotary_base)}
-    if a.rotary_percent != 1.0:
-        rope["partial_rotary_factor"] = a.rotary_percent
+    rope = rope_words(a)
     config: Fields = {
         "architectures": [family.model_class],
         "model_type": family.model_type,
@@ -65,6 +63,8 @@ def write_config(a: Architecture, family: Family, dtype: str, tokens: TokenIds) 
     if not family.is_bundled:
         # transformers 4 reads these and does not know rope_parameters, so it would take a theta of its own.
         config |= {"rope_theta": float(a.rotary_base), "torch_dtype": dtype}
+        if a.rope is not None:
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return config
 
 
@@ -80,29 +80,6 @@ def _tied(model: ModelConfig, value: JSON) -> None:
     model.untie_embeddings_and_output_weights = not value
 
 
-def _rope(model: ModelConfig, value: JSON) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise ValueError("it must be a mapping")
-    left = dict(value or {})
-    kind = left.pop("rope_type", "default")
-    if kind != "default":
-        raise ValueError(f"RoPE of type {kind!r} changes its frequencies, and the layers here have plain RoPE")
-    model.rotary_base = _number(left.pop("rope_theta", 10000.0))
-    model.rotary_percent = _number(left.pop("partial_rotary_factor", 1.0))
-    if not 1 < model.rotary_base < math.inf:
-        raise ValueError("rope_theta must be a finite number above 1")
-    if not 0 < model.rotary_percent <= 1:
-        raise ValueError("partial_rotary_factor must be above 0 and at most 1")
-    if left:
-        raise ValueError(f"nothing here corresponds to {sorted(left)}")
-
-
-def _number(value: JSON) -> float:
-    if not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
 #: what the words of every family do, where its row says nothing else
 READERS: dict[str, Apply] = {
     "vocab_size": to("vocab_size"),
@@ -116,7 +93,7 @@ READERS: dict[str, Apply] = {
     "rms_norm_eps": to("layernorm_epsilon"),
     "initializer_range": to("init_method_std"),
     "tie_word_embeddings": _tied,
-    "rope_parameters": _rope,
+    "rope_parameters": read_rope,
     "hidden_act": must("silu", reason="the gated FFN here is SwiGLU"),
     "attention_dropout": must(0.0, 0, reason="dropout on attention weights is not available"),
     "attention_bias": must(False, None, reason="this family's biases are not what the layers here would have"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from phd_megatron.config.rope import Yarn
 from phd_megatron.config.schema import ModelConfig
 from phd_megatron.huggingface.json_values import JSON, Fields
 
@@ -90,7 +91,13 @@ def is_plain(a: Architecture) -> bool:
         and not a.linear_bias
         and a.rotary_percent == 1.0
         and a.hidden_size % a.heads == 0
+        and _stretched_alike(a)
     )
+
+
+def _stretched_alike(a: Architecture) -> bool:
+    """Whether releases 4 and 5 of transformers read the same: where 5 has YaRN's factor, 4 divides the two lengths."""
+    return not isinstance(a.rope, Yarn) or a.rope.factor * a.rope.original == a.max_position_embeddings
 
 
 def softmax_experts(a: Architecture) -> MoE | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from phd_megatron.config.architecture import padded_vocab_size
+from phd_megatron.config.rope import Llama3
 from phd_megatron.config.schema import RunConfig
 from phd_megatron.model.dispatch import replace_dispatchers
 from phd_megatron.model.gpt_model import PHDGPTModel
@@ -129,6 +130,8 @@ def _build_chunk(
         position_embedding_type="rope",
         rotary_percent=run.model.rotary_percent,
         rotary_base=run.model.rotary_base,
+        rope_scaling=isinstance(config.rope, Llama3),
+        rope_scaling_factor=run.model.rope_scaling_factor,
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )

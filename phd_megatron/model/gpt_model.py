@@ -14,6 +14,7 @@ from phd_megatron.kernels.qkv_rope import rope_table
 from phd_megatron.kernels.triton_support import runs_on_gpu
 from phd_megatron.model.copy_embedding import CopyEmbedding
 from phd_megatron.model.layer_modules import wide_norm
+from phd_megatron.model.rotary import rotary_frequencies
 from phd_megatron.phd.copies import join_copies, last_copy, repeat_tokens, split_copies
 from phd_megatron.phd.copy_positions import rotary_positions
 from phd_megatron.phd.documents import starts_of_borders
@@ -48,6 +49,7 @@ class PHDGPTModel(GPTModel):
         self.copy_embedding: CopyEmbedding | None = None
         if self.pre_process and self.config.copy_embedding == "vector":
             self.copy_embedding = CopyEmbedding(self.config)
+        self.frequencies, self.attention_factor = rotary_frequencies(self)
         self.rotary_pos_emb_cache: dict[int, Tensor] = {}
         if self.post_process:
             _mask_vocabulary_padding(self.output_layer, true_vocab_size)
@@ -142,9 +144,9 @@ class PHDGPTModel(GPTModel):
         """RoPE table ``[2, ranks*K*s_rank, b, 1, hn/2]`` of token positions ``[s, b]``, or of ``[s, 1]`` for any b."""
         copies = torch.arange(1, self.repeat + 1, device=tokens.device)[:, None, None]
         positions = rotary_positions(tokens, copies, self.repeat, self.config.copy_positions)  # [K, s, b]
-        angles = positions[..., None, None] * self.rotary_pos_emb.inv_freq.to(tokens.device)
+        angles = positions[..., None, None] * self.frequencies.to(tokens.device)
         angles = join_copies(torch.cat([angles, angles], -1), self.ranks)  # [ranks*K*s_rank, b, 1, hn]
-        return rope_table(angles, self.config.params_dtype)
+        return rope_table(angles, self.config.params_dtype, self.attention_factor)
 
 
 def _starts_of(packed: PackedSeqParams, input_ids: Tensor) -> Tensor:

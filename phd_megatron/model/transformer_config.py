@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from phd_megatron.config.architecture import kv_policy
+from phd_megatron.config.rope import Scaling, scaling_of
 from phd_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from phd_megatron.config.values import decode
 from phd_megatron.errors import UserError
@@ -27,6 +28,7 @@ class PHDTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration plus what PHD and the norm scheme add."""
 
     kv_policy: KVPolicy = field(default_factory=KVPolicy)
+    rope: Scaling | None = None  #: how RoPE's frequencies are changed for a longer context
     copy_positions: str = "token"  #: by what RoPE turns the copies of a token (phd.copy_positions)
     reset_position_ids: bool = False  #: RoPE takes the batch's positions, which count from each document's start
     copy_embedding: str = "none"  #: what is added to copies 2 to K after the embedding
@@ -168,6 +170,7 @@ def _copies_and_norms(run: RunConfig, keep_copies: bool) -> _Fields:
     lone_head = model.num_layers is not None and split.layers(model.num_layers)[-1] == 0
     return {
         "kv_policy": policy,
+        "rope": scaling_of(model),
         "copy_positions": model.phd_copy_positions,
         "reset_position_ids": run.data.reset_position_ids,
         "copy_embedding": model.phd_copy_embedding if policy.repeat > 1 else "none",

@@ -8,17 +8,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from phd_megatron.config.moe import MoE
-from phd_megatron.config.schema import ModelConfig
+from phd_megatron.config.rope import Yarn
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.huggingface import families, installed
 from phd_megatron.huggingface.architecture import Architecture
-from phd_megatron.huggingface.config_json import READERS
 from phd_megatron.huggingface.export import export_checkpoint
 from phd_megatron.huggingface.families import BUNDLED, FAMILIES, export_family
 from phd_megatron.norm.schemes import NORM_SCHEMES
@@ -87,6 +85,7 @@ NOT_PLAIN = [
     {"qkv_bias": True},
     {"linear_bias": True},
     {"rotary_percent": 0.5},
+    {"rope": Yarn(4.0, 32)},  # 128 positions, and the model has 64
     {"heads": 5},
 ]
 #: likewise of the experts of any class of transformers
@@ -172,26 +171,3 @@ def test_without_its_file_it_is_bundled_and_not_imported(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "exaone4"}')
     assert run("--hf-dir", tmp_path, "--output", tmp_path / "save") == 2
     assert "'exaone4'; llama, qwen3, olmo2, mixtral, qwen3_moe, olmoe, phd_transformer can" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("rope", "reason"),
-    [
-        ({"rope_theta": 1.0}, "rope_theta must be a finite number above 1"),
-        ({"rope_theta": float("inf")}, "rope_theta must be a finite number above 1"),
-        ({"partial_rotary_factor": 0.0}, "partial_rotary_factor must be above 0"),
-        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor must be above 0"),
-        ({"factor": 2.0}, "nothing here corresponds to"),
-        ({"rope_type": "linear"}, "changes its frequencies"),
-        ({"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rope_type": "default"}, None),
-        (None, None),
-    ],
-)
-def test_what_is_said_of_rope(rope: dict[str, Any] | None, reason: str | None) -> None:
-    model = ModelConfig()
-    if reason is not None:
-        with pytest.raises(ValueError, match=reason):
-            READERS["rope_parameters"](model, rope)
-        return
-    READERS["rope_parameters"](model, rope)
-    assert (model.rotary_base, model.rotary_percent) == ((500.0, 0.5) if rope else (10000.0, 1.0))

@@ -71,6 +71,16 @@ ARRIVES: list[tuple[str, dict[str, Any]]] = [
     ("--no-bias-dropout-fusion", {"bias_dropout_fusion": False}),
     ("--tokenizer-model /tok", {"tokenizer": "/tok"}),
     ("--position-embedding-type rope", {}),
+    ("--use-rope-scaling --rope-scaling-factor 32", {"use_rope_scaling": True, "rope_scaling_factor": 32.0}),
+    ("--rope-scaling-factor 8", {}),
+    (
+        "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096 "
+        "--yarn-mscale 0.7 --no-yarn-correction-range-round-to-int",
+        {
+            **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_mscale": 0.7},
+            **{"yarn_original_max_position_embeddings": 4096, "yarn_correction_range_round_to_int": False},
+        },
+    ),
     ("--muon-use-nesterov", {"muon_nesterov": True}),
     ("--muon-no-split-qkv", {"muon_split_qkv": False}),
     ("--tokenizer-type HuggingFaceTokenizer", {}),
@@ -89,14 +99,12 @@ ARRIVES: list[tuple[str, dict[str, Any]]] = [
 ]
 OTHER_WORDS = {
     # one value is taken, every other one is refused with these words
-    "--position-embedding-type": ["learned_absolute", "rotary (RoPE) only", "use rope"],
     "--distributed-backend": ["nccl", "follows the device", "--device cpu|cuda"],
     "--tokenizer-type": ["GPT2BPETokenizer", "`byte` or a directory", "--tokenizer-model DIRECTORY"],
     "--dataloader-type": ["cyclic", "once in a fixed order", "use single"],
     "--ckpt-format": ["zarr", "torch_dist directories", "use torch_dist"],
 }
 REFUSED = {
-    "--use-rope-scaling": ["RoPE scaling is not available", "raise --rotary-base"],
     "--squared-relu": ["SwiGLU or GELU", "--no-gated-linear-unit"],
     "--quick-geglu": ["SwiGLU or GELU", "--no-gated-linear-unit"],
     "--moe-use-upcycling": ["does not change the model", "import --upcycle-experts"],
@@ -121,7 +129,7 @@ REFUSED = {
     "--timing-log-level": ["no timer levels", "leave it out"],
 }
 SWITCHES = shlex.split("""
-gated_linear_unit add_bias_linear add_qkv_bias untie_embeddings_and_output_weights phd_last_layer_pruning
+gated_linear_unit use_rope_scaling yarn_correction_range_round_to_int add_bias_linear add_qkv_bias untie_embeddings_and_output_weights phd_last_layer_pruning
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split overlap_p2p_comm
 overlap_p2p_comm_warmup_flush sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather
 reset_position_ids reset_attention_mask eod_mask_loss allow_changed_data bf16 fp16 accumulate_allreduce_grads_in_fp32
@@ -288,7 +296,10 @@ def test_a_megatron_command_line() -> None:
         ("--ddp-num-buckets", "ddp_bucket_size"),
         ("--tp-comm-overlap-cfg", "Transformer Engine"),
         ("--num-distributed-optimizer-instances", "use_distributed_optimizer"),
-        ("--yarn-beta-fast", "rotary-base"),
+        ("--rotary-scaling-factor", "yarn_rotary_scaling_factor"),
+        ("--mscale-all-dim", "yarn_mscale"),
+        ("--rope-type", "position_embedding_type"),
+        ("--rotary-seq-len-interpolation-factor", "use_rope_scaling"),
         ("--inprocess-restart", "MAX_RESTARTS"),
         ("--dataloader-fast-cache-load", "prepare"),
         ("--head-lr-mult", "decoupled_lr"),

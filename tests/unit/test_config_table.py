@@ -58,6 +58,16 @@ add_qkv_bias                             false     shape -
 hidden_dropout                           0.0       free  [0,0.99]
 attention_dropout                        0.0       free  [0,0.99]
 rotary_base                              10000.0   form  [1,1e18]
+position_embedding_type                  rope      form  rope|yarn
+use_rope_scaling                         false     form  -
+rope_scaling_factor                      8.0       form  [1,1e6] needs use_rope_scaling
+yarn_rotary_scaling_factor               null      form  [1,1e6] needs position_embedding_type
+yarn_original_max_position_embeddings    null      form  [1,67108864] needs position_embedding_type
+yarn_beta_fast                           32.0      form  (0,1e6] needs position_embedding_type
+yarn_beta_slow                           1.0       form  (0,1e6] needs position_embedding_type
+yarn_mscale                              1.0       form  [0,1e3] needs position_embedding_type
+yarn_mscale_all_dim                      0.0       form  [0,1e3] needs position_embedding_type
+yarn_correction_range_round_to_int       true      form  - needs position_embedding_type
 rotary_percent                           1.0       shape (0,1]
 untie_embeddings_and_output_weights      false     shape -
 vocab_size                               null      shape [1,67108864]
@@ -304,7 +314,8 @@ def test_what_a_resume_takes_over(row: Row) -> None:
     loaded = load_run_config(["--load", "ckpt"], transformer_fields={}, saved=to_dict(saved))
     config, told = loaded.config, [note for note in loaded.notes if f"{row.name}={row.other()!r}" in note]
     assert [note.startswith("not taken over from ckpt: ") for note in told] == [True] * (row.kind == "place")
-    lost = bool(row.needs) and not {"fp16", "decoupled_lr", "optimizer", "deepspeed"} & {*row.needs}
+    kept = {"fp16", "decoupled_lr", "optimizer", "deepspeed", "use_rope_scaling", "position_embedding_type"}
+    lost = bool(row.needs) and not kept & {*row.needs}
     expected = row.other() if row.kind in INHERITED and not lost else row.default
     assert lookup(config, row.name) == ("ckpt" if row.name == "load" else expected)
     # A command that only reads the checkpoint takes no more.
@@ -352,7 +363,7 @@ def test_what_an_export_says_what_is_needed_and_what_goes_together(row: Row) -> 
         config = RunConfig()
         assign(config, row.name, row.other())
         alone = [each for each in problems(config) if each.startswith(f"{row.name}=") and " without " in each]
-        value = " to muon" if row.needs == ["optimizer"] else ""
+        value = {"optimizer": " to muon", "position_embedding_type": " to yarn"}.get(row.needs[0], "")
         assert len(alone) == 1 and f"set {' or '.join(row.needs)}{value}, or leave it out" in alone[0]
         for need in row.needs:
             assign(config, need, BY_NAME[need].other())

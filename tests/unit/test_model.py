@@ -76,13 +76,20 @@ def stock_model(run: RunConfig, core_attention=None, norm=None):
         spec.submodules.self_attention.submodules.core_attention = core_attention
     if norm is not None:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    config = replace(build_transformer_config(run), use_te_activation_func=False)
+    for name, value in vars(run.model).items():
+        if name.startswith("yarn_"):  # GPTModel reads them there, and Megatron-Core's class has no such fields
+            setattr(config, name, value)
     model = GPTModel(
-        config=replace(build_transformer_config(run), use_te_activation_func=False),
+        config=config,
         transformer_layer_spec=spec,
         vocab_size=64,
         max_sequence_length=16,
         share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
+        position_embedding_type=run.model.position_embedding_type,
+        rotary_base=run.model.rotary_base,
+        rope_scaling=run.model.use_rope_scaling,
+        rope_scaling_factor=run.model.rope_scaling_factor,
     )
     if norm is not None:
         model.decoder.final_layernorm = norm(model.config, 32, eps=model.config.layernorm_epsilon)
@@ -96,11 +103,22 @@ def copy_by_name(source, target):
             parameter.copy_(values[name])
 
 
-def test_k1_is_stock_megatron_bit_for_bit_with_our_attention_and_norm(runtime):
+LONGER = {
+    "plain": {},
+    "llama3": {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 5e5},
+    "yarn": {
+        **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_mscale": 0.7},
+        **{"yarn_original_max_position_embeddings": 32, "yarn_beta_fast": 4.0, "rotary_base": 100.0},
+    },
+}
+
+
+@pytest.mark.parametrize("rope", LONGER.values(), ids=LONGER)
+def test_k1_is_stock_megatron_bit_for_bit_with_our_attention_and_norm(runtime, rope):
     from phd_megatron.model.attention import PHDCoreAttention
     from phd_megatron.norm.modules import RMSNorm
 
-    run = make_run()
+    run = make_run(**rope)
     # The stock model has no mask over padding of the vocabulary, so leave none.
     from phd_megatron.model.build import build_model
 

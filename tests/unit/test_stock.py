@@ -188,6 +188,45 @@ def test_defaults_that_follow_from_sizes() -> None:
     assert not list(differences({"add_bias_linear": True, "add_qkv_bias": False}, biased))
 
 
+YARN = {
+    **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0},
+    "yarn_original_max_position_embeddings": 4096,
+}
+
+
+def test_scaled_rope_is_the_same_one() -> None:
+    llama = architecture(use_rope_scaling=True, rope_scaling_factor=32.0)
+    yarn = architecture(**YARN, yarn_mscale=0.5)
+    for model in (llama, yarn):
+        assert not list(differences(words_of(model), model)) and not list(differences(args_of(model), model))
+    for name in ("use_rope_scaling", "rope_scaling"):
+        assert list(differences({name: True, "rope_scaling_factor": 8.0}, llama)) == [
+            "rope_scaling_factor=8.0, not 32.0"
+        ]
+        assert list(differences({name: False}, llama)) == [f"{name}=False, not True"]
+        assert list(differences({name: True}, yarn)) == [f"{name}=True, not False"]
+    assert not list(differences({"use_rope_scaling": False, "rope_scaling_factor": 32.0}, MODELS["dense"]))
+    assert list(differences({**YARN, "yarn_beta_fast": 16, "yarn_mscale": None}, yarn)) == [
+        "yarn_beta_fast=16, not 32.0",
+        "yarn_mscale=None, not 0.5",
+    ]
+    assert list(differences({"position_embedding_type": "yarn"}, llama)) == [
+        "position_embedding_type='yarn', not 'rope'"
+    ]
+
+
+def test_without_one_of_its_mscales_yarn_has_1_and_0() -> None:
+    """As in Megatron-Core, whatever the other says."""
+    assert not list(differences({"yarn_mscale": None, "yarn_mscale_all_dim": None}, architecture(**YARN)))
+    said = {"yarn_mscale": 0.5, "yarn_mscale_all_dim": None}
+    assert list(differences(said, architecture(**YARN, yarn_mscale=0.5))) == ["yarn_mscale_all_dim=None, not 0.0"]
+
+
+def test_yarn_over_a_part_of_each_head_is_not_stock() -> None:
+    assert not_stock(architecture(**YARN)) is None
+    assert "rotary_percent=0.5 with YaRN" in not_stock(architecture(**YARN, rotary_percent=0.5))
+
+
 def test_other_words_for_nothing() -> None:
     """As configurations of ordinary models have them."""
     said: dict[str, Any] = {"no_rope_freq": [0, 0, 0, 0], "window_size": (-1, -1), "softmax_scale": 8**-0.5}

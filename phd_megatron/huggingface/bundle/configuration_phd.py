@@ -1,5 +1,7 @@
 """Configuration of a PHD-Transformer with a norm scheme of the HybridNorm family."""
 
+import math
+
 import transformers
 
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -24,7 +26,8 @@ class PHDConfig(PreTrainedConfig):
         attention_bias: biases of the q, k and v projections.
         attention_output_bias: bias of the attention output projection.
         mlp_bias: biases of the FFN projections.
-        rope_parameters: ``rope_theta`` and optionally ``partial_rotary_factor``; ``rope_type`` is ``default``.
+        rope_parameters: ``rope_theta`` and optionally ``partial_rotary_factor``; ``rope_type`` is ``default``, or
+            ``llama3`` or ``yarn`` with their words in transformers.
         phd_repeat: ``K``, how often a token is repeated inside the decoder; 1 is the vanilla transformer.
         phd_window: ``W``, token positions of hidden keys a hidden query sees, its own included.
         phd_chunk: ``C``, the window stays inside chunks of ``C`` positions; ``None`` for no chunks.
@@ -115,9 +118,10 @@ class PHDConfig(PreTrainedConfig):
         if self.normalization not in ("RMSNorm", "LayerNorm"):
             raise ValueError(f"normalization={self.normalization!r}: choose RMSNorm or LayerNorm")
         rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(f"rope_type={rope_type!r}: this model has plain RoPE; use rope_type='default'")
-
+        if rope_type not in ("default", "llama3", "yarn"):
+            raise ValueError(f"rope_type={rope_type!r}: this model has none but default, llama3 and yarn")
+        if rope_type != "default" and not 1 <= self.rope_parameters["factor"] < math.inf:
+            raise ValueError(f"factor={self.rope_parameters['factor']!r} of RoPE: it must be at least 1, and finite")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func={self.scoring_func!r}: choose softmax or sigmoid")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -23,6 +23,7 @@ from .cache_phd import PHDCache
 from .configuration_phd import PHDConfig
 from .feed_forward_phd import PHDMLP, PHDExperts, PHDRouter
 from .norm_schemes import BlockNorm, SublayerNorm, norm_plan, norm_scheme
+from .rotary_phd import apply_rotary, rotary_tables
 from .rows_phd import LayerRows, StepRows, kept_slots, packed_documents
 
 # transformers 5.24 calls the cache `cache`, in arguments and outputs; earlier versions, `past_key_values`.
@@ -45,34 +46,6 @@ def make_norm(config: PHDConfig, size: int | None = None) -> nn.Module:
     """The configured kind of norm; ``size`` defaults to the model width."""
     kind = PHDRMSNorm if config.normalization == "RMSNorm" else nn.LayerNorm
     return kind(config.hidden_size if size is None else size, eps=config.rms_norm_eps)
-
-
-def rotary_table(config: PHDConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[b, rows, 1, rotary_dim]`` at positions ``[b, rows]``, the first half of sines negated."""
-    # Made on the fly: a buffer would be lost when transformers builds the model on the meta device.
-    exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
-    frequency = 1.0 / config.rope_parameters["rope_theta"] ** exponent
-    angle = positions[..., None, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
-
-
-def rotary_tables(config: PHDConfig, rows: LayerRows, like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Tables of a layer's queries and of its keys, made once for all layers with the same rows."""
-
-    def tables() -> tuple[tuple[Tensor, Tensor], ...]:
-        cos, sin = rotary_table(config, rows.rotary_positions(config.phd_copy_positions).to(like.device), like.dtype)
-        return (rows.select(cos), rows.select(sin)), (cos, sin)
-
-    return rows.step.once(("rotary", rows.start, rows.end, rows.last, like.device, like.dtype), tables)
-
-
-def apply_rotary(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first ``rotary_dim`` dimensions of ``[b, rows, heads, d]``, first half against second half."""
-    cos, sin = table
-    turned, rest = states[..., : cos.size(-1)], states[..., cos.size(-1) :]
-    turned = torch.addcmul(turned * cos, turned.roll(cos.size(-1) // 2, dims=-1), sin)
-    return torch.cat([turned, rest], dim=-1) if rest.size(-1) else turned
 
 
 class PHDAttention(nn.Module):

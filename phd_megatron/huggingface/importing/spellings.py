@@ -7,6 +7,7 @@ from pathlib import Path
 
 from phd_megatron.errors import UserError, shown
 from phd_megatron.huggingface.json_values import JSON
+from phd_megatron.huggingface.rope import SCALING_WORDS
 
 _ROPE = ("rope_parameters", "rope_scaling")
 #: each row is one thing; transformers takes one of its places, which one differs between releases and families
@@ -14,6 +15,7 @@ _SPELLINGS: tuple[tuple[str, ...], ...] = (
     ("rope_theta", *(f"{table}.rope_theta" for table in _ROPE)),
     ("partial_rotary_factor", *(f"{table}.partial_rotary_factor" for table in _ROPE)),
     tuple(f"{table}.{name}" for table in _ROPE for name in ("rope_type", "type")),
+    *(tuple(f"{table}.{name}" for table in _ROPE) for name in SCALING_WORDS),
     ("num_experts", "num_local_experts"),
     ("dtype", "torch_dtype"),
     ("mlp_bias", "attention_output_bias"),  # one switch in exports of ours, the only ones with both

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
 
-_MODEL = bundled("modeling_phd")
+_MODEL, _ROTARY = bundled("modeling_phd"), bundled("rotary_phd")
 if TYPE_CHECKING:
     from phd_megatron.huggingface.bundle.modeling_phd import PHDAttention as ExportedAttention
     from phd_megatron.huggingface.bundle.modeling_phd import PHDDecoderLayer as ExportedLayer
@@ -118,8 +118,8 @@ class PHDAttention(ExportedAttention):
         key = self._heads(key, self.k_norm)
         value = self.v_norm(value.unflatten(-1, (-1, self.head_dim)))
         cos, sin = rows.table
-        query = _MODEL.apply_rotary(query, (rows.select(cos), rows.select(sin)))
-        key = _MODEL.apply_rotary(key, rows.table)
+        query = _ROTARY.apply_rotary(query, (rows.select(cos), rows.select(sin)))
+        key = _ROTARY.apply_rotary(key, rows.table)
         # All copies' queries of a KV head side by side, as grouped attention reads them: [T, G, J, r, d]
         query = query.unflatten(2, (self.groups, -1)).transpose(1, 2)
         context = self.attn(query.flatten(1), key.flatten(1), value.flatten(1))
@@ -171,7 +171,7 @@ class PHDModel(nn.Module):
             hidden[:, 1:] += self.copy_embedding.weight
         copy = torch.arange(1, config.phd_repeat + 1, device=positions.device)
         turned = rotary_positions(positions[:, None], copy, config.phd_repeat, config.phd_copy_positions)
-        table = _MODEL.rotary_table(config, turned, hidden.dtype)
+        table = _ROTARY.rotary_table(config, turned, hidden.dtype)
         for layer, copies in zip(self.layers, self.leaving, strict=True):
             hidden = layer(hidden, Rows(copies, table))
         return self.norm(hidden[:, -1])
