@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .rows import DIRECTORY, FIFO, RUN, Content, Link, Row
 
+YARN = "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 8"
+
 SWEEP = "base: {preset: tiny-dense, tokens: 1000}\n"
 MODEL = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --vocab-size 257 --train-iters 4"
 
@@ -75,6 +77,40 @@ PRETRAIN = [
     Row(f"pretrain {RUN} --hidden-dropout 1.5", ("hidden_dropout=1.5", "at most 0.99")),
     Row(f"pretrain {RUN} --rotary-percent 0", ("rotary_percent=0.0", "above 0")),
     Row(f"pretrain {RUN} --rotary-percent 1e-9", ("rotary_percent=1e-09 of kv_channels", "below the 2", "at least")),
+    *(
+        Row(f"pretrain {RUN} --use-rope-scaling --rope-scaling-factor {value}", ("rope_scaling_factor", *said))
+        for value, said in (
+            ("0", ("at least 1",)),
+            ("-2", ("at least 1",)),
+            ("1e9", ("at most 1000000",)),
+            ("nan", ("nan",)),
+            ("inf", ("inf",)),
+            ("x", ("x",)),
+        )
+    ),
+    Row(f"pretrain {RUN} --rope-scaling-factor 32", ("rope_scaling_factor=32.0 without", "set use_rope_scaling")),
+    Row(f"pretrain {RUN} --position-embedding-type mrope", ("position_embedding_type='mrope'", "rope, yarn")),
+    Row(f"pretrain {RUN} --yarn-mscale 0.5", ("yarn_mscale=0.5 without", "set position_embedding_type to yarn")),
+    Row(
+        f"pretrain {RUN} --position-embedding-type yarn",
+        ("without yarn_rotary_scaling_factor", "without yarn_original_max_position_embeddings", "set it, or use rope"),
+    ),
+    *(
+        Row(f"pretrain {RUN} {YARN} {words}", said)
+        for words, said in (
+            ("--yarn-rotary-scaling-factor 0", ("yarn_rotary_scaling_factor=0.0", "at least 1")),
+            ("--yarn-rotary-scaling-factor nan", ("yarn_rotary_scaling_factor", "nan")),
+            ("--yarn-original-max-position-embeddings 0", ("yarn_original_max_position_embeddings=0", "at least 1")),
+            ("--yarn-beta-slow 0", ("yarn_beta_slow=0.0", "above 0")),
+            ("--yarn-beta-fast 1", ("yarn_beta_fast=1.0 is not above yarn_beta_slow=1.0", "raise the first")),
+            ("--yarn-mscale -1", ("yarn_mscale=-1.0", "at least 0")),
+            (
+                "--use-rope-scaling",
+                ("use_rope_scaling=True with position_embedding_type='yarn'", "leave one of them out"),
+            ),
+            ("--rotary-base 1", ("rotary_base=1.0 with position_embedding_type='yarn'", "above 1")),
+        )
+    ),
     Row(f"pretrain {RUN} --rotary-base 1e-300", ("rotary_base=1e-300", "at least 1")),
     Row(f"pretrain {RUN} --init-method-std 1e-50", ("init_method_std=1e-50", "at least 1e-10")),
     Row(f"pretrain {RUN} --init-method-std 1e38", ("init_method_std=1e+38", "at most 1000")),

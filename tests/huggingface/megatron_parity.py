@@ -69,6 +69,23 @@ CASES |= {
         "transformer": {**EXPERTS, **SIGMOID, **GROUPS},
     },
 }
+#: old contexts that are shorter than the text
+YARN = {
+    **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "rotary_base": 500.0},
+    **{"yarn_original_max_position_embeddings": 12, "yarn_beta_fast": 4.0, "yarn_beta_slow": 0.5},
+}
+CASES |= {
+    "Llama 3.1's scaling": {"norm_scheme": "pre", "use_rope_scaling": True, "rotary_base": 5e5},
+    "yarn as Qwen3": {"norm_scheme": "pre_qk", **YARN},
+    "yarn K=2, fraction, partial RoPE": {
+        **{"norm_scheme": "hybrid_star", **POLICIES["2"], **YARN, "phd_copy_positions": "fraction"},
+        **{"rotary_percent": 0.5, "yarn_mscale": 0.5, "yarn_correction_range_round_to_int": False},
+    },
+    "Llama 3.1's scaling K=3, repeated": {
+        **{"norm_scheme": "hybrid", **POLICIES["3"], "phd_copy_positions": "repeated"},
+        **{"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 1e6},
+    },
+}
 CASES["QKV bias"] = {"norm_scheme": "pre", "add_qkv_bias": True}
 
 

@@ -27,6 +27,8 @@ NATIVE = {
     "experts as Qwen3": "Qwen3MoeForCausalLM",
     "experts as Qwen3, softmax over all": "Qwen3MoeForCausalLM",
     "experts as OLMoE": "OlmoeForCausalLM",
+    "Llama 3.1's scaling": "LlamaForCausalLM",
+    "yarn as Qwen3": "Qwen3ForCausalLM",
 }
 
 
@@ -56,7 +58,7 @@ def rows(tmp_path_factory):
 
 def test_logits_of_exported_checkpoints(rows):
     _, cases = rows
-    assert len(cases) == 29
+    assert len(cases) == 33
     assert wrong(cases) == {}
     assert native(cases) == NATIVE
 

@@ -134,9 +134,9 @@ def logits_of(directory, length: int) -> torch.Tensor:
 def test_native_classes_and_the_bundled_code_agree(make_checkpoint, tmp_path, scheme, name, rope):
     """As far as the model goes, four times its old context with yarn; within 1e-6 relative in float32."""
     source = make_checkpoint(norm_scheme=scheme, **rope)
-    native = export_checkpoint(source, tmp_path / "native", verify="full")
+    native = export_checkpoint(source, tmp_path / "native", verify="tensors")
     assert native.model_class.lower().startswith(name)
-    export_checkpoint(source, tmp_path / "bundled", native=False, verify="full")
+    export_checkpoint(source, tmp_path / "bundled", native=False, verify="tensors")
     found, expected = logits_of(tmp_path / "bundled", 64), logits_of(tmp_path / "native", 64)
     assert (found - expected).norm() / expected.norm() < 1e-6
     content = json.loads((tmp_path / "native" / "config.json").read_text())
@@ -159,17 +159,17 @@ def test_native_classes_and_the_bundled_code_agree(make_checkpoint, tmp_path, sc
     ids=lambda fields: " ".join(map(str, fields.values())),
 )
 def test_our_own_exports_come_back(make_checkpoint, tmp_path, fields):
-    """``full`` compares logits with Megatron's, of 64 tokens, within 1e-5."""
+    """Logits are compared with Megatron's in ``test_against_megatron.py``."""
     source = make_checkpoint(**fields)
-    report = export_checkpoint(source, tmp_path / "hf", verify="full")
+    report = export_checkpoint(source, tmp_path / "hf", verify="tensors")
     assert report.model_class == "PHDForCausalLM"
-    assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save") == 0
+    assert run("--hf-dir", tmp_path / "hf", "--output", tmp_path / "save", "--verify", "none") == 0
     export_checkpoint(tmp_path / "save", tmp_path / "again", verify="none")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again")]
     assert configs[0] == configs[1]
     model = load_yaml(next(tmp_path.glob("save/iter_*/run_config.yaml"))).model
     for name, value in fields.items():
-        assert getattr(model, name) == pytest.approx(value, rel=1e-12) if type(value) is float else value
+        assert getattr(model, name) == (pytest.approx(value, rel=1e-12) if type(value) is float else value)
 
 
 @pytest.mark.parametrize(
@@ -183,18 +183,18 @@ def test_our_own_exports_come_back(make_checkpoint, tmp_path, fields):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("words", ["rope_parameters", "rope_scaling"])
-def test_directories_of_others_come_in_and_go_out(make_source, tmp_path, name, rope, words):  # noqa: F811
-    """In the words of transformers 5 and 4; import and export compare logits within 1e-5."""
+def test_directories_of_others_come_in_and_go_out(make_source, tmp_path, name, rope):  # noqa: F811
+    """In the words of transformers 5, or 4; the import of Qwen3 compares logits with Megatron's, within 1e-5."""
     source = make_source(name, rope_parameters=dict(rope))
-    if words == "rope_scaling":
+    if name in ("qwen3", "olmo2"):
         content = json.loads((source / "config.json").read_text())
         del content["rope_parameters"]
         old = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta")}
         content |= {"rope_theta": rope["rope_theta"], "rope_scaling": {**old, "type": rope["rope_type"]}}
         (source / "config.json").write_text(json.dumps(content))
-    assert run("--hf-dir", source, "--output", tmp_path / "save") == 0
-    report = export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="full")
+    verify = "full" if name == "qwen3" else "none"
+    assert run("--hf-dir", source, "--output", tmp_path / "save", "--verify", verify) == 0
+    report = export_checkpoint(tmp_path / "save", tmp_path / "hf", verify="tensors")
     assert report.model_class != "PHDForCausalLM"
     before, after = tensors(source), tensors(tmp_path / "hf")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

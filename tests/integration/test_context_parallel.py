@@ -31,20 +31,25 @@ MODELS: dict[str, tuple[str, KVPolicy]] = {
     "cswa-across": ("hybrid_star", KVPolicy(3, 4, 8)),
     "swa": ("pre", KVPolicy(2, 5)),
     "told-apart": ("hybrid_star", KVPolicy(2, 4, 8)),
+    "stretched": ("hybrid_star", KVPolicy(2, 4, 8)),
 }
 #: options of one model: positions of copies are those of the whole sequence, not of a slice
 FURTHER: dict[str, dict[str, object]] = {
-    "told-apart": {"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"}
+    "told-apart": {"phd-copy-positions": "repeated", "phd-copy-embedding": "vector"},
+    "stretched": {
+        **{"phd-copy-positions": "fraction", "position-embedding-type": "yarn", "yarn-rotary-scaling-factor": 4},
+        **{"yarn-original-max-position-embeddings": 12, "yarn-beta-fast": 4, "rotary-base": 500},
+    },
 }
 P2P = {"cp-comm-type": "p2p"}
 CP2 = {"context-parallel-size": 2}
 CP4 = {"context-parallel-size": 4}
 TP2 = {"tensor-model-parallel-size": 2}
-ALL = tuple(MODELS)
+ALL = tuple(MODELS)[:-1]
 ACROSS = ("cswa-across", "swa", "told-apart")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...], dict[str, object]]] = {
-    "single": (1, ALL, {}),
-    "cp2": (2, ALL, CP2),
+    "single": (1, tuple(MODELS), {}),
+    "cp2": (2, tuple(MODELS), CP2),
     "cp2+p2p": (2, ALL, CP2 | P2P),
     "cp2+reference": (2, ACROSS, CP2 | {"phd-attention-backend": "reference"}),
     "cp2+no-pruning": (2, ("cswa-across",), CP2 | {"no-phd-last-layer-pruning": True}),

@@ -13,6 +13,7 @@ from phd_megatron.config.catalog import fields
 from phd_megatron.config.flags import parse_flags
 from phd_megatron.config.help import help_text
 from phd_megatron.config.load import LoadedConfig, load_run_config
+from phd_megatron.config.schema import ModelConfig
 from phd_megatron.config.serialize import assign, lookup
 from phd_megatron.errors import UserError
 
@@ -70,17 +71,6 @@ ARRIVES: list[tuple[str, dict[str, Any]]] = [
     ("--no-bias-gelu-fusion", {"bias_activation_fusion": False}),
     ("--no-bias-dropout-fusion", {"bias_dropout_fusion": False}),
     ("--tokenizer-model /tok", {"tokenizer": "/tok"}),
-    ("--position-embedding-type rope", {}),
-    ("--use-rope-scaling --rope-scaling-factor 32", {"use_rope_scaling": True, "rope_scaling_factor": 32.0}),
-    ("--rope-scaling-factor 8", {}),
-    (
-        "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096 "
-        "--yarn-mscale 0.7 --no-yarn-correction-range-round-to-int",
-        {
-            **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_mscale": 0.7},
-            **{"yarn_original_max_position_embeddings": 4096, "yarn_correction_range_round_to_int": False},
-        },
-    ),
     ("--muon-use-nesterov", {"muon_nesterov": True}),
     ("--muon-no-split-qkv", {"muon_split_qkv": False}),
     ("--tokenizer-type HuggingFaceTokenizer", {}),
@@ -129,7 +119,8 @@ REFUSED = {
     "--timing-log-level": ["no timer levels", "leave it out"],
 }
 SWITCHES = shlex.split("""
-gated_linear_unit use_rope_scaling yarn_correction_range_round_to_int add_bias_linear add_qkv_bias untie_embeddings_and_output_weights phd_last_layer_pruning
+gated_linear_unit use_rope_scaling yarn_correction_range_round_to_int
+add_bias_linear add_qkv_bias untie_embeddings_and_output_weights phd_last_layer_pruning
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split overlap_p2p_comm
 overlap_p2p_comm_warmup_flush sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather
 reset_position_ids reset_attention_mask eod_mask_loss allow_changed_data bf16 fp16 accumulate_allreduce_grads_in_fp32
@@ -283,6 +274,33 @@ def test_a_megatron_command_line() -> None:
     assert config.data.data_path == ["0.7", "A", "0.3", "B"]
     assert config.data.tokenizer == "/tok"
     assert config.parallel.sequence_parallel is True
+
+
+ROPE: list[tuple[str, dict[str, Any]]] = [
+    ("--use-rope-scaling --rope-scaling-factor 32", {"use_rope_scaling": True, "rope_scaling_factor": 32.0}),
+    ("--position-embedding-type rope --rope-scaling-factor 8", {}),  # Megatron-LM's default
+    (
+        "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 4096 "
+        "--yarn-mscale 0.7 --no-yarn-correction-range-round-to-int",
+        {
+            **{"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_mscale": 0.7},
+            **{"yarn_original_max_position_embeddings": 4096, "yarn_correction_range_round_to_int": False},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("typed", "expected"), ROPE)
+def test_flags_of_a_longer_context(typed: str, expected: dict[str, Any]) -> None:
+    model = load(*shlex.split(typed)).config.model
+    changed = {name: value for name, value in vars(model).items() if value != getattr(ModelConfig(), name)}
+    assert changed == expected
+
+
+@pytest.mark.parametrize("kind", ["learned_absolute", "mrope", "none", "relative"])
+def test_positions_of_another_kind_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"position_embedding_type='{kind}'.*rope, yarn"):
+        load("--position-embedding-type", kind)
 
 
 @pytest.mark.parametrize(

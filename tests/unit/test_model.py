@@ -78,7 +78,9 @@ def stock_model(run: RunConfig, core_attention=None, norm=None):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     config = replace(build_transformer_config(run), use_te_activation_func=False)
     for name, value in vars(run.model).items():
-        if name.startswith("yarn_"):  # GPTModel reads them there, and Megatron-Core's class has no such fields
+        if (
+            name.startswith("yarn_") and run.model.position_embedding_type == "yarn"
+        ):  # GPTModel reads them there, and Megatron-Core's class has no such fields
             setattr(config, name, value)
     model = GPTModel(
         config=config,
