@@ -37,11 +37,23 @@ class NoCopies(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 500.0}
+LLAMA3 = {**STRETCHED, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = [
+    *((policy, None) for policy in POLICIES),
+    (POLICIES[1], LLAMA3),
+    (POLICIES[1], STRETCHED | {"rope_type": "yarn"}),
+]
+
+
+@pytest.mark.parametrize(("policy", "rope"), CASES, ids=str)
 @torch.no_grad()
-def test_nothing_crosses_between_host_and_device(make_model, policy: KVPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_crosses_between_host_and_device(
+    make_model, policy: KVPolicy, rope: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(
-        norm_scheme="hybrid_star", phd_repeat=policy.repeat, phd_window=policy.window, phd_chunk=policy.chunk
+        **{"norm_scheme": "hybrid_star", "phd_repeat": policy.repeat, "phd_window": policy.window},
+        **{"phd_chunk": policy.chunk, "rope_parameters": rope},
     ).to("meta")
     tokens = torch.zeros(2, 19, dtype=torch.long, device="meta")
     cache = model.make_cache()

@@ -15,11 +15,13 @@ import torch
 from .test_everyday import EXPERTS
 
 CSWA = {"phd_repeat": 3, "phd_window": 4, "phd_chunk": 8}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS = {
     "vanilla": {"phd_repeat": 1},
     "PHD": {"phd_repeat": 2, "phd_window": 1},
     "SWA": {"phd_repeat": 2, "phd_window": 5},
     "CSWA, vectors and fractions": CSWA | {"phd_copy_embedding": "vector", "phd_copy_positions": "fraction"},
+    "YaRN": {"phd_repeat": 2, "phd_window": 5, "rope_parameters": YARN},
     "experts": {"phd_repeat": 2, "phd_window": 4, "phd_chunk": 8, **EXPERTS},
 }
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
