@@ -53,7 +53,7 @@ def test_nothing_crosses_between_host_and_device(
 ) -> None:
     model = make_model(
         **{"norm_scheme": "hybrid_star", "phd_repeat": policy.repeat, "phd_window": policy.window},
-        **{"phd_chunk": policy.chunk, "rope_parameters": rope},
+        **{"phd_chunk": policy.chunk, **({} if rope is None else {"rope_parameters": rope})},
     ).to("meta")
     tokens = torch.zeros(2, 19, dtype=torch.long, device="meta")
     cache = model.make_cache()

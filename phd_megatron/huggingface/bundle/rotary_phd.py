@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -19,7 +21,9 @@ def rotary_frequencies(config: PHDConfig, device: torch.device) -> tuple[Tensor,
     if kind == "default":
         exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponent, 1.0
-    with device:  # transformers makes some numbers on the host and copies them, which no CUDA graph can
+    # transformers makes some numbers on the host and copies them, which no CUDA graph can; torch.compile cannot trace
+    # the context, and makes its own graphs.
+    with nullcontext() if torch.compiler.is_compiling() else device:
         return ROPE_INIT_FUNCTIONS[kind](config, device)
 
 
