@@ -179,7 +179,7 @@ def sent_bytes(printed: str) -> dict[int, dict[str, int]]:
     }
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ALL)
 @pytest.mark.parametrize("layout", ["cp2", "cp2+p2p", "cp4", "cp4+p2p"])
 def test_bytes_sent_are_the_formula(results: Results, layout: str, model: str) -> None:
     """PHD sends what vanilla sends plus the halo, however large K is."""
