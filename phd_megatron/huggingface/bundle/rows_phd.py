@@ -28,6 +28,10 @@ _NOT_COUNTED = (
     "position_ids neither count up by one in each sequence nor begin again at 0 with each of its documents; "
     "leave them out, or count each document from 0"
 )
+_NOT_COUNTED_IN_A_GRAPH = (
+    "position_ids do not count up by one in each sequence; a compiled graph is made for one document a row: "
+    "leave them out, give each document its own row, or do not compile"
+)
 _NO_CACHE = "several documents in one row cannot be continued; pass use_cache=False, or each document in its own row"
 
 
@@ -119,7 +123,7 @@ def token_positions(
             if valid is not None:
                 ahead = torch.where(valid, ahead, ahead.masked_fill(~valid, -(1 << 30)).amax(1, keepdim=True))
             if torch.compiler.is_compiling():
-                torch._assert_async((ahead == ahead[:, :1]).all(), _NOT_COUNTED)
+                torch._assert_async((ahead == ahead[:, :1]).all(), _NOT_COUNTED_IN_A_GRAPH)
             elif bool((ahead != ahead[:, :1]).any()):
                 raise ValueError(_NOT_COUNTED)
         counted = position_ids.to(device)
