@@ -69,6 +69,10 @@ EXAMPLE = "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml"
 SWEEP = {r"examples/sweeps/norm_positions_tiny.yaml": "tiny_sweep.yaml"}
 DATA = {r"--data-path P\b": "--data-path data/mine"}
 RUN = {r"pretrain \.\.\.": f"pretrain {TINY_RUN}"}
+TUNED = {
+    r"--data-path \.\.\.": "--data-path data/mine --train-iters 2",
+    " --make-vocab-size-divisible-by 16": "",  # the model's own
+}
 WITHOUT_TE = "needs Transformer Engine and a GPU"
 
 TABLE: dict[str, dict[str, Run | Skip]] = {
@@ -179,10 +183,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
             {"HF_DIR": "some-llama", r"\bDIR\b": "runs/experts"}
         ),
         "torchrun --nproc-per-node 8 -m phd_megatron pretrain --load DIR --finetune --save OTHER --data-path ...": Run(
-            {
-                **{r"\bDIR\b": "runs/phd", "OTHER": "runs/tuned", r"\.\.\.": "data/mine --train-iters 2"},
-                " --make-vocab-size-divisible-by 16": "",  # the model's own
-            }
+            {**TUNED, r"\bDIR\b": "runs/phd", "OTHER": "runs/tuned"}
         ),
         "phd-megatron export --checkpoint DIR[/iter_0000100] --output MEGATRON_DIR --to megatron": Run(
             {PLACES_OF_DIR: "runs/plain", "MEGATRON_DIR": "runs/for-megatron"}
@@ -253,6 +254,11 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "phd-megatron parity --config run.yaml": Skip("a minute a layout; tests/integration/test_parity_command.py"),
         'phd-megatron parity --config run.yaml --layouts "tp2+sp,pp2+vpp2,dp2+overlap" --json parity.json '
         "--markdown parity.md": Run({r"tp2\+sp,pp2\+vpp2,dp2\+overlap": "tp2+sp", "run.yaml": "RUN.yaml"}),
+        "phd-megatron pretrain --load DIR --finetune --save LONG --data-path ... --seq-length 32768 "
+        "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
+        "--yarn-original-max-position-embeddings 8192": Run({**TUNED, r"\bDIR\b": "runs/mine", "LONG": "runs/yarn"}),
+        "phd-megatron pretrain --load DIR --finetune --save LLAMA --data-path ... --seq-length 32768 "
+        "--use-rope-scaling": Run({**TUNED, r"\bDIR\b": "runs/mine", "LLAMA": "runs/llama-scaled"}),
     },
     "docs/precision.md": {
         "phd-megatron pretrain ... --bf16 --transformer-impl auto --fp8-format hybrid --fp8-recipe tensorwise "
