@@ -50,7 +50,16 @@ TOLD_APART: dict[str, dict[str, object]] = {
     },
     "embed_norm-k2-vector": {"norm-scheme": "embed_norm", "phd-repeat": 2, "phd-copy-embedding": "vector"},
 }
-MODELS |= TOLD_APART
+#: RoPE for a longer context
+STRETCHED: dict[str, dict[str, object]] = {
+    "pre-k2-llama3": {"norm-scheme": "pre", "phd-repeat": 2, "use-rope-scaling": True, "rope-scaling-factor": 32},
+    "hybrid_star-k2-yarn": {
+        **{"norm-scheme": "hybrid_star", "phd-repeat": 2, "phd-copy-positions": "fraction"},
+        **{"position-embedding-type": "yarn", "yarn-rotary-scaling-factor": 4},
+        "yarn-original-max-position-embeddings": 12,
+    },
+}
+MODELS |= TOLD_APART | STRETCHED
 SIX, EVERY = tuple(MODELS)[:6], tuple(MODELS)
 TWO = ("pre-k1", "hybrid_star-k3")
 APART = "hybrid_star-k3-repeated-vector"
@@ -112,7 +121,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "dp2+nodist": (*TWO, APART),
     "tp2+sp+recompute": (*TWO, APART),
     "tp2+pp2": TWO,
-    "tp2+sp+pp2+vpp2": (*TWO, *TOLD_APART, "pre-k2", "hybrid-k2-untied"),
+    "tp2+sp+pp2+vpp2": (*TWO, *TOLD_APART, *STRETCHED, "pre-k2", "hybrid-k2-untied"),
     "pp2+vpp2+dp2+overlap": (*TWO, "hybrid-k2-untied"),
     "tp2+sp+dp2+overlap": ("hybrid_star-k3",),
     "pp4": (*TWO, "hybrid-k2-untied"),
