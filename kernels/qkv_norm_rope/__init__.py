@@ -60,7 +60,8 @@ def qkv_norm_rope(
     Args:
         mixed: per KV group its query heads, key and value, as Megatron-Core's ``linear_qkv`` gives them.
         heads_per_group: query heads of a group.
-        table: ``[2, rows, 1, 1, r/2]`` of :func:`~phd_megatron.kernels.qkv_rope.rope_table`, or None to turn nothing.
+        table: ``[2, rows, 1 or b, 1, r/2]`` of :func:`~phd_megatron.kernels.qkv_rope.rope_table`, or None to turn
+            nothing. With b each sequence has positions of its own.
         weights: the norms' weights ``[d]`` by name, a subset of ``q``, ``k``, ``v``; what is missing is not normed.
         eps: added to the mean square.
 
@@ -78,8 +79,12 @@ def qkv_norm_rope(
     if not set(weights) <= {"q", "k", "v"} or any(w.shape != (width,) for w in weights.values()):
         found = {name: tuple(w.shape) for name, w in weights.items()}
         raise ValueError(f"weights {found}: norms of q, k and v have one weight of size {width}")
-    if table is not None and (table.size(1) != mixed.size(0) or 2 * table.size(-1) > width):
-        raise ValueError(f"table {tuple(table.shape)} does not fit {mixed.size(0)} rows of head dimension {width}")
+    rows, batch = mixed.shape[:2]
+    lines = [(2, rows, samples, 1) for samples in (1, batch)]
+    if table is not None and (table.shape[:-1] not in lines or 2 * table.size(-1) > width):
+        raise ValueError(
+            f"table {tuple(table.shape)} does not fit {rows} rows of {batch} sequences and head dimension {width}"
+        )
     problem = qkv_norm_rope_problem(mixed.device, mixed.dtype, width)
     if problem is not None:
         raise UserError(f"the fused norm and RoPE cannot run here: {problem}")
@@ -110,6 +115,7 @@ def _constants(mixed: Tensor, heads_per_group: int, table: Tensor | None, norms:
         "NORM_Q": norms[0],
         "NORM_K": norms[1],
         "NORM_V": norms[2],
+        "EACH": table is not None and table.size(2) > 1,
         "HALF": half,
         "D": width,
         "BLOCK_H": covering(half),

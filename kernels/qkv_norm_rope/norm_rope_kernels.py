@@ -71,11 +71,14 @@ def _inner(a, b, c, x, y, z):
 
 
 @triton.jit
-def _turning(table, row, inside, rows, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Cosines and sines ``[R, BLOCK_H]`` of token rows, from a ``[2, rows, HALF]`` table."""
-    at = row.to(tl.int64) * HALF
+def _turning(
+    table, pair, inside, rows, batch, EACH: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr
+):  # fmt: skip
+    """Cosines and sines ``[R, BLOCK_H]`` of (row, sequence) pairs."""
+    line, lines = (pair, rows * batch) if EACH else (pair // batch, rows)
+    at = line.to(tl.int64) * HALF
     cos = _piece(table, at, inside, 0, HALF, BLOCK_H)
-    return cos, _piece(table, at + tl.cast(rows, tl.int64) * HALF, inside, 0, HALF, BLOCK_H)
+    return cos, _piece(table, at + tl.cast(lines, tl.int64) * HALF, inside, 0, HALF, BLOCK_H)
 
 
 @triton.jit
@@ -122,7 +125,7 @@ def _backward_head(
 @triton.jit
 def norm_rope_forward_kernel(
     mixed,  # [rows, b, groups, (RATIO + 2) * D]
-    table,  # [2, rows, HALF]
+    table,  # [2, rows, b, HALF] with EACH, else [2, rows, HALF]
     q_weight,  # [D] each; not read where the norm is off
     k_weight,
     v_weight,
@@ -138,6 +141,7 @@ def norm_rope_forward_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     NORM_V: tl.constexpr,
+    EACH: tl.constexpr,  # each sequence is turned by positions of its own
     HALF: tl.constexpr,  # half the turned columns; 0 turns nothing
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -149,16 +153,16 @@ def norm_rope_forward_kernel(
     pair = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = pair < rows * batch
     group, head = tl.program_id(1) // (RATIO + 2), tl.program_id(1) % (RATIO + 2)
-    row, at = _places(pair, group, head, batch, mixed_strides, D)
+    at = _places(pair, group, head, batch, mixed_strides, D)
     bundle = pair.to(tl.int64) * groups + group  # (row, sequence, group)
     if head < RATIO:
-        cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+        cos, sin = _turning(table, pair, inside, rows, batch, EACH, HALF, BLOCK_H)
         _forward_head(
             mixed, at, query, (bundle * RATIO + head) * D, inside, q_weight, cos, sin, eps,
             NORM_Q, TURN, HALF, D, BLOCK_H, BLOCK_C,
         )  # fmt: skip
     elif head == RATIO:
-        cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+        cos, sin = _turning(table, pair, inside, rows, batch, EACH, HALF, BLOCK_H)
         _forward_head(
             mixed, at, key, bundle * D, inside, k_weight, cos, sin, eps,
             NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,
@@ -172,10 +176,10 @@ def norm_rope_forward_kernel(
 
 @triton.jit
 def _places(pair, group, head, batch, mixed_strides, D: tl.constexpr):
-    """Token rows of (row, sequence) pairs, and where one head of theirs begins in the projection's output."""
+    """Where one head of (row, sequence) pairs begins in the projection's output."""
     row = pair // batch
     at = row.to(tl.int64) * mixed_strides[0] + (pair - row * batch).to(tl.int64) * mixed_strides[1]
-    return row, at + group.to(tl.int64) * mixed_strides[2] + head * D
+    return at + group.to(tl.int64) * mixed_strides[2] + head * D
 
 
 @tuned(TILES, KEY)
@@ -200,6 +204,7 @@ def norm_rope_backward_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     NORM_V: tl.constexpr,
+    EACH: tl.constexpr,
     HALF: tl.constexpr,
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -213,17 +218,17 @@ def norm_rope_backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(rows * batch, BLOCK_R), tl.num_programs(0)):
         pair = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = pair < rows * batch
-        row, at = _places(pair, group, head, batch, mixed_strides, D)
+        at = _places(pair, group, head, batch, mixed_strides, D)
         bundle = pair.to(tl.int64) * groups + group
         to = (bundle * (RATIO + 2) + head) * D
         if head < RATIO:
-            cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+            cos, sin = _turning(table, pair, inside, rows, batch, EACH, HALF, BLOCK_H)
             a, b, c = _backward_head(
                 query_grad, (bundle * RATIO + head) * D, mixed, at, mixed_grad, to, inside,
                 q_weight, cos, sin, eps, a, b, c, NORM_Q, TURN, HALF, D, BLOCK_H, BLOCK_C,
             )  # fmt: skip
         elif head == RATIO:
-            cos, sin = _turning(table, row, inside, rows, HALF, BLOCK_H)
+            cos, sin = _turning(table, pair, inside, rows, batch, EACH, HALF, BLOCK_H)
             a, b, c = _backward_head(
                 key_grad, bundle * D, mixed, at, mixed_grad, to, inside,
                 k_weight, cos, sin, eps, a, b, c, NORM_K, TURN, HALF, D, BLOCK_H, BLOCK_C,

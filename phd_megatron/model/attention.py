@@ -86,9 +86,7 @@ class PHDSelfAttention(SelfAttention):
             mixed, _ = self.linear_qkv(hidden_states)
             mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))  # [rows, b, ng, (np/ng + 2) * hn]
             heads_per_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
-            # The fused kernel turns all samples of a batch by the same positions.
-            shared = table is None or table.size(2) == 1
-            if shared and self.can_fuse_norms and self._wants_fused_norms(mixed):
+            if self.can_fuse_norms and self._wants_fused_norms(mixed):
                 norms = {"q": self.q_layernorm, "k": self.k_layernorm, "v": self.v_layernorm}
                 weights = {name: norm.weight for name, norm in norms.items() if norm is not None}
                 return qkv_norm_rope(mixed, heads_per_group, table, weights, self.config.layernorm_epsilon)

@@ -114,18 +114,19 @@ def attention(dtype: torch.dtype, width: int, every_tile: bool) -> None:
 
 
 def norm_rope(dtype: torch.dtype, width: int, every_tile: bool) -> None:
-    """All three norms with RoPE; then one row of one group without, where every size is 1."""
+    """All three norms with RoPE, by positions of all and of each; then one row of one group without, all sizes 1."""
     from phd_megatron.kernels import qkv_norm_rope as front
     from phd_megatron.kernels.qkv_norm_rope import norm_rope_kernels
     from phd_megatron.kernels.qkv_rope import rope_table
 
     put_in_place(norm_rope_kernels, every_tile)
     weights = {name: torch.zeros(width, dtype=dtype, requires_grad=True) for name in "qkv"}
-    for rows, groups, norms, table in (
-        (64, 2, weights, rope_table(torch.zeros(64, 1, 1, width), dtype)),
-        (1, 1, {"k": weights["k"]}, None),
+    for rows, batch, groups, norms, table in (
+        (64, 1, 2, weights, rope_table(torch.zeros(64, 1, 1, width), dtype)),
+        (64, 3, 2, weights, rope_table(torch.zeros(64, 3, 1, width), dtype)),
+        (1, 1, 1, {"k": weights["k"]}, None),
     ):
-        mixed = torch.zeros(rows, 1, groups, 6 * width, dtype=dtype, requires_grad=True)
+        mixed = torch.zeros(rows, batch, groups, 6 * width, dtype=dtype, requires_grad=True)
         sum(x.sum() for x in front.qkv_norm_rope(mixed, 4, table, norms, 1e-5)).backward()
 
 

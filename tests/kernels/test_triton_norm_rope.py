@@ -24,12 +24,22 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 EPS = 1e-5
 
 
-def table_of(rows: int, turned: int, dtype: torch.dtype) -> Tensor:
-    angles = torch.outer(torch.arange(rows, dtype=torch.float32), 0.7 ** torch.arange(turned // 2))
-    return rope_table(angles.repeat(1, 2)[:, None, None], dtype).to(DEVICE)
+def table_of(rows: int, turned: int, dtype: torch.dtype, samples: int = 1) -> Tensor:
+    """Each of the samples with positions of its own."""
+    positions = (torch.arange(rows, dtype=torch.float32)[:, None] + 3) * (1 + torch.arange(samples))
+    angles = positions[..., None] * 0.7 ** torch.arange(turned // 2)
+    return rope_table(angles.repeat(1, 1, 2)[:, :, None], dtype).to(DEVICE)
 
 
-def compare(norms: str, shape: tuple[int, int, int], ratio: int, width: int, turned: int, dtype: torch.dtype) -> None:
+def compare(
+    norms: str,
+    shape: tuple[int, int, int],
+    ratio: int,
+    width: int,
+    turned: int,
+    dtype: torch.dtype,
+    samples: int = 1,
+) -> None:
     generator = torch.Generator().manual_seed(3)
 
     def draw(*size: int) -> Tensor:
@@ -38,7 +48,7 @@ def compare(norms: str, shape: tuple[int, int, int], ratio: int, width: int, tur
     big = draw(*shape, (ratio + 2) * width + 5)
     big[..., -5:] = float("nan")  # what lies beside the rows must not be read
     leaves = [big[..., :-5], *(draw(width) for _ in norms)]
-    table = table_of(shape[0], turned, dtype) if turned else None
+    table = table_of(shape[0], turned, dtype, samples) if turned else None
     results = []
     for function, wide in ((qkv_norm_rope, False), (qkv_norm_rope_reference, True)):
         inputs = [(x.double() if wide else x).detach().requires_grad_() for x in leaves]
@@ -68,6 +78,13 @@ def test_odd_shapes(shape: tuple[int, int, int], ratio: int, width: int, turned:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("norms", ["", "qkv"])
+@pytest.mark.parametrize(("shape", "turned"), [((11, 3, 2), 16), ((33, 2, 1), 10), ((1, 5, 1), 16)])
+def test_positions_of_each_sequence(norms: str, shape: tuple[int, int, int], turned: int, dtype: torch.dtype) -> None:
+    compare(norms, shape, 3, 16, turned, dtype, samples=shape[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_programs_with_several_tiles_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phd_megatron.kernels.qkv_norm_rope.PROGRAMS", 20)
     monkeypatch.setattr("phd_megatron.kernels.qkv_norm_rope.SUMMED_ROWS", 4)
@@ -93,6 +110,7 @@ def test_refusals() -> None:
         ("size 16", (mixed, 2, table, {"q": weight[:8]})),
         ("size 16", (mixed, 2, table, {"c": weight})),
         ("does not fit", (mixed, 2, table_of(4, 16, torch.float32), {})),
+        ("does not fit", (mixed, 2, table_of(3, 16, torch.float32, samples=2), {})),
     ):
         with pytest.raises(ValueError, match=message):
             qkv_norm_rope(*arguments, EPS)
