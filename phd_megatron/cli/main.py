@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "compare two runs at equal tokens, FLOPs and time",
     "plan": "say what a run costs: parameters, FLOPs, memory, device hours",
     "parity": "compare every parallel layout of a configuration with one rank",
+    "average": "average checkpoints of a run into one",
     "export": "write a checkpoint as a Hugging Face directory",
     "import": "make a checkpoint of a Hugging Face directory, to go on from, also as a PHD model or with experts",
     "generate": "continue a prompt from a checkpoint or an exported directory",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 #: commands that write into temporary places; pretrain and sweep save what they have, and so do it themselves
-CLEAN_UP = frozenset({"prepare", "export", "import", "generate", "evaluate", "parity", "bench"})
+CLEAN_UP = frozenset({"prepare", "export", "import", "average", "generate", "evaluate", "parity", "bench"})
 
 
 _SOON = 0.01  #: seconds, after which what could not be raised is tried again

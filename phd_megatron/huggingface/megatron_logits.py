@@ -51,20 +51,17 @@ def inference_config(saved: RunConfig) -> RunConfig:
     return saved
 
 
-@torch.no_grad()
-def fill(model: GPTModel, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
+def fill_from(model: GPTModel, source: MegatronCheckpoint, dtype: torch.dtype) -> None:
     """Copy every tensor of the checkpoint, rounded to ``dtype``, into a model of one rank."""
     from megatron.core import parallel_state
 
-    from phd_megatron.model.initialisation import sharded_tensors
+    from phd_megatron.model.initialisation import fill, sharded_tensors
 
-    key, whole = "", torch.empty(0)
-    parts = sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
-    for part in sorted(parts, key=lambda part: part.key):  # experts' tensors take turns otherwise
-        if part.key != key:
-            key, whole = part.key, source.read(part.key)
-            whole = whole if key.endswith("expert_bias") else whole.to(dtype)
-        part.data.copy_(whole[part.global_slice()].view_as(part.data))
+    def read(key: str) -> Tensor:
+        whole = source.read(key)
+        return whole if key.endswith("expert_bias") else whole.to(dtype)
+
+    fill(sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True)), read)
 
 
 @torch.no_grad()
@@ -103,7 +100,7 @@ def main(checkpoint: str, dtype: str, tokens: str, output: str, changes: str = "
         vocab_size = run.model.vocab_size
         assert vocab_size is not None  # completed when it was saved
         model = build_model(run, vocab_size, runtime.device)[0]
-        fill(model, source, getattr(torch, dtype))
+        fill_from(model, source, getattr(torch, dtype))
         save_file(hidden_states_and_logits(model, ids, vocab_size), Path(output))
 
 

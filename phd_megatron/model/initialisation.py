@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,16 @@ def sharded_tensors(model: MegatronModule, dp_cp_group: ProcessGroup) -> Iterato
             yield from (part for part in nested_values(entry.build()) if isinstance(part, ShardedTensor))
         elif isinstance(entry, ShardedTensor):
             yield entry
+
+
+@torch.no_grad()
+def fill(parts: Iterable[ShardedTensor], read: Callable[[str], Tensor]) -> None:
+    """Copy full tensors into this rank's parts; each is read once, by its checkpoint name."""
+    key, whole = "", torch.empty(0)
+    for part in sorted(parts, key=lambda part: part.key):  # experts' tensors take turns otherwise
+        if part.key != key:
+            key, whole = part.key, read(part.key)
+        part.data.copy_(whole[part.global_slice()].view_as(part.data))
 
 
 def output_projection_std(std: float, scheme: str, layer_number: int, num_layers: int) -> float:

@@ -155,6 +155,9 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "bash launch_scripts/quickstart.sh": Skip("eight minutes: see README.md"),
     },
     "docs/checkpoints.md": {
+        "phd-megatron average --checkpoint DIR --last 5 --output MEAN": Run(
+            {r"\bDIR\b": "runs/mine", "--last 5": "--last 2", "MEAN": "runs/mean"}
+        ),
         "phd-megatron export --checkpoint DIR[/iter_0000100] --output HF_DIR": Run(
             {**PLACES, "runs/mine-hf": "runs/again-hf"}
         ),

@@ -101,7 +101,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare = f"prepare --input {root}/corpus --output-prefix {root}/data/mine --tokenizer bpe:300 --workers 1"
     run = TINY_RUN.replace("data/mine", f"{root}/data/mine") + " --device cpu --eval-iters 1 --split 80,20,0"
     for name, more in (("mine", "--norm-scheme hybrid_star --phd-repeat 2"), ("plain", "")):
-        lines = [f"pretrain {run} {more} --make-vocab-size-divisible-by 16 --save {root}/runs/{name}"]
+        lines = [f"pretrain {run} {more} --make-vocab-size-divisible-by 16 --save {root}/runs/{name} --save-interval 1"]
         output = "runs/mine-hf" if name == "mine" else "some-llama"
         lines += [f"export --checkpoint {root}/runs/{name} --output {root}/{output} --verify none"]
         for line in [prepare, *lines] if name == "mine" else lines:

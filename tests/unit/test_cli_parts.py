@@ -206,7 +206,7 @@ def test_a_comparison_with_a_run_that_diverged_fails(tmp_path: Path, capsys: pyt
 
 def test_commands_that_clean_up_after_a_signal() -> None:
     """Those that write into temporary places; pretrain and sweep save what they have instead."""
-    assert {"prepare", "export", "import", "generate", "evaluate", "parity", "bench"} == CLEAN_UP
+    assert {"prepare", "export", "import", "average", "generate", "evaluate", "parity", "bench"} == CLEAN_UP
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "bench train", "bench attention", "sweep status"])

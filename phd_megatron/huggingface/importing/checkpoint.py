@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import parallel_state
 
-from phd_megatron.checkpoint.saver import CheckpointSaver
+from phd_megatron.checkpoint.made import new_checkpoint
+from phd_megatron.config.plain import Json
 from phd_megatron.config.resolve import resolve
 from phd_megatron.config.schema import ModelConfig, RunConfig
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -19,14 +19,11 @@ from phd_megatron.huggingface.architecture import Architecture
 from phd_megatron.huggingface.config_json import read_config
 from phd_megatron.huggingface.importing.source import HFDirectory
 from phd_megatron.huggingface.mapping import Rule, VocabRows, model_rules
-from phd_megatron.model.build import build_model
 from phd_megatron.model.copy_embedding import COPY_EMBEDDING
-from phd_megatron.model.initialisation import sharded_tensors
-from phd_megatron.runtime.context import Runtime
-from phd_megatron.runtime.output import check_directory, new_directory
+from phd_megatron.runtime.output import check_directory
 
 if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 _EXPERTS, _DENSE, _ROUTER = ".mlp.experts.experts.", ".mlp.", ".mlp.router."
 
@@ -142,23 +139,18 @@ def import_directory(
     run, architecture, rules = describe_source(source, changes)
     source.check_complete(rules, architecture.tied)
     tokenizer = _tokenizer_of(source, architecture.vocab_size, log)
-    with new_directory(output) as place:
-        with Runtime.start(run.parallel, verbose=False) as runtime:
-            model = build_model(run, architecture.vocab_size, runtime.device)[0]
-            tensors = _fill(model, source, rules)
-            told = _ToldLater(runtime.device)
-            saver = CheckpointSaver(place, run_config=run, tokenizer=tokenizer, runtime=told)
-            facts = {"consumed_samples": 0, "imported_from": source.path.name}
-            directory = saver.save(iteration=0, models=[model], optimizer=None, scheduler=None, training_state=facts)
-            assert directory is not None  # what was not trained is not judged
-            saver.close()
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-        del model
-        imported = Imported(directory, architecture, source, tensors, parameters)
+    tensors = 0
+
+    def fill(parts: list[ShardedTensor]) -> None:
+        nonlocal tensors
+        tensors = _fill(parts, source, rules)
+
+    facts: Json = {"consumed_samples": 0, "imported_from": source.path.name}
+    vocab_size = architecture.vocab_size
+    with new_checkpoint(output, run, vocab_size, fill, tokenizer=tokenizer, facts=facts, log=log) as made:
+        imported = Imported(made.directory, architecture, source, tensors, made.parameters)
         check(imported)
-    for line in told.lines:
-        log(line.replace(str(place), str(output)))
-    return replace(imported, directory=Path(output) / directory.name)
+    return replace(imported, directory=Path(output) / made.directory.name)
 
 
 def _tokenizer_of(source: HFDirectory, vocab_size: int, log: Callable[[str], None]) -> Tokenizer | None:
@@ -179,21 +171,8 @@ def _tokenizer_of(source: HFDirectory, vocab_size: int, log: Callable[[str], Non
     return tokenizer
 
 
-@dataclass
-class _ToldLater:
-    """Keeps what a save says until the checkpoint has the name under which it is found."""
-
-    device: torch.device
-    lines: list[str] = field(default_factory=list)
-
-    def log(self, message: str) -> None:
-        """Keep a line."""
-        self.lines.append(message)
-
-
-@torch.no_grad()
-def _fill(model: MegatronModule, source: HFDirectory, rules: list[Rule]) -> int:
-    """Copy every tensor of the source into a model of one rank; how many there were.
+def _fill(parts: list[ShardedTensor], source: HFDirectory, rules: list[Rule]) -> int:
+    """Copy every tensor of the source into the parts of a model of one rank; how many there were.
 
     Experts that the source lacks are its FFN, each of them; a router that it lacks stays as drawn, and vectors of
     copies zero.
@@ -201,8 +180,7 @@ def _fill(model: MegatronModule, source: HFDirectory, rules: list[Rule]) -> int:
     by_key = {rule.mcore: rule for rule in rules}
     used: set[str] = set()
     key, whole = "", torch.empty(0)
-    parts = sharded_tensors(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
-    for part in sorted(parts, key=lambda part: part.key):
+    for part in parts:
         name = part.key
         if name not in by_key:
             if _ROUTER in name or name == COPY_EMBEDDING:
