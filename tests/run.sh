@@ -33,7 +33,7 @@ IN_TURN_0=(tests/distributed/test_checkpointing.py tests/faults tests/huggingfac
     tests/integration/test_{decay_groups,launch_scripts,moe_resume,parity_command,stock_checkpoints}.py)
 # shellcheck disable=SC2034
 IN_TURN_1=(tests/distributed/test_cpu_backend.py tests/documents/test_commands.py
-    tests/integration/test_{evaluate,moe_overlap,routing_replay,sweep,virtual_pipeline,evaluate_copies}.py)
+    tests/integration/test_{averaging,evaluate,moe_overlap,routing_replay,sweep,virtual_pipeline,evaluate_copies}.py)
 # shellcheck disable=SC2034
 IN_TURN_2=(tests/distributed/test_context_parallel.py tests/huggingface/test_import.py
     tests/integration/test_{documents,faults,layer_statistics,recovery,validation}.py
