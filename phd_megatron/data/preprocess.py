@@ -16,7 +16,7 @@ from phd_megatron.console.progress import FileProgress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import EncodedBatch, batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
-from phd_megatron.data.inputs import find_files
+from phd_megatron.data.inputs import estimated_text, find_files
 from phd_megatron.data.output import Output
 from phd_megatron.data.readers import OnDecodeError, Piece, ReadReport, read_pieces
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
@@ -66,8 +66,7 @@ def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str
         tokenizer = load_tokenizer(spec)
         tokenizer.save(directory)
         return tokenizer, {"spec": spec}
-    # Compressed files hold some four times their size; an estimate is enough to spread the sample over the corpus.
-    estimate = sum(p.stat().st_size * (4 if p.suffix in (".gz", ".parquet") else 1) for p in source.files)
+    estimate = sum(map(estimated_text, source.files))  # enough to spread the sample over the corpus
     stride = max(1, -(-estimate // SAMPLE_CHARACTERS))
     training = train_bpe(source.texts(), size, stride, directory)
     if training.stride > 1:
