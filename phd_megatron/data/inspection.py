@@ -150,12 +150,9 @@ def _histogram(lengths: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int,
     """Stretches from one power of two to the next, from the shortest document to the longest."""
     if not len(lengths):
         return []
-    bits = [int(length).bit_length() for length in lengths]
-    found = []
-    for bit in range(bits[0], bits[-1] + 1):
-        number = sum(int(number) for number, its in zip(numbers, bits, strict=True) if its == bit)
-        found.append((1 << bit >> 1, max(0, (1 << bit) - 1), number))
-    return found
+    bits = np.frexp(lengths.astype(np.float64))[1]  # from 2^(bits - 1) to below 2^bits; 0 has none
+    edges = range(int(bits[0]), int(bits[-1]) + 1)
+    return [(1 << bit >> 1, (1 << bit) - 1, int(numbers[bits == bit].sum())) for bit in edges]
 
 
 def _samples(info: IndexedInfo, tokenizer: Tokenizer, count: int) -> list[Sample]:

@@ -6,6 +6,7 @@ field of it: ``7.txt`` and ``7.json`` are the fields ``txt`` and ``json`` of sam
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -44,31 +45,53 @@ class _Forward:
         return self.last
 
 
-def _members(stream: io.BufferedReader, largest: int) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-    """The regular files in an archive; a member must be read before the next is asked for.
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise Damaged(str(error)) from error
+
+
+class _Archive:
+    """The regular files in an archive, one after the other.
 
     Raises:
         Damaged: also for an archive that ends without the zeros that end one, or goes on with something else.
     """
-    forward = _Forward(stream, largest)
-    try:
-        with tarfile.open(fileobj=forward, mode="r:", errorlevel=2) as archive:  # type: ignore[call-overload]
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep all of them
-                if member.isfile():
-                    yield member.name, member, archive
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise Damaged(str(error)) from error
-    if forward.last != bytes(tarfile.BLOCKSIZE):
-        raise Damaged("no end of the archive")
+
+    def __init__(self, stream: io.BufferedReader, largest: int) -> None:
+        self._forward = _Forward(stream, largest)
+        with _damage():
+            self._archive = tarfile.TarFile(fileobj=self._forward, errorlevel=2)  # type: ignore[arg-type]
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        """Their headers; the content of one must be read before the next is asked for."""
+        while True:
+            with _damage():
+                member = self._archive.next()
+            if member is None:
+                break
+            self._archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+            if member.isfile():
+                yield member
+        if self._forward.last != bytes(tarfile.BLOCKSIZE):
+            raise Damaged("no end of the archive")
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The content of a member."""
+        with _damage():
+            content = self._archive.extractfile(member)
+            return b"" if content is None else content.read()
 
 
 def _samples(stream: io.BufferedReader, path: Path, wanted: tuple[str, ...], largest: int) -> Iterator[_Sample]:
+    archive = _Archive(stream, largest)
     sample, size = _Sample("", {}), 0
-    for name, member, archive in _members(stream, largest):
-        folder, slash, base = name.rpartition("/")
-        stem, dot, field = base.partition(".")
-        if not stem or not dot:
+    for member in archive.members():
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, field = base.partition(".")
+        if not stem or not field:
             continue
         key = f"{folder}{slash}{stem}"
         if key != sample.key:
@@ -77,17 +100,13 @@ def _samples(stream: io.BufferedReader, path: Path, wanted: tuple[str, ...], lar
             sample, size = _Sample(key, {}), 0
         field = field.lower()
         if field in sample.fields:
-            raise UserError(f"{path}: member {name!r} is there twice; keep one")
-        if field not in wanted:
-            sample.fields[field] = b""
-            continue
-        size += member.size
-        if size > largest:
-            raise UserError(too_long(f"{path}: member {name!r}", "member", largest))
-        content = archive.extractfile(member)
-        sample.fields[field] = content.read() if content is not None else b""
-        if len(sample.fields[field]) != member.size:
-            raise Damaged(f"member {name!r} is cut")
+            raise UserError(f"{path}: member {member.name!r} is there twice; keep one")
+        sample.fields[field] = b""
+        if field in wanted:
+            size += member.size
+            if size > largest:
+                raise UserError(too_long(f"{path}: member {member.name!r}", "member", largest))
+            sample.fields[field] = archive.read(member)
     if sample.key:
         yield sample
 

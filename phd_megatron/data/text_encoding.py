@@ -38,10 +38,11 @@ def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     position, is_start = 0, True
     for block in itertools.chain(filter(None, blocks), [b""]):
+        held = len(decoder.getstate()[0])  # bytes of a character that the blocks before began
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeError as error:
-            where = f" near byte {position + error.start}" if isinstance(error, UnicodeDecodeError) else ""
+            where = f" near byte {position - held + error.start}" if isinstance(error, UnicodeDecodeError) else ""
             reason = str(getattr(error, "reason", error))
             if not position and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 reason += "; it begins as UTF-16 does"
