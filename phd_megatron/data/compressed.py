@@ -58,7 +58,7 @@ class _Zstandard(io.RawIOBase):
         try:
             self._ready = memoryview(self._frame.decompress(self._waiting))
         except self._error as error:
-            raise EOFError(str(error)) from error
+            raise EOFError(str(error).rpartition("error: ")[2]) from error  # it says thrice that it is one
         if self._frame.eof:
             self._waiting, self._frame = self._frame.unused_data, None
         else:

@@ -132,7 +132,7 @@ def test_damaged_data_is_not_merged(tmp_path, three):
 def test_merge_replaces_data_only_when_asked(tmp_path, three, capsys):
     words = ["prepare", "merge", "--input", *three[:2], "--output-prefix", str(tmp_path / "out")]
     assert main(words) == 0
-    assert "5 documents, 6 sequences, 36 tokens of 2 data sets; none of the inputs has" in capsys.readouterr().out
+    assert "5 documents, 7 sequences, 36 tokens of 2 data sets; none of the inputs has" in capsys.readouterr().out
     before = bytes_of(tmp_path / "out")
     assert main(words) == 2
     assert "already exist" in capsys.readouterr().err
