@@ -50,7 +50,7 @@ KINDS = [
     of("a.json", '[{"text": "a"}', "no end", "again", title="an array without an end"),
     of("a.json", "[{}, {}]", "element 1", "no key 'text'", "--json-key", title="an array without texts"),
     of("a.json", '{"x": {"y": 1}}', "no key 'x.z'", "--json-key", more="--json-key x.z"),
-    of("a.json", '{"x": 1}', "'x' is number, not an object", "another --json-key", more="--json-key x.z", title="a number with keys"),
+    of("a.json", '{"x": 1}', "'x' is number, not an object", "another", more="--json-key x.z", title="keys in a number"),
     of("a.csv", 'text\n"a', "a.csv:2", "unexpected end", "quotes"),
     of("a.csv", "text,n\na\n", "a.csv:2", "the header names 2", "quotes", title="a row that is short"),
     of("a.csv", "n\n1\n", "a.csv:1", "no column 'text'", "--json-key", title="no such column"),
