@@ -22,7 +22,7 @@ from phd_megatron.errors import UserError
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--input", required=True, help="a .jsonl, .jsonl.gz or .json.gz file")
+    parser.add_argument("--input", required=True, help="a file of JSON lines, or of another kind that prepare reads")
     parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document.bin and .idx")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to take, one data set each")
     parser.add_argument(
@@ -36,22 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    from phd_megatron.data.preprocess import prepare
+    from phd_megatron.data.preprocess import prepare_keys
 
     arguments = parse_strictly(build_parser(), argv)
     spec = "byte" if arguments.tokenizer_type == "ByteTokenizer" else arguments.tokenizer_model
     if spec is None:
         raise UserError("--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model; give the tokenizer's directory")
-    for key in arguments.json_keys:
-        result = prepare(
-            [arguments.input],
-            f"{arguments.output_prefix}_{key}_document",
-            spec,
-            workers=arguments.workers,
-            json_key=key,
-            append_eod=arguments.append_eod,
-            overwrite=arguments.overwrite,
-        )
+    for result in prepare_keys(
+        [arguments.input],
+        arguments.output_prefix,
+        spec,
+        arguments.json_keys,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        overwrite=arguments.overwrite,
+    ):
         print(f"{result.prefix}: {result.documents} documents, {result.tokens} tokens")
     return 0
 

@@ -132,8 +132,10 @@ class IndexedInfo:
         return sum(int(part.sum(dtype=np.int64)) for part in self.lengths.chunks(sequences.start, sequences.stop))
 
 
-def check_indexed(prefix: str) -> IndexedInfo:
+def check_indexed(prefix: str, named_by: str = "--data-path") -> IndexedInfo:
     """Open ``PREFIX.bin/.idx`` and compare their sizes with the header of the index.
+
+    ``named_by`` is what named it, for the message.
 
     It takes no longer for a larger index; :func:`phd_megatron.data.verify.verify_index` reads the whole of it.
 
@@ -145,7 +147,7 @@ def check_indexed(prefix: str) -> IndexedInfo:
         hint = " (give the prefix without .bin or .idx)" if prefix.endswith((".bin", ".idx")) else ""
         raise UserError(
             f"data {prefix!r}: {' and '.join(missing)} not found{hint}; prepare the data with `phd-megatron prepare "
-            f"--output-prefix {prefix}`, or correct --data-path"
+            f"--output-prefix {prefix}`, or correct {named_by}"
         )
     bin_file, idx_file = OpenFile(bin_path), OpenFile(idx_path)
     if idx_file.size < _HEADER.size:

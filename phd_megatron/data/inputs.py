@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from phd_megatron.data.saved_datasets import saved_files
 from phd_megatron.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
-SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+#: with what stands between two fields
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+_PACKED = (*TEXT_SUFFIXES, ".jsonl", ".json", *TABLE_SUFFIXES, ".tar")
+#: kind of file by the end of its name
+_KINDS = {
+    **{f"{suffix}{packed}": suffix for suffix in _PACKED for packed in ("", ".gz", ".zst")},
+    ".tgz": ".tar",
+    **{suffix: suffix for suffix in COLUMN_SUFFIXES},
+}
+SUPPORTED = f"{' '.join(_PACKED)}, each also as .gz or .zst, {' and '.join(COLUMN_SUFFIXES)}"
 _FILE_KINDS = {
     stat.S_IFIFO: "a pipe (fifo)",
     stat.S_IFSOCK: "a socket",
@@ -21,9 +32,33 @@ _FILE_KINDS = {
 
 
 def suffix_of(path: Path) -> str | None:
-    """The supported suffix of ``path``, or None."""
+    """Of which kind ``path`` is, as the suffix that it has when it is not compressed; None for no kind of ours."""
     name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+    return next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether ``path`` is packed by gzip or Zstandard."""
+    return path.name.lower().endswith((".gz", ".tgz", ".zst"))
+
+
+def estimated_text(path: Path) -> int:
+    """Bytes of text in a file, roughly: what is compressed holds some four times its size."""
+    return path.stat().st_size * (4 if is_compressed(path) or suffix_of(path) == ".parquet" else 1)
+
+
+def _is_meant(path: Path) -> bool:
+    """Whether a file that was found in a directory is an input.
+
+    Files called ``.json`` are mostly settings. One that holds an array is data; any other is when it is named itself.
+    """
+    kind = suffix_of(path)
+    if kind is None or not path.is_file():
+        return False
+    if kind == ".json" and path.name.lower().endswith(".json"):
+        with path.open("rb") as stream:
+            return stream.read(1 << 12).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return True
 
 
 def _mode(path: Path) -> int:
@@ -47,7 +82,11 @@ def _below(directory: Path) -> list[Path]:
     files: list[Path] = []
     for place, subdirectories, names in os.walk(directory, onerror=refuse):
         subdirectories.sort()
-        files.extend(p for p in (Path(place, n) for n in sorted(names)) if suffix_of(p) and p.is_file())
+        if (saved := saved_files(Path(place))) is not None:
+            subdirectories.clear()
+            files += saved
+            continue
+        files += filter(_is_meant, (Path(place, name) for name in sorted(names)))
     return files
 
 
@@ -71,11 +110,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
                 "and an input may be read several times; save what comes out of it in a file, and name that"
             )
         elif suffix_of(path) is None:
-            raise UserError(f"input {str(path)!r} is of an unknown kind; supported are {' '.join(SUFFIXES)}")
+            raise UserError(f"input {str(path)!r} is of an unknown kind; supported are {SUPPORTED}")
         else:
             files.append(path)
     if not files:
-        raise UserError(
-            f"empty corpus: no file of a supported kind ({' '.join(SUFFIXES)}) in {', '.join(map(str, inputs))}"
-        )
+        raise UserError(f"empty corpus: no file of a supported kind ({SUPPORTED}) in {', '.join(map(str, inputs))}")
     return files

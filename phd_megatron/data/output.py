@@ -7,10 +7,13 @@ for the same prefix removes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeGuard
@@ -80,6 +83,20 @@ def _noted_size(sidecar: Path) -> int | None:
 
 #: of ``PREFIX.``: what a prepared data set is made of
 SUFFIXES = ("bin", "idx", "tokenizer", "meta.json")
+
+
+@contextlib.contextmanager
+def explained(prefix: str | Path) -> Iterator[None]:
+    """What the disk says while ``prefix`` is written, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {prefix} ({error.strerror}); free some space or choose another "
+                f"--output-prefix; nothing was left behind"
+            ) from error
+        raise UserError(f"cannot write {prefix} ({error}); check the path and its rights") from error
 
 
 class Output:
@@ -190,13 +207,17 @@ class Output:
                 f"another prepare is writing {self.prefix} now; wait for it, or choose another --output-prefix"
             ) from None
 
-    def publish(self, sidecar: Json) -> None:
-        """Put ``data.bin``, ``data.idx``, ``tokenizer/`` and the sidecar in place, .idx last."""
+    def publish(self, sidecar: Json | None) -> None:
+        """Put ``data.bin``, ``data.idx``, ``tokenizer/`` and the sidecar in place, .idx last.
+
+        With None there is neither a tokenizer nor a sidecar, as for data that Megatron made.
+        """
         sizes = {f"{kind}_bytes": (self.directory / f"data.{kind}").stat().st_size for kind in ("bin", "idx")}
         meta = self.directory / "meta.json"
-        text = json.dumps({"format": SIDECAR_FORMAT, **sidecar, **sizes}, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps({"format": SIDECAR_FORMAT, **(sidecar or {}), **sizes}, indent=2, ensure_ascii=False) + "\n"
         meta.write_text(text, encoding="utf-8", errors="backslashreplace")
-        for path in (*sorted((self.directory / "tokenizer").iterdir()), meta, self.directory / "data.bin"):
+        tokenizer = self.directory / "tokenizer"
+        for path in (*(sorted(tokenizer.iterdir()) if sidecar is not None else ()), meta, self.directory / "data.bin"):
             sync_path(path)
         sync_path(self.directory / "data.idx")
         self._check_targets()  # hours may have passed
@@ -204,8 +225,11 @@ class Output:
         sync_path(self.directory.parent)
         shutil.rmtree(self._target("tokenizer"), ignore_errors=True)
         os.replace(self.directory / "data.bin", self._target("bin"))
-        os.replace(self.directory / "tokenizer", self._target("tokenizer"))
-        os.replace(meta, self._target("meta.json"))
+        if sidecar is not None:
+            os.replace(tokenizer, self._target("tokenizer"))
+            os.replace(meta, self._target("meta.json"))
+        else:
+            self._target("meta.json").unlink(missing_ok=True)
         sync_path(self.directory.parent)
         os.replace(self.directory / "data.idx", self._target("idx"))
         sync_path(self.directory.parent)

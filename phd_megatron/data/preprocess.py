@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +15,8 @@ from phd_megatron.console.progress import FileProgress
 from phd_megatron.data.bpe import SAMPLE_CHARACTERS, parse_bpe, train_bpe
 from phd_megatron.data.encode import EncodedBatch, batches_of, encode_all
 from phd_megatron.data.indexed import IndexedWriter, dtype_for
-from phd_megatron.data.inputs import find_files
-from phd_megatron.data.output import Output
+from phd_megatron.data.inputs import estimated_text, find_files
+from phd_megatron.data.output import Output, explained
 from phd_megatron.data.readers import OnDecodeError, Piece, ReadReport, read_pieces
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.errors import UserError
@@ -66,8 +65,7 @@ def _make_tokenizer(spec: str, source: _Source, directory: Path, notes: list[str
         tokenizer = load_tokenizer(spec)
         tokenizer.save(directory)
         return tokenizer, {"spec": spec}
-    # Compressed files hold some four times their size; an estimate is enough to spread the sample over the corpus.
-    estimate = sum(p.stat().st_size * (4 if p.suffix in (".gz", ".parquet") else 1) for p in source.files)
+    estimate = sum(map(estimated_text, source.files))  # enough to spread the sample over the corpus
     stride = max(1, -(-estimate // SAMPLE_CHARACTERS))
     training = train_bpe(source.texts(), size, stride, directory)
     if training.stride > 1:
@@ -123,20 +121,57 @@ def prepare(
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     source = _Source(find_files(inputs), json_key, on_decode_error)
     started = time.perf_counter()
-    try:
-        with Output(str(output_prefix), overwrite) as output:
-            result, sidecar = _write(output, source, str(tokenizer), workers, append_eod, progress)
-            result.seconds = time.perf_counter() - started
-            sidecar["inputs"] = [str(name) for name in inputs]
-            output.publish(sidecar)
-            return result
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"no space left while writing {output_prefix} ({error.strerror}); free some space or choose another "
-                f"--output-prefix; nothing was left behind"
-            ) from error
-        raise UserError(f"cannot write {output_prefix} ({error}); check the path and its rights") from error
+    with explained(output_prefix), Output(str(output_prefix), overwrite) as output:
+        result, sidecar = _write(output, source, str(tokenizer), workers, append_eod, progress)
+        result.seconds = time.perf_counter() - started
+        sidecar["inputs"] = [str(name) for name in inputs]
+        output.publish(sidecar)
+        return result
+
+
+def prepare_keys(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer: str | Path,
+    keys: Sequence[str],
+    *,
+    workers: int = 1,
+    on_decode_error: OnDecodeError = "fail",
+    append_eod: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Iterator[PrepareResult]:
+    """A data set for each of several keys, ``PREFIX_KEY_document``, as Megatron's ``preprocess_data.py`` calls them.
+
+    Raises:
+        UserError: as :func:`prepare`; for keys that give no names of files, and for output that exists, before anything
+            is written.
+    """
+    if parse_bpe(str(tokenizer)) is not None and len(keys) > 1:
+        raise UserError(
+            f"--tokenizer {tokenizer} with --json-keys {' '.join(keys)}: each data set would get a tokenizer of its "
+            "own; prepare one key first, and give the directory that this writes, PREFIX.tokenizer"
+        )
+    for number, key in enumerate(keys):
+        if not key or "/" in key or "\0" in key or key in keys[:number]:
+            why = "is there twice" if key in keys[:number] else "can be no part of a file's name"
+            raise UserError(f"--json-keys {key!r} {why}; give different keys, and such a one alone with --json-key")
+    prefixes = [f"{output_prefix}_{key}_document" for key in keys]
+    for prefix in prefixes:
+        with Output(prefix, overwrite):  # refuses what it may not replace
+            pass
+    for key, prefix in zip(keys, prefixes, strict=True):
+        yield prepare(
+            inputs,
+            prefix,
+            tokenizer,
+            workers=workers,
+            on_decode_error=on_decode_error,
+            json_key=key,
+            append_eod=append_eod,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def _write(

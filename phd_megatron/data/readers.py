@@ -1,25 +1,27 @@
-"""Documents out of text, source, JSON-lines and Parquet files, without ever holding a whole corpus.
+"""Documents out of files of all kinds, without ever holding a whole corpus.
 
-One file of ``.txt .md .py`` is one document, one line of ``.jsonl .jsonl.gz .json.gz`` and one row of ``.parquet`` is
-one document. A long file comes in several pieces; joined they are exactly the file's text.
+A file of text is one document, and comes in several pieces when it is long; joined they are exactly the file's text.
+Of a file of many documents each row is one: a line, an element, a row, a sample (`data/rows.py`).
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import io
 import itertools
-import tokenize
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from phd_megatron.data.arrow_files import arrow_rows, parquet_rows
+from phd_megatron.data.compressed import opened
 from phd_megatron.data.cuts import BLOCK, Anywhere, Cutter
-from phd_megatron.data.inputs import JSON_SUFFIXES, TEXT_SUFFIXES, suffix_of
-from phd_megatron.data.json_lines import BYTE_ORDER_MARK, Undecodable, parse_line
+from phd_megatron.data.delimited import table_rows
+from phd_megatron.data.inputs import COLUMN_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, is_compressed, suffix_of
+from phd_megatron.data.json_lines import array_rows, is_array, line_rows
+from phd_megatron.data.rows import Damaged, Row, Undecodable, too_long
+from phd_megatron.data.tar_files import tar_rows
+from phd_megatron.data.text_encoding import decoded, encoding_of
 from phd_megatron.errors import UserError
 
 #: A longer text file is cut into pieces of about this many characters, where the tokenizer allows it. The pieces become
@@ -55,7 +57,7 @@ class ReadReport:
 
     files: int = 0
     bytes_read: int = 0  #: of the files as they lie on disk, so that progress against their total size is right
-    #: file, reason and, for JSON lines, how many lines
+    #: file, reason and, of a file of many documents, how many lines, rows, ...
     skipped: list[dict[str, str | int]] = field(default_factory=list)
 
     def skip(self, path: Path, reason: str) -> None:
@@ -114,62 +116,35 @@ def _piece(text: str, first: bool, last: bool, context: str) -> Piece:
     return Piece(text, first, last, context, max(1, round(len(text) / PIECE_CHARACTERS)))
 
 
-def _encoding_of(path: Path) -> str:
-    """UTF-8, or for Python source what its byte-order mark or coding line says (PEP 263)."""
-    if not path.name.lower().endswith(".py"):
-        return "utf-8"
-    with path.open("rb") as stream:
-        try:
-            encoding = tokenize.detect_encoding(stream.readline)[0]
-        except SyntaxError as error:
-            raise Undecodable(f"of no known encoding ({error})") from error
-    if not getattr(codecs.lookup(encoding), "_is_text_encoding", True):  # rot13, zlib and the like
-        raise Undecodable(f"declared as {encoding}, which is no encoding of text")
-    return encoding
-
-
-def _decoded(path: Path, encoding: str, report: ReadReport | None) -> Iterator[str]:
-    """The text of a file without byte-order mark, newlines as they are. ``report`` counts bytes; None only checks."""
-    decoder = codecs.getincrementaldecoder(encoding)("strict")
-    with path.open("rb") as stream:
-        position, is_start = 0, True
-        while True:
-            block = stream.read(_READ_BYTES)
+def _blocks(path: Path, report: ReadReport | None) -> Iterator[bytes]:
+    """The content of a text file. ``report`` counts bytes; None only looks."""
+    stream, raw = opened(path)
+    with raw, stream:
+        base = report.bytes_read if report is not None else 0
+        while block := stream.read(_READ_BYTES):
             if report is not None:
-                report.bytes_read += len(block)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeError as error:
-                where = f" near byte {position + error.start}" if isinstance(error, UnicodeDecodeError) else ""
-                reason = str(getattr(error, "reason", error))
-                if not position and block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    reason += "; it begins as UTF-16 does"
-                raise Undecodable(f"not {encoding}{where} ({reason})") from error
-            if "\0" in text:
-                place = position + block.find(b"\0")
-                raise Undecodable(f"no text but binary, or UTF-16: it holds a NUL byte (near byte {place})")
-            if text and is_start:
-                is_start = False
-                if encoding == "utf-8":
-                    text = text.removeprefix(BYTE_ORDER_MARK)
-            yield text
-            if not block:
-                return
-            position += len(block)
+                report.bytes_read = base + raw.tell()
+            yield block
+
+
+def _declared_encoding(path: Path) -> str:
+    stream, raw = opened(path)
+    with raw, stream:
+        return encoding_of(path.name, lambda: stream.readline(LARGEST_TEXT))
 
 
 def _read_text(
     path: Path, report: ReadReport, on_decode_error: OnDecodeError, cutter: Cutter | None
 ) -> Iterator[Piece]:
     try:
-        encoding = _encoding_of(path)
-        if path.stat().st_size <= _ONE_GO_BYTES:
-            yield from _pieces(["".join(_decoded(path, encoding, report))], cutter, path)
+        encoding = _declared_encoding(path)
+        if path.stat().st_size <= _ONE_GO_BYTES and not is_compressed(path):
+            yield from _pieces(["".join(decoded(_blocks(path, report), encoding))], cutter, path)
             return
         if on_decode_error == "skip":  # a file is skipped whole or not at all, so look before the first piece leaves
-            for _ in _decoded(path, encoding, None):
+            for _ in decoded(_blocks(path, None), encoding):
                 pass
-        yield from _pieces(_decoded(path, encoding, report), cutter, path)
+        yield from _pieces(decoded(_blocks(path, report), encoding), cutter, path)
     except Undecodable as error:
         if on_decode_error == "fail":
             raise UserError(
@@ -177,77 +152,65 @@ def _read_text(
                 f"every such file and list it"
             ) from error
         report.skip(path, str(error))
+    except Damaged as error:
+        raise UserError(f"{path}: damaged ({error}); copy or download the file again") from error
 
 
-def _open_counted(path: Path, report: ReadReport) -> tuple[io.BufferedIOBase, io.BufferedReader]:
-    """A stream of decompressed bytes, and the raw one whose position measures progress."""
-    raw = path.open("rb")
-    if path.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw)), raw
-    return raw, raw
-
-
-def _read_json_lines(path: Path, report: ReadReport, key: str, on_decode_error: OnDecodeError) -> Iterator[Piece]:
-    stream, raw = _open_counted(path, report)
-    base, bad_lines, first_reason = report.bytes_read, 0, ""
-    number = 0
-    with raw, stream:
-        while True:
-            try:
-                line = stream.readline(LARGEST_TEXT + 1)
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(
-                    f"{path}: damaged after line {number} ({error}); copy or download the file again"
-                ) from error
-            if not line:
-                break
-            number += 1
-            if len(line) > LARGEST_TEXT:
-                raise UserError(
-                    f"{path}:{number}: the line has more than {LARGEST_TEXT} bytes, so it is no document; write one "
-                    "document a line, and check that the file has line feeds"
-                )
-            report.bytes_read = base + raw.tell()
-            if not line.strip():
-                continue
-            try:
-                yield Piece(parse_line(line, f"{path}:{number}", key), True, True)
-            except Undecodable as error:
+def _read_rows(
+    path: Path, rows: Iterator[Row], report: ReadReport, on_decode_error: OnDecodeError, cutter: Cutter | None
+) -> Iterator[Piece]:
+    bad, first_reason = 0, ""
+    place = "its beginning" if suffix_of(path) == ".tar" else "line 0"
+    try:
+        for row in rows:
+            place = row.place
+            unit = place.split()[0]
+            if isinstance(row.text, Undecodable):
                 if on_decode_error == "fail":
                     raise UserError(
-                        f"{path}:{number}: {error}; correct the line, or use --on-decode-error skip to leave out "
-                        f"such lines and list their files"
-                    ) from error
-                bad_lines += 1
-                first_reason = first_reason or f"first at line {number}: {error}"
-    if bad_lines:
-        report.skipped.append({"file": str(path), "reason": first_reason, "lines": bad_lines})
+                        f"{row.where}: {row.text}; correct the {unit}, or use --on-decode-error skip to leave out "
+                        f"such {unit}s and list their files"
+                    ) from row.text
+                bad += 1
+                first_reason = first_reason or f"first at {place}: {row.text}"
+            elif len(row.text) > LARGEST_TEXT:
+                raise UserError(too_long(row.where, unit, LARGEST_TEXT))
+            elif row.is_file:
+                yield from _pieces([row.text], cutter, path)
+            else:
+                yield Piece(row.text, True, True)
+    except Damaged as error:
+        raise UserError(f"{path}: damaged after {place} ({error}); copy or download the file again") from error
+    if bad:
+        report.skipped.append({"file": str(path), "reason": first_reason, f"{unit}s": bad})
 
 
-def _read_parquet(path: Path, report: ReadReport, key: str) -> Iterator[Piece]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs pyarrow; install it with `pip install pyarrow`") from error
+def _rows(path: Path, suffix: str, key: str, report: ReadReport) -> Iterator[Row]:
+    """The rows of a file of many documents. ``report`` counts bytes."""
     base, size = report.bytes_read, path.stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if key not in names:
-                raise UserError(f"{path}: no column {key!r} (its columns: {', '.join(names)}); name it with --json-key")
-            kind = table.schema_arrow.field(key).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{path}: column {key!r} is {kind}, not a string; choose another --json-key")
-            total, done = max(1, table.metadata.num_rows), 0
-            for batch in table.iter_batches(batch_size=128, columns=[key], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    yield Piece(value or "", True, True)
-                done += batch.num_rows
-                report.bytes_read = base + size * done // total
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); copy or write it again") from error
-    report.bytes_read = base + size
+
+    def seen(done: int) -> None:
+        report.bytes_read = base + done
+
+    if suffix in COLUMN_SUFFIXES:
+        yield from (parquet_rows if suffix == ".parquet" else arrow_rows)(path, key, seen)
+    else:
+        stream, raw = opened(path)
+        with raw, stream:
+            for row in _stream_rows(stream, path, suffix, key):
+                seen(raw.tell())
+                yield row
+    seen(size)
+
+
+def _stream_rows(stream: io.BufferedReader, path: Path, suffix: str, key: str) -> Iterator[Row]:
+    if suffix in TABLE_SUFFIXES:
+        return table_rows(stream, path, key, LARGEST_TEXT, TABLE_SUFFIXES[suffix])
+    if suffix == ".tar":
+        return tar_rows(stream, path, key, LARGEST_TEXT)
+    if suffix == ".json" and is_array(stream):
+        return array_rows(stream, path, key, LARGEST_TEXT)
+    return line_rows(stream, path, key, LARGEST_TEXT)
 
 
 _ANYWHERE = Anywhere()
@@ -274,10 +237,8 @@ def read_pieces(
         try:
             if suffix in TEXT_SUFFIXES:
                 yield from _read_text(path, report, on_decode_error, cutter)
-            elif suffix in JSON_SUFFIXES:
-                yield from _read_json_lines(path, report, json_key, on_decode_error)
-            else:
-                yield from _read_parquet(path, report, json_key)
+            elif suffix is not None:
+                yield from _read_rows(path, _rows(path, suffix, json_key, report), report, on_decode_error, cutter)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error}); check the file and its rights") from (
                 error

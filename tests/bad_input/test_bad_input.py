@@ -20,12 +20,13 @@ from phd_megatron.cli.main import main
 from .rows import Row
 from .rows_commands import COMMANDS
 from .rows_config import CONFIGS
+from .rows_data import DATA_SETS, KINDS
 from .rows_fields import FIELDS
 from .rows_files import FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60  # of the processor's time, which no other program takes from it
-ROWS = [*CONFIGS, *FIELDS, *FILES, *COMMANDS]
+ROWS = [*CONFIGS, *FIELDS, *FILES, *KINDS, *DATA_SETS, *COMMANDS]
 
 
 def tree(*roots: Path) -> dict[str, tuple[int, int, int]]:

@@ -200,6 +200,12 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         ),
     },
     "docs/data.md": {
+        "phd-megatron prepare --input corpus.jsonl.zst books.parquet saved_dataset/ --output-prefix P "
+        "--json-keys text meta.title": Skip("names files; tests/unit/test_formats.py makes some of each kind"),
+        "phd-megatron prepare merge --input P1 P2 --output-prefix P": Run(
+            {"P1 P2": "data/mine data/p", r"--output-prefix P\b": "--output-prefix data/merged"}
+        ),
+        "phd-megatron prepare inspect P --samples 3": Run({r"inspect P\b": "inspect data/mine"}),
         "phd-megatron pretrain ... --packing best_fit --reset-attention-mask --reset-position-ids": Run(RUN),
         "phd-megatron prepare --input FILE_OR_DIR... --output-prefix P --tokenizer byte|bpe:N|DIR --workers N": Run(
             {
