@@ -55,7 +55,12 @@ MODELS: dict[str, dict[str, object]] = {
     "olmo2-k3": {"norm-scheme": "olmo2", "phd-repeat": 3},
     "experts-k2": {**STAR, **EXPERTS},
     "hybrid_star-k2-bf16": {**STAR, "bf16": True},
-    "hybrid_star-k2-documents": {**STAR, "reset-attention-mask": True, "reset-position-ids": True},
+    "pre-k2-documents": {
+        "norm-scheme": "pre",
+        "phd-repeat": 2,
+        "reset-attention-mask": True,
+        "reset-position-ids": True,
+    },
 }
 #: layout -> file -> models
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -63,12 +68,15 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "zero1": tuple(MODELS),
         "zero2": ("hybrid_star-k2", "experts-k2", "hybrid_star-k2-bf16"),
         "zero3": tuple(MODELS),
-        "zero2-states-on-host": ("hybrid_star-k2", "hybrid_star-k2-documents"),
+        "zero2-states-on-host": ("hybrid_star-k2", "pre-k2-documents"),
         "zero3-all-on-host": ("hybrid_star-k2", "experts-k2", "hybrid_star-k2-bf16"),
     },
     "tp2": {"zero1": ("pre-k1",), "zero3": ("hybrid_star-k2", "olmo2-k3")},
-    "tp2+sp": {"zero2": ("hybrid_star-k2", "olmo2-k3", "experts-k2"), "zero3": ("pre-k1", "hybrid_star-k2-documents")},
-    "cp2": {"zero2": ("hybrid_star-k2", "experts-k2"), "zero3": ("olmo2-k3", "hybrid_star-k2-documents")},
+    "tp2+sp": {
+        "zero2": ("hybrid_star-k2", "olmo2-k3", "experts-k2"),
+        "zero3": ("pre-k1", "hybrid_star-k2", "pre-k2-documents"),
+    },
+    "cp2": {"zero2": ("hybrid_star-k2", "experts-k2"), "zero3": ("olmo2-k3", "pre-k2-documents")},
 }
 NAMES = [(layout, file, model) for layout, files in CASES.items() for file, models in files.items() for model in models]
 
