@@ -56,6 +56,12 @@ SCHEMES += ["sandwich", "mix_ln", "embed_norm", "outputnorm"]
 OTHERS: dict[str, dict[str, Any]] = {
     "vectors and fractions": {"phd_copy_embedding": "vector", "phd_copy_positions": "fraction"},
     "places of copies": {"phd_copy_positions": "repeated"},
+    "YaRN": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0},
+            "original_max_position_embeddings": 16,
+        }
+    },
     "biases, plain MLP, LayerNorm, untied": {
         "attention_bias": True,
         "attention_output_bias": True,
