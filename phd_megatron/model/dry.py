@@ -102,5 +102,3 @@ def routing_table(rows: int, topk: int, shares: list[float]) -> Tensor:
     table = torch.zeros(rows, len(shares), dtype=torch.bool)
     table[torch.arange(rows * topk) % rows, expert] = True
     return table
-
-

@@ -12,7 +12,7 @@ from phd_megatron.planning.groups import Group, link
 from phd_megatron.planning.trace import Counts, Product, Transfer
 from phd_megatron.runtime.parallel_dims import ParallelDims
 
-Key = TypeVar("Key", Transfer, Product)
+Key = TypeVar("Key", bound=Transfer | Product)
 
 
 class Collective(NamedTuple):
@@ -91,15 +91,15 @@ def fewest(dims: ParallelDims) -> int:
 
 
 def steps_to_run(dims: ParallelDims, count: int) -> tuple[int, ...]:
-    """Micro-batches of the steps that say what a step of ``count`` does: one, or two from which it is extended.
+    """Micro-batches of the steps that say what a step of ``count`` does: it alone, or two from which it is extended.
 
-    Once the pipeline is full, each further micro-batch (of virtual stages, each further group) does what the one before
-    did, and the most memory has been reached.
+    Each micro-batch (of virtual stages, each group) sends and multiplies as much as any other, so the smallest step and
+    a larger one say how much. The larger one fills the pipeline, where the most memory is reached.
     """
     by = fewest(dims)
-    full = 3 * by if dims.vpp else dims.pp + 1
+    full = 2 * by if dims.vpp else max(2, dims.pp)
     full += (count - full) % by
-    return (count,) if count <= full + by else (full, full + by)
+    return (count,) if count <= full else (by, full)
 
 
 def extended(steps: tuple[Step, ...], count: int) -> Step:
@@ -113,16 +113,22 @@ def extended(steps: tuple[Step, ...], count: int) -> Step:
             return step
     first, second = steps
 
+    further, by = count - first.microbatches, second.microbatches - first.microbatches
+
     def line(before: Counter[Key], after: Counter[Key]) -> Counter[Key]:
-        further, by = count - first.microbatches, second.microbatches - first.microbatches
-        if further % by:
-            raise ValueError(f"{count} micro-batches do not follow from steps of {by} more each")
-        return Counter({key: before[key] + (after[key] - before[key]) * (further // by) for key in after})
+        return Counter({key: _at(before[key], after[key], further, by) for key in {*before, *after}})
 
     one, two = first.counts, second.counts
     counts = Counts(line(one.calls, two.calls), line(one.bytes, two.bytes), line(one.products, two.products), one.order)
     largest = max(steps, key=lambda step: step.peak)
     return Step(count, counts, largest.peak, largest.at_peak)
+
+
+def _at(before: int, after: int, further: int, by: int) -> int:
+    more, rest = divmod((after - before) * further, by)
+    if rest:
+        raise ValueError(f"{before} and {after} calls or bytes do not grow with each of {by} micro-batches alike")
+    return before + more
 
 
 def collectives(counts: Counts, groups: Mapping[str, Group], rank: int, per_node: int) -> tuple[Collective, ...]:
@@ -149,7 +155,8 @@ def collectives(counts: Counts, groups: Mapping[str, Group], rank: int, per_node
     for row in rows:
         merged[row[:5]] += row.calls
         sizes[row[:5]] += row.bytes
-    return tuple(sorted((Collective(*key, merged[key], sizes[key]) for key in merged), key=lambda row: -row.bytes))
+    found = (Collective(*key, merged[key], sizes[key]) for key in merged)
+    return tuple(sorted(found, key=lambda row: (-row.bytes, row)))
 
 
 def in_order(counts: Counts, groups: Mapping[str, Group]) -> Iterator[tuple[str, ...]]:

@@ -39,6 +39,8 @@ class _Answers(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         if func.namespace == "c10d":
             return _transferred(func, args)
         tensors = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
@@ -58,7 +60,7 @@ def _read(tensor: FakeTensor) -> float | bool:
     constant = getattr(tensor, "constant", None)
     if constant is not None:
         with unset_fake_temporarily():
-            return constant.item()  # type: ignore[no-any-return]
+            return constant.item()
     if tensor.dtype.is_floating_point:
         return 0.0
     raise NotImplementedError(

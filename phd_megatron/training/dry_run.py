@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from phd_megatron.kernels.phd_attention import choose_backend
 from phd_megatron.kernels.phd_attention.causal import causal_kernel
 from phd_megatron.model.build import build_model
 from phd_megatron.model.dry import routed, without_values
+from phd_megatron.model.gpt_model import PHDGPTModel
 from phd_megatron.planning.dry_plan import RankPlan, Step, collectives, extended, fewest, in_order, steps_to_run
 from phd_megatron.planning.groups import groups_of_this_rank
 from phd_megatron.planning.trace import Trace
@@ -126,7 +128,7 @@ def problems(run: RunConfig) -> list[str]:
     return found
 
 
-def routing_of(run: RunConfig, dims: ParallelDims, imbalance: float = 1.0):  # type: ignore[no-untyped-def]
+def routing_of(run: RunConfig, dims: ParallelDims, imbalance: float = 1.0) -> AbstractContextManager[None]:
     """Routers of this rank's world, see :func:`~phd_megatron.model.dry.routed`.
 
     Raises:
@@ -188,7 +190,7 @@ def _batch(run: RunConfig, dims: ParallelDims) -> dict[str, Tensor]:
     return {"tokens": tokens, "labels": tokens.clone(), "position_ids": positions, "loss_mask": torch.ones(shape)}
 
 
-def _path(run: RunConfig, models: Sequence[torch.nn.Module]) -> dict[str, str]:
+def _path(run: RunConfig, models: Sequence[PHDGPTModel]) -> dict[str, str]:
     config = models[0].config
     name, _ = choose_backend(_CPU, config.params_dtype, config.kv_channels, backend=run.model.phd_attention_backend)
     kernel, _ = causal_kernel(_CPU, config.params_dtype, config.kv_channels)
