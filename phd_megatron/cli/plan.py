@@ -25,9 +25,8 @@ def build_parser() -> Parser:
         description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula; with --dry-run what "
         "the code of a rank sends, holds and multiplies (docs/planning.md). Nothing is started.",
     )
-    parser.add_argument(
-        "--ranks", "--gpus", type=int, default=1, metavar="N", help="processes of the run (%(default)s)"
-    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="the same as --ranks")
     parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak that is reached; an assumption (0.4)")
     parser.add_argument(
         "--mean-document-length",
@@ -53,8 +52,7 @@ def run(argv: list[str]) -> int:
     from phd_megatron.planning.run_plan import plan_run
     from phd_megatron.training.start import fix_size, load_config
 
-    if args.ranks < 1:
-        raise UserError(f"--ranks {args.ranks} is out of range; use a value at least 1")
+    args.ranks = _ranks(args.ranks, args.gpus)
     refuse_flags(args)
     mfu = ASSUMED_MFU if args.mfu is None else args.mfu
     if not 0 < mfu <= 1:
@@ -90,6 +88,15 @@ def run(argv: list[str]) -> int:
         "recomputed; what the allocator, kernels and communication add comes on top: leave a fifth of the device free"
     )
     return 0
+
+
+def _ranks(ranks: int | None, gpus: int | None) -> int:
+    if ranks is not None and gpus is not None:
+        raise UserError(f"--ranks {ranks} and --gpus {gpus} say the same; give one of them")
+    name, count = ("--gpus", gpus) if gpus is not None else ("--ranks", 1 if ranks is None else ranks)
+    if count < 1:
+        raise UserError(f"{name} {count} is out of range; use a value at least 1")
+    return count
 
 
 def _work(plan: RunPlan, iterations: int) -> list[list[str]]:

@@ -102,8 +102,11 @@ def steps_to_run(dims: ParallelDims, count: int) -> tuple[int, ...]:
     return (count,) if count <= full else (by, full)
 
 
-def extended(steps: tuple[Step, ...], count: int) -> Step:
+def extended(steps: tuple[Step, ...], count: int, report: int = 0) -> Step:
     """A step of ``count`` micro-batches, by a straight line through what was run.
+
+    Args:
+        report: bytes that this rank keeps of each micro-batch to the end of the step.
 
     Raises:
         ValueError: it is none of those that were run, and they are not two.
@@ -120,8 +123,9 @@ def extended(steps: tuple[Step, ...], count: int) -> Step:
 
     one, two = first.counts, second.counts
     counts = Counts(line(one.calls, two.calls), line(one.bytes, two.bytes), line(one.products, two.products), one.order)
-    largest = max(steps, key=lambda step: step.peak)
-    return Step(count, counts, largest.peak, largest.at_peak)
+    kept = report * (count - second.microbatches)
+    at_peak = {**second.at_peak, "activations": second.at_peak["activations"] + kept}
+    return Step(count, counts, second.peak + kept, at_peak)
 
 
 def _at(before: int, after: int, further: int, by: int) -> int:

@@ -8,6 +8,7 @@ is how tests compare the two.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -44,11 +45,13 @@ class Traced:
         held: bytes between steps, by kind.
         steps: those that were asked for.
         path: what computed what.
+        report: bytes that are kept of each micro-batch to the end of a step: its loss, on the last stage.
     """
 
     held: Mapping[str, int]
     steps: tuple[Step, ...]
     path: Mapping[str, str]
+    report: int
 
 
 def dry_run(
@@ -88,7 +91,7 @@ def dry_run(
                 found = traced(run, dims, to_run, Trace(order))
         finally:
             parallel_state.destroy_model_parallel()
-    step = extended(found.steps, count)
+    step = extended(found.steps, count, found.report)
     return RankPlan(
         rank=rank,
         world_size=world_size,
@@ -160,6 +163,7 @@ def traced(run: RunConfig, dims: ParallelDims, microbatches: Sequence[int], trac
         live.kind = "optimizer"
         engine = MegatronEngine(wrapped, build_optimizer(wrapped, run))
         path = _path(run, models)
+        last = any(chunk.post_process for chunk in models)
         del models
         stepper = Stepper(engine, _CPU, run.training.micro_batch_size, model.seq_length, model.phd_repeat)
         live.kind = "batch"
@@ -179,7 +183,8 @@ def traced(run: RunConfig, dims: ParallelDims, microbatches: Sequence[int], trac
                 live.rename(kind, "other")
             held = dict(+live.now)
     engine.let_go()
-    return Traced(held, tuple(steps), path)
+    report = math.prod(stepper.report_shape) * torch.float64.itemsize * last
+    return Traced(held, tuple(steps), path, report)
 
 
 def _batch(run: RunConfig, dims: ParallelDims) -> dict[str, Tensor]:

@@ -73,14 +73,13 @@ def test_products_are_those_of_the_formula() -> None:
     assert original == formula.attention_original * 4
 
 
-@pytest.mark.parametrize("rank", [0, 5123])
-def test_ten_thousand_ranks(rank: int) -> None:
+def test_ten_thousand_ranks() -> None:
+    rank = 5123
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True}
     found = traced(make(batch=2 * 5120, **sizes), 10_240, rank)
     shapes = {(row.kind, row.group): (row.size, row.stride, row.link) for row in found.collectives}
     assert shapes["all_gather", "tp"] == (2, 1, "NVLink")
     assert shapes["reduce_scatter", "dp_cp"] == shapes["all_gather", "dp_cp"] == (5120, 2, "network")
-    assert traced(make(batch=2 * 5120, **sizes), 10_240, rank, per_node=1).collectives[0].link == "network"
 
 
 def test_the_most_bytes_are_those_of_torchs_profiler() -> None:
