@@ -32,7 +32,7 @@ OF_MCORE_2=(tests/integration/test_{between_versions,deepspeed,moe_resume,reshar
 IN_TURN_0=(tests/distributed/test_checkpointing.py tests/faults tests/huggingface/test_traced.py
     tests/integration/test_{decay_groups,launch_scripts,moe_resume,parity_command,stock_checkpoints}.py)
 # shellcheck disable=SC2034
-IN_TURN_1=(tests/distributed/test_cpu_backend.py tests/documents/test_commands.py
+IN_TURN_1=(tests/distributed/test_{cpu_backend,dry_run}.py tests/documents/test_commands.py
     tests/integration/test_{averaging,evaluate,moe_overlap,routing_replay,sweep,virtual_pipeline,evaluate_copies}.py)
 # shellcheck disable=SC2034
 IN_TURN_2=(tests/distributed/test_context_parallel.py tests/huggingface/test_import.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phd_megatron.cli.plan_dry import add_flags, refuse_flags, run_dry
 from phd_megatron.cli.run_flags import run_options
 from phd_megatron.console.arguments import Parser, parse_own
 from phd_megatron.console.tables import print_table, short
@@ -18,11 +19,14 @@ def build_parser() -> Parser:
     """Flags of the command itself; what is left describes the run, as for ``pretrain``."""
     parser = Parser(
         prog="phd-megatron plan",
-        usage="phd-megatron plan [--ranks N] [--mfu X] [--mean-document-length N] [--preset NAME] [--config FILE] "
+        usage="phd-megatron plan [--ranks N] [--mfu X] [--mean-document-length N] [--dry-run [--rank R | --all-stages] "
+        "[--gpus-per-node N] [--expert-imbalance X] [--json FILE [--order]]] [--preset NAME] [--config FILE] "
         "[--any-field-of-a-run VALUE]",
-        description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula. Nothing is started.",
+        description="Parameters, FLOPs, memory of a rank and device hours of a run, by formula; with --dry-run what "
+        "the code of a rank sends, holds and multiplies (docs/planning.md). Nothing is started.",
     )
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes of the run (%(default)s)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run (1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="the same as --ranks")
     parser.add_argument("--mfu", type=float, metavar="X", help="share of the peak that is reached; an assumption (0.4)")
     parser.add_argument(
         "--mean-document-length",
@@ -30,6 +34,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="tokens of a document, where --reset-attention-mask keeps them apart; lengths are taken as geometric",
     )
+    add_flags(parser)
     return parser
 
 
@@ -38,14 +43,17 @@ def run(argv: list[str]) -> int:
     args, rest = parse_own(build_parser(), argv, run_options())
     from phd_megatron.runtime.context import choose_device, install_backend
 
-    install_backend(choose_device("auto")[0])  # before Megatron is imported, for its field names
+    # A dry run takes the CPU path wherever it is.
+    install_backend(
+        "cpu" if args.dry_run else choose_device("auto")[0]
+    )  # before Megatron is imported, for its field names
     from phd_megatron.config.resolve import resolve
     from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
     from phd_megatron.planning.run_plan import plan_run
     from phd_megatron.training.start import fix_size, load_config
 
-    if args.ranks < 1:
-        raise UserError(f"--ranks {args.ranks} is out of range; use a value at least 1")
+    args.ranks = _ranks(args.ranks, args.gpus)
+    refuse_flags(args)
     mfu = ASSUMED_MFU if args.mfu is None else args.mfu
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu} is no share of the peak; use a value above 0 and at most 1")
@@ -56,6 +64,11 @@ def run(argv: list[str]) -> int:
     config = loaded.config
     notes = loaded.notes + resolve(config)
     samples, iterations = fix_size(config, args.ranks)
+    if args.dry_run:
+        for note in notes:
+            show(f"note: {note}")
+        run_dry(args, config)
+        return 0
     plan = plan_run(config, samples, args.ranks, length)
     if config.data.reset_attention_mask and length is None:
         notes.append(
@@ -75,6 +88,15 @@ def run(argv: list[str]) -> int:
         "recomputed; what the allocator, kernels and communication add comes on top: leave a fifth of the device free"
     )
     return 0
+
+
+def _ranks(ranks: int | None, gpus: int | None) -> int:
+    if ranks is not None and gpus is not None:
+        raise UserError(f"--ranks {ranks} and --gpus {gpus} say the same; give one of them")
+    name, count = ("--gpus", gpus) if gpus is not None else ("--ranks", 1 if ranks is None else ranks)
+    if count < 1:
+        raise UserError(f"{name} {count} is out of range; use a value at least 1")
+    return count
 
 
 def _work(plan: RunPlan, iterations: int) -> list[list[str]]:

@@ -159,7 +159,7 @@ class Runtime:
         runtime = cls(environment, dims, device, backend, f"{device_reason}{thread_reason}", watch)
         atexit.register(runtime.shutdown)
         with runtime.naming_lost_ranks():
-            runtime._initialize_megatron(parallel, seed)
+            initialize_megatron(dims, parallel, seed)
         if verbose:
             runtime.log(runtime.describe())
             for note in dims.notes:
@@ -274,27 +274,28 @@ class Runtime:
         finally:
             self.shutdown()
 
-    def _initialize_megatron(self, parallel: ParallelConfig, seed: int) -> None:
-        import numpy as np
-        import torch
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        dims = self.dims
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=dims.tp,
-            pipeline_model_parallel_size=dims.pp,
-            virtual_pipeline_model_parallel_size=dims.vpp,
-            context_parallel_size=dims.cp,
-            expert_model_parallel_size=dims.ep,
-            expert_tensor_parallel_size=dims.etp,
-            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        )
-        stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-        random.seed(stage_seed)
-        np.random.seed(stage_seed % 2**32)
-        torch.manual_seed(stage_seed)
-        model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+def initialize_megatron(dims: ParallelDims, parallel: ParallelConfig, seed: int) -> None:
+    """Megatron-Core's process groups of connected ranks, and random-number states of this one."""
+    import numpy as np
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp,
+        context_parallel_size=dims.cp,
+        expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.etp,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -120,7 +121,7 @@ def active() -> tuple[str, ...]:
     return tuple(redirect.name for redirect in _WATCHER.redirects)
 
 
-def put(place: ModuleType | type, **replacements: Callable[..., Any] | ModuleType) -> None:
+def put(place: ModuleType | type, **replacements: Callable[..., Any] | ModuleType | None) -> None:
     """Give names of a module or a class another value.
 
     Raises:
@@ -129,6 +130,21 @@ def put(place: ModuleType | type, **replacements: Callable[..., Any] | ModuleTyp
     for name, value in replacements.items():
         getattr(place, name)
         setattr(place, name, value)
+
+
+@contextmanager
+def replaced(place: ModuleType | type, **replacements: Callable[..., Any] | None) -> Iterator[None]:
+    """Names of a module or a class with another value, for a while.
+
+    Raises:
+        AttributeError: a name is not there.
+    """
+    before = {name: getattr(place, name) for name in replacements}
+    put(place, **replacements)
+    try:
+        yield
+    finally:
+        put(place, **before)
 
 
 def replace_literals(function: FunctionType | MethodType, replacements: dict[str, str]) -> None:

@@ -144,7 +144,22 @@ PRETRAIN = [
 
 PLAN = [
     Row("plan", ("3 problems", "num_layers is not set", "--num-layers N")),
-    Row(f"plan {MODEL} --rank 2", ("unknown flag --rank;", "did you mean --ranks?")),
+    Row(f"plan {MODEL} --rank 2", ("--rank is of a dry run alone", "add --dry-run")),
+    Row(f"plan {MODEL} --rankz 2", ("unknown flag --rankz;", "did you mean --rank")),
+    Row(f"plan {MODEL} --ranks 2 --gpus 4", ("--ranks 2 and --gpus 4", "give one of them")),
+    Row(f"plan {MODEL} --gpus 0", ("--gpus 0", "at least 1")),
+    Row(f"plan {MODEL} --dry-run --gpus 4 --rank 4", ("--rank 4 is not in a world of 4", "from 0 to 3")),
+    Row(f"plan {MODEL} --dry-run --gpus 4 --rank -1", ("--rank -1 is not in a world of 4", "from 0 to 3")),
+    Row(f"plan {MODEL} --dry-run --rank 0 --all-stages", ("--rank 0 and --all-stages", "give one of them")),
+    Row(f"plan {MODEL} --dry-run --gpus-per-node 0", ("--gpus-per-node 0", "at least 1")),
+    Row(f"plan {MODEL} --dry-run --order", ("--order goes into the file of --json", "add --json")),
+    Row(f"plan {MODEL} --dry-run --mfu 0.5", ("--mfu says nothing to a dry run", "leave it out")),
+    Row(f"plan {MODEL} --dry-run --json nowhere/x", ("cannot write nowhere/x", "existing one")),
+    Row(f"plan {MODEL} --dry-run --expert-imbalance 2", ("--expert-imbalance 2", "no experts", "leave it out")),
+    Row(
+        f"plan {MODEL} --dry-run --gpus 3 --tensor-model-parallel-size 2",
+        ("world size 3", "start 2 or 4 ranks"),
+    ),
     Row(f"plan {MODEL} --ranks 0", ("--ranks 0", "at least 1")),
     Row(f"plan {MODEL} --ranks x", ("--ranks 'x' is not an integer", "correct it")),
     Row(f"plan {MODEL} --ranks 100000000000000000000", ("--ranks 100000000000000000000", "64 bits", "smaller")),

@@ -75,6 +75,10 @@ TUNED = {
 }
 WITHOUT_TE = "needs Transformer Engine and a GPU"
 
+TINY_PLAN = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --seq-length 48 --train-iters 2"
+)
+
 TABLE: dict[str, dict[str, Run | Skip]] = {
     "README.md": {
         "bash launch_scripts/quickstart.sh": Skip("eight minutes: its steps are here and in docs/results/README.md"),
@@ -280,6 +284,13 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "--tokenizer DIRECTORY --save runs/550m --load runs/550m --save-interval 1000": Run(
             {"dense-550m": "tiny-dense", "PREFIX": "data/mine", "DIRECTORY": "data/mine.tokenizer"},
             "--train-iters 2 --seq-length 48 --global-batch-size 16",
+        ),
+    },
+    "docs/planning.md": {
+        "phd-megatron plan --dry-run --gpus 64 --preset dense-1.2b --phd-repeat 2 --norm-scheme hybrid_star "
+        "--vocab-size 100352 --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --bf16 "
+        "--micro-batch-size 1 --global-batch-size 256": Run(
+            {"--preset dense-1.2b": TINY_PLAN, "--global-batch-size 4": "--global-batch-size 64"}
         ),
     },
     "docs/sweeps.md": {
