@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from website.commands import cell, code
 from write_tables import markdown
 
 from phd_megatron.config.aliases import ALIASES, describe_alias
@@ -13,6 +12,7 @@ from phd_megatron.config.facts import Role, range_words
 from phd_megatron.config.help import plain_text
 from phd_megatron.config.presets import PRESETS
 from phd_megatron.config.values import describe
+from website.commands import cell, code
 
 HEAD = """\
 # Configuration
@@ -20,8 +20,8 @@ HEAD = """\
 Every field is a line of the YAML file given with `--config`, in its section, and a flag: `num_layers: 12` is
 `--num-layers 12`. This page is made from [`config/schema.py`](../../phd_megatron/config/schema.py). Flags win over the
 file, the file over what the checkpoint in `--load` was saved with, and that over `--preset`. `null` is "derived"; a run
-prints the resolved value and what it came from. Further fields of Megatron-Core's `TransformerConfig` are taken by their
-names and go into the section `model`.
+prints the resolved value and what it came from. Further fields of Megatron-Core's `TransformerConfig` are taken by
+their names and go into the section `model`.
 """
 COLUMNS = ("field", "value", "default", "meaning", "kind")
 

@@ -1,8 +1,8 @@
 """Where a file of the repository is on the site, and links between them.
 
 Pages keep the links that they have on GitHub, relative to their file. On the site ``docs/`` is the root; a file outside
-it that a page links to becomes a page below ``project/``: a document as it is, source as a listing, a folder as the list
-of what is in it. No address of a host is in any of them.
+it that a page links to becomes a page below ``project/``: a document as it is, source as a listing, a folder as the
+list of what is in it. No address of a host is in any of them.
 """
 
 from __future__ import annotations
