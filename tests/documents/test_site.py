@@ -30,7 +30,8 @@ SCHEME = re.compile(r"[a-z]+:|//")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the site, built once."""
     place = tmp_path_factory.mktemp("site")
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1", "COLUMNS": "40"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1", "COLUMNS": "40"}
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)],
         cwd=ROOT,
