@@ -40,7 +40,7 @@ COMMANDS = {
 
 def available() -> dict[str, str]:
     """The commands whose module is installed."""
-    return {name: text for name, text in COMMANDS.items() if importlib.util.find_spec(_module(name))}
+    return {name: text for name, text in COMMANDS.items() if importlib.util.find_spec(module_of(name))}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,11 +115,12 @@ def _run(argv: list[str]) -> int:
     # transformers fetches kernels for some families, and where flash-attn is missing; huggingface_hub reads this once.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with hearing(), clean_stop() if name in CLEAN_UP else nullcontext():
-        code: int = importlib.import_module(_module(name)).run(rest)
+        code: int = importlib.import_module(module_of(name)).run(rest)
     return code
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
+    """The module of a command."""
     return f"phd_megatron.cli.{name}_" if keyword.iskeyword(name) else f"phd_megatron.cli.{name}"
 
 

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="raw bytes, a BPE tokenizer of N tokens trained here, or a Hugging Face tokenizer directory",
     )
     parser.add_argument(
-        "--workers", type=_number, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)"
+        "--workers", type=_number, default=os.cpu_count() or 1, metavar="N", help="processes (as many as cores)"
     )
     parser.add_argument(
         "--json-key", metavar="KEY", help="field or column of the text, or a.b for field b of object a (text)"

@@ -155,6 +155,11 @@ def violates(value: Plain, bounds: tuple[Bound, ...]) -> str | None:
     numbers = [item for item in items if isinstance(item, int | float)]
     if all(_fits(item, bound) for item in numbers for bound in bounds):
         return None
+    return range_words(bounds)
+
+
+def range_words(bounds: tuple[Bound, ...]) -> str:
+    """The range in words, such as ``at least 1 and at most 8``."""
     return " and ".join(_words(bound) for bound in bounds)
 
 

@@ -48,11 +48,12 @@ def _is_usable(name: str, transformer_fields: Annotations) -> bool:
 
 
 def _explain(info: FieldInfo) -> str:
-    default = "" if info.default is None else f", default {_plain(info.default)}"
+    default = "" if info.default is None else f", default {plain_text(info.default)}"
     return f"{info.help} ({describe(info.annotation)}{default})"
 
 
-def _plain(value: Plain) -> str:
+def plain_text(value: Plain) -> str:
+    """A value as YAML, or a list as the words of its flag."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "empty"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
@@ -69,5 +70,5 @@ def format_config(config: RunConfig, origins: Mapping[str, str]) -> str:
             if origin == "default":
                 is_default = name in fields() and value == fields()[name].default
                 origin = "" if is_default else "derived"
-            lines.append(f"  {name}: {_plain(value)}" + (f"  # {origin}" if origin else ""))
+            lines.append(f"  {name}: {plain_text(value)}" + (f"  # {origin}" if origin else ""))
     return "\n".join(lines)

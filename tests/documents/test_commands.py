@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .blocks import ROOT, commands, documents, unlabelled
-from .table import TABLE, TINY_RUN, Run
+from .table import STUDY_FILE, TABLE, TINY_RUN, Run
 
 SWEPT = """\
 title: Norm placements
@@ -81,6 +82,17 @@ def execute(step: Run, command: str, place: Path) -> None:
     run_words([*programs[words[0]], *words[1:]], place)
 
 
+def tiny_study() -> str:
+    """The example itself with its first two sizes, one seed, and a few steps."""
+    study = yaml.safe_load((ROOT / STUDY_FILE.format("tiny")).read_text("utf-8"))
+    study["base"]["tokens"] = 1.5e3
+    study["base"]["model"]["seq_length"] = 48
+    study["base"]["training"] |= {"micro_batch_size": 8, "global_batch_size": 8, "eval_iters": 1}
+    sizes = study["grid"]["size"]
+    study["grid"] |= {"size": dict(list(sizes.items())[:2]), "norm_scheme": ["pre", "hybrid"], "seed": [1]}
+    return yaml.safe_dump(study)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the documents take for granted: text, data, a run, its export, a Llama, and the checkout's folders."""
@@ -93,6 +105,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("examples", "launch_scripts", "tools"):
         (root / folder).symlink_to(ROOT / folder)
     (root / "tiny_sweep.yaml").write_text(SWEPT)
+    (root / "tiny_study.yaml").write_text(tiny_study())
     model = "num_layers: 2, hidden_size: 32, ffn_hidden_size: 48, num_attention_heads: 4, seq_length: 48"
     (root / "RUN.yaml").write_text(
         f"model: {{{model}, make_vocab_size_divisible_by: 16}}\ndata: {{data_path: [{root}/data/mine]}}\n"

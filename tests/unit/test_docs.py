@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from phd_megatron.config.schema import RunConfig
 from phd_megatron.norm.schemes import NORM_SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/tutorials/*.md")])
+PLACES = ("*.md", "tutorials/*.md", "results/README.md", "results/trained/*.md")
 FIELDS = {
     field.name
     for section in dataclasses.fields(RunConfig)
@@ -53,7 +55,7 @@ def test_anchors_are_headings(document: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs/README.md").read_text("utf-8")
-    pages = {*ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/README.md"), *ROOT.glob("docs/results/trained/*.md")}
+    pages = set(chain(*(ROOT.glob(f"docs/{place}") for place in PLACES)))
     named = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index)}
     assert pages - named == {ROOT / "docs/README.md"}
     assert "(docs/README.md)" in (ROOT / "README.md").read_text("utf-8")

@@ -58,7 +58,8 @@ class Observer:
 
         Args:
             run: the resolved configuration.
-            first, last: the steps that this start goes through.
+            first: step that this start begins with.
+            last: step that it ends with.
 
         Raises:
             UserError: on every rank, for what the run asks and cannot be.
