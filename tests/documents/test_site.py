@@ -14,6 +14,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from phd_megatron.bench.arguments import FLAGS
+from phd_megatron.bench.arguments import parser as bench_parser
 from phd_megatron.cli.main import COMMANDS, module_of
 from phd_megatron.config.catalog import fields
 
@@ -55,8 +57,10 @@ def test_every_command_has_its_flags(site: Path) -> None:
     anchors, text = set(re.findall(r'id="([^"]+)"', page.read_text("utf-8"))), text_of(page)
     assert set(COMMANDS) <= anchors
     flags = []
-    for name in set(COMMANDS) - {"pretrain", "bench"}:
-        parser = importlib.import_module(module_of(name)).build_parser()
+    parsers = [
+        importlib.import_module(module_of(name)).build_parser() for name in set(COMMANDS) - {"pretrain", "bench"}
+    ]
+    for parser in [*parsers, *map(bench_parser, FLAGS)]:
         flags += [word for word in re.findall(r"--[a-z][a-z-]+", parser.format_help()) if word != "--help"]
     assert len(flags) > 100 and [flag for flag in flags if flag not in text] == []
     assert "bpe:N|DIR" in text, "a bar in a cell of a table is a bar"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from write_tables import markdown
 
+from phd_megatron.bench.arguments import FLAGS
 from phd_megatron.bench.arguments import parser as bench_parser
 from phd_megatron.cli.bench import BENCHES
 from phd_megatron.cli.main import COMMANDS, module_of
@@ -36,8 +37,10 @@ def page() -> str:
             ]
         elif name == "bench":
             lines += [_sentence(meaning), ""]
-            for bench, what in BENCHES.items():
-                lines += [f"### bench {bench}", "", _sentence(what), "", *_flags(bench_parser(bench.replace("-", "_")))]
+            for bench in FLAGS:
+                parser = bench_parser(bench)
+                what = BENCHES.get(bench.replace("_", "-"), "members of one model, by options of pretrain")
+                lines += [f"### {parser.prog.removeprefix('phd-megatron ')}", "", _sentence(what), "", *_flags(parser)]
         else:
             parser = importlib.import_module(module_of(name)).build_parser()
             # Some parsers have the first line of their module, which names the command once more.
