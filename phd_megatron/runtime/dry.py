@@ -119,7 +119,7 @@ def dry_world(rank: int, size: int) -> Iterator[None]:
         raise UserError(f"--rank {rank} is not in a world of {size}; ranks count from 0 to {size - 1}")
     if dist.is_initialized():
         raise UserError("torch.distributed is initialised already; a dry run needs a process of its own")
-    stock = dist.new_group
+    stock, reduce = dist.new_group, dist.all_reduce
 
     def new_group(ranks: Sequence[int] | None = None, *args: Any, **kwargs: Any) -> Any:
         if ranks is not None and rank not in ranks:
@@ -129,9 +129,14 @@ def dry_world(rank: int, size: int) -> Iterator[None]:
     def all_gather_object(gathered: list[T], value: T, group: dist.ProcessGroup | None = None) -> None:
         gathered[:] = [value] * len(gathered)
 
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(tensor, FakeTensor) and op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN):
+            return None  # the same on every rank, as later Megatron-Cores ask once whether any has such norms
+        return reduce(tensor, op, *args, **kwargs)
+
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        with replaced(dist, new_group=new_group, all_gather_object=all_gather_object):
+        with replaced(dist, new_group=new_group, all_gather_object=all_gather_object, all_reduce=all_reduce):
             yield
     finally:
         dist.destroy_process_group()
