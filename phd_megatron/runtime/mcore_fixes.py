@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -210,6 +212,19 @@ def _te_general_gemm(module: ModuleType) -> None:
         vars(module)["te_general_gemm"] = None
 
 
+def _put_local(module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:
+    """Another value for a name of ``module``, and for what optimizer modules took from there when they were imported.
+
+    They are imported first where a command reads the fields of Megatron-Core's configurations before it knows the
+    device.
+    """
+    before = getattr(module, name)
+    put(module, **{name: replacement})
+    for taker in ("clip_grads", "optimizer"):
+        names = vars(sys.modules.get(f"megatron.core.optimizer.{taker}", ModuleType(taker)))
+        names.update({key: replacement for key, value in names.items() if value is before})
+
+
 def _scale_in_place(module: ModuleType) -> None:
     import torch
 
@@ -219,7 +234,7 @@ def _scale_in_place(module: ModuleType) -> None:
         for source, target in zip(*tensor_lists, strict=True):
             torch.mul(source, scale, out=target)
 
-    put(module, local_multi_tensor_scale=scale_all)
+    _put_local(module, "local_multi_tensor_scale", scale_all)
 
 
 def _norm_on_device(module: ModuleType) -> None:
@@ -235,7 +250,7 @@ def _norm_on_device(module: ModuleType) -> None:
         norms = [norm.float() for tensors in tensor_lists for norm in torch._foreach_norm(tensors)]
         return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
-    put(module, local_multi_tensor_l2_norm=norm_of_all)
+    _put_local(module, "local_multi_tensor_l2_norm", norm_of_all)
 
 
 def _weight_gradient(module: ModuleType) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,3 +175,19 @@ def test_a_redirect_is_applied_once_to_what_was_imported_before(monkeypatch: pyt
     for _ in range(2):
         redirects.activate([row])
         assert (applied, redirects.active()) == ([module.__name__], ("some",))
+
+
+def test_what_optimizers_took_before_the_corrections_is_corrected_too() -> None:
+    """In a process of its own: Megatron-Core is imported here already."""
+    program = """
+from megatron.core.optimizer import clip_grads, optimizer
+from phd_megatron.runtime.context import install_backend
+install_backend("cpu")
+from megatron.core import utils
+assert clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm
+assert clip_grads.multi_tensor_scale_impl is optimizer.multi_tensor_scale_impl is utils.local_multi_tensor_scale
+print(utils.local_multi_tensor_l2_norm.__name__, utils.local_multi_tensor_scale.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["norm_of_all", "scale_all"]
