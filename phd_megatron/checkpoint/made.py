@@ -24,7 +24,7 @@ from phd_megatron.runtime.output import new_directory
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-#: Called with the parts of every parameter, by name; it writes their data.
+#: Called with the parts of every parameter; it writes their data.
 Fill = Callable[["list[ShardedTensor]"], None]
 
 
@@ -70,7 +70,7 @@ def new_checkpoint(
             told = _ToldLater(runtime.device)
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             with torch.no_grad():
-                fill(sorted(sharded_tensors(model, group), key=lambda part: part.key))
+                fill(list(sharded_tensors(model, group)))
             saver = CheckpointSaver(place, run_config=saved, tokenizer=tokenizer, runtime=told)
             directory = saver.save(
                 iteration=iteration, models=[model], optimizer=None, scheduler=None, training_state=facts

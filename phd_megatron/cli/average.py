@@ -36,8 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Average; UserError for anything that stands in the way."""
     args = parse_strictly(build_parser(), argv)
-    if Environment.read().world_size > 1:
-        raise UserError("average runs on one process; start it without torchrun")
+    Environment.read().refuse_others("average")
     count = args.last if args.iterations is None else len(args.iterations)
     if count < 2:
         words = f"--last {args.last}" if args.iterations is None else f"--iterations {args.iterations[0]}"

@@ -66,8 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: list[str]) -> int:
     """Import; UserError for anything that stands in the way."""
     args = parse_strictly(build_parser(), argv)
-    if Environment.read().world_size > 1:
-        raise UserError("import runs on one process; start it without torchrun")
+    Environment.read().refuse_others("import")
     if args.moe_router_topk is not None and args.upcycle_experts is None:
         raise UserError("--moe-router-topk without --upcycle-experts; give both, or leave it out")
     for name, most in _MOST.items():

@@ -43,10 +43,8 @@ def run(argv: list[str]) -> int:
     args, rest = parse_own(build_parser(), argv, run_options())
     from phd_megatron.runtime.context import choose_device, install_backend
 
-    # A dry run takes the CPU path wherever it is.
-    install_backend(
-        "cpu" if args.dry_run else choose_device("auto")[0]
-    )  # before Megatron is imported, for its field names
+    device = "cpu" if args.dry_run else choose_device("auto")[0]  # a dry run takes the CPU path wherever it is
+    install_backend(device)  # before Megatron is imported, for its field names
     from phd_megatron.config.resolve import resolve
     from phd_megatron.planning.peak import ASSUMED_DEVICE, ASSUMED_MFU, PEAK_TFLOPS
     from phd_megatron.planning.run_plan import plan_run

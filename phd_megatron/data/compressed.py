@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from zstandard import ZstdDecompressionObj
 
+_GZIP, _ZSTANDARD = (".gz", ".tgz"), (".zst",)
 #: Bytes given to Zstandard at a time. Four of them can stand for 128 KiB, so these make at most 64 MiB.
 _STEP = 1 << 11
 #: What ``zstd --long=31`` writes, its most; it is also the most memory that reading takes.
@@ -81,6 +82,11 @@ class _Checked(io.RawIOBase):
             raise Damaged(str(error)) from error
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether ``path`` is packed by gzip or Zstandard, by its name."""
+    return path.name.lower().endswith(_GZIP + _ZSTANDARD)
+
+
 def opened(path: Path) -> tuple[io.BufferedReader, io.BufferedReader]:
     """A stream of the file's content, unpacked, and the one below whose position measures progress.
 
@@ -93,9 +99,9 @@ def opened(path: Path) -> tuple[io.BufferedReader, io.BufferedReader]:
     name = path.name.lower()
     raw = path.open("rb")
     try:
-        if name.endswith((".gz", ".tgz")):
+        if name.endswith(_GZIP):
             return io.BufferedReader(_Checked(gzip.GzipFile(fileobj=raw)), _BUFFER), raw
-        if name.endswith(".zst"):
+        if name.endswith(_ZSTANDARD):
             return io.BufferedReader(_Checked(_Zstandard(raw)), _BUFFER), raw
     except ImportError as error:
         raw.close()

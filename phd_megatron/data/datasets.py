@@ -20,7 +20,7 @@ from phd_megatron.data.blend import SPLIT_NAMES, SplitPlan, check_split, plan_sp
 from phd_megatron.data.index_cache import is_alone
 from phd_megatron.data.indexed import IndexedInfo, check_indexed
 from phd_megatron.data.one_pass import build_pass
-from phd_megatron.data.output import read_sidecar
+from phd_megatron.data.output import sidecar_of
 from phd_megatron.data.samples import Sample, Samples
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.data.verify import Fingerprint, verify, verify_end
@@ -149,15 +149,9 @@ def verify_data(
 
 def _check_sidecar(info: IndexedInfo, tokenizer: Tokenizer) -> None:
     """Refuse data that is not what its sidecar describes, or was made with a tokenizer of other ids."""
-    sidecar = read_sidecar(info.prefix)
+    sidecar = sidecar_of(info)
     if sidecar is None:
         return
-    noted = (sidecar.get("bin_bytes"), sidecar.get("idx_bytes"))
-    if noted != (info.bin_file.size, info.idx_file.size):
-        raise UserError(
-            f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have "
-            f"{info.bin_file.size} and {info.idx_file.size}; they are not of one prepare, so prepare the data again"
-        )
     made_id, largest = sidecar["tokenizer"], sidecar.get("max_token_id", 0)
     if largest >= tokenizer.vocab_size:
         hint = f" (it was prepared with {made_id['spec']})" if "spec" in made_id else ""

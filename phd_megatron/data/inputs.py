@@ -8,6 +8,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from phd_megatron.data.compressed import is_compressed
 from phd_megatron.data.saved_datasets import saved_files
 from phd_megatron.errors import UserError
 
@@ -35,11 +36,6 @@ def suffix_of(path: Path) -> str | None:
     """Of which kind ``path`` is, as the suffix that it has when it is not compressed; None for no kind of ours."""
     name = path.name.lower()
     return next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether ``path`` is packed by gzip or Zstandard."""
-    return path.name.lower().endswith((".gz", ".tgz", ".zst"))
 
 
 def estimated_text(path: Path) -> int:

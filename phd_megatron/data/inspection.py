@@ -10,7 +10,7 @@ import numpy as np
 
 from phd_megatron.config.plain import Json
 from phd_megatron.data.indexed import IndexedInfo, check_indexed
-from phd_megatron.data.output import read_sidecar
+from phd_megatron.data.output import sidecar_of
 from phd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from phd_megatron.data.verify import check_ids, verify, verify_index
 from phd_megatron.errors import UserError
@@ -71,12 +71,7 @@ def inspect(prefix: str, *, samples: int = 0, tokenizer: str | None = None) -> I
     if not 0 <= samples <= _MOST_SAMPLES:
         raise UserError(f"--samples {samples}: that many are not shown; use 0 to {_MOST_SAMPLES}")
     info = check_indexed(prefix, "the prefix")
-    sidecar = read_sidecar(prefix)
-    if sidecar is not None and (sidecar.get("bin_bytes"), sidecar.get("idx_bytes")) != (
-        info.bin_file.size,
-        info.idx_file.size,
-    ):
-        raise UserError(f"{prefix}.meta.json is of other files than its .bin and .idx; prepare the data again")
+    sidecar = sidecar_of(info)
     beside = f"{prefix}.tokenizer"
     spec = tokenizer if tokenizer is not None else beside if Path(beside).is_dir() else None
     if spec is None and samples:

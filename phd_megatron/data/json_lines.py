@@ -133,12 +133,7 @@ def _row(data: bytes, path: Path, key: str, unit: str, number: int) -> Row:
 def line_rows(stream: io.BufferedReader, path: Path, key: str, largest: int) -> Iterator[Row]:
     """A document a line, of at most ``largest`` bytes; empty lines are none."""
     for number in itertools.count(1):
-        try:
-            line = stream.readline(largest + 1)
-        except (Damaged, OSError) as error:
-            raise UserError(
-                f"{path}: damaged after line {number - 1} ({error}); copy or download the file again"
-            ) from error
+        line = stream.readline(largest + 1)
         if not line:
             return
         if len(line) > largest:

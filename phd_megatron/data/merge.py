@@ -11,7 +11,7 @@ import numpy as np
 from phd_megatron import __version__
 from phd_megatron.config.plain import Json
 from phd_megatron.data.indexed import IndexedInfo, IndexedWriter, check_indexed
-from phd_megatron.data.output import Output, explained, read_sidecar
+from phd_megatron.data.output import Output, explained, sidecar_of
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.data.verify import verify_index
 from phd_megatron.errors import UserError
@@ -84,7 +84,7 @@ def _checked(inputs: Sequence[str], output_prefix: str) -> list[IndexedInfo]:
 
 def _joined(infos: Sequence[IndexedInfo]) -> tuple[Json | None, str | None]:
     """The sidecar of the whole and the tokenizer's directory; None for data from elsewhere."""
-    sidecars = [read_sidecar(info.prefix) for info in infos]
+    sidecars = [sidecar_of(info) for info in infos]
     found = [sidecar for sidecar in sidecars if sidecar is not None]
     if not found:
         return None, None
@@ -95,8 +95,6 @@ def _joined(infos: Sequence[IndexedInfo]) -> tuple[Json | None, str | None]:
                 f"--input {info.prefix!r} has no .meta.json that names its tokenizer, and {first!r} has one; join "
                 "those alone that have one, or name both in data_path"
             )
-        if sidecar.get("bin_bytes") != info.bin_file.size or sidecar.get("idx_bytes") != info.idx_file.size:
-            raise UserError(f"{info.prefix}.meta.json is of other files than its .bin and .idx; prepare the data again")
         for key in _SAME:
             if sidecar["tokenizer"].get(key) != found[0]["tokenizer"].get(key):
                 raise UserError(

@@ -20,6 +20,7 @@ from typing import TypeGuard
 
 from phd_megatron.config.files import read_json
 from phd_megatron.config.plain import Json, Plain
+from phd_megatron.data.indexed import IndexedInfo
 from phd_megatron.data.tokenizer_files import SAVED_FILES
 from phd_megatron.errors import UserError, shown
 
@@ -56,6 +57,24 @@ def read_sidecar(prefix: str) -> Json | None:
             f"{path} is damaged: tokenizer={shown(value.get('tokenizer'))} describes none; prepare the data again"
         )
     return dict(value)
+
+
+def sidecar_of(info: IndexedInfo) -> Json | None:
+    """The sidecar of data that was opened.
+
+    Raises:
+        UserError: as :func:`read_sidecar`, and for one that is of other files.
+    """
+    sidecar = read_sidecar(info.prefix)
+    if sidecar is None:
+        return None
+    noted, sizes = (sidecar.get("bin_bytes"), sidecar.get("idx_bytes")), (info.bin_file.size, info.idx_file.size)
+    if noted != sizes:
+        raise UserError(
+            f"{info.prefix}.meta.json notes {noted[0]} and {noted[1]} bytes but .bin and .idx have {sizes[0]} and "
+            f"{sizes[1]}; they are not of one prepare, so prepare the data again"
+        )
+    return sidecar
 
 
 def _is_count(value: Plain) -> TypeGuard[int]:

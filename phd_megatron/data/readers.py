@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from phd_megatron.data.arrow_files import arrow_rows, parquet_rows
-from phd_megatron.data.compressed import opened
+from phd_megatron.data.compressed import is_compressed, opened
 from phd_megatron.data.cuts import BLOCK, Anywhere, Cutter
 from phd_megatron.data.delimited import table_rows
-from phd_megatron.data.inputs import COLUMN_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, is_compressed, suffix_of
+from phd_megatron.data.inputs import COLUMN_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, suffix_of
 from phd_megatron.data.json_lines import array_rows, is_array, line_rows
 from phd_megatron.data.rows import Damaged, Row, Undecodable, too_long
 from phd_megatron.data.tar_files import tar_rows
@@ -130,7 +130,7 @@ def _blocks(path: Path, report: ReadReport | None) -> Iterator[bytes]:
 def _declared_encoding(path: Path) -> str:
     stream, raw = opened(path)
     with raw, stream:
-        return encoding_of(path.name, lambda: stream.readline(LARGEST_TEXT))
+        return encoding_of(path, lambda: stream.readline(LARGEST_TEXT))
 
 
 def _read_text(

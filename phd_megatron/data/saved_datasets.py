@@ -45,16 +45,13 @@ def saved_files(directory: Path) -> list[Path] | None:
             "flatten_indices()"
         )
     listed = state["_data_files"]
-    names = [item.get("filename") if isinstance(item, dict) else None for item in listed] if _is_list(listed) else None
-    files = [directory / name for name in _names(names, path)]
+    if isinstance(listed, list):
+        listed = [item.get("filename") if isinstance(item, dict) else None for item in listed]
+    files = [directory / name for name in _names(listed, path)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{path} lists {file.name}, which is not there; copy or save the data set again")
     return files
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
 
 
 def _mapping(path: Path) -> Json:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from phd_megatron.data.json_lines import parse_line
@@ -85,6 +86,36 @@ class _Archive:
             return b"" if content is None else content.read()
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Fields by name; only those that may hold the text have their content."""
+
+    key: str
+    fields: dict[str, bytes]
+
+    def chosen(self, key: str, path: Path) -> tuple[str, str]:
+        """The field in which the text is, and the key in it where that is JSON."""
+        if key in self.fields and key != "json":
+            return key, ""
+        head, _, rest = key.partition(".")
+        if head == "json" and rest and "json" in self.fields:
+            return "json", rest
+        texts = [field for field in _TEXTS if field in self.fields] if key == "text" else []
+        if len(texts) > 1:
+            raise UserError(
+                f"{path}: sample {self.key!r} has {' and '.join(texts)}, so which text is meant is open; name one, as "
+                f"--json-key {texts[0]}"
+            )
+        if texts:
+            return texts[0], ""
+        if "json" in self.fields:
+            return "json", key
+        raise UserError(
+            f"{path}: sample {self.key!r} has no text (its fields: {', '.join(self.fields)}); name the field with "
+            "--json-key, as txt, or as json.caption for a key in it"
+        )
+
+
 def _samples(stream: io.BufferedReader, path: Path, wanted: tuple[str, ...], largest: int) -> Iterator[_Sample]:
     archive = _Archive(stream, largest)
     sample, size = _Sample("", {}), 0
@@ -109,35 +140,6 @@ def _samples(stream: io.BufferedReader, path: Path, wanted: tuple[str, ...], lar
             sample.fields[field] = archive.read(member)
     if sample.key:
         yield sample
-
-
-class _Sample:
-    """Fields by name; only those that may hold the text have their content."""
-
-    def __init__(self, key: str, fields: dict[str, bytes]) -> None:
-        self.key, self.fields = key, fields
-
-    def chosen(self, key: str, path: Path) -> tuple[str, str]:
-        """The field in which the text is, and the key in it where that is JSON."""
-        if key in self.fields and key != "json":
-            return key, ""
-        head, _, rest = key.partition(".")
-        if head == "json" and rest and "json" in self.fields:
-            return "json", rest
-        texts = [field for field in _TEXTS if field in self.fields] if key == "text" else []
-        if len(texts) > 1:
-            raise UserError(
-                f"{path}: sample {self.key!r} has {' and '.join(texts)}, so which text is meant is open; name one, as "
-                f"--json-key {texts[0]}"
-            )
-        if texts:
-            return texts[0], ""
-        if "json" in self.fields:
-            return "json", key
-        raise UserError(
-            f"{path}: sample {self.key!r} has no text (its fields: {', '.join(self.fields)}); name the field with "
-            "--json-key, as txt, or as json.caption for a key in it"
-        )
 
 
 def tar_rows(stream: io.BufferedReader, path: Path, key: str, largest: int) -> Iterator[Row]:

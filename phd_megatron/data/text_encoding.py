@@ -7,18 +7,20 @@ import io
 import itertools
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+from phd_megatron.data.inputs import suffix_of
 from phd_megatron.data.json_lines import BYTE_ORDER_MARK
 from phd_megatron.data.rows import Undecodable
 
 
-def encoding_of(name: str, readline: Callable[[], bytes]) -> str:
+def encoding_of(path: Path, readline: Callable[[], bytes]) -> str:
     """UTF-8, or for Python source what its byte-order mark or coding line says (PEP 263).
 
     Raises:
         Undecodable: what it says is no encoding of text.
     """
-    if not name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".py"):
+    if suffix_of(path) != ".py":
         return "utf-8"
     try:
         encoding = tokenize.detect_encoding(readline)[0]
@@ -60,4 +62,4 @@ def decoded(blocks: Iterable[bytes], encoding: str) -> Iterator[str]:
 
 def decode_whole(data: bytes, name: str) -> str:
     """The text of a file of that name which is in memory. Raises Undecodable."""
-    return "".join(decoded([data], encoding_of(name, io.BytesIO(data).readline)))
+    return "".join(decoded([data], encoding_of(Path(name), io.BytesIO(data).readline)))

@@ -87,7 +87,7 @@ class Step:
 
 def fewest(dims: ParallelDims) -> int:
     """The smallest step that a layout can take."""
-    return (dims.vpp_group or dims.pp) if dims.vpp else 1
+    return dims.chunk_microbatches if dims.vpp else 1
 
 
 def steps_to_run(dims: ParallelDims, count: int) -> tuple[int, ...]:
@@ -115,7 +115,6 @@ def extended(steps: tuple[Step, ...], count: int, report: int = 0) -> Step:
         if step.microbatches == count:
             return step
     first, second = steps
-
     further, by = count - first.microbatches, second.microbatches - first.microbatches
 
     def line(before: Counter[Key], after: Counter[Key]) -> Counter[Key]:
@@ -137,29 +136,17 @@ def _at(before: int, after: int, further: int, by: int) -> int:
 
 def collectives(counts: Counts, groups: Mapping[str, Group], rank: int, per_node: int) -> tuple[Collective, ...]:
     """Rows of what was counted, most bytes first. Transfers of a group with one rank move nothing and are left out."""
-    rows = []
-    for transfer, calls in counts.calls.items():
+    calls: Counter[tuple[str, str, int, int, str]] = Counter()
+    sizes: Counter[tuple[str, str, int, int, str]] = Counter()
+    for transfer in counts.calls:
         group = groups[transfer.group]
         if len(group.ranks) < 2:
             continue
         pair = group.ranks if transfer.peer is None else (rank, group.ranks[transfer.peer])
-        rows.append(
-            Collective(
-                transfer.kind,
-                group.label,
-                len(group.ranks),
-                group.stride,
-                link(pair, per_node),
-                calls,
-                counts.bytes[transfer],
-            )
-        )
-    merged: Counter[tuple[str, str, int, int, str]] = Counter()
-    sizes: Counter[tuple[str, str, int, int, str]] = Counter()
-    for row in rows:
-        merged[row[:5]] += row.calls
-        sizes[row[:5]] += row.bytes
-    found = (Collective(*key, merged[key], sizes[key]) for key in merged)
+        row = (transfer.kind, group.label, len(group.ranks), group.stride, link(pair, per_node))
+        calls[row] += counts.calls[transfer]
+        sizes[row] += counts.bytes[transfer]
+    found = (Collective(*row, calls[row], sizes[row]) for row in calls)
     return tuple(sorted(found, key=lambda row: (-row.bytes, row)))
 
 

@@ -100,13 +100,10 @@ def _stage(
 
 def _order(run: RunConfig, dims: ParallelDims) -> dict[str, int]:
     """Micro-batches of a step, where a global batch is known, and how they go through the chunks of a stage."""
-    group, training = dims.vpp_group or dims.pp, run.training
-    count = 4 * (dims.pp + group)
-    if training.global_batch_size is not None:
-        count = max(1, training.global_batch_size // (training.micro_batch_size * dims.dp))
+    known = run.training.global_batch_size is not None
     return {
-        "count": count,
-        "group": group,
+        "count": max(1, dims.microbatches(run.training)) if known else 4 * (dims.pp + dims.chunk_microbatches),
+        "group": dims.chunk_microbatches,
         "ahead": int(bool(run.model.transformer.get("overlap_moe_expert_parallel_comm"))),
     }
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from phd_megatron.planning.live import LiveBytes
+from phd_megatron.runtime.dry import cannot_follow
 
 Arguments: TypeAlias = Sequence[Any]
 
@@ -157,7 +158,7 @@ class Trace(TorchDispatchMode):
         if name == "barrier":
             return
         if name not in _TRANSFERS:
-            raise NotImplementedError(f"torch.distributed called {name}, whose bytes nobody counts; see _TRANSFERS")
+            raise cannot_follow(f"torch.distributed does {name}, whose bytes are not counted")
         names = [argument.name for argument in func._schema.arguments]
         group = dist.ProcessGroup.unbox(args[names.index("process_group")]).group_name
         kind, place = _TRANSFERS[name]
@@ -207,7 +208,8 @@ def _attention_backward(args: Arguments) -> Product:
 
 def _table() -> dict[Any, Callable[[Arguments], Product]]:
     """Of the operators that this version of torch has."""
-    known = {"mm": _of(0), "bmm": _of(0), "addmm": _of(1), "baddbmm": _of(1), "_grouped_mm": _grouped}
+    known = {"mm": _of(0), "bmm": _of(0), "_grouped_mm": _grouped}
+    known |= dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), _of(1))  # with _ into a buffer of gradients
     cpu = "_scaled_dot_product_flash_attention_for_cpu"
     known |= {cpu: _attention, f"{cpu}_backward": _attention_backward}
     return {getattr(torch.ops.aten, name): shape for name, shape in known.items() if hasattr(torch.ops.aten, name)}

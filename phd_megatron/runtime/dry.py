@@ -64,8 +64,14 @@ def _read(tensor: FakeTensor) -> float | bool:
             return constant.item()
     if tensor.dtype.is_floating_point:
         return 0.0
-    raise NotImplementedError(
-        f"a dry run has no values, and the host reads one of {tensor.dtype}, from which a size or a path may follow"
+    raise cannot_follow(f"the host reads a value of {tensor.dtype}, from which a size or a path may follow")
+
+
+def cannot_follow(what: str) -> UserError:
+    """The refusal of a run that does what nobody can say without values."""
+    return UserError(
+        f"a dry run cannot follow this configuration: {what}; leave out the options that do so, or let plan without "
+        "--dry-run say what the run needs by formula"
     )
 
 
@@ -79,7 +85,7 @@ def _transferred(func: Any, args: Sequence[Any]) -> Any:
     elif name not in ("broadcast_", "barrier"):
         known = [t for t in tree_iter(args) if isinstance(t, Tensor) and not isinstance(t, FakeTensor) and t.numel()]
         if known:
-            raise NotImplementedError(f"{name} of a tensor with values, which a dry run does not send")
+            raise cannot_follow(f"{name} of a tensor with values, which is not sent")
     returns = [FakeWork().boxed() if "Work" in str(each.type) else args[0] for each in func._schema.returns]
     return returns[0] if len(returns) == 1 else tuple(returns)
 

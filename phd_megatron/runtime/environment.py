@@ -86,6 +86,11 @@ class Environment:
             raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; ranks count from 0")
         return cls(rank, world_size, local_rank, local_world_size, launched=True)
 
+    def refuse_others(self, command: str) -> None:
+        """Raise UserError where this is one of several processes of a command that is for one."""
+        if self.world_size > 1:
+            raise UserError(f"{command} runs on one process; start it without torchrun")
+
     def export(self) -> None:
         """Set torchrun's variables where another launcher gave this place; torch's rendezvous reads them."""
         if self.launched and "RANK" not in os.environ:

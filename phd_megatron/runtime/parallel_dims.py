@@ -71,6 +71,16 @@ class ParallelDims:
         return dims
 
     @property
+    def chunk_microbatches(self) -> int:
+        """Micro-batches that go through a model chunk before the next chunk has its turn."""
+        return self.vpp_group or self.pp
+
+    def microbatches(self, training: TrainingConfig) -> int:
+        """Of a step of a whole global batch."""
+        assert training.global_batch_size is not None
+        return training.global_batch_size // (training.micro_batch_size * self.dp)
+
+    @property
     def model_parallel(self) -> int:
         """Ranks that hold one copy of the model: tensor x pipeline x context."""
         return self.tp * self.pp * self.cp
@@ -236,7 +246,7 @@ class ParallelDims:
 
     def _check_interleaved_batch(self, batch: int, step: int) -> None:
         """Megatron-Core's rule: whole groups of micro-batches, and a rest is not smaller than the pipeline."""
-        count, group = batch // step, self.vpp_group or self.pp
+        count, group = batch // step, self.chunk_microbatches
         if group == self.pp and count % group:
             raise UserError(
                 f"{count} micro-batches per step (global_batch_size {batch} / {step}) are not a multiple of "

@@ -80,8 +80,7 @@ def dry_run(
     dims = ParallelDims.from_config(run.parallel, world_size)
     run.parallel.sequence_parallel = dims.sp
     dims.validate(run.model, run.training)
-    assert run.training.global_batch_size is not None
-    count = run.training.global_batch_size // (run.training.micro_batch_size * dims.dp)
+    count = dims.microbatches(run.training)
     to_run = (count,) if whole else steps_to_run(dims, count)
     with dry_world(rank, world_size):
         initialize_megatron(dims, run.parallel, run.training.seed)

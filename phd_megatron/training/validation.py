@@ -44,7 +44,7 @@ class Validation:
                 f"evals_per_run={training.evals_per_run}: a step of {training.global_batch_size} of the run's {total} "
                 f"samples would reach two of them; ask for at most {most}"
             )
-        self._count = training.global_batch_size // (training.micro_batch_size * runtime.dims.dp)
+        self._count = runtime.dims.microbatches(training)
         asked = training.eval_iters * training.global_batch_size
         self.samples = min(asked, len(dataset))
         if self.samples < asked:

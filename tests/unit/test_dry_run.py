@@ -73,6 +73,26 @@ def test_products_are_those_of_the_formula() -> None:
     assert original == formula.attention_original * 4
 
 
+def test_a_loss_scale_changes_no_product() -> None:
+    """fp16 reads whether gradients overflowed, which they do not, so its step is that of bf16 and updates."""
+    found = {}
+    for name in ("bf16", "fp16"):
+        run = make()
+        setattr(run.training, name, True)
+        found[name] = traced(run, 2, 0)
+    half, scaled = found["bf16"], found["fp16"]
+    assert half.products == scaled.products
+    # The scale and its counters are some numbers.
+    assert 0 < scaled.held["optimizer"] - half.held["optimizer"] < 64
+
+
+def test_products_that_add_to_a_gradient_buffer_are_counted() -> None:
+    """Weight gradients that are added where they are computed are as many operations as those that are added later."""
+    fusion = {"gradient_accumulation_fusion": True}
+    apart, fused = (traced(make(experts=fields), 1, 0) for fields in ({}, fusion))
+    assert apart.flops == fused.flops > 0
+
+
 def test_ten_thousand_ranks() -> None:
     rank = 5123
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True}
@@ -148,7 +168,7 @@ def test_uneven_experts_compute_more_rows() -> None:
 
 def test_what_has_no_values_is_not_guessed() -> None:
     with dry_world(0, 4), dry_tensors():
-        with pytest.raises(NotImplementedError, match="the host reads one of"):
+        with pytest.raises(UserError, match=r"the host reads a value of .*; leave out the options that do so"):
             torch.zeros(3, dtype=torch.int64).sum().item()
         assert float(torch.ones(2).sum()) == 0
     with pytest.raises(UserError, match="--rank 4 is not in a world of 4"), dry_world(4, 4):

@@ -5,13 +5,14 @@ import gzip
 import io
 import json
 import sys
-import tarfile
 
 import pytest
 
 from phd_megatron.data import readers
 from phd_megatron.data.readers import ReadReport, read_pieces
 from phd_megatron.errors import UserError
+
+from .archives import tar
 
 LINES = b"".join(b'{"text": "line %d of a text"}\n' % n for n in range(3000))
 TABLE = "n,text\n" + "".join(f'{n},"line {n}, and\nmore"\n' for n in range(3000))
@@ -43,16 +44,6 @@ def parquet(data):
 
     out = io.BytesIO()
     library.write_table(pyarrow.table(data), out)
-    return out.getvalue()
-
-
-def tar(members, form=tarfile.PAX_FORMAT):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 

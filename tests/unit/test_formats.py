@@ -18,6 +18,8 @@ from phd_megatron.data.readers import ReadReport, read_pieces
 from phd_megatron.data.tokenizers import load_tokenizer
 from phd_megatron.errors import UserError
 
+from .archives import tar
+
 TEXTS = [
     "one",
     'zwei, "Zeilen"\nü\r\n',
@@ -99,16 +101,6 @@ def parquet(texts, kind=None, **options):
 
     out = io.BytesIO()
     library.write_table(arrow_table(texts, kind), out, row_group_size=5, **options)
-    return out.getvalue()
-
-
-def tar(members, form=tarfile.PAX_FORMAT):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
     return out.getvalue()
 
 

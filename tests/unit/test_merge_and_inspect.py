@@ -213,7 +213,7 @@ def test_inspect_refuses(tmp_path, three):
     prepare([tmp_path / "a.txt"], tmp_path / "d", progress=False)
     meta = tmp_path / "d.meta.json"
     meta.write_text(meta.read_text().replace('"bin_bytes": 10', '"bin_bytes": 12'))
-    with pytest.raises(UserError, match=r"d\.meta\.json is of other files"):
+    with pytest.raises(UserError, match=r"d\.meta\.json notes .* they are not of one prepare"):
         inspect(str(tmp_path / "d"))
 
 

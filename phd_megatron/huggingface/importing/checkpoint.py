@@ -180,7 +180,7 @@ def _fill(parts: list[ShardedTensor], source: HFDirectory, rules: list[Rule]) ->
     by_key = {rule.mcore: rule for rule in rules}
     used: set[str] = set()
     key, whole = "", torch.empty(0)
-    for part in parts:
+    for part in sorted(parts, key=lambda part: part.key):
         name = part.key
         if name not in by_key:
             if _ROUTER in name or name == COPY_EMBEDDING:
